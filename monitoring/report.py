@@ -1,0 +1,298 @@
+"""`report.html`: a run on one self-contained page. `python -m monitoring.report runs/demo`."""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from monitoring.errors import ConfigError
+from monitoring.run_charts import draw
+from monitoring.run_files import Run, mapping, mappings, number, read_run
+from monitoring.units import compact, duration, gibibytes, printable
+
+# Bounds on what is listed, so that the page stays below 2 MB whatever the run.
+MAX_SAMPLE_STEPS = 5
+MAX_SAMPLES_PER_STEP = 2
+MAX_SAMPLE_CHARS = 1_500
+MAX_FILES = 40
+MAX_CHECKPOINTS = 20
+MAX_VALUE_CHARS = 500
+
+_STATUS = {
+    "finished": "finished",
+    "stopped": "stopped, can go on",
+    "failed": "failed",
+    "running": "running or killed",
+}
+_PLACES = {
+    "config.yaml": "resolved configuration",
+    "environment.json": "code, packages and hardware",
+    "data.json": "data sources and their digests",
+    "metrics.jsonl": "everything that was logged",
+    "samples.jsonl": "generated texts",
+    "status.json": "how the run ended",
+    "checkpoints": "to resume from",
+    "export": "Hugging Face model",
+    "wandb": "Weights & Biases files",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One of the numbers at the top of the page."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into a run directory; call it after `MetricLogger.close`.
+
+    Args:
+        run_dir: With at least `metrics.jsonl`.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        ConfigError: `run_dir` has no `metrics.jsonl`.
+        DamagedError: One of its JSON or YAML files cannot be parsed.
+    """
+    run = read_run(run_dir)
+    page = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template("report.html")
+    path = run_dir / "report.html"
+    staged = path.with_suffix(".html.tmp")
+    staged.write_text(page.render(_view(run)), encoding="utf-8", errors="replace")
+    staged.replace(path)
+    return path
+
+
+def _view(run: Run) -> dict[str, object]:
+    return {
+        "name": run.name,
+        "status": run.status.get("status", "unknown"),
+        "status_label": _STATUS.get(str(run.status.get("status")), "status unknown"),
+        "subtitle": _subtitle(run),
+        "figures": _figures(run),
+        "notices": _notices(run),
+        "drawings": draw(run),
+        "samples": _samples(run),
+        "config": _config_groups(run.config),
+        "data": _data(run.data),
+        "environment": _environment(run.environment),
+        "checkpoints": [
+            (c.name, gibibytes(c.size_bytes), c.latest)
+            for c in reversed(run.checkpoints[-MAX_CHECKPOINTS:])
+        ],
+        "num_checkpoints": len(run.checkpoints),
+        "places": [(n, role) for n, role in _PLACES.items() if (run.folder / n).exists()],
+    }
+
+
+# --- the top of the page
+
+
+def _subtitle(run: Run) -> str:
+    """`5,000 of 5,000 steps on 1 x NVIDIA H200, torch 2.13`, as far as it is known."""
+    parts = []
+    if run.records:
+        total = run.status.get("total_steps")
+        of_total = f" of {total:,}" if isinstance(total, int) else ""
+        parts.append(f"{run.records[-1]['step']:,}{of_total} steps")
+    names = [str(g.get("name")) for g in mappings(run.environment.get("gpus"))]
+    if names:
+        parts.append(f"{len(names)} x {names[0]}")
+    elif cpu := mapping(run.environment.get("cpu")):
+        parts.append(f"{cpu.get('num_cores_usable')} cores of {cpu.get('model')}")
+    return " on ".join(parts)
+
+
+def _figures(run: Run) -> list[Figure]:
+    figures = [
+        _count_figure("parameters", number(run.status.get("num_parameters"))),
+        _count_figure("tokens seen", _last(run, "num_tokens")),
+        _time_figure(run),
+        _loss_figure(run, "loss", "training loss", best=False),
+        _loss_figure(run, "validation_loss", "validation loss", best=True),
+        _loss_figure(run, "validation_bits_per_byte", "bits per byte", best=True),
+        _rate_figure(run),
+    ]
+    return [figure for figure in figures if figure is not None]
+
+
+def _last(run: Run, key: str) -> float | None:
+    values = run.series(key)[1]
+    return values[-1] if values else None
+
+
+def _count_figure(label: str, value: float | None) -> Figure | None:
+    return None if value is None else Figure(label, compact(value), f"{value:,.0f}")
+
+
+def _time_figure(run: Run) -> Figure | None:
+    elapsed_s = _last(run, "elapsed_s")
+    if elapsed_s is None:
+        return None
+    num_resumes = len(run.resumes)
+    note = f"{num_resumes} resume{'s' * (num_resumes > 1)}" if num_resumes else "uninterrupted"
+    return Figure("training time", duration(elapsed_s), note)
+
+
+def _loss_figure(run: Run, key: str, label: str, best: bool) -> Figure | None:
+    steps, values = run.series(key)
+    if not values:
+        return None
+    finite = [(v, s) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
+    note = f"at step {steps[-1]:,}"
+    if best and finite and min(finite)[0] < values[-1]:
+        note = f"best {min(finite)[0]:.4f} at {min(finite)[1]:,}"
+    return Figure(label, f"{values[-1]:.4f}", note)
+
+
+def _rate_figure(run: Run) -> Figure | None:
+    rates = [v for v in run.series("tokens_per_s")[1] if math.isfinite(v)]
+    if not rates:
+        return None
+    shares = [v for v in run.series("mfu")[1] if math.isfinite(v)]
+    note = f"MFU {statistics.median(shares):.1%}" if shares else "median"
+    return Figure("tokens/s", compact(statistics.median(rates)), note)
+
+
+def _notices(run: Run) -> list[str]:
+    notices = [] if run.records else ["Nothing has been logged yet."]
+    for key in ("loss", "validation_loss", "grad_norm"):
+        bad = [s for s, v in zip(*run.series(key), strict=True) if not math.isfinite(v)]
+        if bad:
+            notices.append(
+                f"{key} was not finite at {len(bad)} logged step(s), first at step {bad[0]:,}."
+            )
+    return notices
+
+
+# --- text
+
+
+def _samples(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Generated texts of a few steps, evenly spread, the last among them; by the same prompts."""
+    by_step: dict[int, list[tuple[str, str]]] = {}
+    for sample in run.samples:
+        if isinstance(step := sample["step"], int):
+            by_step.setdefault(step, []).append(
+                (_excerpt(sample.get("prompt", "")), _excerpt(sample.get("text", "")))
+            )
+    return [(f"{s:,}", by_step[s][:MAX_SAMPLES_PER_STEP]) for s in reversed(_spread(list(by_step)))]
+
+
+def _spread(steps: list[int]) -> list[int]:
+    if len(steps) <= MAX_SAMPLE_STEPS:
+        return steps
+    last = len(steps) - 1
+    return [steps[round(i * last / (MAX_SAMPLE_STEPS - 1))] for i in range(MAX_SAMPLE_STEPS)]
+
+
+def _excerpt(text: object, limit: int = MAX_SAMPLE_CHARS) -> str:
+    shown = printable(str(text))
+    return shown if len(shown) <= limit else shown[:limit] + " ..."
+
+
+def _config_groups(config: dict[str, object]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Groups in the order of the file; settings that are in no group come first."""
+    loose = {key: value for key, value in config.items() if not isinstance(value, dict)}
+    groups = [("general", loose)] if loose else []
+    groups += [(key, value) for key, value in config.items() if isinstance(value, dict)]
+    return [(name, _flat(group)) for name, group in groups]
+
+
+def _flat(tree: dict[str, object], prefix: str = "") -> list[tuple[str, str]]:
+    rows = []
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            shown = value if isinstance(value, str) else json.dumps(value)
+            rows.append((f"{prefix}{key}", _excerpt(shown, MAX_VALUE_CHARS)))
+    return rows
+
+
+def _data(data: dict[str, object]) -> dict[str, object]:
+    return {
+        "digest": str(data.get("digest") or ""),
+        "facts": [(k, _fact(k, v)) for k, v in data.items() if isinstance(v, int | float | str)],
+        "sources": [_source(source) for source in mappings(data.get("sources"))],
+    }
+
+
+def _source(source: dict[str, object]) -> dict[str, object]:
+    files = mappings(source.get("files"))
+    num_tokens = number(source.get("num_tokens"))
+    return {
+        "name": str(source.get("name") or source.get("path") or source.get("kind") or "source"),
+        "kind": str(source.get("kind") or ""),
+        "num_files": len(files),
+        "size": gibibytes(sum(number(f.get("size_bytes")) or 0 for f in files)) if files else "",
+        "num_tokens": "" if num_tokens is None else compact(num_tokens),
+        "files": [(str(f.get("path")), str(f.get("sha256") or "")) for f in files[:MAX_FILES]],
+        "num_more": max(len(files) - MAX_FILES, 0),
+    }
+
+
+def _fact(key: str, value: float | int | str) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _environment(environment: dict[str, object]) -> list[tuple[str, str]]:
+    cpu, git = mapping(environment.get("cpu")), mapping(environment.get("git"))
+    gpus = mappings(environment.get("gpus"))
+    memory = number(environment.get("memory_bytes"))
+    packages = mapping(environment.get("packages"))
+    rows = [
+        ("commit", f"{git['commit']}{' + changes' if git.get('dirty') else ''}" if git else ""),
+        ("GPUs", ", ".join(f"{g.get('name')} ({_memory(g)})" for g in gpus)),
+        ("CUDA", str(environment.get("cuda") or "")),
+        ("CPU", f"{cpu.get('model')}, {cpu.get('num_cores')} cores" if cpu else ""),
+        ("memory", gibibytes(memory) if memory else ""),
+        ("platform", str(environment.get("platform") or "")),
+        ("Python", str(environment.get("python") or "")),
+        ("packages", ", ".join(f"{name} {version}" for name, version in packages.items())),
+    ]
+    return [(label, value) for label, value in rows if value]
+
+
+def _memory(gpu: dict[str, object]) -> str:
+    return gibibytes(number(gpu.get("memory_bytes")) or 0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line.
+
+    Args:
+        argv: Arguments; those of the process when None.
+
+    Returns:
+        Exit code.
+    """
+    parser = argparse.ArgumentParser(prog="python -m monitoring.report", description=__doc__)
+    parser.add_argument("run_dir", type=Path, help="folder of a run, e.g. runs/demo")
+    try:
+        print(write_report(parser.parse_args(argv).run_dir))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Canonical state of a model whose optimizer is a plain torch AdamW over its own parameters.
+
+Serves DDP and FSDP2, whose parameters differ (tensors, DTensors) and whose optimizers do not.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from parallel.strategy import SLOTS, ReadTensors
+
+
+def canonical_state(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Tensor]:
+    """Parameters and moments by canonical name; moments of a parameter never updated are zero."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        state[name] = parameter.detach()
+        for slot, moment in _moments(optimizer, parameter).items():
+            state[f"optim.{name}.{slot}"] = moment
+    return state
+
+
+@torch.no_grad()
+def load_canonical_state(
+    parameters: dict[str, nn.Parameter],
+    optimizer: Optimizer,
+    read: ReadTensors,
+    num_updates: int,
+) -> None:
+    """Fills parameters and moments in place."""
+    read(canonical_state(parameters, optimizer))
+    for parameter in parameters.values():
+        optimizer.state[parameter]["step"].fill_(num_updates)
+
+
+def _moments(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    state = optimizer.state[parameter]
+    if not state:  # torch creates it in the first step; what AdamW would create then
+        fused = optimizer.defaults["fused"]
+        device = parameter.device if fused else torch.device("cpu")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        for slot in SLOTS:
+            state[slot] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return {slot: state[slot] for slot in SLOTS}

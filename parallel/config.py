@@ -1,0 +1,137 @@
+"""What a user may set about parallelism. Imports neither torch nor DeepSpeed: `--help` reads it.
+
+`build()` imports the strategy that a config stands for; nothing else maps the one to the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from monitoring.errors import ConfigError
+
+if TYPE_CHECKING:
+    from parallel.strategy import Strategy
+    from parallel.world import World
+
+
+class Dtype(Enum):
+    """Floating-point types by torch's names."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@dataclass
+class PrecisionConfig:
+    """Types of computation; master weights and optimizer state are always float32.
+
+    Attributes:
+        param_dtype: Type of the weights in forward and backward.
+        reduce_dtype: Type in which gradients are summed over ranks.
+    """
+
+    param_dtype: Dtype = Dtype.float32
+    reduce_dtype: Dtype = Dtype.float32
+
+
+@dataclass
+class DdpConfig:
+    """Every rank holds the whole model; gradients are all-reduced.
+
+    Attributes:
+        bucket_cap_mb: Size of the buckets in which gradients are reduced while backward runs.
+    """
+
+    bucket_cap_mb: int = 25
+
+    def check(self, world_size: int, precision: PrecisionConfig) -> None:
+        """Raises ConfigError where autocast, which keeps gradients in float32, cannot obey."""
+        if precision.reduce_dtype is not Dtype.float32:
+            raise ConfigError(
+                "precision.reduce_dtype",
+                precision.reduce_dtype.value,
+                "DDP keeps gradients in float32 (bf16 runs under autocast)",
+                "set precision.reduce_dtype=float32, or parallel=fsdp",
+            )
+
+    def build(self, world: World, precision: PrecisionConfig) -> Strategy:
+        from parallel.ddp import DdpStrategy
+
+        return DdpStrategy(self, world, precision)
+
+
+@dataclass
+class FsdpConfig:
+    """FSDP2: parameters, gradients and optimizer state in shards; with replicas it is HSDP.
+
+    Attributes:
+        dp_replicate: Copies of the sharded model.
+        dp_shard: Ranks that one copy is spread over; -1 takes world_size / dp_replicate.
+        reshard_after_forward: Free gathered parameters after forward (as ZeRO-3) or keep them until
+            backward is done (as ZeRO-2: faster, more memory).
+    """
+
+    dp_replicate: int = 1
+    dp_shard: int = -1
+    reshard_after_forward: bool = True
+
+    def check(self, world_size: int, precision: PrecisionConfig) -> None:
+        """Raises ConfigError unless dp_replicate x dp_shard is the world size."""
+        if self.dp_replicate < 1 or world_size % self.dp_replicate:
+            raise ConfigError(
+                "parallel.dp_replicate",
+                self.dp_replicate,
+                f"must divide the {world_size} ranks",
+                f"use a divisor of {world_size}, or start more ranks with nproc=...",
+            )
+        if self.dp_shard != -1 and self.dp_shard * self.dp_replicate != world_size:
+            raise ConfigError(
+                "parallel.dp_shard",
+                self.dp_shard,
+                f"dp_replicate ({self.dp_replicate}) x dp_shard ({self.dp_shard}) must be the number "
+                f"of ranks, {world_size}",
+                f"use parallel.dp_shard={world_size // self.dp_replicate} or -1, or start "
+                f"nproc={max(1, self.dp_replicate * self.dp_shard)} ranks",
+            )
+
+    def build(self, world: World, precision: PrecisionConfig) -> Strategy:
+        from parallel.fsdp import FsdpStrategy
+
+        return FsdpStrategy(self, world, precision)
+
+
+@dataclass
+class ZeroConfig:
+    """DeepSpeed ZeRO; needs the extra `spotforge[deepspeed]`.
+
+    Attributes:
+        stage: 1 shards optimizer state, 2 gradients too, 3 parameters too.
+        offload_optimizer: Keep optimizer state in host memory.
+        offload_parameters: Keep parameters in host memory between uses (stage 3).
+    """
+
+    stage: int = 2
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+    def check(self, world_size: int, precision: PrecisionConfig) -> None:
+        """Raises ConfigError for a stage that does not exist or cannot do what is asked."""
+        if self.stage not in (1, 2, 3):
+            raise ConfigError("parallel.stage", self.stage, "ZeRO has stages 1, 2 and 3", "use one")
+        if self.offload_parameters and self.stage != 3:
+            raise ConfigError(
+                "parallel.offload_parameters",
+                True,
+                f"stage {self.stage} keeps whole parameters on every rank",
+                "set parallel.stage=3",
+            )
+
+    def build(self, world: World, precision: PrecisionConfig) -> Strategy:
+        from parallel.zero import ZeroStrategy
+
+        return ZeroStrategy(self, world, precision)
+
+
+ParallelConfig = DdpConfig | FsdpConfig | ZeroConfig

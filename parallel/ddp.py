@@ -1,0 +1,81 @@
+"""Distributed data parallel: `torch.nn.parallel.DistributedDataParallel`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from parallel.adamw_state import canonical_state, load_canonical_state
+from parallel.config import DdpConfig, Dtype, PrecisionConfig
+from parallel.strategy import BuildOptimizer, Materialize, ReadTensors, Strategy, torch_dtype
+from parallel.world import World
+
+
+class DdpStrategy(Strategy):
+    """Every rank holds the whole model."""
+
+    def __init__(self, config: DdpConfig, world: World, precision: PrecisionConfig) -> None:
+        self._config, self._world, self._precision = config, world, precision
+        self._module: nn.Module
+        self._optimizer: Optimizer
+        self._parameters: dict[str, nn.Parameter]
+
+    def setup(
+        self, module: nn.Module, materialize: Materialize, build_optimizer: BuildOptimizer
+    ) -> None:
+        materialize(module)
+        self._parameters = dict(module.get_submodule("model").named_parameters())
+        self._module = module
+        if self._world.world_size > 1:
+            self._module = DistributedDataParallel(
+                module,
+                device_ids=[self._world.device] if self._world.device.type == "cuda" else None,
+                bucket_cap_mb=self._config.bucket_cap_mb,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,
+            )
+        self._optimizer = build_optimizer(self._parameters)
+
+    def forward(self, **inputs: Any) -> Tensor:
+        with torch.autocast(
+            self._world.device.type,
+            dtype=torch_dtype(self._precision.param_dtype.value),
+            enabled=self._precision.param_dtype is not Dtype.float32,
+        ):
+            loss: Tensor = self._module(**inputs)
+        return loss
+
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        reduces = last or not isinstance(self._module, DistributedDataParallel)
+        with nullcontext() if reduces else self._module.no_sync():  # type: ignore[operator]
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        (loss * self._world.world_size).backward()  # DDP averages
+
+    def step(self, max_norm: float | None) -> Tensor:
+        norm = nn.utils.clip_grad_norm_(
+            self._parameters.values(), torch.inf if max_norm is None else max_norm
+        )
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm
+
+    def set_lr(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def state(self) -> dict[str, Tensor]:
+        whole = canonical_state(self._parameters, self._optimizer)
+        rank, world_size = self._world.rank, self._world.world_size
+        return {n: t for i, (n, t) in enumerate(whole.items()) if i % world_size == rank}
+
+    def load_state(self, read: ReadTensors, num_updates: int) -> None:
+        load_canonical_state(self._parameters, self._optimizer, read, num_updates)

@@ -1,0 +1,96 @@
+"""FSDP2: `torch.distributed.fsdp.fully_shard`, on one mesh axis or two (HSDP)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from parallel.adamw_state import canonical_state, load_canonical_state
+from parallel.config import FsdpConfig, PrecisionConfig
+from parallel.strategy import (
+    BuildOptimizer,
+    Materialize,
+    ReadTensors,
+    Strategy,
+    decoder_blocks,
+    torch_dtype,
+)
+from parallel.world import World
+
+
+class FsdpStrategy(Strategy):
+    """Every rank holds 1 / dp_shard of the parameters, gradients and optimizer state."""
+
+    def __init__(self, config: FsdpConfig, world: World, precision: PrecisionConfig) -> None:
+        self._config, self._world, self._precision = config, world, precision
+        self._module: FSDPModule
+        self._optimizer: Optimizer
+        self._parameters: dict[str, nn.Parameter]
+
+    def setup(
+        self, module: nn.Module, materialize: Materialize, build_optimizer: BuildOptimizer
+    ) -> None:
+        replicas = self._config.dp_replicate
+        shape = (replicas, self._world.world_size // replicas)
+        mesh = init_device_mesh(
+            self._world.device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard")
+        )
+        options: dict[str, Any] = {
+            "mesh": mesh if replicas > 1 else mesh["dp_shard"],
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=torch_dtype(self._precision.param_dtype.value),
+                reduce_dtype=torch_dtype(self._precision.reduce_dtype.value),
+            ),
+        }
+        model = module.get_submodule("model")
+        for block in decoder_blocks(model):
+            materialize(block)  # one block in full at a time: sharding frees what others hold
+            fully_shard(block, reshard_after_forward=self._config.reshard_after_forward, **options)
+        materialize(module)
+        # The root's parameters (embedding, head) are needed again as soon as backward begins.
+        self._module = fully_shard(module, reshard_after_forward=False, **options)
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.set_gradient_divide_factor(1.0)  # sum, not mean,
+                part.set_force_sum_reduction_for_comms(True)  # without NCCL's pre-multiplied sum
+        self._parameters = dict(model.named_parameters())
+        self._optimizer = build_optimizer(self._parameters)
+
+    def forward(self, **inputs: Any) -> Tensor:
+        assert isinstance(self._module, nn.Module)
+        loss: Tensor = self._module(**inputs)
+        return loss
+
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        self._module.set_requires_gradient_sync(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, max_norm: float | None) -> Tensor:
+        norm = nn.utils.clip_grad_norm_(
+            self._parameters.values(), torch.inf if max_norm is None else max_norm
+        )
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def set_lr(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def state(self) -> dict[str, Tensor]:
+        return canonical_state(self._parameters, self._optimizer)
+
+    def load_state(self, read: ReadTensors, num_updates: int) -> None:
+        load_canonical_state(self._parameters, self._optimizer, read, num_updates)

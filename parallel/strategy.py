@@ -1,0 +1,98 @@
+"""What the training loop knows about parallelism, and all that it knows.
+
+A strategy is an interface or a leaf: `ddp.py`, `fsdp.py` and `zero.py` are the leaves, and none
+overrides anything that another implements. Names and shapes in `state()` are canonical: parameter
+names as Hugging Face has them, global shapes, optimizer moments as `optim.<name>.<slot>`. That is why
+a checkpoint of one strategy at one world size loads under any other.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+# Fills the parameters and buffers of a part of the model, which are on the meta device until then.
+Materialize = Callable[[nn.Module], None]
+# Takes the model's parameters by canonical name.
+BuildOptimizer = Callable[[dict[str, nn.Parameter]], Optimizer]
+# Fills the given tensors, by canonical name, from a checkpoint.
+ReadTensors = Callable[[dict[str, Tensor]], None]
+
+# AdamW's state of each parameter, as torch and DeepSpeed both name it.
+SLOTS = ("exp_avg", "exp_avg_sq")
+
+
+class Strategy(ABC):
+    """Data parallelism of one kind over all ranks.
+
+    The module given to `setup` holds the Hugging Face model as `module.model`, and its forward returns
+    the summed loss.
+    """
+
+    @abstractmethod
+    def setup(
+        self, module: nn.Module, materialize: Materialize, build_optimizer: BuildOptimizer
+    ) -> None:
+        """Materializes the model part by part, distributes it, and builds its optimizer.
+
+        Model and optimizer are set up jointly, since FSDP replaces the parameters and DeepSpeed fuses
+        both. A strategy that shards never holds more than one part in full.
+        """
+
+    @abstractmethod
+    def forward(self, **inputs: Any) -> Tensor:
+        """Calls the module in the precision of the run."""
+
+    @abstractmethod
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        """Encloses forward and backward of one micro-batch; gradients are reduced at the last."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Backpropagates. Gradients are *summed* over micro-batches and ranks, never averaged."""
+
+    @abstractmethod
+    def step(self, max_norm: float | None) -> Tensor:
+        """Clips the global gradient norm, updates, and zeroes the gradients.
+
+        Returns:
+            The norm before clipping, a scalar on the device (reading it waits for the device).
+        """
+
+    @abstractmethod
+    def set_lr(self, lr: float) -> None:
+        """Sets the learning rate of the next update."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """This rank's share of the canonical state: DTensors, or whole tensors it alone writes."""
+
+    @abstractmethod
+    def load_state(self, read: ReadTensors, num_updates: int) -> None:
+        """Replaces model and optimizer state by that of a checkpoint.
+
+        Args:
+            read: Fills tensors from the checkpoint; may be called several times with a few of them,
+                so that no rank needs room for all.
+            num_updates: Optimizer steps behind that state (AdamW's bias correction).
+        """
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks that are gathered, recomputed or compiled as one, outermost first.
+
+    Hugging Face lists their class names as `_no_split_modules`, as accelerate uses them.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [m for m in model.modules() if type(m).__name__ in names]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`float32` -> `torch.float32`."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

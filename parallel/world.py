@@ -1,0 +1,108 @@
+"""The ranks of a run: who this process is, and how it agrees with the others."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from monitoring.errors import SpotforgeError
+
+_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `world_size` others.
+
+    Attributes:
+        device: Where the model lives: this rank's GPU, or the CPU.
+        control: gloo group for flags and counts; it never waits for a GPU.
+        saving: gloo group of the background thread that writes checkpoints.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    control: dist.ProcessGroup
+    saving: dist.ProcessGroup
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        dist.barrier(group=self.control)
+
+    def sum(self, *values: float) -> list[float]:
+        """Adds each value up over all ranks; what flags and counts ride on."""
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.control)
+        return total.tolist()
+
+    def max(self, *values: float) -> list[float]:
+        """The largest of each value over all ranks."""
+        largest = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
+        return largest.tolist()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Runs a block that can fail on one rank alone so that it fails on all or on none.
+
+        Raises:
+            SpotforgeError: On every rank, that of the lowest rank on which the block raised one.
+        """
+        error: SpotforgeError | None = None
+        try:
+            yield
+        except SpotforgeError as e:
+            error = e
+        errors: list[SpotforgeError | None] = [None] * self.world_size
+        dist.all_gather_object(errors, error, group=self.control)
+        for e in errors:
+            if e is not None:
+                e.seen_by_all = True
+                raise e
+
+
+@contextmanager
+def join_world() -> Iterator[World]:
+    """Joins the ranks that the launcher described in the environment (RANK, WORLD_SIZE, ...).
+
+    Without a launcher the world is this one process, with the same groups, so that one code path
+    serves both.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device = torch.device("cpu")
+        backend = "gloo"
+    store = dist.HashStore() if "RANK" not in os.environ else None
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        yield World(
+            rank=rank,
+            world_size=world_size,
+            local_rank=local_rank,
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+            device=device,
+            control=dist.new_group(backend="gloo", timeout=_TIMEOUT),
+            saving=dist.new_group(backend="gloo", timeout=_TIMEOUT),
+        )
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,182 @@
+"""DeepSpeed ZeRO stages 1-3, in the same checkpoint format as everything else.
+
+DeepSpeed's own partitioned state never reaches the disk: it is read and written a parameter at a time
+through `deepspeed.utils.safe_{get,set}_full_*` (deepspeed/utils/tensor_fragment.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from monitoring.errors import MissingExtraError
+from parallel.config import Dtype, PrecisionConfig, ZeroConfig
+from parallel.strategy import (
+    SLOTS,
+    BuildOptimizer,
+    Materialize,
+    ReadTensors,
+    Strategy,
+    decoder_blocks,
+)
+from parallel.world import World
+
+_CHUNK_NUMEL = 64 * 1024 * 1024  # elements of a checkpoint that are held in full at once
+
+
+class ZeroStrategy(Strategy):
+    """Optimizer state (1), gradients (2) and parameters (3) in shards, by DeepSpeed."""
+
+    def __init__(self, config: ZeroConfig, world: World, precision: PrecisionConfig) -> None:
+        self._deepspeed = _import_deepspeed(world.device)
+        self._config, self._world, self._precision = config, world, precision
+        self._engine: Any = None
+        self._parameters: dict[str, nn.Parameter]
+
+    def setup(
+        self, module: nn.Module, materialize: Materialize, build_optimizer: BuildOptimizer
+    ) -> None:
+        if self._config.stage == 3:
+            for block in decoder_blocks(module.get_submodule("model")):
+                materialize(block)
+                self._partition(block)
+            materialize(module)
+            self._partition(module)
+        else:
+            materialize(module)
+        self._parameters = dict(module.get_submodule("model").named_parameters())
+        self._engine, *_ = self._deepspeed.initialize(
+            model=module,
+            optimizer=build_optimizer(self._parameters),
+            config=self._deepspeed_config(),
+            dist_init_required=False,
+        )
+
+    def forward(self, **inputs: Any) -> Tensor:
+        loss: Tensor = self._engine(**inputs)
+        return loss
+
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        self._engine.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        # DeepSpeed averages over ranks.
+        self._engine.backward(loss * self._world.world_size, scale_wrt_gas=False)
+
+    def step(self, max_norm: float | None) -> Tensor:
+        self._engine.optimizer.clip_grad = max_norm or 0.0  # 0 switches clipping off
+        self._engine.step()
+        return torch.as_tensor(self._engine.get_global_grad_norm(), device=self._world.device)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+
+    def state(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        share: dict[str, Tensor] = {}
+        for i, (name, parameter) in enumerate(self._parameters.items()):
+            # Gathering is collective; one rank keeps what was gathered, on the host.
+            full = {name: safe_get_full_fp32_param(parameter)}
+            for slot in SLOTS:
+                full[f"optim.{name}.{slot}"] = safe_get_full_optimizer_state(parameter, slot)
+            if i % self._world.world_size == self._world.rank:
+                share |= {n: t.detach().to("cpu", copy=True) for n, t in full.items()}
+        return share
+
+    @torch.no_grad()
+    def load_state(self, read: ReadTensors, num_updates: int) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for names in _chunks({n: _full_shape(p) for n, p in self._parameters.items()}):
+            for slot in (None, *SLOTS):
+                key = {n: n if slot is None else f"optim.{n}.{slot}" for n in names}
+                values = {key[n]: torch.empty(_full_shape(self._parameters[n])) for n in names}
+                read(values)
+                for name in names:
+                    parameter = self._parameters[name]
+                    value = values[key[name]].to(self._world.device)
+                    if slot is None:
+                        self._set_working_copy(parameter, value)
+                        safe_set_full_fp32_param(parameter, value)
+                    else:
+                        safe_set_full_optimizer_state(parameter, value, slot)
+        for state in self._engine.optimizer.optimizer.state.values():
+            state["step"].fill_(num_updates)
+
+    def _partition(self, module: nn.Module) -> None:
+        """Turns whole parameters into ZeRO-3 ones, of which each rank keeps its part."""
+        dtype = torch.float32 if self._precision.param_dtype is Dtype.float32 else torch.bfloat16
+        self._deepspeed.zero.Init(
+            module=module, config_dict_or_path=self._deepspeed_config(), dtype=dtype
+        )
+
+    def _set_working_copy(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """The parameter that forward uses; `safe_set_full_fp32_param` sets the master copy."""
+        if self._config.stage == 3:
+            with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.copy_(value)
+        else:
+            parameter.copy_(value)
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        zero: dict[str, Any] = {"stage": self._config.stage}
+        if self._config.offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu"}
+        if self._config.offload_parameters:
+            zero["offload_param"] = {"device": "cpu"}
+        return {
+            # The loop accumulates; DeepSpeed is told at which micro-batch to reduce.
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            # torch's fused AdamW serves the CPU too, without compiling an extension.
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": self._precision.param_dtype is Dtype.bfloat16},
+            "communication_data_type": {"float32": "fp32", "bfloat16": "bfp16"}[
+                self._precision.reduce_dtype.value
+            ],
+            "steps_per_print": 2**31,
+        }
+
+
+def _full_shape(parameter: nn.Parameter) -> torch.Size:
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return torch.Size(shape)
+
+
+def _chunks(shapes: dict[str, torch.Size]) -> Iterator[list[str]]:
+    """Groups of names of about `_CHUNK_NUMEL` elements together."""
+    names: list[str] = []
+    numel = 0
+    for name, shape in shapes.items():
+        if names and numel + shape.numel() > _CHUNK_NUMEL:
+            yield names
+            names, numel = [], 0
+        names.append(name)
+        numel += shape.numel()
+    yield names
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for one and warns
+    try:
+        import deepspeed
+    except ImportError as e:
+        raise MissingExtraError(
+            "parallel",
+            "zero",
+            f"DeepSpeed is not installed ({e})",
+            "pip install 'spotforge[deepspeed]'",
+        ) from e
+    return deepspeed

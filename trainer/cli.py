@@ -1,0 +1,108 @@
+"""What `python -m trainer` prints by itself: its help, and Hydra's complaints in one line."""
+
+import re
+from pathlib import Path
+
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+from monitoring.errors import ConfigError
+from trainer.config import options_with_key
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+
+
+def help_text(argv: list[str]) -> str:
+    """The help page; reads the folders of options only, so that it comes at once.
+
+    Args:
+        argv: Arguments of the command; a `--config-dir` among them is listed too.
+    """
+    folders = [CONFIG_DIR]
+    for i, argument in enumerate(argv):
+        if argument in ("--config-dir", "-cd") and i + 1 < len(argv):
+            folders.append(Path(argv[i + 1]))
+        elif argument.startswith("--config-dir="):
+            folders.append(Path(argument.removeprefix("--config-dir=")))
+    groups = sorted({p.name for folder in folders for p in folder.iterdir() if p.is_dir()})
+    lines = []
+    for group in groups:
+        options = sorted({p.stem for folder in folders for p in (folder / group).glob("*.yaml")})
+        if options:
+            lines.append(f"  {group:<12}{' | '.join(options)}")
+    return _HELP.format(groups="\n".join(lines))
+
+
+def explain(error: Exception) -> str:
+    """One line for an error of Hydra or OmegaConf: key, value, rule, fix."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConfigError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    key = _full_key(lines)
+    if isinstance(_deepest(error), (ConfigKeyError, ConfigAttributeError)):
+        return _unknown_key(text, key)
+    if "Could not find" in text or "not found" in text:
+        options = " ".join(lines[1:])
+        return f"{text}; {options}" if options else text
+    return f"{key}: {text}" if key else f"{text}; see python -m trainer --help"
+
+
+_HELP = """\
+Train a causal language model: python -m trainer [group=option ...] [key=value ...]
+
+  python -m trainer experiment=stdlib                       the main job: small, on this machine
+  python -m trainer data=text data.path=book.txt nproc=2    your text, two ranks
+  python -m trainer model=pretrained model.path=DIR data=jsonl data.path=rows.jsonl parallel=fsdp
+  python -m trainer --multirun optim.lr=1e-4,3e-4,1e-3      a sweep, one run after another
+
+Groups (group=option):
+{groups}
+
+Keys (key=value), beside those of the groups:
+  run.name, run.dir          which run, and where (runs/<name>)
+  stop.steps|tokens|minutes  when it is finished, whichever comes first
+  global_batch_size          samples of one optimizer step; accumulation follows from it
+  micro_batch_size           samples of one forward on one rank
+  nproc                      ranks on this machine: auto (every GPU, else 1) or a number
+  resume                     auto (go on where it stopped) | never | a checkpoint folder
+  allow_changes              keys that may differ from the checkpoint's, e.g. [optim.lr]
+  seed, deterministic, compile, activation_checkpointing, shutdown_timeout_s
+  log.every_steps, evaluation.every_steps, checkpoint.every_steps, checkpoint.keep_last
+  export.at_end, export.dtype
+
+Options:
+  --cfg job                  print the whole configuration and stop
+  --config-dir DIR           look for options (experiment/mine.yaml, ...) in DIR too
+  --multirun                 run every combination of comma-separated values
+
+Exit codes: 0 finished; 33 stopped with a complete checkpoint, start it again; 2 refused; 1 failed.
+"""
+
+
+def _deepest(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _full_key(lines: list[str]) -> str:
+    for line in lines[1:]:
+        if line.startswith("full_key:"):
+            return line.removeprefix("full_key:").strip()
+    return ""
+
+
+def _unknown_key(text: str, key: str) -> str:
+    elsewhere = ""
+    if "." in key:
+        group, leaf = key.split(".", 1)
+        options = options_with_key(group, leaf)
+        if options:
+            elsewhere = f"; it is a key of {group}={', '.join(options)}"
+    match = re.search(r"Key '(.+?)' (?:is )?not in '(.+?)'", text)
+    if match:
+        text = f"{key or match[1]}: no such key in {match[2]}"
+    return f"{text}{elsewhere}; python -m trainer --cfg job lists the keys"

@@ -1,0 +1,307 @@
+"""The trainer's settings: the root of the tree, and what Hydra knows of it.
+
+A package's dataclasses live beside their consumer, or in the package's `config.py` where the consumer
+imports torch: composing a config (for `--help`, for the planner) must not. Every dataclass is
+registered as `schema/<group>/<option>`, and the YAML of that name starts from it, so that a misspelt
+key or a wrong type fails before anything runs. A config with a leaf behind it has `build()`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from monitoring.config import MonitoringConfig
+from monitoring.errors import ConfigError
+from parallel.config import (
+    DdpConfig,
+    Dtype,
+    FsdpConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    ZeroConfig,
+)
+from trainer.data.config import DataConfig, MixtureDataConfig, SingleDataConfig
+from trainer.optim import AdamWConfig
+from trainer.schedule import (
+    ConstantConfig,
+    CosineConfig,
+    ScheduleConfig,
+    WarmupStableDecayConfig,
+)
+
+
+@dataclass
+class ModelConfig:
+    """What every kind of model has.
+
+    Attributes:
+        attn_implementation: Transformers' name of the attention kernel.
+        fused_loss: Compute head and cross-entropy together, in chunks, so that the logits of a batch
+            are never held. Off: transformers computes the logits.
+    """
+
+    attn_implementation: str = "sdpa"
+    fused_loss: bool = True
+
+
+@dataclass
+class NamedModelConfig(ModelConfig):
+    """A model described here, with random weights (`model=tiny`, `model=llama_8b`, ...).
+
+    Attributes:
+        model_type: Transformers' name of the architecture, e.g. `llama`.
+        vocab_size: Size of the embedding; null takes the tokenizer's, rounded up to a multiple of 64.
+        config: Further fields of that architecture's transformers config.
+    """
+
+    model_type: str = MISSING
+    vocab_size: int | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class PathModelConfig(ModelConfig):
+    """A model described by a Hugging Face folder or hub name.
+
+    Attributes:
+        path: Folder or hub name.
+        revision: Commit, tag or branch of a hub repository.
+        weights: Load its weights (`model=pretrained`), or draw random ones (`model=config`).
+    """
+
+    path: str = MISSING
+    revision: str | None = None
+    weights: bool = True
+
+
+@dataclass
+class RunConfig:
+    """Which run this is.
+
+    Attributes:
+        name: Names the run directory and the run in trackers.
+        dir: Everything a run leaves behind is in here.
+    """
+
+    name: str = "default"
+    dir: str = "runs/${run.name}"
+
+
+@dataclass
+class StopConfig:
+    """When to finish: whichever comes first. All three null is refused."""
+
+    steps: int | None = None
+    tokens: int | None = None
+    minutes: float | None = None
+
+
+@dataclass
+class LogConfig:
+    """How often to write metrics (each time waits for the device once)."""
+
+    every_steps: int = 10
+
+
+@dataclass
+class EvaluationConfig:
+    """Validation loss and a generated sample.
+
+    Attributes:
+        every_steps: Steps between evaluations; null evaluates at the end only.
+        max_samples: Held-out samples of `data.max_seq_len` tokens to use; null uses all.
+        sample_prompt: Text to continue at each evaluation; null generates nothing.
+        sample_tokens: Tokens to generate.
+    """
+
+    every_steps: int | None = None
+    max_samples: int | None = 256
+    sample_prompt: str | None = None
+    sample_tokens: int = 64
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save, and how many to keep.
+
+    Attributes:
+        every_steps: Steps between checkpoints; null saves at the end and on a stop signal only.
+        keep_last: Committed checkpoints that stay; the oldest go first.
+        asynchronous: Write in the background; off waits for each checkpoint to be on disk.
+    """
+
+    every_steps: int | None = None
+    keep_last: int = 2
+    asynchronous: bool = True
+
+    def __post_init__(self) -> None:
+        if self.keep_last < 1:
+            raise ConfigError("checkpoint.keep_last", self.keep_last, "must be at least 1", "use 2")
+
+
+@dataclass
+class ExportConfig:
+    """The Hugging Face folder.
+
+    Attributes:
+        at_end: Write it when the run finishes.
+        dtype: Type of its weights; float32 reproduces the training model's logits exactly.
+    """
+
+    at_end: bool = True
+    dtype: Dtype = Dtype.float32
+
+
+@dataclass
+class TrainerConfig:
+    """`python -m trainer`.
+
+    Attributes:
+        seed: Of initial weights, sample order and dropout.
+        nproc: Processes on this machine: `auto` takes every GPU, else 1. Under torchrun it must agree.
+        global_batch_size: Samples of one optimizer step, over all ranks.
+        micro_batch_size: Samples of one forward on one rank; accumulation follows from the two.
+        deterministic: Only deterministic kernels (slower on a GPU).
+        compile: torch.compile each decoder block.
+        activation_checkpointing: Recompute each decoder block in backward instead of storing it.
+        resume: `auto` goes on from the newest valid checkpoint of `run.dir`, `never` starts anew in an
+            empty one, and a path resumes from that checkpoint.
+        allow_changes: Keys that may differ from the checkpoint's although they change what is trained.
+        shutdown_timeout_s: How long ranks may take to save after SIGTERM before they are killed.
+    """
+
+    run: RunConfig = field(default_factory=RunConfig)
+    seed: int = 0
+    nproc: str = "auto"
+    global_batch_size: int = 32
+    micro_batch_size: int = 8
+    deterministic: bool = False
+    compile: bool = False
+    activation_checkpointing: bool = False
+    resume: str = "auto"
+    allow_changes: list[str] = field(default_factory=list)
+    shutdown_timeout_s: int = 600
+    stop: StopConfig = field(default_factory=StopConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    model: Any = MISSING
+    data: Any = MISSING
+    parallel: Any = MISSING
+    optim: Any = MISSING
+    schedule: Any = MISSING
+    precision: Any = MISSING
+    checkpoint: Any = MISSING
+    monitoring: Any = MISSING
+
+    @property
+    def run_dir(self) -> Path:
+        """Absolute path of the run directory."""
+        return Path(self.run.dir).expanduser().absolute()
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps after which the run is finished; None when only the clock ends it."""
+        limits = []
+        if self.stop.steps is not None:
+            limits.append(self.stop.steps)
+        if self.stop.tokens is not None:
+            limits.append(-(-self.stop.tokens // (self.global_batch_size * self.data.max_seq_len)))
+        return min(limits, default=None)
+
+    def grad_accum_steps(self, world_size: int) -> int:
+        """Micro-batches of one step on one rank."""
+        return self.global_batch_size // (self.micro_batch_size * world_size)
+
+    def check(self, world_size: int) -> None:
+        """Raises ConfigError for settings that cannot hold together on `world_size` ranks."""
+        self._check_numbers()
+        self._check_batch(world_size)
+        self.schedule.check(self.total_steps)
+        self.parallel.check(world_size, self.precision)
+        if self.compile and isinstance(self.parallel, ZeroConfig):
+            raise ConfigError(
+                "compile", True, "DeepSpeed's hooks break the compiled graph", "use ddp or fsdp"
+            )
+
+    def _check_numbers(self) -> None:
+        positive = {
+            "global_batch_size": self.global_batch_size,
+            "micro_batch_size": self.micro_batch_size,
+            "data.max_seq_len": self.data.max_seq_len,
+            "log.every_steps": self.log.every_steps,
+            "stop.steps": self.stop.steps,
+            "stop.tokens": self.stop.tokens,
+            "stop.minutes": self.stop.minutes,
+            "evaluation.every_steps": self.evaluation.every_steps,
+            "evaluation.max_samples": self.evaluation.max_samples,
+            "evaluation.sample_tokens": self.evaluation.sample_tokens,
+            "checkpoint.every_steps": self.checkpoint.every_steps,
+            "shutdown_timeout_s": self.shutdown_timeout_s,
+        }
+        for key, value in positive.items():
+            if value is not None and value <= 0:
+                raise ConfigError(key, value, "must be above 0", "give a positive number")
+        if self.stop == StopConfig():
+            raise ConfigError(
+                "stop", "null", "nothing would end this run", "set stop.steps, .tokens or .minutes"
+            )
+
+    def _check_batch(self, world_size: int) -> None:
+        at_once = self.micro_batch_size * world_size
+        if self.global_batch_size % at_once:
+            nearest = max(1, round(self.global_batch_size / at_once)) * at_once
+            raise ConfigError(
+                "global_batch_size",
+                self.global_batch_size,
+                f"must be a multiple of micro_batch_size x ranks = {self.micro_batch_size} x "
+                f"{world_size} = {at_once}",
+                f"use global_batch_size={nearest}, or another micro_batch_size",
+            )
+
+
+_SCHEMAS: dict[str, dict[str, type]] = {
+    "model": {"named": NamedModelConfig, "path": PathModelConfig},
+    "data": {"single": SingleDataConfig, "mixture": MixtureDataConfig},
+    "parallel": {"ddp": DdpConfig, "fsdp": FsdpConfig, "zero": ZeroConfig},
+    "optim": {"adamw": AdamWConfig},
+    "schedule": {
+        "cosine": CosineConfig,
+        "wsd": WarmupStableDecayConfig,
+        "constant": ConstantConfig,
+    },
+    "precision": {"base": PrecisionConfig},
+    "checkpoint": {"base": CheckpointConfig},
+    "monitoring": {"base": MonitoringConfig},
+}
+
+__all__ = [
+    "AdamWConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "NamedModelConfig",
+    "ParallelConfig",
+    "PathModelConfig",
+    "ScheduleConfig",
+    "TrainerConfig",
+    "register_schemas",
+]
+
+
+def register_schemas() -> None:
+    """Tells Hydra about the dataclasses."""
+    store = ConfigStore.instance()
+    store.store(group="schema", name="trainer", node=TrainerConfig)
+    for group, options in _SCHEMAS.items():
+        for name, schema in options.items():
+            store.store(group=f"schema/{group}", name=name, node=schema)
+
+
+def options_with_key(group: str, key: str) -> list[str]:
+    """Options of a group whose schema has `key`: for the error that names where it would work."""
+    return [n for n, schema in _SCHEMAS.get(group, {}).items() if key in schema.__dataclass_fields__]

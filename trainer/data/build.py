@@ -1,0 +1,117 @@
+"""Turn one source's documents into a token dataset."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedTokenizerFast
+
+from monitoring.errors import ConfigError
+from trainer.data.config import PreparationConfig
+from trainer.data.files import StopRequested, check_stop
+from trainer.data.sources import Document, Source
+from trainer.data.tokenizer import plain_backend
+from trainer.data.writer import TokenDatasetWriter
+
+BATCH_CHARS = 1 << 20
+BATCH_DOCUMENTS = 1024
+
+
+class Advance(Protocol):
+    """Tells whoever watches that more was done."""
+
+    def __call__(self, num_documents: int, num_bytes: int) -> None: ...
+
+
+def build_dataset(
+    folder: Path,
+    source: Source,
+    tokenizer: PreTrainedTokenizerFast,
+    cfg: PreparationConfig,
+    transform: dict[str, object],
+    stop_requested: StopRequested,
+) -> None:
+    """Tokenise a source into an empty folder, an EOS after each document.
+
+    The tokenizer's own threads do the work; memory holds one batch of documents at a time.
+
+    Raises:
+        ConfigError: A split would be without documents, or the source cannot be read.
+        Interrupted: Told to stop.
+    """
+    # Said aloud, the tokenizers library neither guesses nor warns when a process forks later.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    backend, eos = plain_backend(tokenizer), tokenizer.eos_token_id
+    writer = TokenDatasetWriter(folder, tokenizer, shard_tokens=cfg.shard_tokens)
+    # Rows are smaller or larger than their files (compression, other columns): no end to show.
+    total = source.size_bytes if source.identity["kind"] in ("stdlib", "text") else None
+    with writer, progress(f"preparing {source.key}", total) as advance:
+        for batch in batched(source.documents()):
+            check_stop(stop_requested)
+            texts = [document.text for document in batch]
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+            num_bytes = [len(text.encode()) for text in texts]
+            for document, encoding, size in zip(batch, encodings, num_bytes, strict=True):
+                held_out = document.draw < cfg.validation_fraction
+                split = "validation" if held_out else "train"
+                writer.add(split, [*encoding.ids, eos], size)
+            advance(len(batch), sum(num_bytes))
+        _check_splits(source.key, writer, cfg.validation_fraction)
+        writer.finish(source.identity, transform)
+
+
+def batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Group documents so that a batch keeps all threads busy but stays small in memory."""
+    batch: list[Document] = []
+    num_chars = 0
+    for document in documents:
+        batch.append(document)
+        num_chars += len(document.text)
+        if num_chars >= BATCH_CHARS or len(batch) >= BATCH_DOCUMENTS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch
+
+
+@contextmanager
+def progress(task: str, total_bytes: int | None) -> Iterator[Advance]:
+    """A live bar if a person watches; else one line at the beginning and one at the end (stderr)."""
+    begin = time.monotonic()
+    documents = size = 0
+
+    def state() -> str:
+        rate = size / 1e6 / max(time.monotonic() - begin, 1e-9)
+        return f"{documents:,} documents, {size / 1e6:,.1f} MB, {rate:.1f} MB/s"
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        row = bar.add_task(task, total=total_bytes)
+        if bar.disable:
+            print(f"{task} ...", file=sys.stderr)
+
+        def advance(num_documents: int, num_bytes: int) -> None:
+            nonlocal documents, size
+            documents, size = documents + num_documents, size + num_bytes
+            bar.update(row, description=f"{task}: {state()}", completed=size)
+
+        yield advance
+        if bar.disable:
+            print(f"{task}: {state()}", file=sys.stderr)
+
+
+def _check_splits(key: str, writer: TokenDatasetWriter, fraction: float) -> None:
+    train, validation = writer.num_documents("train"), writer.num_documents("validation")
+    if train + validation == 0:
+        raise ConfigError(key, "", "no document in it has any text", "give a source with text")
+    if not train or not validation:
+        empty = "validation" if train else "train"
+        rule = f"of {train + validation} documents of {key} none is left for the {empty} split"
+        fix = "add documents, or raise it" if train else "add documents, or lower it"
+        raise ConfigError("data.validation_fraction", fraction, rule, fix)

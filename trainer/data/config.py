@@ -1,0 +1,85 @@
+"""What a user may set about data. Imports neither torch nor datasets: `--help` and the planner read it."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+
+class SourceKind(Enum):
+    """Where documents come from. Names are lower case since OmegaConf reads an enum by its name."""
+
+    stdlib = "stdlib"
+    text = "text"
+    jsonl = "jsonl"
+    parquet = "parquet"
+    hub = "hub"
+    tokens = "tokens"
+
+
+@dataclass
+class SourceConfig:
+    """One source of documents.
+
+    Attributes:
+        kind: What `path` is.
+        path: File, folder or glob (`text`, `jsonl`, `parquet`), a repository or folder that
+            `datasets.load_dataset` takes (`hub`), or a prepared token dataset (`tokens`).
+        column: The field that holds the text (`jsonl`, `parquet`, `hub`).
+        subset: Name of the configuration inside a hub repository.
+        revision: Commit or tag of a hub repository.
+        split: Split of a hub repository.
+        streaming: Read a hub repository without storing it first.
+        weight: Share of the samples in a mixture, relative to the other sources.
+    """
+
+    kind: SourceKind = MISSING
+    path: str | None = None
+    column: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    split: str | None = None
+    streaming: bool = False
+    weight: float = 1.0
+
+
+@dataclass
+class PreparationConfig:
+    """How documents become samples, the same for every source.
+
+    Attributes:
+        max_seq_len: Tokens in a sample (T).
+        tokenizer: `auto` (the pretrained model's own, else trained on the data), `train` (a byte-level
+            BPE), or a folder or hub name.
+        tokenizer_vocab_size: Largest size of a trained tokenizer (little text makes fewer tokens).
+        validation_fraction: Share of the documents held out. A document's digest decides, so that a
+            held-out document stays held out when others are added.
+        mask_documents: Attend and predict within documents only; otherwise a sample is read as one text.
+        cache_dir: Where prepared token datasets live, one folder each, named by content.
+        shard_tokens: Tokens in one shard file.
+        verify: Check the digests of the prepared shards at every start.
+    """
+
+    max_seq_len: int = 1024
+    tokenizer: str = "auto"
+    tokenizer_vocab_size: int = 4096
+    validation_fraction: float = 0.05
+    mask_documents: bool = False
+    cache_dir: str = "${oc.env:SPOTFORGE_CACHE,~/.cache/spotforge}"
+    shard_tokens: int = 100_000_000
+    verify: bool = True
+
+
+@dataclass
+class SingleDataConfig(PreparationConfig, SourceConfig):
+    """`data=stdlib|text|jsonl|parquet|hub|tokens`: one source, its keys at the top (`data.path`)."""
+
+
+@dataclass
+class MixtureDataConfig(PreparationConfig):
+    """`data=mixture`: several sources; `data.sources.<name>.kind|path|weight|...`."""
+
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+
+
+DataConfig = SingleDataConfig | MixtureDataConfig

@@ -1,0 +1,175 @@
+"""Files on disk that a source is made of: which they are, and their digests.
+
+Digests are what makes prepared data content-addressed. Reading 1 TB at every start to learn that nothing
+changed is not affordable, so they are remembered by (path, size, modification time).
+"""
+
+import codecs
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from monitoring.errors import ConfigError, Interrupted
+
+CHUNK_BYTES = 8 << 20
+
+StopRequested = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source.
+
+    Attributes:
+        path: Relative to the folder, repository or library it belongs to, with `/` between parts.
+        size_bytes: Its size.
+        sha256: Hex digest; `git:<sha1>` for a small file of a hub repository, where the hub has no other.
+    """
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+def check_stop(stop_requested: StopRequested) -> None:
+    """Raises Interrupted when the process was told to stop."""
+    if stop_requested():
+        raise Interrupted(
+            "told to stop while preparing data; nothing half-written was kept: run the same command again"
+        )
+
+
+def list_files(key: str, path: str, extensions: tuple[str, ...] | None) -> list[tuple[str, Path]]:
+    """The files that `path` names, sorted by relative path.
+
+    Args:
+        key: Configuration key to blame, e.g. `data.path`.
+        path: A file (taken whatever its extension), a folder (searched recursively, hidden files and
+            folders left out) or a glob (`**` allowed).
+        extensions: What to take from a folder; None takes every file.
+
+    Returns:
+        Pairs (path relative to the folder or to the fixed part of the glob, absolute path).
+
+    Raises:
+        ConfigError: Nothing there, or nothing of a kind that can be read.
+    """
+    root = Path(path).expanduser().absolute()
+    if root.is_file():
+        return [(root.name, root)]
+    if root.is_dir():
+        return _files_of_folder(key, path, root, extensions)
+    if not glob.has_magic(path):
+        raise ConfigError(key, path, "no such file or folder", "give a path that exists")
+    found = [Path(name) for name in glob.glob(str(root), recursive=True)]
+    fixed = root
+    while glob.has_magic(str(fixed)):
+        fixed = fixed.parent
+    files = sorted((file.relative_to(fixed).as_posix(), file) for file in found if file.is_file())
+    if not files:
+        raise ConfigError(key, path, "the glob matches no file", "quote it and check it with ls")
+    return files
+
+
+def _files_of_folder(
+    key: str, path: str, root: Path, extensions: tuple[str, ...] | None
+) -> list[tuple[str, Path]]:
+    files = []
+    for file in root.rglob("*"):
+        relative = file.relative_to(root)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if not hidden and (extensions is None or file.name.endswith(extensions)) and file.is_file():
+            files.append((relative.as_posix(), file))
+    if not files:
+        wanted = "file" if extensions is None else f"file ending in {', '.join(extensions)}"
+        raise ConfigError(key, path, f"the folder holds no {wanted}", "name the files with a glob")
+    return sorted(files)
+
+
+class FileDigests:
+    """SHA-256 of local files, remembered in `<cache_dir>/digests.json`. Use under a lock.
+
+    Args:
+        cache_file: Where digests are remembered between runs.
+        stop_requested: Polled while reading.
+    """
+
+    def __init__(self, cache_file: Path, stop_requested: StopRequested) -> None:
+        self._cache_file = cache_file
+        self._stop_requested = stop_requested
+        self._changed = False
+        try:
+            self._known: dict[str, list[int | str]] = json.loads(cache_file.read_text())
+        except (FileNotFoundError, ValueError):  # a cache: what cannot be read is computed again
+            self._known = {}
+
+    def file(self, key: str, name: str, path: Path, *, is_text: bool) -> SourceFile:
+        """Digest of one file; with `is_text`, also a check that it is UTF-8 without NUL bytes.
+
+        Raises:
+            ConfigError: Unreadable, or not text.
+        """
+        try:
+            status = path.stat()
+            # A digest is remembered together with the check that was made: text passed it.
+            entry = ["text" if is_text else "bytes", status.st_size, status.st_mtime_ns]
+            known = self._known.get(str(path))
+            if known is None or known[:3] != entry:
+                known = [*entry, self._read(key, path, is_text)]
+                self._known[str(path)] = known
+                self._changed = True
+        except OSError as error:
+            raise ConfigError(key, path, f"cannot be read: {error}", "fix the file") from error
+        return SourceFile(name, status.st_size, str(known[3]))
+
+    def save(self) -> None:
+        """Remember what was computed, in one atomic step."""
+        if self._changed:
+            temporary = self._cache_file.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self._known))
+            os.replace(temporary, self._cache_file)
+
+    def _read(self, key: str, path: Path, is_text: bool) -> str:
+        digest = hashlib.sha256()
+        check = _TextCheck(key, path) if is_text else None
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                check_stop(self._stop_requested)
+                digest.update(chunk)
+                if check:
+                    check.update(chunk)
+        if check:
+            check.finish()
+        return digest.hexdigest()
+
+
+class _TextCheck:
+    """Finds the first byte of a file that cannot be text."""
+
+    def __init__(self, key: str, path: Path) -> None:
+        self._key, self._path, self._offset = key, path, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def update(self, chunk: bytes) -> None:
+        if (position := chunk.find(0)) >= 0:
+            self._fail(self._offset + position, "a NUL byte: this is a binary file")
+        self._decode(chunk, final=False)
+        self._offset += len(chunk)
+
+    def finish(self) -> None:
+        self._decode(b"", final=True)
+
+    def _decode(self, chunk: bytes, final: bool) -> None:
+        pending = len(self._decoder.getstate()[0])  # bytes of a character cut by the chunk border
+        try:
+            self._decoder.decode(chunk, final)
+        except UnicodeDecodeError as error:
+            self._fail(self._offset - pending + error.start, "not UTF-8")
+
+    def _fail(self, offset: int, what: str) -> None:
+        rule = f"byte {offset} is {what}"
+        raise ConfigError(self._key, self._path, rule, "convert the file to UTF-8 or leave it out")

@@ -1,0 +1,165 @@
+"""Which sample comes at which position of an endless stream: seekable, O(1) memory, the same for ever.
+
+Only integer arithmetic of our own: NumPy does not promise that its generators' permutations never change, and a
+run that resumes after an upgrade must see the samples that it would have seen.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from monitoring.errors import ConfigError
+
+Indices = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
+
+BLOCK = 1024  # positions in which a mixture keeps its proportions exactly
+ROUNDS = 8
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def mix(*values: int) -> int:
+    """Hash integers to 64 bits, with the finaliser of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    state = 0
+    for value in values:
+        state = (state + (value & _MASK) + _GOLDEN) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state
+
+
+def _mix_words(words: Words) -> Words:
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+class Permutation:
+    """A pseudo-random bijection on [0, n) that needs no table.
+
+    A Feistel network permutes the next power of four; what falls outside [0, n) is sent through it again
+    until it is inside ("cycle walking", Black and Rogaway, 2002).
+
+    Args:
+        n: Size, at least 1 and at most 2**62.
+        seed: Any integer.
+        epoch: Each one is another permutation.
+    """
+
+    def __init__(self, n: int, seed: int, epoch: int) -> None:
+        assert 1 <= n <= 1 << 62, n
+        self.n = n
+        self._half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
+        self._keys = [np.uint64(mix(seed, epoch, number)) for number in range(ROUNDS)]
+
+    def __call__(self, indices: Indices) -> Indices:
+        """Where each index goes: (count,) in [0, n) -> (count,) in [0, n)."""
+        words = self._network(indices.astype(np.uint64))
+        outside = np.flatnonzero(words >= self.n)
+        while len(outside):
+            walked = self._network(words[outside])
+            words[outside] = walked
+            outside = outside[walked >= self.n]
+        return words.astype(np.int64)
+
+    def _network(self, words: Words) -> Words:
+        bits = np.uint64(self._half_bits)
+        mask = np.uint64((1 << self._half_bits) - 1)
+        left, right = words >> bits, words & mask
+        for key in self._keys:
+            left, right = right, left ^ (_mix_words(right + key) & mask)
+        return (left << bits) | right
+
+
+class SampleOrder:
+    """The endless stream of samples of one source or of a mixture.
+
+    Each source is read epoch after epoch, each epoch in another order, every sample once. In a mixture every
+    block of 1024 positions holds each source in proportion to its weight (largest remainder), shuffled.
+
+    Args:
+        sizes: Samples in each source, at least 1.
+        weights: Share of each source, positive; only their proportions count.
+        seed: Decides everything else.
+        names: For messages.
+
+    Raises:
+        ConfigError: A weight too small to be met once in a block.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        weights: Sequence[float],
+        seed: int,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        assert len(sizes) == len(weights) >= 1 and min(sizes) >= 1, (sizes, weights)
+        self._sizes, self._seed = list(sizes), seed
+        self._counts = _largest_remainder(weights)
+        for index, count in enumerate(self._counts):
+            if count == 0:
+                name = names[index] if names else str(index)
+                rule = f"is less than one sample in {BLOCK} of the mixture"
+                fix = "raise it or remove the source"
+                raise ConfigError(f"data.sources.{name}.weight", weights[index], rule, fix)
+
+    def __call__(self, first: int, count: int) -> tuple[Indices, Indices]:
+        """Positions [first, first + count) of the stream.
+
+        Returns:
+            Index of the source and index of the sample in it, both (count,) int64.
+        """
+        if len(self._sizes) == 1:
+            sources = np.zeros(count, np.int64)
+            draws = np.arange(first, first + count)
+        else:
+            sources, draws = self._mixture(first, count)
+        samples = np.empty(count, np.int64)
+        for source in np.unique(sources):
+            here = sources == source
+            samples[here] = self._samples(int(source), draws[here])
+        return sources, samples
+
+    def _mixture(self, first: int, count: int) -> tuple[Indices, Indices]:
+        """The source at each position, and how many samples were drawn from it before."""
+        first_block, last_block = first // BLOCK, (first + count - 1) // BLOCK
+        blocks = [self._block(block) for block in range(first_block, last_block + 1)]
+        inside = slice(first - first_block * BLOCK, first - first_block * BLOCK + count)
+        sources = np.concatenate([block[0] for block in blocks] or [np.empty(0, np.int64)])
+        draws = np.concatenate([block[1] for block in blocks] or [np.empty(0, np.int64)])
+        return sources[inside], draws[inside]
+
+    def _block(self, block: int) -> tuple[Indices, Indices]:
+        slots = Permutation(BLOCK, mix(self._seed, -1), block)(np.arange(BLOCK))
+        ends = np.cumsum(self._counts)
+        sources = np.searchsorted(ends, slots, side="right").astype(np.int64)
+        draws = np.empty(BLOCK, np.int64)
+        for source, count in enumerate(self._counts):
+            draws[sources == source] = block * count + np.arange(count)
+        return sources, draws
+
+    def _samples(self, source: int, draws: Indices) -> Indices:
+        size = self._sizes[source]
+        epochs, indices = np.divmod(draws, size)
+        samples = np.empty(len(draws), np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            permutation = Permutation(size, mix(self._seed, source), int(epoch))
+            samples[here] = permutation(indices[here])
+        return samples
+
+
+def _largest_remainder(weights: Sequence[float]) -> list[int]:
+    """Seats of BLOCK for each source; ties go to the earlier source."""
+    total = sum(weights)
+    exact = [weight / total * BLOCK for weight in weights]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+    for index in by_remainder[: BLOCK - sum(counts)]:
+        counts[index] += 1
+    return counts

@@ -1,0 +1,305 @@
+"""From a data configuration to token datasets on disk, made once and found again by content.
+
+A folder in `data.cache_dir` is named by the digest of all that decides what is in it: the source's files and
+settings, the tokenizer, and how documents are split and cut. Sequence length, masking and weights are applied
+when samples are read, so changing them prepares nothing again.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from monitoring.errors import ConfigError, DamagedError
+from trainer.data.build import build_dataset
+from trainer.data.cache import build_once, locked, open_cache
+from trainer.data.config import (
+    DataConfig,
+    MixtureDataConfig,
+    PreparationConfig,
+    SourceConfig,
+    SourceKind,
+)
+from trainer.data.files import FileDigests, StopRequested, check_stop
+from trainer.data.sources import PIECE_CHARS, WHOLE_FILE_BYTES, Source, check_keys, open_source
+from trainer.data.tokenizer import KEY as TOKENIZER_KEY
+from trainer.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
+from trainer.data.tokens import TokenDataset, read_manifest, read_tokenizer, verify
+from trainer.data.writer import FORMAT_VERSION, canonical_digest
+
+# A tokenizer learns nothing more from more text than this; of a larger source a fixed part is drawn.
+TOKENIZER_TRAINING_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What training reads.
+
+    Attributes:
+        names: Of the sources, in the configured order.
+        sources: Training split of each.
+        weights: Share of each in the samples, relative to the others.
+        validation: Held-out split of each.
+        tokenizer: Made all of the tokens.
+        tokenizer_fingerprint: Hex SHA-256 of it.
+        digest: Hex SHA-256 over the content of the folders and the weights.
+        folders: Where the sources are.
+        validation_bytes_per_token: Bytes of held-out text (UTF-8) per token, EOS counted as a token: loss in
+            nats / (ln 2 * this) is bits per byte.
+    """
+
+    names: list[str]
+    sources: list[TokenDataset]
+    weights: list[float]
+    validation: list[TokenDataset]
+    tokenizer: PreTrainedTokenizerFast
+    tokenizer_fingerprint: str
+    digest: str
+    folders: list[Path]
+    validation_bytes_per_token: float
+
+    def describe(self) -> dict[str, Any]:
+        """Content of the run's `data.json`: digests, tokens and every source file. JSON types only."""
+        return {
+            "digest": self.digest,
+            "tokenizer_fingerprint": self.tokenizer_fingerprint,
+            "validation_bytes_per_token": self.validation_bytes_per_token,
+            "sources": [
+                _describe(*source)
+                for source in zip(self.names, self.weights, self.sources, strict=True)
+            ],
+        }
+
+    def verify(
+        self, rank: int, world_size: int, stop_requested: StopRequested = lambda: False
+    ) -> None:
+        """Check the digests of this rank's share of all files (see `tokens.verify`).
+
+        Raises:
+            DamagedError: Naming the file and what to do.
+        """
+        for folder in dict.fromkeys(self.folders):
+            verify(folder, rank, world_size, stop_requested)
+
+
+def prepare(
+    cfg: DataConfig, *, model_path: str | None, stop_requested: Callable[[], bool]
+) -> PreparedData:
+    """Find or make the token datasets. Every rank may call this at once: one works, the others wait.
+
+    Args:
+        cfg: What to prepare.
+        model_path: The pretrained model whose tokenizer `auto` takes; None trains one.
+        stop_requested: Polled between batches.
+
+    Raises:
+        ConfigError: Something in the configuration or in the source cannot be used; nothing is left behind.
+        DamagedError: A prepared folder was altered.
+        Interrupted: Told to stop; nothing half-written is left behind.
+    """
+    sources = _named_sources(cfg)
+    _check(cfg, sources)
+    folders = {
+        name: Path(source.path or "").expanduser().absolute()
+        for name, (_, source) in sources.items()
+        if source.kind is SourceKind.tokens
+    }
+    tokenizer = _given_tokenizer(cfg, model_path, list(folders.values()))
+    if len(folders) < len(sources):
+        cache = open_cache(cfg.cache_dir)
+        folders |= _prepare_sources(cfg, sources, tokenizer, cache, stop_requested)
+    return _open(sources, [folders[name] for name in sources])
+
+
+def _named_sources(cfg: DataConfig) -> dict[str, tuple[str, SourceConfig]]:
+    """Name -> (configuration key, source)."""
+    if not isinstance(cfg, MixtureDataConfig):
+        return {cfg.kind.value: ("data", cfg)}
+    if not cfg.sources:
+        fix = "add at least one, e.g. +data.sources.code.kind=stdlib"
+        raise ConfigError("data.sources", "{}", "a mixture needs sources", fix)
+    return {name: (f"data.sources.{name}", source) for name, source in cfg.sources.items()}
+
+
+def _check(cfg: DataConfig, sources: dict[str, tuple[str, SourceConfig]]) -> None:
+    for key, source in sources.values():
+        check_keys(key, source)
+    if not isinstance(cfg, MixtureDataConfig) and cfg.weight != 1.0:
+        rule = "has no effect with one source"
+        raise ConfigError("data.weight", cfg.weight, rule, "remove it or use data=mixture")
+    if not 0 < cfg.validation_fraction < 1:
+        rule = "must be above 0 and below 1"
+        raise ConfigError("data.validation_fraction", cfg.validation_fraction, rule, "try 0.05")
+    if cfg.shard_tokens < 1:
+        rule = "a shard holds at least one token"
+        raise ConfigError("data.shard_tokens", cfg.shard_tokens, rule, "try 100000000")
+
+
+def _given_tokenizer(
+    cfg: PreparationConfig, model_path: str | None, token_folders: list[Path]
+) -> PreTrainedTokenizerFast | None:
+    """The tokenizer that the configuration names or brings along; None if one has to be trained."""
+    tokenizer, name = None, cfg.tokenizer
+    if name == "auto" and model_path is not None:
+        name = model_path
+    if name not in ("auto", "train"):
+        tokenizer = load_tokenizer(name)
+    for folder in token_folders:
+        if cfg.tokenizer == "train":
+            rule = f"{folder} holds tokens already, made by another tokenizer"
+            raise ConfigError(TOKENIZER_KEY, "train", rule, "set it to auto")
+        tokenizer, name = _same_tokenizer(tokenizer, name, folder), str(folder)
+    default = PreparationConfig.tokenizer_vocab_size
+    if tokenizer is not None and cfg.tokenizer_vocab_size != default:
+        rule = f"has no effect, as the tokenizer of {name} is taken"
+        fix = "remove it, or set data.tokenizer=train"
+        raise ConfigError("data.tokenizer_vocab_size", cfg.tokenizer_vocab_size, rule, fix)
+    return tokenizer
+
+
+def _same_tokenizer(
+    tokenizer: PreTrainedTokenizerFast | None, name: str, folder: Path
+) -> PreTrainedTokenizerFast:
+    manifest = read_manifest(folder)
+    if tokenizer is None:
+        return read_tokenizer(folder, manifest)
+    if fingerprint(tokenizer) != manifest["tokenizer_fingerprint"]:
+        rule = f"the tokens in {folder} were made by another tokenizer"
+        raise ConfigError(TOKENIZER_KEY, name, rule, "prepare them again from their source")
+    return tokenizer
+
+
+def _prepare_sources(
+    cfg: PreparationConfig,
+    configs: dict[str, tuple[str, SourceConfig]],
+    tokenizer: PreTrainedTokenizerFast | None,
+    cache: Path,
+    stop_requested: StopRequested,
+) -> dict[str, Path]:
+    """The folders of all sources but those that are tokens already, built where they are missing."""
+    with locked(cache / "digests.lock", stop_requested):  # one rank reads 1 TB, not all of them
+        digests = FileDigests(cache / "digests.json", stop_requested)
+        sources = {
+            name: open_source(key, source, digests)
+            for name, (key, source) in configs.items()
+            if source.kind is not SourceKind.tokens
+        }
+        digests.save()
+    training = _training_identity(cfg, list(sources.values()))
+    made_by = fingerprint(tokenizer) if tokenizer else f"train:{canonical_digest(training)}"
+    transforms = {name: _transform(cfg, made_by) for name in sources}
+    folders = {
+        name: cache / canonical_digest([source.identity, transforms[name]])[:16]
+        for name, source in sources.items()
+    }
+    for name, source in sources.items():
+        if not folders[name].exists():
+            if tokenizer is None:
+                tokenizer = _trained(cfg, cache, training, list(sources.values()), stop_requested)
+            build = partial(
+                build_dataset,
+                source=source,
+                tokenizer=tokenizer,
+                cfg=cfg,
+                transform=transforms[name],
+                stop_requested=stop_requested,
+            )
+            build_once(folders[name], build, stop_requested)
+    return folders
+
+
+def _transform(cfg: PreparationConfig, made_by: str) -> dict[str, object]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "tokenizer": made_by,
+        "validation_fraction": cfg.validation_fraction,
+        "shard_tokens": cfg.shard_tokens,
+        "whole_file_bytes": WHOLE_FILE_BYTES,
+        "piece_chars": PIECE_CHARS,
+    }
+
+
+def _training_identity(cfg: PreparationConfig, sources: list[Source]) -> dict[str, object]:
+    return {
+        "vocab_size": cfg.tokenizer_vocab_size,
+        "validation_fraction": cfg.validation_fraction,
+        "sources": [source.identity for source in sources],
+    }
+
+
+def _trained(
+    cfg: PreparationConfig,
+    cache: Path,
+    identity: dict[str, object],
+    sources: list[Source],
+    stop_requested: StopRequested,
+) -> PreTrainedTokenizerFast:
+    """One tokenizer for all sources, from their training documents; trained once, like the rest."""
+    folder = cache / f"tokenizer-{canonical_digest(identity)[:16]}"
+
+    def build(temporary: Path) -> None:
+        texts = _training_texts(cfg, sources, stop_requested)
+        tokenizer = train_tokenizer(texts, cfg.tokenizer_vocab_size)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "fingerprint").write_text(fingerprint(tokenizer))
+
+    build_once(folder, build, stop_requested)
+    tokenizer = load_tokenizer(str(folder))
+    if fingerprint(tokenizer) != (folder / "fingerprint").read_text():
+        fix = f"delete {folder}; it is trained again"
+        raise DamagedError(TOKENIZER_KEY, folder, "was altered since it was trained", fix)
+    return tokenizer
+
+
+def _training_texts(
+    cfg: PreparationConfig, sources: list[Source], stop_requested: StopRequested
+) -> Iterator[str]:
+    size_bytes = sum(source.size_bytes for source in sources)
+    kept = min(1.0, TOKENIZER_TRAINING_BYTES / max(1, size_bytes))
+    held_out = cfg.validation_fraction
+    for source in sources:
+        for document in source.documents():
+            check_stop(stop_requested)
+            # The draw that splits also samples: no state, and the same documents every time.
+            if held_out <= document.draw < held_out + (1 - held_out) * kept:
+                yield document.text
+
+
+def _open(sources: dict[str, tuple[str, SourceConfig]], folders: list[Path]) -> PreparedData:
+    train = [TokenDataset.open(folder, "train") for folder in folders]
+    validation = [TokenDataset.open(folder, "validation") for folder in folders]
+    weights = [float(source.weight) for _, source in sources.values()]
+    manifests = [dataset.manifest for dataset in train]
+    content = [[m["digest"], weight] for m, weight in zip(manifests, weights, strict=True)]
+    num_bytes = sum(dataset.num_bytes for dataset in validation)
+    return PreparedData(
+        names=list(sources),
+        sources=train,
+        weights=weights,
+        validation=validation,
+        tokenizer=read_tokenizer(folders[0], manifests[0]),
+        tokenizer_fingerprint=manifests[0]["tokenizer_fingerprint"],
+        digest=canonical_digest(content),
+        folders=folders,
+        validation_bytes_per_token=num_bytes / sum(dataset.num_tokens for dataset in validation),
+    )
+
+
+def _describe(name: str, weight: float, dataset: TokenDataset) -> dict[str, Any]:
+    manifest = dataset.manifest
+    counted = ("num_tokens", "num_documents", "num_bytes")
+    return {
+        "name": name,
+        "weight": weight,
+        "folder": str(dataset.folder),
+        "digest": manifest["digest"],
+        "source": manifest["source"],
+        "transform": manifest["transform"],
+        "splits": {
+            split: {key: entry[key] for key in counted}
+            for split, entry in manifest["splits"].items()
+        },
+    }

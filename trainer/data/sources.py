@@ -1,0 +1,194 @@
+"""Documents: where they come from, in a fixed order, and which of them are held out.
+
+What is one document:
+    stdlib          one `*.py` file of Python's standard library
+    text            one file; a file of more than 64 Ki bytes is cut at blank lines into pieces of about
+                    16 Ki characters (a book in one file would otherwise leave nothing to hold out)
+    jsonl, parquet  one row
+    hub             one row
+"""
+
+import hashlib
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+from monitoring.errors import ConfigError
+from trainer.data.config import SourceConfig, SourceKind
+from trainer.data.files import FileDigests, SourceFile, list_files
+from trainer.data.hub import hub_files, hub_texts
+from trainer.data.tables import table_texts
+
+TEXT_EXTENSIONS = (
+    *(".txt", ".text", ".md", ".rst", ".tex", ".org", ".html", ".xml", ".log", ".srt"),
+    *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".java", ".js", ".ts", ".go", ".rs"),
+    *(".rb", ".php", ".sh", ".sql", ".lua", ".kt", ".swift", ".scala", ".jl", ".r", ".css"),
+    *(".yaml", ".yml", ".toml", ".ini", ".csv", ".tsv"),
+)
+TABLE_EXTENSIONS = {
+    SourceKind.jsonl: (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".jsonl.bz2"),
+    SourceKind.parquet: (".parquet",),
+}
+# Tests and vendored parsers' fixtures are no sample of the library's own style; some are broken on purpose.
+STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+WHOLE_FILE_BYTES = 64 << 10
+PIECE_CHARS = 16 << 10
+
+_COLUMN_KEYS = {"path", "column"}
+_KEYS = {
+    SourceKind.stdlib: set[str](),
+    SourceKind.text: {"path"},
+    SourceKind.jsonl: _COLUMN_KEYS,
+    SourceKind.parquet: _COLUMN_KEYS,
+    SourceKind.hub: _COLUMN_KEYS | {"subset", "revision", "split", "streaming"},
+    SourceKind.tokens: {"path"},
+}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text.
+
+    Attributes:
+        text: Never empty.
+        digest: SHA-256 that decides the split: of the text, or of the file's name (`stdlib`).
+    """
+
+    text: str
+    digest: bytes
+
+    @property
+    def draw(self) -> float:
+        """A number in [0, 1) that is fixed for this document; below `validation_fraction` is held out."""
+        return int.from_bytes(self.digest[:6], "big") / (1 << 48)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source that was found and whose files are digested.
+
+    Attributes:
+        key: Configuration key of the source: `data` or `data.sources.<name>`.
+        identity: Kind, settings and files: what decides which documents come out. JSON types only.
+        size_bytes: Sum over the files.
+        documents: Starts an iteration over the non-empty documents, always in the same order.
+    """
+
+    key: str
+    identity: dict[str, object]
+    size_bytes: int
+    documents: Callable[[], Iterator[Document]]
+
+
+def check_keys(key: str, cfg: SourceConfig) -> None:
+    """Refuse a missing path, a weight that is not positive, and keys without effect for the kind.
+
+    Raises:
+        ConfigError: Naming the key.
+    """
+    allowed = _KEYS[cfg.kind] | {"kind", "weight"}
+    for field in fields(SourceConfig):
+        value = getattr(cfg, field.name)
+        if field.name not in allowed and value != field.default:
+            rule = f"has no effect with kind={cfg.kind.value}"
+            raise ConfigError(f"{key}.{field.name}", value, rule, "remove it")
+    if "path" in allowed and not cfg.path:
+        raise ConfigError(f"{key}.path", cfg.path, f"kind={cfg.kind.value} needs it", "set it")
+    if not 0 < cfg.weight < float("inf"):
+        rule = "a weight must be a positive number"
+        raise ConfigError(f"{key}.weight", cfg.weight, rule, "set it above 0 or remove the source")
+
+
+def open_source(key: str, cfg: SourceConfig, digests: FileDigests) -> Source:
+    """Find a source's files and digest them; documents are read later.
+
+    Args:
+        key: `data` or `data.sources.<name>`.
+        cfg: Any kind but `tokens`, checked by `check_keys`.
+        digests: Cache of file digests.
+
+    Raises:
+        ConfigError: Nothing there, or a text file that is not text.
+    """
+    column = cfg.column or "text"
+    path_key, path = f"{key}.path", cfg.path or ""
+    if cfg.kind is SourceKind.stdlib:
+        library = _stdlib_files()
+        files = [digests.file(key, name, file, is_text=True) for name, file in library]
+        return _source(key, cfg, {}, files, lambda: _stdlib_documents(library))
+    if cfg.kind is SourceKind.text:
+        texts = list_files(path_key, path, TEXT_EXTENSIONS)
+        files = [digests.file(path_key, name, file, is_text=True) for name, file in texts]
+        if not any(file.size_bytes for file in files):
+            raise ConfigError(path_key, path, "is empty", "give a file with text in it")
+        return _source(key, cfg, {}, files, lambda: _by_text(_pieces_of(texts)))
+    if cfg.kind is SourceKind.hub:
+        repository = hub_files(key, cfg, digests)
+        settings = {"column": column, "subset": cfg.subset, "split": cfg.split or "train"}
+        settings["commit"] = repository.commit
+        hub_rows = partial(hub_texts, key, cfg, repository.commit)
+        return _source(key, cfg, settings, repository.files, lambda: _by_text(hub_rows()))
+    tables = list_files(path_key, path, TABLE_EXTENSIONS[cfg.kind])
+    files = [digests.file(path_key, name, file, is_text=False) for name, file in tables]
+    for file, (_, location) in zip(files, tables, strict=True):
+        if not file.size_bytes:
+            raise ConfigError(path_key, location, "is empty", "leave it out or fill it")
+    paths = [str(location) for _, location in tables]
+    rows = partial(table_texts, key, cfg.kind.value, paths, column)
+    return _source(key, cfg, {"column": column}, files, lambda: _by_text(rows()))
+
+
+def _source(
+    key: str,
+    cfg: SourceConfig,
+    settings: dict[str, str | None],
+    files: list[SourceFile],
+    documents: Callable[[], Iterator[Document]],
+) -> Source:
+    identity = {"kind": cfg.kind.value, **settings, "files": [asdict(file) for file in files]}
+    return Source(key, identity, sum(file.size_bytes for file in files), documents)
+
+
+def _stdlib_files() -> list[tuple[str, Path]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    relative = (file.relative_to(root) for file in root.rglob("*.py"))
+    names = sorted(path.as_posix() for path in relative if not STDLIB_EXCLUDED & set(path.parts))
+    return [(name, root / name) for name in names]
+
+
+def _stdlib_documents(library: list[tuple[str, Path]]) -> Iterator[Document]:
+    for name, file in library:
+        text = file.read_bytes().decode()
+        if text.strip():
+            yield Document(text, hashlib.sha256(name.encode()).digest())
+
+
+def _by_text(texts: Iterator[str]) -> Iterator[Document]:
+    for text in texts:
+        if text.strip():
+            yield Document(text, hashlib.sha256(text.encode()).digest())
+
+
+def _pieces_of(files: list[tuple[str, Path]]) -> Iterator[str]:
+    for _, file in files:
+        if file.stat().st_size <= WHOLE_FILE_BYTES:
+            yield file.read_bytes().decode()
+        else:
+            yield from _pieces(file)
+
+
+def _pieces(file: Path) -> Iterator[str]:
+    """Cut at the first blank line after PIECE_CHARS, or at the line that makes it twice that long."""
+    with file.open(encoding="utf-8", newline="") as lines:  # newline="": line ends stay as they are
+        piece: list[str] = []
+        size = 0
+        while line := lines.readline(PIECE_CHARS):
+            piece.append(line)
+            size += len(line)
+            if size >= 2 * PIECE_CHARS or (size >= PIECE_CHARS and not line.strip()):
+                yield "".join(piece)
+                piece, size = [], 0
+        yield "".join(piece)

@@ -1,0 +1,205 @@
+"""Write a token dataset: streamed, in constant memory, hashed while it is written.
+
+    manifest.json             what is in here, with the size and SHA-256 of every other file
+    train-00000.bin ...       token ids, little-endian uint16 or uint32, cut at `shard_tokens`
+    train-documents.bin       little-endian uint64: where each document starts in the split's stream
+    validation-...            the same for the held-out split
+    tokenizer/                as `save_pretrained` writes it
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerFast
+
+from trainer.data.tokenizer import fingerprint, vocab_size_of
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "validation")
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+
+
+def canonical_digest(content: object) -> str:
+    """SHA-256 (hex) of JSON types, whatever the order of their keys."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the folder's entries survive a power cut, not only the bytes of its files."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class TokenDatasetWriter:
+    """Writes one dataset into an empty folder; `finish` makes it complete.
+
+    Args:
+        folder: Where to. Nothing outside it is touched.
+        tokenizer: Stored with the tokens.
+        shard_tokens: Tokens in a shard file; a document may cross a border.
+    """
+
+    def __init__(
+        self, folder: Path, tokenizer: PreTrainedTokenizerFast, *, shard_tokens: int
+    ) -> None:
+        self._folder, self._tokenizer = folder, tokenizer
+        self.vocab_size = vocab_size_of(tokenizer)
+        self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+        self._splits = {
+            split: _SplitWriter(folder, split, self.dtype, shard_tokens) for split in SPLITS
+        }
+
+    def __enter__(self) -> "TokenDatasetWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for split in self._splits.values():
+            split.close()
+
+    def add(self, split: str, tokens: list[int], num_bytes: int) -> None:
+        """Append a document.
+
+        Args:
+            split: `train` or `validation`.
+            tokens: Its ids, EOS included; not empty.
+            num_bytes: Length of its text in UTF-8.
+        """
+        self._splits[split].add(np.asarray(tokens, self.dtype), num_bytes)
+
+    def num_documents(self, split: str) -> int:
+        """Documents added to a split so far."""
+        return self._splits[split].num_documents
+
+    def finish(self, source: dict[str, object], transform: dict[str, object]) -> None:
+        """Write the tokenizer and the manifest, and force everything to the disk.
+
+        Args:
+            source: Where the documents came from (`Source.identity`).
+            transform: Settings that decided which tokens came out.
+        """
+        splits = {name: split.finish() for name, split in self._splits.items()}
+        manifest: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "tokenizer_fingerprint": fingerprint(self._tokenizer),
+            "vocab_size": self.vocab_size,
+            "eos_token_id": self._tokenizer.eos_token_id,
+            "dtype": self.dtype.name,
+            "source": source,
+            "transform": transform,
+            "splits": splits,
+            "tokenizer": self._save_tokenizer(),
+        }
+        manifest["digest"] = canonical_digest(manifest)
+        with (self._folder / MANIFEST).open("w") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(self._folder)
+
+    def _save_tokenizer(self) -> list[dict[str, object]]:
+        folder = self._folder / TOKENIZER
+        self._tokenizer.save_pretrained(folder)
+        entries: list[dict[str, object]] = []
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                content = path.read_bytes()
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                name = path.relative_to(self._folder).as_posix()
+                digest = hashlib.sha256(content).hexdigest()
+                entries.append({"file": name, "size_bytes": len(content), "sha256": digest})
+        sync_folder(folder)
+        return entries
+
+
+class _SplitWriter:
+    """The token stream of one split, cut into shards, and the starts of its documents."""
+
+    def __init__(
+        self, folder: Path, split: str, dtype: "np.dtype[Any]", shard_tokens: int
+    ) -> None:
+        self._folder, self._split, self._dtype = folder, split, dtype
+        self._shard_tokens = shard_tokens
+        self._documents = _HashedFile(folder / f"{split}-documents.bin")
+        self._shard: _HashedFile | None = None
+        self._shards: list[dict[str, object]] = []
+        self.num_tokens = self.num_documents = self.num_bytes = 0
+
+    def add(self, tokens: npt.NDArray[Any], num_bytes: int) -> None:
+        self._documents.write(np.array(self.num_tokens, "<u8").tobytes())
+        self.num_documents += 1
+        self.num_bytes += num_bytes
+        while len(tokens):
+            if self._shard is None:
+                name = f"{self._split}-{len(self._shards):05d}.bin"
+                self._shard = _HashedFile(self._folder / name)
+            room = self._shard_tokens - self._shard.size_bytes // self._dtype.itemsize
+            self._shard.write(tokens[:room].tobytes())
+            self.num_tokens += len(tokens[:room])
+            if len(tokens) >= room:
+                self._end_shard()
+            tokens = tokens[room:]
+
+    def finish(self) -> dict[str, object]:
+        self._end_shard()
+        return {
+            "num_tokens": self.num_tokens,
+            "num_documents": self.num_documents,
+            "num_bytes": self.num_bytes,
+            "shards": self._shards,
+            "documents": self._documents.finish(),
+        }
+
+    def close(self) -> None:
+        self._documents.close()
+        if self._shard is not None:
+            self._shard.close()
+
+    def _end_shard(self) -> None:
+        if self._shard is not None:
+            num_tokens = self._shard.size_bytes // self._dtype.itemsize
+            self._shards.append({**self._shard.finish(), "num_tokens": num_tokens})
+            self._shard = None
+
+
+class _HashedFile:
+    """A file whose digest is known when it is finished, without reading it again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, path.open("wb")
+        self._sha256 = hashlib.sha256()
+        self.size_bytes = 0
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._sha256.update(data)
+        self.size_bytes += len(data)
+
+    def finish(self) -> dict[str, object]:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.close()
+        return {
+            "file": self._path.name,
+            "size_bytes": self.size_bytes,
+            "sha256": self._sha256.hexdigest(),
+        }
+
+    def close(self) -> None:
+        self._file.close()

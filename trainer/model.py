@@ -1,0 +1,256 @@
+"""Builds the model without ever holding it: on the meta device first, then part by part."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file, logging
+
+from monitoring.errors import ConfigError
+from trainer.config import NamedModelConfig, PathModelConfig
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+def build_meta_model(
+    config: NamedModelConfig | PathModelConfig, tokenizer_size: int
+) -> PreTrainedModel:
+    """The architecture in float32 on the meta device: shapes, no memory.
+
+    Raises:
+        ConfigError: If the architecture is unknown, a field of it is misspelt, or the tokenizer has
+            more tokens than the embedding has rows.
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    hf_config = _hf_config(config, tokenizer_size)
+    vocab_size = hf_config.get_text_config().vocab_size
+    if tokenizer_size > vocab_size:
+        raise ConfigError(
+            "data.tokenizer",
+            f"{tokenizer_size} tokens",
+            f"does not fit the model's vocabulary of {vocab_size}",
+            "use the model's own tokenizer (data.tokenizer=auto with model=pretrained), a smaller "
+            "data.tokenizer_vocab_size, or a larger model.vocab_size",
+        )
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                hf_config, dtype=torch.float32, attn_implementation=config.attn_implementation
+            )
+    except (ValueError, ImportError) as e:
+        key = "model.path" if isinstance(config, PathModelConfig) else "model.model_type"
+        raise ConfigError(
+            key, hf_config.model_type, _first_line(e), "choose a causal language model"
+        ) from e
+    if model.get_output_embeddings() is None:
+        raise ConfigError(
+            "model", type(model).__name__, "has no output head", "choose a causal language model"
+        )
+    return model
+
+
+class Materializer:
+    """Fills one part of a meta model after another with the run's initial weights.
+
+    Random weights come from the model's own initialisation, one module at a time under a seed of its
+    name: the same weights whatever the strategy, the order or the number of ranks. Pretrained ones are
+    read from the safetensors files, only those of the part at hand.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        model: PreTrainedModel,
+        config: NamedModelConfig | PathModelConfig,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self._model, self._seed, self._device = model, seed, device
+        self._names = {m: name for name, m in model.named_modules()}
+        self._read: Callable[[str], Tensor] | None = None
+        if isinstance(config, PathModelConfig) and config.weights:
+            self._read = _weights_reader(config, model)
+        self._done: set[nn.Module] = {m for m in module.modules() if m not in self._names}
+
+    @torch.no_grad()
+    def __call__(self, part: nn.Module) -> None:
+        """Materializes what is not yet, of `part` and below."""
+        modules = [m for m in _children_first(part) if m not in self._done]
+        for module in modules:
+            module.to_empty(device=self._device, recurse=False)
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if tensor.is_floating_point():
+                    tensor.fill_(torch.nan)  # what nothing initialises shows below
+        with torch.random.fork_rng(
+            devices=[self._device] if self._device.type == "cuda" else [],
+        ):
+            for module in modules:  # a parent may refine what its children drew (GPT-2)
+                torch.manual_seed(_seed_of(self._seed, self._names[module]))
+                self._model._init_weights(module)
+        if self._read is not None:
+            for module in modules:
+                for name, parameter in module.named_parameters(recurse=False):
+                    parameter.copy_(self._read(f"{self._names[module]}.{name}"))
+        self._done.update(modules)
+        if all(m in self._done for m in self._names):
+            self._model.tie_weights()  # ties are between modules; to_empty parted them
+        self._check(modules)
+
+    def _check(self, modules: list[nn.Module]) -> None:
+        for module in modules:
+            for name, tensor in (
+                *module.named_parameters(recurse=False),
+                *module.named_buffers(recurse=False),
+            ):
+                if tensor.is_floating_point() and bool(tensor.isnan().any()):
+                    raise ConfigError(
+                        "model",
+                        type(self._model).__name__,
+                        f"{self._names[module]}.{name} is NaN, or transformers does not initialise it",
+                        "repair the weights, or choose another architecture",
+                    )
+
+
+def prepare_training(model: PreTrainedModel, *, compile: bool, checkpointing: bool) -> None:
+    """Switches on recomputation and compilation, block by block, before any sharding."""
+    from parallel.strategy import decoder_blocks
+
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if compile:
+        for block in decoder_blocks(model):
+            block.compile()
+
+
+def _hf_config(config: NamedModelConfig | PathModelConfig, tokenizer_size: int) -> Any:
+    if isinstance(config, PathModelConfig):
+        try:
+            return AutoConfig.from_pretrained(config.path, revision=config.revision)
+        except (OSError, ValueError) as e:
+            raise ConfigError(
+                "model.path",
+                config.path,
+                _first_line(e),
+                "give a folder with config.json, or a hub name while there is a network",
+            ) from e
+    try:
+        known = AutoConfig.for_model(config.model_type)
+    except ValueError as e:
+        raise ConfigError(
+            "model.model_type", config.model_type, _first_line(e), "use a type transformers knows"
+        ) from e
+    for field in config.config:
+        # transformers would keep an unknown field and ignore it.
+        if not hasattr(known, field):
+            close = difflib.get_close_matches(field, known.to_dict(), n=1)
+            raise ConfigError(
+                f"model.config.{field}",
+                config.config[field],
+                f"is not a field of {type(known).__name__}",
+                f"did you mean {close[0]}?" if close else "remove it",
+            )
+    vocab_size = config.vocab_size or -(-tokenizer_size // 64) * 64
+    hf_config: PretrainedConfig = AutoConfig.for_model(
+        config.model_type, **config.config, vocab_size=vocab_size
+    )
+    return hf_config
+
+
+def _weights_reader(config: PathModelConfig, model: PreTrainedModel) -> Callable[[str], Tensor]:
+    """A function that reads one parameter by its name in `model`.
+
+    Raises:
+        ConfigError: If there are no safetensors, or they lack a parameter of the model.
+    """
+    files = _weight_files(config)
+    prefix = f"{model.base_model_prefix}."
+    stored: dict[str, str] = {}
+    for name, _ in model.named_parameters():
+        # Checkpoints of the bare base model leave its prefix out (gpt2 on the hub does).
+        found = [n for n in (name, name.removeprefix(prefix)) if n in files]
+        if not found:
+            raise ConfigError(
+                "model.path",
+                config.path,
+                f"its weights have no {name}",
+                "save it again with AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)",
+            )
+        stored[name] = found[0]
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    tied = {n for n, _ in model.named_parameters(remove_duplicate=False)} - set(stored)
+
+    def read(name: str) -> Tensor:
+        if name in tied:  # its twin is read; tie_weights() joins them
+            return torch.zeros(())
+        with safe_open(files[stored[name]], framework="pt") as f:
+            tensor: Tensor = f.get_tensor(stored[name])
+        if tensor.shape != shapes[name]:
+            raise ConfigError(
+                "model.path",
+                config.path,
+                f"{stored[name]} is {tuple(tensor.shape)}, the config makes it {tuple(shapes[name])}",
+                "config.json and the weights are of different models: download both again",
+            )
+        return tensor
+
+    return read
+
+
+def _weight_files(config: PathModelConfig) -> dict[str, str]:
+    """File of each stored tensor."""
+
+    def find(name: str) -> str | None:
+        path: str | None = cached_file(
+            config.path,
+            name,
+            revision=config.revision,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        return path
+
+    index = find(_INDEX)
+    if index is not None:
+        weight_map: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
+        paths = {file: find(file) for file in set(weight_map.values())}
+        missing = [file for file, path in paths.items() if path is None]
+        if missing:
+            raise ConfigError(
+                "model.path", config.path, f"{missing[0]} is missing", "download it again"
+            )
+        return {name: str(paths[file]) for name, file in weight_map.items()}
+    single = find(_SINGLE)
+    if single is None:
+        raise ConfigError(
+            "model.path",
+            config.path,
+            f"has neither {_SINGLE} nor {_INDEX}",
+            "save the model as safetensors, or use model=config for random weights",
+        )
+    with safe_open(single, framework="pt") as f:
+        return dict.fromkeys(f.keys(), single)
+
+
+def _children_first(module: nn.Module) -> list[nn.Module]:
+    ordered = [m for child in module.children() for m in _children_first(child)]
+    return [*ordered, module]
+
+
+def _seed_of(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")

@@ -1,0 +1,169 @@
+"""What a run tells the world: files in the run directory and lines on the console, from rank 0."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PreTrainedModel
+
+from monitoring.environment import describe_environment
+from monitoring.errors import ConfigError
+from monitoring.metrics import MetricLogger
+from monitoring.report import write_report
+from monitoring.throughput import flops_per_token, mfu, peak_memory_bytes
+from parallel.world import World
+from trainer.config import TrainerConfig
+from trainer.data.prepare import PreparedData
+
+
+class Reporter:
+    """Silent on every rank but 0; `log` is collective all the same."""
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        resolved: dict[str, Any],
+        data: PreparedData,
+        model: PreTrainedModel,
+        world: World,
+    ) -> None:
+        self._config, self._resolved, self._data, self._world = config, resolved, data, world
+        self._num_parameters = sum(p.numel() for p in model.parameters())
+        self._flops_per_token = _flops_per_token(model, config.data.max_seq_len)
+        self._logger: MetricLogger | None = None
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        if self._world.rank != 0:
+            return
+        if self._logger is not None:
+            self._logger.message(text)
+        else:
+            print(text, flush=True)
+
+    def open(self, first_step: int) -> None:
+        """Creates the run directory and describes the run in it, once nothing can be refused."""
+        if self._world.rank != 0:
+            return
+        run_dir = self._config.run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(self._resolved, sort_keys=False))
+        for name, content in (
+            ("environment.json", describe_environment()),
+            ("data.json", self._data.describe()),
+        ):
+            (run_dir / name).write_text(json.dumps(content, indent=1))
+        config = self._config
+        self.say(
+            f"{config.run.name}: {self._num_parameters / 1e6:.1f}M parameters, "
+            f"{self._world.world_size} x {self._device_name()}, "
+            f"{type(config.parallel).__name__.removesuffix('Config').upper()}, "
+            f"global batch {config.global_batch_size} x {config.data.max_seq_len} tokens "
+            f"({config.grad_accum_steps(self._world.world_size)} micro-batches of "
+            f"{config.micro_batch_size} a rank)"
+        )
+        self._logger = MetricLogger(
+            config.monitoring,
+            run_dir,
+            config.run.name,
+            config.total_steps,
+            first_step,
+            {**self._resolved, "num_parameters": self._num_parameters},
+        )
+
+    def progress(self, step: int) -> None:
+        """Moves the progress bar."""
+        if self._logger is not None:
+            self._logger.progress(step)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Writes the metrics of one step; collective: memory and waits are the worst rank's."""
+        memory, data_wait_s = self._world.max(
+            peak_memory_bytes(self._world.device.type), record["data_wait_s"]
+        )
+        record |= {"peak_memory_bytes": int(memory), "data_wait_s": data_wait_s}
+        utilisation = mfu(
+            record["tokens_per_s"],
+            self._flops_per_token,
+            self._device_name(),
+            self._config.precision.param_dtype.value,
+            self._world.world_size,
+        )
+        if utilisation is not None:
+            record["mfu"] = utilisation
+        if self._logger is not None:
+            self._logger.log(record)
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Shows and keeps a generated text."""
+        if self._logger is not None:
+            self._logger.sample(step, prompt, text)
+
+    def close(self, status: str) -> None:
+        """Ends the sinks and writes the report."""
+        if self._logger is None:
+            return
+        self._logger.close(status)
+        self._logger = None
+        if self._config.monitoring.report:
+            write_report(self._config.run_dir)
+
+    def say_what_next(self, checkpoint: Path) -> None:
+        """Where everything is, and what to try."""
+        run_dir = self._config.run_dir
+        self.say(f"\ncheckpoint  {_short(checkpoint)}")
+        for name, path in (("export", run_dir / "export"), ("report", run_dir / "report.html")):
+            if path.exists():
+                self.say(f"{name:<12}{_short(path)}")
+        if (run_dir / "export").exists():
+            prompt = self._config.evaluation.sample_prompt or "The"
+            self.say(
+                "\ntry it      python -c \"from transformers import pipeline; "
+                f"print(pipeline('text-generation', '{_short(run_dir / 'export')}')({prompt!r})"
+                "[0]['generated_text'])\""
+            )
+
+    def _device_name(self) -> str:
+        if self._world.device.type == "cuda":
+            return torch.cuda.get_device_name(self._world.device)
+        return "cpu"
+
+
+def check_run_dir(config: TrainerConfig) -> None:
+    """Raises ConfigError where the run directory could not be written; creates nothing."""
+    folder = config.run_dir
+    while not folder.exists():
+        folder = folder.parent
+    reason = None
+    if not folder.is_dir():
+        reason = f"{folder} is not a folder"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason = f"no permission to write in {folder}"
+    if reason is not None:
+        raise ConfigError(
+            "run.dir", config.run_dir, reason, "choose another run.dir, or change its permissions"
+        )
+
+
+def _flops_per_token(model: PreTrainedModel, seq_len: int) -> float:
+    text = model.config.get_text_config()
+    embedding = model.get_input_embeddings().weight
+    in_matmuls = sum(
+        p.numel()
+        for p in model.parameters()
+        if p.ndim >= 2 and (p is not embedding or text.tie_word_embeddings)
+    )
+    return flops_per_token(in_matmuls, text.num_hidden_layers, text.hidden_size, seq_len)
+
+
+def _short(path: Path) -> str:
+    """Relative to where the user is, if that is shorter."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

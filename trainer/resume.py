@@ -1,0 +1,154 @@
+"""Finds the checkpoint to go on from, and refuses one that belongs to another run."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from monitoring.errors import ConfigError, DamagedError
+from parallel.strategy import SLOTS
+from parallel.world import World
+from trainer.checkpoint import TrainerState, committed, read_state, tensor_shapes, verify
+from trainer.config import TrainerConfig
+
+# A difference in one of these trains something else. All others (strategy, ranks, micro-batch, paths,
+# logging, ...) change where and how, and are only mentioned.
+_MEANING = (
+    "seed",
+    "global_batch_size",
+    "model.model_type",
+    "model.vocab_size",
+    "model.config",
+    "data.max_seq_len",
+    "data.mask_documents",
+    "optim",
+    "schedule",
+    "precision",
+)
+
+
+def find_checkpoint(
+    config: TrainerConfig, folder: Path, world: World, say: Callable[[str], None]
+) -> Path | None:
+    """The newest valid checkpoint, or the one asked for; collective.
+
+    Raises:
+        DamagedError: If the one asked for, or every one there is, is damaged.
+        ConfigError: If there should be one and is not, or should be none and is.
+    """
+    candidates = _candidates(config, folder, world)
+    damaged: DamagedError | None = None
+    for candidate in candidates:
+        try:
+            with world.together():
+                verify(candidate, world.rank, world.world_size)
+        except DamagedError as e:
+            say(f"passed over: {e}")
+            damaged = damaged or e
+            continue
+        return candidate
+    if damaged is not None:
+        raise damaged  # starting from nothing would hide it
+    return None
+
+
+def check_same_run(
+    config: TrainerConfig, state: TrainerState, saved: TrainerState, say: Callable[[str], None]
+) -> None:
+    """Compares what a checkpoint was trained with to what this run would train with.
+
+    Args:
+        config: This run's settings.
+        state: This run's state if it began anew.
+        saved: The checkpoint's state.
+        say: Prints a line.
+
+    Raises:
+        ConfigError: For the first difference that would change what is trained and is not listed in
+            `allow_changes`.
+    """
+    before, now = _flat(saved.config), _flat(state.config)
+    before |= {"data": saved.data_digest, "data.tokenizer": saved.tokenizer_fingerprint}
+    now |= {"data": state.data_digest, "data.tokenizer": state.tokenizer_fingerprint}
+    total_before = before.pop("total_steps", None)
+    total_now = now.pop("total_steps", None)
+    if config.schedule.check(config.total_steps) is not None:
+        before["stop"], now["stop"] = total_before, total_now
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if old == new:
+            continue
+        binding = key in ("data", "data.tokenizer", "stop") or _within(key, _MEANING)
+        if binding and not _within(key, config.allow_changes):
+            raise ConfigError(
+                key,
+                new,
+                f"the checkpoint at step {saved.step} was trained with {old}",
+                f"set it back, choose another run.name, or add allow_changes=[{key}]",
+            )
+        if binding or not key.startswith(("run.", "resume", "allow_changes")):
+            say(f"resume: {key} was {old}, is {new}")
+
+
+def check_same_model(checkpoint: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises ConfigError unless the checkpoint's tensors are those of the model.
+
+    Args:
+        checkpoint: A verified checkpoint.
+        parameters: Of the model on the meta device, by canonical name.
+    """
+    wanted: dict[str, torch.Size] = {}
+    for name, parameter in parameters.items():
+        for key in (name, *(f"optim.{name}.{slot}" for slot in SLOTS)):
+            wanted[key] = parameter.shape
+    stored = tensor_shapes(checkpoint)
+    for name in sorted(wanted.keys() | stored.keys()):
+        if wanted.get(name) != stored.get(name):
+            raise ConfigError(
+                "resume",
+                checkpoint,
+                f"is a checkpoint of another model: {name} is {_shape(stored.get(name))} there and "
+                f"{_shape(wanted.get(name))} in this one",
+                "set model to what it was, or choose another run.name",
+            )
+
+
+def _candidates(config: TrainerConfig, folder: Path, world: World) -> list[Path]:
+    if config.resume not in ("auto", "never"):
+        path = Path(config.resume).expanduser().absolute()
+        if not path.is_dir():
+            raise ConfigError(
+                "resume", config.resume, "there is no such checkpoint", "auto, never or a folder"
+            )
+        return [path]
+    found: list[Any] = [committed(folder) if world.rank == 0 else None]
+    dist.broadcast_object_list(found, group=world.control)
+    candidates: list[Path] = found[0]
+    if config.resume == "never" and candidates:
+        raise ConfigError(
+            "resume",
+            "never",
+            f"{folder.parent} holds checkpoints of an earlier run",
+            "choose another run.name, or use resume=auto to go on with it",
+        )
+    return candidates
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _within(key: str, names: tuple[str, ...] | list[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "absent" if shape is None else str(tuple(shape))
