@@ -15,7 +15,7 @@ def canonical_state(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -
     state: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         state[name] = parameter.detach()
-        for slot, moment in _moments(optimizer, parameter).items():
+        for slot, moment in moments(optimizer, parameter).items():
             state[f"optim.{name}.{slot}"] = moment
     return state
 
@@ -33,7 +33,8 @@ def load_canonical_state(
         optimizer.state[parameter]["step"].fill_(num_updates)
 
 
-def _moments(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+def moments(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's moments of a parameter, created as zeros where it was never updated."""
     state = optimizer.state[parameter]
     if not state:  # torch creates it in the first step; what AdamW would create then
         fused = optimizer.defaults["fused"]

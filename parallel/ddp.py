@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -15,6 +16,12 @@ from parallel.adamw_state import canonical_state, load_canonical_state
 from parallel.config import DdpConfig, Dtype, PrecisionConfig
 from parallel.strategy import BuildOptimizer, Materialize, ReadTensors, Strategy, torch_dtype
 from parallel.world import World
+
+# Buffers (rotary frequencies) are constants. torch renamed the argument after 2.11.
+_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
+_NO_BUFFER_SYNC: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers": False
+}
 
 
 class DdpStrategy(Strategy):
@@ -38,7 +45,7 @@ class DdpStrategy(Strategy):
                 device_ids=[self._world.device] if self._world.device.type == "cuda" else None,
                 bucket_cap_mb=self._config.bucket_cap_mb,
                 gradient_as_bucket_view=True,
-                broadcast_buffers=False,
+                **_NO_BUFFER_SYNC,
             )
         self._optimizer = build_optimizer(self._parameters)
 

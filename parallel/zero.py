@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from monitoring.errors import MissingExtraError
+from parallel.adamw_state import moments
 from parallel.config import Dtype, PrecisionConfig, ZeroConfig
 from parallel.strategy import (
     SLOTS,
@@ -56,6 +59,7 @@ class ZeroStrategy(Strategy):
             config=self._deepspeed_config(),
             dist_init_required=False,
         )
+        self._create_moments()
 
     def forward(self, **inputs: Any) -> Tensor:
         loss: Tensor = self._engine(**inputs)
@@ -119,6 +123,22 @@ class ZeroStrategy(Strategy):
             module=module, config_dict_or_path=self._deepspeed_config(), dtype=dtype
         )
 
+    def _create_moments(self) -> None:
+        """Zeros for every partition before the first step, so that there is state to save or replace.
+
+        DeepSpeed leaves that to the first step, and at stages 1 and 2 links the moments to parameters
+        when only the first of the parameter groups has any.
+        """
+        wrapper = self._engine.optimizer
+        if self._config.stage == 3:
+            partitions = wrapper.fp32_partitioned_groups_flat
+        else:
+            partitions = wrapper.single_partition_of_fp32_groups
+        for partition in partitions:
+            moments(wrapper.optimizer, partition)
+        if self._config.stage != 3:
+            wrapper._lazy_init_hp_params_optimizer_state()
+
     def _set_working_copy(self, parameter: nn.Parameter, value: Tensor) -> None:
         """The parameter that forward uses; `safe_set_full_fp32_param` sets the master copy."""
         if self._config.stage == 3:
@@ -179,4 +199,23 @@ def _import_deepspeed(device: torch.device) -> Any:
             f"DeepSpeed is not installed ({e})",
             "pip install 'spotforge[deepspeed]'",
         ) from e
+    if device.type == "cpu":
+        _build_cpu_extension()
     return deepspeed
+
+
+def _build_cpu_extension() -> None:
+    """Compiles DeepSpeed's shared-memory collectives, once for all ranks and runs of this machine.
+
+    torch's own lock file outlives a killed build and makes every later start wait for ever. Under our
+    lock, which the kernel releases, one that is there is stale.
+    """
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(get_default_build_root())
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / "spotforge.lock"):
+        for stale in root.rglob("deepspeed_shm_comm/lock"):
+            stale.unlink()
+        ShareMemCommBuilder().load(verbose=False)

@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
@@ -126,7 +128,7 @@ class Checkpointer:
         with self._world.together():
             try:
                 pending.result()
-            except Exception as e:
+            except (Exception, CheckpointException) as e:
                 cause = _os_error(e)
                 if cause is None:
                     raise
@@ -145,7 +147,7 @@ class Checkpointer:
         group, rank = self._world.saving, self._world.rank
         if rank == 0:
             shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed while saving
-        error: Exception | None = None
+        error: BaseException | None = None
         mine: dict[str, Any] | None = None
         try:
             dcp.save(tensors, checkpoint_id=staging, process_group=group)
@@ -154,7 +156,7 @@ class Checkpointer:
                 _write_synced(staging / _TRAINER, json.dumps(dataclasses.asdict(state), indent=1))
             # Each rank vouches for the bytes that it wrote; rank 0 for the rest.
             mine = _digests(staging, rank)
-        except Exception as e:
+        except (Exception, CheckpointException) as e:  # the latter is no Exception
             error = e
         digests: list[dict[str, Any] | None] = [None] * self._world.world_size
         dist.all_gather_object(digests, mine, group=group)
@@ -262,8 +264,10 @@ def tensor_shapes(checkpoint: Path) -> dict[str, torch.Size]:
 
 def read_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     """Fills tensors (or the local shards of DTensors) in place; not collective."""
-    # dcp says that it assumes a single process; each rank indeed reads alone.
-    dcp.load(tensors, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
+    with warnings.catch_warnings():
+        # It warns that it assumes a single process: each rank indeed reads alone.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
 
 
 def _stager(device: torch.device) -> DefaultStager:

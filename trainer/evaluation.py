@@ -86,6 +86,7 @@ def generate(
     prompt = config.evaluation.sample_prompt
     assert prompt is not None
     ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False)
+    prompt_len = len(ids)
     with _evaluating(module):
         for _ in range(config.evaluation.sample_tokens):
             window = torch.tensor([ids[-config.data.max_seq_len :]], device=world.device)
@@ -93,5 +94,5 @@ def generate(
             choice = logits.argmax(-1)
             dist.broadcast(choice, src=0)  # kernels may differ in the last bit between ranks
             ids.append(int(choice.item()))
-    text: str = tokenizer.decode(ids)
+    text: str = tokenizer.decode(ids[prompt_len:])
     return text

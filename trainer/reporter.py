@@ -91,7 +91,7 @@ class Reporter:
             record["tokens_per_s"],
             self._flops_per_token,
             self._device_name(),
-            self._config.precision.param_dtype.value,
+            {"float32": "fp32", "bfloat16": "bf16"}[self._config.precision.param_dtype.value],
             self._world.world_size,
         )
         if utilisation is not None:

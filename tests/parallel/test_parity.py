@@ -1,84 +1,67 @@
-"""Same seed, same global batch: every strategy at every world size gives the same losses."""
+"""Same seed, same global batch: every strategy at every world size gives the same losses.
 
-from functools import partial
+The losses are compared with a golden file too, so that a change of the numbers is seen. To update it:
+`python -m tests.parallel.test_parity` (in a commit of its own).
+"""
+
+import json
+from functools import cache
+from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 
-from parallel.config import DdpConfig, FsdpConfig, PrecisionConfig, ZeroConfig
+from parallel.config import DdpConfig, FsdpConfig, ZeroConfig
 from parallel.world import join_world
 from tests.distributed import run_distributed
-from trainer.config import NamedModelConfig
-from trainer.model import Materializer, build_meta_model
-from trainer.objective import NextTokenLoss
-from trainer.optim import AdamWConfig
+from tests.small_run import SmallRun
 
-STEPS, GLOBAL_BATCH, SEQ_LEN, VOCAB = 20, 8, 32, 128
+GOLDEN = Path(__file__).parent.parent / "golden" / "losses.json"
+STEPS = 20
 
-MODEL = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
+STRATEGIES = {
+    "ddp": DdpConfig(),
+    "fsdp": FsdpConfig(),
+    "fsdp_keep": FsdpConfig(reshard_after_forward=False),
+    "hsdp": FsdpConfig(dp_replicate=2),
+    "zero1": ZeroConfig(stage=1),
+    "zero2": ZeroConfig(stage=2),
+    "zero3": ZeroConfig(stage=3),
+    "zero3_offload": ZeroConfig(stage=3, offload_optimizer=True, offload_parameters=True),
 }
 
 
-def train_losses(parallel, micro_batch_size):
-    """Losses of 20 steps with accumulation and clipping, in float32."""
+def train_each(names):
+    """Losses and gradient norms of each strategy, trained one after another by the same ranks."""
     with join_world() as world:
-        config = NamedModelConfig(model_type="llama", vocab_size=VOCAB, config=MODEL)
-        model = build_meta_model(config, VOCAB)
-        module = NextTokenLoss(model, fused=True)
-        matrices = {n for n, p in model.named_parameters() if p.ndim >= 2}
-        strategy = parallel.build(world, PrecisionConfig())
-        strategy.setup(
-            module,
-            Materializer(module, model, config, seed=3, device=world.device),
-            partial(AdamWConfig(lr=3e-3, max_norm=0.5).build, decayed=matrices),
-        )
-        generator = torch.Generator().manual_seed(0)
-        losses = []
-        for _ in range(STEPS):
-            tokens = torch.randint(0, VOCAB // 4, (GLOBAL_BATCH, SEQ_LEN + 1), generator=generator)
-            micros = tokens.view(-1, world.world_size, micro_batch_size, SEQ_LEN + 1)[:, world.rank]
-            total = torch.zeros(())
-            for i, micro in enumerate(micros):
-                with strategy.accumulate(last=i == len(micros) - 1):
-                    loss = strategy.forward(input_ids=micro[:, :-1], targets=micro[:, 1:])
-                    strategy.backward(loss / (GLOBAL_BATCH * SEQ_LEN))
-                total += loss.detach()
-            norm = strategy.step(0.5)
-            dist.all_reduce(total)
-            losses.append((total.item() / (GLOBAL_BATCH * SEQ_LEN), norm.item()))
-        return losses
+        return {name: SmallRun(STRATEGIES[name], world).train(STEPS) for name in names}
 
 
-@pytest.fixture(scope="module")
-def reference():
-    return run_distributed(train_losses, 1, DdpConfig(), 2)[0]
+@cache
+def losses_of(family, world_size):
+    names = [
+        name
+        for name, parallel in STRATEGIES.items()
+        if name.startswith("zero") == (family == "zero")
+        and getattr(parallel, "dp_replicate", 1) <= world_size
+    ]
+    ranks = run_distributed(train_each, world_size, names)
+    assert all(rank == ranks[0] for rank in ranks)
+    return ranks[0]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize(
-    ("parallel", "tolerance"),
-    [
-        pytest.param(DdpConfig(), 1e-6, id="ddp"),
-        pytest.param(FsdpConfig(), 1e-6, id="fsdp"),
-        pytest.param(FsdpConfig(dp_replicate=2), 1e-6, id="hsdp"),
-        pytest.param(ZeroConfig(stage=1), 1e-5, id="zero1"),
-        pytest.param(ZeroConfig(stage=2), 1e-5, id="zero2"),
-        pytest.param(ZeroConfig(stage=3), 1e-5, id="zero3"),
-    ],
-)
-def test_losses_agree(reference, parallel, tolerance, world_size):
-    if getattr(parallel, "dp_replicate", 1) > world_size:
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_losses_agree(name, world_size):
+    if name == "hsdp" and world_size == 1:
         pytest.skip("two replicas need two ranks")
-    losses = run_distributed(train_losses, world_size, parallel, GLOBAL_BATCH // world_size // 2)
-    assert losses[0] == losses[-1]
-    for (loss, norm), (expected, expected_norm) in zip(losses[0], reference, strict=True):
-        assert loss == pytest.approx(expected, abs=tolerance)
+    zero = name.startswith("zero")
+    golden = json.loads(GOLDEN.read_text())
+    trained = losses_of("zero" if zero else "torch", world_size)[name]
+    for (loss, norm), (expected, expected_norm) in zip(trained, golden, strict=True):
+        assert loss == pytest.approx(expected, abs=1e-5 if zero else 1e-6)
         assert norm == pytest.approx(expected_norm, rel=1e-4)
-    assert losses[0][-1][0] < losses[0][0][0] - 0.5  # it did learn
+    assert trained[-1][0] < trained[0][0] - 0.5  # it did learn
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps(losses_of("torch", 1)["ddp"], indent=1) + "\n")

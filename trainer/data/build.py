@@ -82,7 +82,7 @@ def batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 @contextmanager
 def progress(task: str, total_bytes: int | None) -> Iterator[Advance]:
-    """A live bar if a person watches; else one line at the beginning and one at the end (stderr)."""
+    """On stderr: a live bar if a person watches; else a line at the start and one at the end."""
     begin = time.monotonic()
     documents = size = 0
 

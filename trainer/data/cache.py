@@ -1,4 +1,4 @@
-"""Build a folder exactly once, however many processes ask for it and however often they are killed."""
+"""Build a folder exactly once, however many processes ask for it, however often they are killed."""
 
 import errno
 import os
@@ -54,9 +54,7 @@ def locked(path: Path, stop_requested: StopRequested) -> Iterator[None]:
         lock.release()
 
 
-def build_once(
-    folder: Path, build: Callable[[Path], None], stop_requested: StopRequested
-) -> None:
+def build_once(folder: Path, build: Callable[[Path], None], stop_requested: StopRequested) -> None:
     """Make `folder` exist, complete. The first caller builds it aside and renames; the others wait.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a user may set about data. Imports neither torch nor datasets: `--help` and the planner read it."""
+"""What a user may set about data. Imports neither torch nor datasets: `--help` reads it."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -49,12 +49,13 @@ class PreparationConfig:
 
     Attributes:
         max_seq_len: Tokens in a sample (T).
-        tokenizer: `auto` (the pretrained model's own, else trained on the data), `train` (a byte-level
-            BPE), or a folder or hub name.
+        tokenizer: `auto` (the pretrained model's own, else trained on the data), `train` (a
+            byte-level BPE), or a folder or hub name.
         tokenizer_vocab_size: Largest size of a trained tokenizer (little text makes fewer tokens).
         validation_fraction: Share of the documents held out. A document's digest decides, so that a
             held-out document stays held out when others are added.
-        mask_documents: Attend and predict within documents only; otherwise a sample is read as one text.
+        mask_documents: Attend and predict within documents only; otherwise a sample is read as one
+            text.
         cache_dir: Where prepared token datasets live, one folder each, named by content.
         shard_tokens: Tokens in one shard file.
         verify: Check the digests of the prepared shards at every start.
@@ -65,14 +66,14 @@ class PreparationConfig:
     tokenizer_vocab_size: int = 4096
     validation_fraction: float = 0.05
     mask_documents: bool = False
-    cache_dir: str = "${oc.env:SPOTFORGE_CACHE,~/.cache/spotforge}"
+    cache_dir: str = "${oc.env:SPOTFORGE_CACHE,'~/.cache/spotforge'}"
     shard_tokens: int = 100_000_000
     verify: bool = True
 
 
 @dataclass
 class SingleDataConfig(PreparationConfig, SourceConfig):
-    """`data=stdlib|text|jsonl|parquet|hub|tokens`: one source, its keys at the top (`data.path`)."""
+    """`data=stdlib|text|jsonl|parquet|hub|tokens`: one source, keys at the top (`data.path`)."""
 
 
 @dataclass

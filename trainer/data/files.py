@@ -1,7 +1,7 @@
 """Files on disk that a source is made of: which they are, and their digests.
 
-Digests are what makes prepared data content-addressed. Reading 1 TB at every start to learn that nothing
-changed is not affordable, so they are remembered by (path, size, modification time).
+Digests are what makes prepared data content-addressed. Reading 1 TB at every start to learn that
+nothing changed is not affordable, so they are remembered by (path, size, modification time).
 """
 
 import codecs
@@ -27,7 +27,8 @@ class SourceFile:
     Attributes:
         path: Relative to the folder, repository or library it belongs to, with `/` between parts.
         size_bytes: Its size.
-        sha256: Hex digest; `git:<sha1>` for a small file of a hub repository, where the hub has no other.
+        sha256: Hex digest; `git:<sha1>` for a small file of a hub repository, where the hub has no
+            other.
     """
 
     path: str
@@ -39,7 +40,8 @@ def check_stop(stop_requested: StopRequested) -> None:
     """Raises Interrupted when the process was told to stop."""
     if stop_requested():
         raise Interrupted(
-            "told to stop while preparing data; nothing half-written was kept: run the same command again"
+            "told to stop while preparing data, nothing half-written was kept; "
+            "run the same command again"
         )
 
 
@@ -48,8 +50,8 @@ def list_files(key: str, path: str, extensions: tuple[str, ...] | None) -> list[
 
     Args:
         key: Configuration key to blame, e.g. `data.path`.
-        path: A file (taken whatever its extension), a folder (searched recursively, hidden files and
-            folders left out) or a glob (`**` allowed).
+        path: A file (taken whatever its extension), a folder (searched recursively, hidden files
+            and folders left out) or a glob (`**` allowed).
         extensions: What to take from a folder; None takes every file.
 
     Returns:

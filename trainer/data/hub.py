@@ -1,4 +1,4 @@
-"""A repository of the Hugging Face hub, pinned at a commit, or a local folder that looks like one."""
+"""A repository of the Hugging Face hub, pinned at a commit; or a local folder laid out like one."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,9 +36,7 @@ def hub_files(key: str, cfg: SourceConfig, digests: FileDigests) -> HubFiles:
             rule = f"has no effect, as {path} is a local folder"
             raise ConfigError(f"{key}.revision", cfg.revision, rule, "remove it")
         found = list_files(f"{key}.path", path, None)
-        return HubFiles(
-            None, [digests.file(f"{key}.path", *file, is_text=False) for file in found]
-        )
+        return HubFiles(None, [digests.file(f"{key}.path", *file, is_text=False) for file in found])
     info = _dataset_info(key, path, cfg.revision)
     files = [
         SourceFile(
@@ -56,13 +54,14 @@ def hub_texts(key: str, cfg: SourceConfig, commit: str | None) -> Iterator[str]:
 
     Args:
         key: Configuration key of the source.
-        cfg: With `streaming`, nothing is stored; otherwise `datasets` keeps a copy in its own cache.
+        cfg: With `streaming`, nothing is stored; otherwise `datasets` keeps a copy in its own
+            cache.
         commit: The commit that `hub_files` found.
 
     Raises:
         ConfigError: No such subset, split or column, or files that cannot be parsed.
     """
-    import datasets
+    import datasets  # type: ignore[import-untyped]
 
     path = str(Path(cfg.path or "").expanduser()) if commit is None else cfg.path
     try:
@@ -82,10 +81,11 @@ def hub_texts(key: str, cfg: SourceConfig, commit: str | None) -> Iterator[str]:
 def _dataset_info(key: str, path: str, revision: str | None) -> Any:
     from huggingface_hub import HfApi, errors
 
+    # The base of its HTTP errors is httpx's or httpx2's by its version: it knows itself.
+    http_error: type[Exception] = vars(errors)["HTTPError"]
     try:
         return HfApi().dataset_info(path, revision=revision, files_metadata=True)
-    # The base of its HTTP errors is httpx's or httpx2's, by version: take the one it uses itself.
-    except (errors.HTTPError, errors.HFValidationError, OSError) as error:  # type: ignore[attr-defined]
+    except (http_error, errors.HFValidationError, OSError) as error:
         rule = f"no such local folder, and the hub says {one_line(error)}"
         fix = f"check the name, {key}.revision, HF_TOKEN and the network"
         raise ConfigError(f"{key}.path", path, rule, fix) from error

@@ -1,7 +1,7 @@
-"""Which sample comes at which position of an endless stream: seekable, O(1) memory, the same for ever.
+"""Which sample comes at which position of an endless stream: seekable, and the same for ever.
 
-Only integer arithmetic of our own: NumPy does not promise that its generators' permutations never change, and a
-run that resumes after an upgrade must see the samples that it would have seen.
+Only integer arithmetic of our own: NumPy does not promise that its generators' permutations never
+change, and a run that resumes after an upgrade must see the samples that it would have seen.
 """
 
 from collections.abc import Sequence
@@ -41,8 +41,8 @@ def _mix_words(words: Words) -> Words:
 class Permutation:
     """A pseudo-random bijection on [0, n) that needs no table.
 
-    A Feistel network permutes the next power of four; what falls outside [0, n) is sent through it again
-    until it is inside ("cycle walking", Black and Rogaway, 2002).
+    A Feistel network permutes the next power of four; what falls outside [0, n) is sent through it
+    again until it is inside ("cycle walking", Black and Rogaway, 2002).
 
     Args:
         n: Size, at least 1 and at most 2**62.
@@ -78,8 +78,9 @@ class Permutation:
 class SampleOrder:
     """The endless stream of samples of one source or of a mixture.
 
-    Each source is read epoch after epoch, each epoch in another order, every sample once. In a mixture every
-    block of 1024 positions holds each source in proportion to its weight (largest remainder), shuffled.
+    Each source is read epoch after epoch, each epoch in another order, every sample once. In a
+    mixture every block of 1024 positions holds each source in proportion to its weight (largest
+    remainder), shuffled.
 
     Args:
         sizes: Samples in each source, at least 1.

@@ -1,8 +1,8 @@
 """From a data configuration to token datasets on disk, made once and found again by content.
 
-A folder in `data.cache_dir` is named by the digest of all that decides what is in it: the source's files and
-settings, the tokenizer, and how documents are split and cut. Sequence length, masking and weights are applied
-when samples are read, so changing them prepares nothing again.
+A folder in `data.cache_dir` is named by the digest of all that decides what is in it: the source's
+files and settings, the tokenizer, and how documents are split and cut. Sequence length, masking
+and weights are applied when samples are read, so changing them prepares nothing again.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ from trainer.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 from trainer.data.tokens import TokenDataset, read_manifest, read_tokenizer, verify
 from trainer.data.writer import FORMAT_VERSION, canonical_digest
 
-# A tokenizer learns nothing more from more text than this; of a larger source a fixed part is drawn.
+# More text would not make a better tokenizer; of a larger source a fixed part is drawn.
 TOKENIZER_TRAINING_BYTES = 512 << 20
 
 
@@ -47,8 +47,8 @@ class PreparedData:
         tokenizer_fingerprint: Hex SHA-256 of it.
         digest: Hex SHA-256 over the content of the folders and the weights.
         folders: Where the sources are.
-        validation_bytes_per_token: Bytes of held-out text (UTF-8) per token, EOS counted as a token: loss in
-            nats / (ln 2 * this) is bits per byte.
+        validation_bytes_per_token: Bytes of held-out text (UTF-8) per token, EOS counted as a
+            token: loss in nats / (ln 2 * this) is bits per byte.
     """
 
     names: list[str]
@@ -62,7 +62,7 @@ class PreparedData:
     validation_bytes_per_token: float
 
     def describe(self) -> dict[str, Any]:
-        """Content of the run's `data.json`: digests, tokens and every source file. JSON types only."""
+        """Content of the run's `data.json`: digests, tokens, every source file. JSON types only."""
         return {
             "digest": self.digest,
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
@@ -88,7 +88,7 @@ class PreparedData:
 def prepare(
     cfg: DataConfig, *, model_path: str | None, stop_requested: Callable[[], bool]
 ) -> PreparedData:
-    """Find or make the token datasets. Every rank may call this at once: one works, the others wait.
+    """Find or make the token datasets. All ranks may call this at once: one works, the rest wait.
 
     Args:
         cfg: What to prepare.
@@ -96,7 +96,8 @@ def prepare(
         stop_requested: Polled between batches.
 
     Raises:
-        ConfigError: Something in the configuration or in the source cannot be used; nothing is left behind.
+        ConfigError: Something in the configuration or in the source cannot be used; nothing is
+            left behind.
         DamagedError: A prepared folder was altered.
         Interrupted: Told to stop; nothing half-written is left behind.
     """
@@ -119,7 +120,7 @@ def _named_sources(cfg: DataConfig) -> dict[str, tuple[str, SourceConfig]]:
     if not isinstance(cfg, MixtureDataConfig):
         return {cfg.kind.value: ("data", cfg)}
     if not cfg.sources:
-        fix = "add at least one, e.g. +data.sources.code.kind=stdlib"
+        fix = "add some, e.g. '+data.sources={code: {kind: stdlib}}'"
         raise ConfigError("data.sources", "{}", "a mixture needs sources", fix)
     return {name: (f"data.sources.{name}", source) for name, source in cfg.sources.items()}
 
@@ -179,7 +180,7 @@ def _prepare_sources(
     cache: Path,
     stop_requested: StopRequested,
 ) -> dict[str, Path]:
-    """The folders of all sources but those that are tokens already, built where they are missing."""
+    """The folders of all sources that are not tokens already, built where they are missing."""
     with locked(cache / "digests.lock", stop_requested):  # one rank reads 1 TB, not all of them
         digests = FileDigests(cache / "digests.json", stop_requested)
         sources = {

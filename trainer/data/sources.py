@@ -2,8 +2,8 @@
 
 What is one document:
     stdlib          one `*.py` file of Python's standard library
-    text            one file; a file of more than 64 Ki bytes is cut at blank lines into pieces of about
-                    16 Ki characters (a book in one file would otherwise leave nothing to hold out)
+    text            one file; a file of more than 64 Ki bytes is cut at blank lines into pieces
+                    of about 16 Ki characters (else one book would leave nothing to hold out)
     jsonl, parquet  one row
     hub             one row
 """
@@ -31,7 +31,7 @@ TABLE_EXTENSIONS = {
     SourceKind.jsonl: (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".jsonl.bz2"),
     SourceKind.parquet: (".parquet",),
 }
-# Tests and vendored parsers' fixtures are no sample of the library's own style; some are broken on purpose.
+# Tests are no sample of the library's own style, and some are broken on purpose.
 STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 WHOLE_FILE_BYTES = 64 << 10
@@ -62,7 +62,7 @@ class Document:
 
     @property
     def draw(self) -> float:
-        """A number in [0, 1) that is fixed for this document; below `validation_fraction` is held out."""
+        """A number in [0, 1), fixed for this document: below the fraction, it is held out."""
         return int.from_bytes(self.digest[:6], "big") / (1 << 48)
 
 
@@ -148,7 +148,11 @@ def _source(
     files: list[SourceFile],
     documents: Callable[[], Iterator[Document]],
 ) -> Source:
-    identity = {"kind": cfg.kind.value, **settings, "files": [asdict(file) for file in files]}
+    identity: dict[str, object] = {
+        "kind": cfg.kind.value,
+        **settings,
+        "files": [asdict(file) for file in files],
+    }
     return Source(key, identity, sum(file.size_bytes for file in files), documents)
 
 
@@ -181,7 +185,7 @@ def _pieces_of(files: list[tuple[str, Path]]) -> Iterator[str]:
 
 
 def _pieces(file: Path) -> Iterator[str]:
-    """Cut at the first blank line after PIECE_CHARS, or at the line that makes it twice that long."""
+    """Cut at the first blank line after PIECE_CHARS, or where it is twice that long."""
     with file.open(encoding="utf-8", newline="") as lines:  # newline="": line ends stay as they are
         piece: list[str] = []
         size = 0

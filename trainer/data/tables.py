@@ -1,6 +1,7 @@
 """Rows of jsonl and parquet files, streamed through `datasets`, and the text in them.
 
-`datasets` is imported inside the functions: a start on data that is already prepared never needs it.
+`datasets` is imported inside the functions: a start on data that is already prepared never needs
+it.
 """
 
 import json
@@ -24,7 +25,7 @@ def table_texts(key: str, kind: str, paths: list[str], column: str) -> Iterator[
     Raises:
         ConfigError: No such column, no text in it, or a file that cannot be parsed.
     """
-    import datasets
+    import datasets  # type: ignore[import-untyped]
 
     loader, options = "json", {}
     if kind == "parquet":
@@ -80,28 +81,31 @@ def one_line(error: BaseException) -> str:
 
 
 def _parse_errors() -> tuple[type[Exception], ...]:
-    import pyarrow
-    from datasets.exceptions import DatasetsError
-    from datasets.packaged_modules.json.json import FullReadDisallowed
+    import pyarrow  # type: ignore[import-untyped]
+    from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
+    from datasets.packaged_modules.json.json import (  # type: ignore[import-untyped]
+        FullReadDisallowed,
+    )
 
     return (DatasetsError, FullReadDisallowed, pyarrow.ArrowException, ValueError, TypeError)
 
 
 def _check_parquet(key: str, paths: list[str], column: str) -> None:
     import pyarrow
-    import pyarrow.parquet
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     for path in paths:
         try:
             names = pyarrow.parquet.read_schema(path).names
         except (pyarrow.ArrowException, OSError) as error:
-            raise ConfigError(f"{key}.path", path, one_line(error), "give a parquet file") from error
+            fix = "give a parquet file"
+            raise ConfigError(f"{key}.path", path, one_line(error), fix) from error
         check_column(key, names, column)
 
 
 def _check_json_lines(key: str, paths: list[str]) -> None:
     """Called when reading failed: find the line that made it fail."""
-    import fsspec
+    import fsspec  # type: ignore[import-untyped]
 
     for path in paths:
         with fsspec.open(path, "rb", compression="infer") as lines:

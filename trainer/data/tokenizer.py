@@ -1,4 +1,4 @@
-"""Tokenizers: load one, or train a byte-level BPE; and a fingerprint that says whether two are the same."""
+"""Tokenizers: load one or train a byte-level BPE, and tell by a fingerprint if two are the same."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE (GPT-2's regex, digits one by one). The same texts give the same tokenizer.
+    """Train a byte-level BPE (GPT-2's regex, digits one by one); same texts, same tokenizer.
 
     All 256 bytes are in the alphabet, so every text comes back from its tokens unchanged.
 
@@ -56,13 +56,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         rule = f"a byte-level tokenizer has at least {MIN_VOCAB_SIZE} tokens"
         raise ConfigError("data.tokenizer_vocab_size", vocab_size, rule, "raise it")
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[EOS],
@@ -70,13 +70,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend, eos_token=EOS, clean_up_tokenization_spaces=False
     )
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """SHA-256 (hex) over all that decides a text's tokens, the special tokens and the chat template.
+    """SHA-256 (hex) over all that decides a text's tokens, special tokens and chat template.
 
     It survives `save_pretrained` and loading, and does not depend on how the JSON is laid out.
     """

@@ -1,10 +1,10 @@
 """Write a token dataset: streamed, in constant memory, hashed while it is written.
 
-    manifest.json             what is in here, with the size and SHA-256 of every other file
-    train-00000.bin ...       token ids, little-endian uint16 or uint32, cut at `shard_tokens`
-    train-documents.bin       little-endian uint64: where each document starts in the split's stream
-    validation-...            the same for the held-out split
-    tokenizer/                as `save_pretrained` writes it
+manifest.json             what is in here, with the size and SHA-256 of every other file
+train-00000.bin ...       token ids, little-endian uint16 or uint32, cut at `shard_tokens`
+train-documents.bin       little-endian uint64: where each document starts in the split's stream
+validation-...            the same for the held-out split
+tokenizer/                as `save_pretrained` writes it
 """
 
 import hashlib
@@ -131,9 +131,7 @@ class TokenDatasetWriter:
 class _SplitWriter:
     """The token stream of one split, cut into shards, and the starts of its documents."""
 
-    def __init__(
-        self, folder: Path, split: str, dtype: "np.dtype[Any]", shard_tokens: int
-    ) -> None:
+    def __init__(self, folder: Path, split: str, dtype: "np.dtype[Any]", shard_tokens: int) -> None:
         self._folder, self._split, self._dtype = folder, split, dtype
         self._shard_tokens = shard_tokens
         self._documents = _HashedFile(folder / f"{split}-documents.bin")

@@ -1,0 +1,36 @@
+# Everything a newcomer types. `make train` and `make test` share one `make install`.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# Every GPU there is, or two processes on a CPU.
+NPROC  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 2)
+
+.PHONY: train test lint check-install install test-long benchmark clean
+
+train: install  ## The main job: learn to write Python from the standard library's source
+	$(BIN)/python -m trainer experiment=stdlib nproc=$(NPROC)
+
+test: install lint  ## What CI runs: lint, types, tests
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: install  ## The tests that take minutes each
+	$(BIN)/python -m pytest -m long
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(VENV)/installed
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed,wandb,dev]'
+	touch $@
+
+benchmark: install  ## Our loop beside a plain PyTorch loop and the Hugging Face Trainer
+	$(BIN)/python -m benchmarks.bench_training
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
