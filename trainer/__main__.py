@@ -2,7 +2,7 @@
 
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -17,11 +17,15 @@ from trainer.config import register_schemas
 
 
 def _run(tree: DictConfig) -> None:
-    config: Any = OmegaConf.to_object(tree)
+    try:
+        config: Any = OmegaConf.to_object(tree)
+    except (ConfigError, OmegaConfBaseException) as e:
+        _refuse(e)  # here, since Hydra would print its overrides first
     sweep = HydraConfig.get().mode is RunMode.MULTIRUN
     if sweep:  # each job of a sweep is a run of its own, named by what it changes
-        config.run.name += f"/{HydraConfig.get().job.override_dirname}"
-        config.run.dir += f"/{HydraConfig.get().job.override_dirname}"
+        changes = HydraConfig.get().job.override_dirname
+        config.run.name += f"/{changes}"
+        config.run.dir += f"/{changes}"
     from trainer.launching import launch
 
     code = launch(config)
@@ -34,19 +38,17 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text(sys.argv[1:]))
         return
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the one line below is all there is
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that one line of ours is all there is
     register_schemas()
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="trainer")(_run)()
-    except ConfigError as e:
-        sys.exit(_refuse(str(e)))
-    except (HydraException, OmegaConfBaseException) as e:
-        sys.exit(_refuse(explain(e)))
+    except (ConfigError, HydraException, OmegaConfBaseException) as e:
+        _refuse(e)
 
 
-def _refuse(line: str) -> int:
-    print(line, file=sys.stderr)
-    return ExitCode.BAD_CONFIG
+def _refuse(error: Exception) -> NoReturn:
+    print(explain(error), file=sys.stderr)
+    sys.exit(ExitCode.BAD_CONFIG)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """Checkpoints: staged, written by every rank, listed with digests, committed by one rename.
 
-    checkpoints/
-      .staging-step-00001000/   being written; never read
-      step-00001000/            committed
-        __0_0.distcp ...        tensors by canonical name (torch.distributed.checkpoint)
-        .metadata               where each tensor lies
-        huggingface/            config and tokenizer, so that a checkpoint can be exported alone
-        trainer.json            step, samples, tokens, digests, the resolved config
-        manifest.json           every file above with its size and sha256
-      LATEST                    name of the newest, for people and scripts; resume looks for itself
+checkpoints/
+  .staging-step-00001000/   being written; never read
+  step-00001000/            committed
+    __0_0.distcp ...        tensors by canonical name (torch.distributed.checkpoint)
+    .metadata               where each tensor lies
+    huggingface/            config and tokenizer, so that a checkpoint can be exported alone
+    trainer.json            step, samples, tokens, digests, the resolved config
+    manifest.json           every file above with its size and sha256
+  LATEST                    name of the newest, for people and scripts; resume looks for itself
 """
 
 from __future__ import annotations

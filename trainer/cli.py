@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from monitoring.errors import ConfigError
 from trainer.config import options_with_key
@@ -34,20 +34,19 @@ def help_text(argv: list[str]) -> str:
 
 def explain(error: Exception) -> str:
     """One line for an error of Hydra or OmegaConf: key, value, rule, fix."""
-    cause: BaseException | None = error
-    while cause is not None:
+    chain = _chain(error)
+    for cause in chain:
         if isinstance(cause, ConfigError):
             return str(cause)
-        cause = cause.__cause__ or cause.__context__
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    key = _full_key(lines)
-    if isinstance(_deepest(error), (ConfigKeyError, ConfigAttributeError)):
+    inner = next((c for c in reversed(chain) if isinstance(c, OmegaConfBaseException)), error)
+    lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
+    text = lines[0] if lines else type(inner).__name__
+    key = next((x.removeprefix("full_key:").strip() for x in lines if x.startswith("full_key")), "")
+    if isinstance(inner, ConfigKeyError | ConfigAttributeError):
         return _unknown_key(text, key)
-    if "Could not find" in text or "not found" in text:
-        options = " ".join(lines[1:])
-        return f"{text}; {options}" if options else text
-    return f"{key}: {text}" if key else f"{text}; see python -m trainer --help"
+    if isinstance(inner, OmegaConfBaseException):
+        return f"{key}: {text}; see python -m trainer --help"
+    return " ".join(lines)  # Hydra's own: an unknown option comes with the list of those there are
 
 
 _HELP = """\
@@ -82,17 +81,11 @@ Exit codes: 0 finished; 33 stopped with a complete checkpoint, start it again; 2
 """
 
 
-def _deepest(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _full_key(lines: list[str]) -> str:
-    for line in lines[1:]:
-        if line.startswith("full_key:"):
-            return line.removeprefix("full_key:").strip()
-    return ""
+def _chain(error: BaseException) -> list[BaseException]:
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    return chain
 
 
 def _unknown_key(text: str, key: str) -> str:

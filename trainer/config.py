@@ -249,7 +249,10 @@ class TrainerConfig:
                 raise ConfigError(key, value, "must be above 0", "give a positive number")
         if self.stop == StopConfig():
             raise ConfigError(
-                "stop", "null", "nothing would end this run", "set stop.steps, .tokens or .minutes"
+                "stop",
+                "null",
+                "nothing would end this run",
+                "set stop.steps, stop.tokens or stop.minutes",
             )
 
     def _check_batch(self, world_size: int) -> None:
@@ -304,4 +307,6 @@ def register_schemas() -> None:
 
 def options_with_key(group: str, key: str) -> list[str]:
     """Options of a group whose schema has `key`: for the error that names where it would work."""
-    return [n for n, schema in _SCHEMAS.get(group, {}).items() if key in schema.__dataclass_fields__]
+    return [
+        n for n, schema in _SCHEMAS.get(group, {}).items() if key in schema.__dataclass_fields__
+    ]

@@ -1,7 +1,7 @@
 """Turns any checkpoint into an ordinary Hugging Face folder, without a GPU and without the model.
 
-    python -m trainer.export run=runs/demo
-    python -m trainer.export run=runs/demo checkpoint=step-00001000 out=exports/demo dtype=bfloat16
+python -m trainer.export run=runs/demo
+python -m trainer.export run=runs/demo checkpoint=step-00001000 out=exports/demo dtype=bfloat16
 """
 
 from __future__ import annotations
@@ -69,7 +69,10 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: Dtype) -> None:
         staging.rename(out)
     except OSError as e:
         raise ConfigError(
-            "export", out, e.strerror or str(e), "free space or change permissions, then export again"
+            "export",
+            out,
+            e.strerror or str(e),
+            "free space or change permissions, then export again",
         ) from e
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -152,7 +155,9 @@ def _find_checkpoint(run: Path, name: str | None) -> Path:
         path = run / "checkpoints" / name
         if not path.is_dir():
             have = ", ".join(p.name for p in committed(run / "checkpoints")) or "none"
-            raise ConfigError("checkpoint", name, "there is no such checkpoint", f"there are: {have}")
+            raise ConfigError(
+                "checkpoint", name, "there is no such checkpoint", f"there are: {have}"
+            )
         verify(path)
         return path
     newest: ConfigError | None = None

@@ -1,8 +1,8 @@
 """Starts the ranks of a run on this machine, or joins those that a launcher started.
 
-    python -m trainer nproc=2           two ranks here, through torch's elastic launcher
-    torchrun ... -m trainer ...         the ranks are there: RANK, WORLD_SIZE, ...
-    SkyPilot, one call a node           the nodes are there: SKYPILOT_NODE_IPS, ...; ranks start here
+python -m trainer nproc=2           two ranks here, through torch's elastic launcher
+torchrun ... -m trainer ...         the ranks are there: RANK, WORLD_SIZE, ...
+SkyPilot, one call a node           the nodes are there: SKYPILOT_NODE_IPS, ...; ranks start here
 """
 
 from __future__ import annotations

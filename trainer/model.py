@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from monitoring.errors import ConfigError
@@ -20,6 +20,44 @@ from trainer.config import NamedModelConfig, PathModelConfig
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+
+
+def hf_config_of(config: NamedModelConfig | PathModelConfig) -> Any:
+    """Transformers' config of the model.
+
+    Raises:
+        ConfigError: If there is none of that name, or a field is misspelt.
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if isinstance(config, PathModelConfig):
+        try:
+            return AutoConfig.from_pretrained(config.path, revision=config.revision)
+        except (OSError, ValueError) as e:
+            raise ConfigError(
+                "model.path",
+                config.path,
+                _first_line(e),
+                "give a folder with config.json, or a hub name while there is a network",
+            ) from e
+    try:
+        known = AutoConfig.for_model(config.model_type)
+    except ValueError as e:
+        raise ConfigError(
+            "model.model_type", config.model_type, _first_line(e), "use a type transformers knows"
+        ) from e
+    for field in config.config:
+        # transformers would keep an unknown field and ignore it.
+        if not hasattr(known, field):
+            close = difflib.get_close_matches(field, known.to_dict(), n=1)
+            raise ConfigError(
+                f"model.config.{field}",
+                config.config[field],
+                f"is not a field of {type(known).__name__}",
+                f"did you mean {close[0]}?" if close else "remove it",
+            )
+    sizes = {} if config.vocab_size is None else {"vocab_size": config.vocab_size}
+    return AutoConfig.for_model(config.model_type, **config.config, **sizes)
 
 
 def build_meta_model(
@@ -31,9 +69,9 @@ def build_meta_model(
         ConfigError: If the architecture is unknown, a field of it is misspelt, or the tokenizer has
             more tokens than the embedding has rows.
     """
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    hf_config = _hf_config(config, tokenizer_size)
+    hf_config = hf_config_of(config)
+    if isinstance(config, NamedModelConfig) and config.vocab_size is None:
+        hf_config.vocab_size = -(-tokenizer_size // 64) * 64
     vocab_size = hf_config.get_text_config().vocab_size
     if tokenizer_size > vocab_size:
         raise ConfigError(
@@ -132,40 +170,6 @@ def prepare_training(model: PreTrainedModel, *, compile: bool, checkpointing: bo
     if compile:
         for block in decoder_blocks(model):
             block.compile()
-
-
-def _hf_config(config: NamedModelConfig | PathModelConfig, tokenizer_size: int) -> Any:
-    if isinstance(config, PathModelConfig):
-        try:
-            return AutoConfig.from_pretrained(config.path, revision=config.revision)
-        except (OSError, ValueError) as e:
-            raise ConfigError(
-                "model.path",
-                config.path,
-                _first_line(e),
-                "give a folder with config.json, or a hub name while there is a network",
-            ) from e
-    try:
-        known = AutoConfig.for_model(config.model_type)
-    except ValueError as e:
-        raise ConfigError(
-            "model.model_type", config.model_type, _first_line(e), "use a type transformers knows"
-        ) from e
-    for field in config.config:
-        # transformers would keep an unknown field and ignore it.
-        if not hasattr(known, field):
-            close = difflib.get_close_matches(field, known.to_dict(), n=1)
-            raise ConfigError(
-                f"model.config.{field}",
-                config.config[field],
-                f"is not a field of {type(known).__name__}",
-                f"did you mean {close[0]}?" if close else "remove it",
-            )
-    vocab_size = config.vocab_size or -(-tokenizer_size // 64) * 64
-    hf_config: PretrainedConfig = AutoConfig.for_model(
-        config.model_type, **config.config, vocab_size=vocab_size
-    )
-    return hf_config
 
 
 def _weights_reader(config: PathModelConfig, model: PreTrainedModel) -> Callable[[str], Tensor]:

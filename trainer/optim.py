@@ -33,7 +33,9 @@ class AdamWConfig:
         if self.lr <= 0:
             raise ConfigError("optim.lr", self.lr, "must be above 0", "try 3e-4")
         if self.max_norm is not None and self.max_norm <= 0:
-            raise ConfigError("optim.max_norm", self.max_norm, "must be above 0", "null: no clipping")
+            raise ConfigError(
+                "optim.max_norm", self.max_norm, "must be above 0", "null: no clipping"
+            )
 
     def build(self, parameters: dict[str, nn.Parameter], decayed: set[str]) -> Optimizer:
         """Builds the optimizer.

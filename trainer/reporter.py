@@ -123,7 +123,7 @@ class Reporter:
         if (run_dir / "export").exists():
             prompt = self._config.evaluation.sample_prompt or "The"
             self.say(
-                "\ntry it      python -c \"from transformers import pipeline; "
+                '\ntry it      python -c "from transformers import pipeline; '
                 f"print(pipeline('text-generation', '{_short(run_dir / 'export')}')({prompt!r})"
                 "[0]['generated_text'])\""
             )

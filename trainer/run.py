@@ -20,10 +20,10 @@ from trainer.checkpoint import Checkpointer, TrainerState, read_state, read_tens
 from trainer.config import TrainerConfig
 from trainer.cpu import keep_freed_memory
 from trainer.data.prepare import PreparedData, prepare
-from trainer.data.tokens import verify
+from trainer.data.tokenizer import vocab_size_of
 from trainer.export import export_checkpoint
 from trainer.loop import TrainingLoop
-from trainer.model import Materializer, build_meta_model, prepare_training
+from trainer.model import Materializer, build_meta_model, hf_config_of, prepare_training
 from trainer.objective import NextTokenLoss
 from trainer.reporter import Reporter, check_run_dir
 from trainer.resume import check_same_model, check_same_run, find_checkpoint
@@ -46,18 +46,18 @@ def train(config: TrainerConfig, stop: StopSignal) -> ExitCode:
         # 1. Data: prepared once, by whichever rank comes first
         with world.together():
             check_run_dir(config)
+            hf_config_of(config.model)  # refused before the data is prepared, if at all
             data = prepare(
                 config.data,
                 model_path=getattr(config.model, "path", None),
                 stop_requested=stop.requested,
             )
             if config.data.verify:
-                for folder in data.folders:
-                    verify(folder, world.local_rank, world.local_world_size)
+                data.verify(world.local_rank, world.local_world_size, stop.requested)
 
         # 2. The model, on the meta device until its strategy knows where each part goes
         with world.together():
-            model = build_meta_model(config.model, len(data.tokenizer))
+            model = build_meta_model(config.model, vocab_size_of(data.tokenizer))
             module = NextTokenLoss(model, config.model.fused_loss)
         resolved = resolve(config)
         reporter = Reporter(config, resolved, data, model, world)

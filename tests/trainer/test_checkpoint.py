@@ -77,7 +77,9 @@ def test_any_strategy_resumes_from_any_other(tmp_path, world_size):
     if world_size == 2:
         resumed = run_distributed(resume_with_each, 2, names, tmp_path)[0]
     else:  # a covering subset at the other sizes
-        resumed = run_distributed(resume_with_each, world_size, ["ddp", "fsdp", "zero3"], tmp_path)[0]
+        resumed = run_distributed(resume_with_each, world_size, ["ddp", "fsdp", "zero3"], tmp_path)[
+            0
+        ]
     for (saver, resumer), losses in resumed.items():
         for (loss, norm), (wanted, wanted_norm) in zip(losses, expected[saver], strict=True):
             assert loss == pytest.approx(wanted, abs=1e-5), (saver, resumer)
@@ -153,9 +155,14 @@ def fail_to_save(folder: Path):
 
         # On one rank only; the others must hear of it.
         target = "torch.distributed.checkpoint.filesystem._write_item"
-        with patch(target, full if world.rank == 1 else __import__(
-            "torch.distributed.checkpoint.filesystem", fromlist=["_write_item"]
-        )._write_item):
+        with patch(
+            target,
+            full
+            if world.rank == 1
+            else __import__(
+                "torch.distributed.checkpoint.filesystem", fromlist=["_write_item"]
+            )._write_item,
+        ):
             checkpointer.save(run.strategy.state(), a_state(2))
             try:
                 checkpointer.wait()

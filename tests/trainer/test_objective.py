@@ -97,7 +97,11 @@ def test_a_model_that_caps_its_logits_is_refused():
 def test_documents_do_not_see_each_other_when_positions_restart():
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "llama", vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        "llama",
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
         intermediate_size=64,
     )
     module = NextTokenLoss(AutoModelForCausalLM.from_config(config), fused=True).eval()

@@ -34,6 +34,19 @@ def open_cache(cache_dir: str) -> Path:
 
 
 @contextmanager
+def full_disk_explained(cache: Path) -> Iterator[None]:
+    """Says which setting to change when there is no room left."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        rule = f"the disk is full ({error.strerror})"
+        fix = "free some space or name a folder on a larger disk"
+        raise ConfigError(KEY, cache, rule, fix) from error
+
+
+@contextmanager
 def locked(path: Path, stop_requested: StopRequested) -> Iterator[None]:
     """Hold a lock that the operating system takes back when its holder dies.
 
@@ -73,15 +86,10 @@ def build_once(folder: Path, build: Callable[[Path], None], stop_requested: Stop
         temporary = folder.with_name(f"{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)  # of a builder that was killed
         try:
-            temporary.mkdir()
-            build(temporary)
-            os.rename(temporary, folder)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            rule = f"the disk is full ({error.strerror})"
-            fix = "free some space or name a folder on a larger disk"
-            raise ConfigError(KEY, folder.parent, rule, fix) from error
+            with full_disk_explained(folder.parent):
+                temporary.mkdir()
+                build(temporary)
+                os.rename(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         sync_folder(folder.parent)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from monitoring.errors import ConfigError, DamagedError
 from trainer.data.build import build_dataset
-from trainer.data.cache import build_once, locked, open_cache
+from trainer.data.cache import build_once, full_disk_explained, locked, open_cache
 from trainer.data.config import (
     DataConfig,
     MixtureDataConfig,
@@ -181,14 +181,7 @@ def _prepare_sources(
     stop_requested: StopRequested,
 ) -> dict[str, Path]:
     """The folders of all sources that are not tokens already, built where they are missing."""
-    with locked(cache / "digests.lock", stop_requested):  # one rank reads 1 TB, not all of them
-        digests = FileDigests(cache / "digests.json", stop_requested)
-        sources = {
-            name: open_source(key, source, digests)
-            for name, (key, source) in configs.items()
-            if source.kind is not SourceKind.tokens
-        }
-        digests.save()
+    sources = _open_sources(configs, cache, stop_requested)
     training = _training_identity(cfg, list(sources.values()))
     made_by = fingerprint(tokenizer) if tokenizer else f"train:{canonical_digest(training)}"
     transforms = {name: _transform(cfg, made_by) for name in sources}
@@ -210,6 +203,22 @@ def _prepare_sources(
             )
             build_once(folders[name], build, stop_requested)
     return folders
+
+
+def _open_sources(
+    configs: dict[str, tuple[str, SourceConfig]], cache: Path, stop_requested: StopRequested
+) -> dict[str, Source]:
+    with locked(cache / "digests.lock", stop_requested):  # one rank reads 1 TB, not all of them
+        digests = FileDigests(cache / "digests.json", stop_requested)
+        try:
+            return {
+                name: open_source(key, source, digests)
+                for name, (key, source) in configs.items()
+                if source.kind is not SourceKind.tokens
+            }
+        finally:  # told to stop after half of it, the next start goes on from there
+            with full_disk_explained(cache):
+                digests.save()
 
 
 def _transform(cfg: PreparationConfig, made_by: str) -> dict[str, object]:

@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -110,23 +111,25 @@ def test_an_altered_trained_tokenizer_is_refused(config, ready, tmp_path):
         ready(config())
 
 
-def test_stopping_leaves_nothing_half_written(config, monkeypatch):
-    cfg = config()
+def test_stopping_anywhere_leaves_nothing_half_written(config, tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.data.build.BATCH_DOCUMENTS", 5)
-    polls = 0
-    for allowed in (0, 3, 125, 140, 250):  # while hashing, training the tokenizer, and writing
-        polls = 0
+    polls = []
 
-        def stop_requested(allowed=allowed):
-            nonlocal polls
-            polls += 1
-            return polls > allowed
+    def stop_after(limit):
+        polls.clear()
+        return lambda: polls.append(None) or len(polls) > limit
 
+    prepare(config(), model_path=None, stop_requested=stop_after(10**9))
+    total = len(polls)
+    assert total > 200  # while hashing, training the tokenizer and writing
+    for limit in [*range(0, total, 17), total - 1]:
+        cfg = config(cache_dir=str(tmp_path / f"cache{limit}"))
         with pytest.raises(Interrupted):
-            prepare(cfg, model_path=None, stop_requested=stop_requested)
-        assert all(name.startswith("tokenizer-") for name in leftovers(cfg))
-        assert not any(name.endswith(".tmp") for name in leftovers(cfg))
-    assert prepare(cfg, model_path=None, stop_requested=lambda: False).digest
+            prepare(cfg, model_path=None, stop_requested=stop_after(limit))
+        assert all(re.fullmatch("tokenizer-[0-9a-f]{16}", name) for name in leftovers(cfg))
+        before = len(polls)
+        assert prepare(cfg, model_path=None, stop_requested=stop_after(10**9)).digest
+        assert len(polls) + min(before, 120) <= total + 8  # what was hashed is not read again
 
 
 def test_a_full_disk_and_a_cache_that_cannot_be_written(config, ready, folder, monkeypatch):

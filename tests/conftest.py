@@ -1,0 +1,74 @@
+"""Fixtures of several packages' tests."""
+
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_dir(tmp_path_factory):
+    """Prepared data of the tests, apart from the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPOTFORGE_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture
+def trainer(capfd, monkeypatch):
+    """Calls `python -m trainer` in this process (one rank): fast, and nothing is mocked."""
+    from trainer.__main__ import main
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["trainer", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as e:
+            code = int(e.code or 0)
+        return Result(code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder of small text files."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(40):
+        lines = (f"line {j} of file {i}: the quick brown fox, {i * j} times\n" for j in range(30))
+        (folder / f"{i:02d}.txt").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def small(corpus, tmp_path):
+    """Overrides of a run that takes a second."""
+    return [
+        "data=text",
+        f"data.path={corpus}",
+        "data.tokenizer_vocab_size=300",
+        "data.max_seq_len=32",
+        "data.validation_fraction=0.2",
+        "global_batch_size=8",
+        "micro_batch_size=4",
+        "stop.steps=6",
+        "schedule.warmup_steps=2",
+        "log.every_steps=1",
+        "evaluation.max_samples=8",
+        "model.config.hidden_size=32",
+        "model.config.intermediate_size=64",
+        "model.config.num_hidden_layers=2",
+        "model.config.num_attention_heads=4",
+        "model.config.num_key_value_heads=2",
+        f"run.dir={tmp_path / 'run'}",
+    ]
