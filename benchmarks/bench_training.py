@@ -4,8 +4,8 @@
     python -m benchmarks.bench_training --rounds 5 --out benchmarks/results/training.json
 
 Every contestant trains the same Llama on the same number of tokens a step with AdamW, clipping and
-float32, in a process of its own. They take turns, round after round, because a shared machine drifts:
-compare ratios within a round, not tokens per second across days.
+float32, in a process of its own. They take turns, round after round, because a shared machine
+drifts: compare ratios within a round, not tokens per second across days.
 
     plain       the loop of a PyTorch tutorial: transformers' logits, cross_entropy, AdamW(fused)
     tuned       the same loop with our loss, and memory kept by malloc
@@ -111,7 +111,8 @@ def train_hf_trainer(steps: int) -> float:
             callbacks=[clock],
         ).train()
         _synchronize()
-    return steps * BATCH * SEQ_LEN / (time.perf_counter() - clock.began)
+    seconds: float = time.perf_counter() - clock.began
+    return steps * BATCH * SEQ_LEN / seconds
 
 
 def train_spotforge(steps: int) -> float:
@@ -139,7 +140,8 @@ def train_spotforge(steps: int) -> float:
         )
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
         seconds = sum(json.loads(line)["step_s"] * WARMUP_STEPS for line in lines[1:])
-        return (len(lines) - 1) * WARMUP_STEPS * BATCH * SEQ_LEN / seconds
+        num_tokens = (len(lines) - 1) * WARMUP_STEPS * BATCH * SEQ_LEN
+        return num_tokens / float(seconds)
 
 
 CONTESTANTS: dict[str, Callable[[int], float]] = {

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import cast
 
 from omegaconf import OmegaConf
-from yaml import YAMLError  # type: ignore[import-untyped]
+from yaml import YAMLError
 
 from monitoring.errors import ConfigError, DamagedError
 from monitoring.jsonl import NOT_FINITE, read_records

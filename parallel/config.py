@@ -90,8 +90,8 @@ class FsdpConfig:
             raise ConfigError(
                 "parallel.dp_shard",
                 self.dp_shard,
-                f"dp_replicate ({self.dp_replicate}) x dp_shard ({self.dp_shard}) must be the number "
-                f"of ranks, {world_size}",
+                f"dp_replicate ({self.dp_replicate}) x dp_shard ({self.dp_shard}) must be the "
+                f"number of ranks, {world_size}",
                 f"use parallel.dp_shard={world_size // self.dp_replicate} or -1, or start "
                 f"nproc={max(1, self.dp_replicate * self.dp_shard)} ranks",
             )

@@ -2,8 +2,8 @@
 
 A strategy is an interface or a leaf: `ddp.py`, `fsdp.py` and `zero.py` are the leaves, and none
 overrides anything that another implements. Names and shapes in `state()` are canonical: parameter
-names as Hugging Face has them, global shapes, optimizer moments as `optim.<name>.<slot>`. That is why
-a checkpoint of one strategy at one world size loads under any other.
+names as Hugging Face has them, global shapes, optimizer moments as `optim.<name>.<slot>`. That is
+why a checkpoint of one strategy at one world size loads under any other.
 """
 
 from abc import ABC, abstractmethod
@@ -29,8 +29,8 @@ SLOTS = ("exp_avg", "exp_avg_sq")
 class Strategy(ABC):
     """Data parallelism of one kind over all ranks.
 
-    The module given to `setup` holds the Hugging Face model as `module.model`, and its forward returns
-    the summed loss.
+    The module given to `setup` holds the Hugging Face model as `module.model`, and its forward
+    returns the summed loss.
     """
 
     @abstractmethod
@@ -39,8 +39,8 @@ class Strategy(ABC):
     ) -> None:
         """Materializes the model part by part, distributes it, and builds its optimizer.
 
-        Model and optimizer are set up jointly, since FSDP replaces the parameters and DeepSpeed fuses
-        both. A strategy that shards never holds more than one part in full.
+        Model and optimizer are set up jointly, since FSDP replaces the parameters and DeepSpeed
+        fuses both. A strategy that shards never holds more than one part in full.
         """
 
     @abstractmethod

@@ -62,10 +62,10 @@ class World:
             error = e
         errors: list[SpotforgeError | None] = [None] * self.world_size
         dist.all_gather_object(errors, error, group=self.control)
-        for e in errors:
-            if e is not None:
-                e.seen_by_all = True
-                raise e
+        for found in errors:
+            if found is not None:
+                found.seen_by_all = True
+                raise found
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO stages 1-3, in the same checkpoint format as everything else.
 
-DeepSpeed's own partitioned state never reaches the disk: it is read and written a parameter at a time
-through `deepspeed.utils.safe_{get,set}_full_*` (deepspeed/utils/tensor_fragment.py).
+DeepSpeed's own partitioned state never reaches the disk: it is read and written a parameter at a
+time through `deepspeed.utils.safe_{get,set}_full_*` (deepspeed/utils/tensor_fragment.py).
 """
 
 from __future__ import annotations
@@ -124,10 +124,10 @@ class ZeroStrategy(Strategy):
         )
 
     def _create_moments(self) -> None:
-        """Zeros for every partition before the first step, so that there is state to save or replace.
+        """Makes zeros before the first step, so that there is state to save or replace.
 
-        DeepSpeed leaves that to the first step, and at stages 1 and 2 links the moments to parameters
-        when only the first of the parameter groups has any.
+        DeepSpeed leaves that to the first step, and at stages 1 and 2 links the moments to
+        parameters when only the first of the parameter groups has any.
         """
         wrapper = self._engine.optimizer
         if self._config.stage == 3:
@@ -207,8 +207,8 @@ def _import_deepspeed(device: torch.device) -> Any:
 def _build_cpu_extension() -> None:
     """Compiles DeepSpeed's shared-memory collectives, once for all ranks and runs of this machine.
 
-    torch's own lock file outlives a killed build and makes every later start wait for ever. Under our
-    lock, which the kernel releases, one that is there is stale.
+    torch's own lock file outlives a killed build and makes every later start wait for ever. Under
+    our lock, which the kernel releases, one that is there is stale.
     """
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
     from torch.utils.cpp_extension import get_default_build_root

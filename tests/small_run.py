@@ -1,4 +1,4 @@
-"""A run of a very small Llama on made-up tokens, as the loop does it, without the loop's surroundings."""
+"""A run of a very small Llama on made-up tokens: what the loop does, without its surroundings."""
 
 from functools import partial
 

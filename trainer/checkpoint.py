@@ -105,6 +105,7 @@ class Checkpointer:
         if self._stager is None:
             self._stager = _stager(self._world.device)
         staged = self._stager.stage(tensors)
+        assert isinstance(staged, dict)  # a future only with asynchronous staging
         self._pending = self._writer.submit(self._write, staged, state)
         if not self._config.asynchronous:
             self.wait()

@@ -38,7 +38,11 @@ def explain(error: Exception) -> str:
     for cause in chain:
         if isinstance(cause, ConfigError):
             return str(cause)
-    inner = next((c for c in reversed(chain) if isinstance(c, OmegaConfBaseException)), error)
+    # OmegaConf's innermost error says most, but for those with its own placeholders left in.
+    told = (
+        c for c in reversed(chain) if isinstance(c, OmegaConfBaseException) and "$" not in str(c)
+    )
+    inner = next(told, error)
     lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
     text = lines[0] if lines else type(inner).__name__
     key = next((x.removeprefix("full_key:").strip() for x in lines if x.startswith("full_key")), "")

@@ -1,14 +1,15 @@
 """The trainer's settings: the root of the tree, and what Hydra knows of it.
 
-A package's dataclasses live beside their consumer, or in the package's `config.py` where the consumer
-imports torch: composing a config (for `--help`, for the planner) must not. Every dataclass is
-registered as `schema/<group>/<option>`, and the YAML of that name starts from it, so that a misspelt
-key or a wrong type fails before anything runs. A config with a leaf behind it has `build()`.
+A package's dataclasses live beside their consumer, or in the package's `config.py` where the
+consumer imports torch: composing a config (for `--help`, for the planner) must not. Every dataclass
+is registered as `schema/<group>/<option>`, and the YAML of that name starts from it, so that a
+misspelt key or a wrong type fails before anything runs. A config with a leaf behind it has
+`build()`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ class ModelConfig:
 
     Attributes:
         attn_implementation: Transformers' name of the attention kernel.
-        fused_loss: Compute head and cross-entropy together, in chunks, so that the logits of a batch
-            are never held. Off: transformers computes the logits.
+        fused_loss: Compute head and cross-entropy together, in chunks, so that the logits of a
+            batch are never held. Off: transformers computes the logits.
     """
 
     attn_implementation: str = "sdpa"
@@ -55,7 +56,7 @@ class NamedModelConfig(ModelConfig):
 
     Attributes:
         model_type: Transformers' name of the architecture, e.g. `llama`.
-        vocab_size: Size of the embedding; null takes the tokenizer's, rounded up to a multiple of 64.
+        vocab_size: Rows of the embedding; null: the tokenizer's, up to a multiple of 64.
         config: Further fields of that architecture's transformers config.
     """
 
@@ -163,15 +164,17 @@ class TrainerConfig:
 
     Attributes:
         seed: Of initial weights, sample order and dropout.
-        nproc: Processes on this machine: `auto` takes every GPU, else 1. Under torchrun it must agree.
+        nproc: Processes on this machine: `auto` takes every GPU, else 1. Under torchrun it must
+            agree.
         global_batch_size: Samples of one optimizer step, over all ranks.
         micro_batch_size: Samples of one forward on one rank; accumulation follows from the two.
         deterministic: Only deterministic kernels (slower on a GPU).
         compile: torch.compile each decoder block.
         activation_checkpointing: Recompute each decoder block in backward instead of storing it.
-        resume: `auto` goes on from the newest valid checkpoint of `run.dir`, `never` starts anew in an
-            empty one, and a path resumes from that checkpoint.
-        allow_changes: Keys that may differ from the checkpoint's although they change what is trained.
+        resume: `auto` goes on from the newest valid checkpoint of `run.dir`, `never` starts anew in
+            an empty one, and a path resumes from that checkpoint.
+        allow_changes: Keys that may differ from the checkpoint's although they change what is
+            trained.
         shutdown_timeout_s: How long ranks may take to save after SIGTERM before they are killed.
     """
 
@@ -306,7 +309,6 @@ def register_schemas() -> None:
 
 
 def options_with_key(group: str, key: str) -> list[str]:
-    """Options of a group whose schema has `key`: for the error that names where it would work."""
-    return [
-        n for n, schema in _SCHEMAS.get(group, {}).items() if key in schema.__dataclass_fields__
-    ]
+    """Schemas of a group that have `key`: for the error that names where it would work."""
+    schemas = _SCHEMAS.get(group, {})
+    return [name for name, schema in schemas.items() if key in {f.name for f in fields(schema)}]

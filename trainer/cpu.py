@@ -11,9 +11,9 @@ _M_MMAP_MAX = -4
 def keep_freed_memory() -> None:
     """Lets malloc keep what the last step freed for the next one.
 
-    A step allocates and frees large temporaries; by default glibc returns each to the kernel, and the
-    next step pays for the page faults again: about an eighth of a small model's step time. Does nothing
-    where the C library is not glibc.
+    A step allocates and frees large temporaries; by default glibc returns each to the kernel, and
+    the next step pays for the page faults again: about an eighth of a small model's step time. Does
+    nothing where the C library is not glibc.
     """
     if sys.platform != "linux":
         return

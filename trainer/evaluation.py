@@ -80,8 +80,8 @@ def generate(
 ) -> str:
     """Continues `evaluation.sample_prompt` greedily; collective.
 
-    Every rank decodes the same tokens through the sharded forward, a whole forward a token: the model
-    is never gathered for it.
+    Every rank decodes the same tokens through the sharded forward, a whole forward a token: the
+    model is never gathered for it.
     """
     prompt = config.evaluation.sample_prompt
     assert prompt is not None

@@ -14,6 +14,7 @@ import tempfile
 import traceback
 import uuid
 from pathlib import Path
+from typing import Any
 
 from monitoring.errors import ConfigError, ExitCode, SpotforgeError
 from trainer.config import TrainerConfig
@@ -105,7 +106,7 @@ def _launch_ranks(config: TrainerConfig, nproc: int, num_nodes: int) -> int:
     return ExitCode.FINISHED
 
 
-def _rendezvous(num_nodes: int) -> dict[str, object]:
+def _rendezvous(num_nodes: int) -> dict[str, Any]:
     if num_nodes == 1:
         # Port 0: several runs on one machine do not meet.
         return {

@@ -101,9 +101,9 @@ def build_meta_model(
 class Materializer:
     """Fills one part of a meta model after another with the run's initial weights.
 
-    Random weights come from the model's own initialisation, one module at a time under a seed of its
-    name: the same weights whatever the strategy, the order or the number of ranks. Pretrained ones are
-    read from the safetensors files, only those of the part at hand.
+    Random weights come from the model's own initialisation, one module at a time under a seed of
+    its name: the same weights whatever the strategy, the order or the number of ranks. Pretrained
+    ones are read from the safetensors files, only those of the part at hand.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Materializer:
                     raise ConfigError(
                         "model",
                         type(self._model).__name__,
-                        f"{self._names[module]}.{name} is NaN, or transformers does not initialise it",
+                        f"{self._names[module]}.{name} is NaN, or transformers leaves it unset",
                         "repair the weights, or choose another architecture",
                     )
 
@@ -204,7 +204,7 @@ def _weights_reader(config: PathModelConfig, model: PreTrainedModel) -> Callable
             raise ConfigError(
                 "model.path",
                 config.path,
-                f"{stored[name]} is {tuple(tensor.shape)}, the config makes it {tuple(shapes[name])}",
+                f"{stored[name]} is {tuple(tensor.shape)}, {tuple(shapes[name])} by its config",
                 "config.json and the weights are of different models: download both again",
             )
         return tensor

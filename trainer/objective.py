@@ -15,15 +15,15 @@ from trainer.data.loader import IGNORE_INDEX
 # Logits held at once, in elements: they stay in the cache of a CPU, and keep a GPU busy.
 _CHUNK_NUMEL = {"cpu": 2**22, "cuda": 2**26}
 
-# Fields of a transformers config that say that the model does more to its logits than a matrix product.
+# Fields of a transformers config by which a model does more to its logits than a matrix product.
 _LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 class NextTokenLoss(nn.Module):
     """Summed cross-entropy of a Hugging Face causal LM on packed samples.
 
-    Head and loss are inside forward so that a strategy which gathers parameters around forward has the
-    head's weight there.
+    Head and loss are inside forward so that a strategy which gathers parameters around forward has
+    the head's weight there.
     """
 
     def __init__(self, model: nn.Module, fused: bool) -> None:
@@ -47,7 +47,8 @@ class NextTokenLoss(nn.Module):
             position_ids: (B, T) int64, restarting at 0 with each document; None counts up.
 
         Returns:
-            The loss summed over targets, a float32 scalar; or (B, V) logits after the last position.
+            The loss summed over targets, a float32 scalar; or (B, V) logits after the last
+            position.
         """
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
         if targets is None:
@@ -73,8 +74,8 @@ def fused_linear_cross_entropy(
     """`cross_entropy(hidden @ weight.T + bias, targets, reduction="sum")`, a few rows at a time.
 
     Gradients are made in forward while a chunk's logits are at hand (as Liger-Kernel does,
-    arXiv 2410.10989), so nothing of size N x V is stored and nothing is computed twice. The scale of
-    the incoming gradient is applied in backward.
+    arXiv 2410.10989), so nothing of size N x V is stored and nothing is computed twice. The scale
+    of the incoming gradient is applied in backward.
 
     Args:
         hidden: (N, H).
@@ -85,7 +86,9 @@ def fused_linear_cross_entropy(
     Returns:
         float32 scalar.
     """
-    loss: Tensor = _FusedLinearCrossEntropy.apply(hidden, weight, bias, targets)
+    loss: Tensor = _FusedLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets
+    )
     return loss
 
 
@@ -97,7 +100,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         wants = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if any(wants) else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants[2] else None
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         total = hidden.new_zeros((), dtype=torch.float32)
         for rows in _chunks(hidden, weight):
             chunk, target = hidden[rows], targets[rows]

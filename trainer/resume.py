@@ -11,11 +11,11 @@ from torch import nn
 from monitoring.errors import ConfigError, DamagedError
 from parallel.strategy import SLOTS
 from parallel.world import World
-from trainer.checkpoint import TrainerState, committed, read_state, tensor_shapes, verify
+from trainer.checkpoint import TrainerState, committed, tensor_shapes, verify
 from trainer.config import TrainerConfig
 
-# A difference in one of these trains something else. All others (strategy, ranks, micro-batch, paths,
-# logging, ...) change where and how, and are only mentioned.
+# A difference in one of these trains something else. All others (strategy, ranks, micro-batch,
+# paths, logging, ...) change where and how, and are only mentioned.
 _MEANING = (
     "seed",
     "global_batch_size",

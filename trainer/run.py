@@ -110,7 +110,8 @@ def train(config: TrainerConfig, stop: StopSignal) -> ExitCode:
 def resolve(config: TrainerConfig) -> dict[str, Any]:
     """The settings as plain data, to be stored and compared."""
     text = json.dumps(dataclasses.asdict(config), default=_enum_value)
-    return json.loads(text) | {"total_steps": config.total_steps}
+    settings: dict[str, Any] = json.loads(text)
+    return settings | {"total_steps": config.total_steps}
 
 
 def _finish(

@@ -8,9 +8,9 @@ from types import FrameType, TracebackType
 class StopSignal:
     """Catches SIGTERM, SIGUSR1 and SIGINT while it is entered.
 
-    A handler only sets a flag: the loop sends it along with a collective that each step makes anyway,
-    so that no rank stops alone. A signal may come several times (a terminal and a launcher both pass it
-    on), so a second one changes nothing.
+    A handler only sets a flag: the loop sends it along with a collective that each step makes
+    anyway, so that no rank stops alone. A signal may come several times (a terminal and a launcher
+    both pass it on), so a second one changes nothing.
     """
 
     _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

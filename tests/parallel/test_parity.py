@@ -1,7 +1,7 @@
 """Same seed, same global batch: every strategy at every world size gives the same losses.
 
-The losses are compared with a golden file too, so that a change of the numbers is seen. To update it:
-`python -m tests.parallel.test_parity` (in a commit of its own).
+The losses are compared with a golden file, so that a change of the numbers is seen.
+`python -m tests.parallel.test_parity` updates it (in a commit of its own).
 """
 
 import json

@@ -150,7 +150,7 @@ def test_flipped_byte_in_prepared_data(trainer, small, tmp_path):
     content = bytearray(shard.read_bytes())
     content[100] ^= 1
     shard.write_bytes(content)
-    assert_refused(trainer(*small), [str(shard), "sha256"])
+    assert_refused(trainer(*small), [str(shard), "SHA-256"])
     assert not (tmp_path / "run").exists()
 
 
