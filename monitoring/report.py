@@ -237,7 +237,8 @@ def _data(data: dict[str, object]) -> dict[str, object]:
 
 def _source(source: dict[str, object]) -> dict[str, object]:
     files = mappings(source.get("files"))
-    num_tokens = number(source.get("num_tokens"))
+    train = mapping(mapping(source.get("splits")).get("train"))
+    num_tokens = number(train.get("num_tokens", source.get("num_tokens")))
     return {
         "name": str(source.get("name") or source.get("path") or source.get("kind") or "source"),
         "kind": str(source.get("kind") or ""),

@@ -37,6 +37,7 @@ class ZeroStrategy(Strategy):
 
     def __init__(self, config: ZeroConfig, world: World, precision: PrecisionConfig) -> None:
         self._deepspeed = _import_deepspeed(world.device)
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it looks nowhere else
         self._config, self._world, self._precision = config, world, precision
         self._engine: Any = None
         self._parameters: dict[str, nn.Parameter]

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -13,17 +14,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 from monitoring.errors import ConfigError, ExitCode
 from trainer.cli import CONFIG_DIR, explain, help_text
-from trainer.config import register_schemas
+from trainer.config import refuse_unknown_keys, register_schemas
 
 
 def _run(tree: DictConfig) -> None:
     try:
         config: Any = OmegaConf.to_object(tree)
+        refuse_unknown_keys(config)
     except (ConfigError, OmegaConfBaseException) as e:
         _refuse(e)  # here, since Hydra would print its overrides first
     sweep = HydraConfig.get().mode is RunMode.MULTIRUN
     if sweep:  # each job of a sweep is a run of its own, named by what it changes
-        changes = HydraConfig.get().job.override_dirname
+        changes = _swept_overrides()
         config.run.name += f"/{changes}"
         config.run.dir += f"/{changes}"
     from trainer.launching import launch
@@ -31,6 +33,16 @@ def _run(tree: DictConfig) -> None:
     code = launch(config)
     if code != ExitCode.FINISHED or not sweep:
         sys.exit(code)
+
+
+def _swept_overrides() -> str:
+    """What this job of a sweep changes, as a folder name: `optim.lr=0.001,seed=1`."""
+    given = [a for a in sys.argv[1:] if "=" in a and not a.startswith("-")]
+    parsed = OverridesParser.create().parse_overrides(given)
+    swept = {o.get_key_element() for o in parsed if o.is_sweep_override()}
+    job = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    changes = [str(o.input_line) for o in job if o.get_key_element() in swept]
+    return ",".join(changes).replace("/", "_") or str(HydraConfig.get().job.num)
 
 
 def main() -> None:

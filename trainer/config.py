@@ -9,7 +9,7 @@ misspelt key or a wrong type fails before anything runs. A config with a leaf be
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +118,14 @@ class EvaluationConfig:
         max_samples: Held-out samples of `data.max_seq_len` tokens to use; null uses all.
         sample_prompt: Text to continue at each evaluation; null generates nothing.
         sample_tokens: Tokens to generate.
+        sample_temperature: 0 takes the likeliest token; small models then repeat themselves.
     """
 
     every_steps: int | None = None
     max_samples: int | None = 256
     sample_prompt: str | None = None
     sample_tokens: int = 64
+    sample_temperature: float = 0.7
 
 
 @dataclass
@@ -306,6 +308,29 @@ def register_schemas() -> None:
     for group, options in _SCHEMAS.items():
         for name, schema in options.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
+
+
+def refuse_unknown_keys(config: Any, prefix: str = "") -> None:
+    """Raises ConfigError for a key that `+key=value` added and no dataclass has."""
+    known = {f.name for f in fields(config)}
+    for name, value in vars(config).items():
+        if name not in known:
+            raise ConfigError(
+                f"{prefix}{name}",
+                value,
+                "there is no such key, and nothing would read it",
+                "remove it",
+            )
+        for child, key in _dataclasses_in(value, f"{prefix}{name}"):
+            refuse_unknown_keys(child, f"{key}.")
+
+
+def _dataclasses_in(value: Any, key: str) -> list[tuple[Any, str]]:
+    if is_dataclass(value):
+        return [(value, key)]
+    if isinstance(value, dict):
+        return [(v, f"{key}.{k}") for k, v in value.items() if is_dataclass(v)]
+    return []
 
 
 def options_with_key(group: str, key: str) -> list[str]:

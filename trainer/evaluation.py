@@ -78,21 +78,27 @@ def generate(
     module: nn.Module,
     world: World,
 ) -> str:
-    """Continues `evaluation.sample_prompt` greedily; collective.
+    """Continues `evaluation.sample_prompt`; collective.
 
-    Every rank decodes the same tokens through the sharded forward, a whole forward a token: the
-    model is never gathered for it.
+    Every rank runs the same sharded forward, a whole one a token, and rank 0 chooses: the model is
+    never gathered for it. The choice is seeded, so a step of a run always says the same.
     """
     prompt = config.evaluation.sample_prompt
     assert prompt is not None
     ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False)
     prompt_len = len(ids)
+    temperature = config.evaluation.sample_temperature
+    generator = torch.Generator(world.device).manual_seed(config.seed)
     with _evaluating(module):
         for _ in range(config.evaluation.sample_tokens):
             window = torch.tensor([ids[-config.data.max_seq_len :]], device=world.device)
-            logits = strategy.forward(input_ids=window)  # (1, V)
-            choice = logits.argmax(-1)
-            dist.broadcast(choice, src=0)  # kernels may differ in the last bit between ranks
+            logits = strategy.forward(input_ids=window)[0].float()  # (V)
+            if temperature > 0:
+                probabilities = (logits / temperature).softmax(-1)
+                choice = torch.multinomial(probabilities, 1, generator=generator)
+            else:
+                choice = logits.argmax(-1, keepdim=True)
+            dist.broadcast(choice, src=0)
             ids.append(int(choice.item()))
     text: str = tokenizer.decode(ids[prompt_len:])
     return text

@@ -6,16 +6,19 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from monitoring.errors import ConfigError
+from parallel.strategy import decoder_blocks
 from trainer.config import NamedModelConfig, PathModelConfig
 
 _INDEX = "model.safetensors.index.json"
@@ -162,13 +165,11 @@ class Materializer:
 
 def prepare_training(model: PreTrainedModel, *, compile: bool, checkpointing: bool) -> None:
     """Switches on recomputation and compilation, block by block, before any sharding."""
-    from parallel.strategy import decoder_blocks
-
     model.train()
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if compile:
-        for block in decoder_blocks(model):
+    for block in decoder_blocks(model):
+        if checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if compile:
             block.compile()
 
 

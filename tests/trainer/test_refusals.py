@@ -13,6 +13,8 @@ REFUSED = {
         ["parallel=fsdp", "parallel.shard_degre=2"],
         ["parallel.shard_degre", "FsdpConfig"],
     ),
+    "added key": (["+paralell.stage=2"], ["paralell={'stage': 2}", "no such key"]),
+    "added key of a group": (["+optim.momentum=0.9"], ["optim.momentum"]),
     "unknown option": (["parallel=megatron"], ["megatron", "ddp", "fsdp", "zero"]),
     "wrong type": (["stop.steps=soon"], ["stop.steps", "soon"]),
     "batch that does not divide": (

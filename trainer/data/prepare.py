@@ -306,7 +306,7 @@ def _describe(name: str, weight: float, dataset: TokenDataset) -> dict[str, Any]
         "weight": weight,
         "folder": str(dataset.folder),
         "digest": manifest["digest"],
-        "source": manifest["source"],
+        **manifest["source"],
         "transform": manifest["transform"],
         "splits": {
             split: {key: entry[key] for key in counted}

@@ -84,9 +84,9 @@ def test_the_description_names_every_file(config, ready, folder):
     described = json.loads(json.dumps(data.describe()))
     assert described["digest"] == data.digest
     (source,) = described["sources"]
-    assert (source["name"], source["weight"], source["source"]["kind"]) == ("text", 1.0, "text")
-    assert [file["path"] for file in source["source"]["files"]] == sorted(os.listdir(folder))
-    assert all(len(file["sha256"]) == 64 for file in source["source"]["files"])
+    assert (source["name"], source["weight"], source["kind"]) == ("text", 1.0, "text")
+    assert [file["path"] for file in source["files"]] == sorted(os.listdir(folder))
+    assert all(len(file["sha256"]) == 64 for file in source["files"])
     assert source["splits"]["train"]["num_tokens"] == data.sources[0].num_tokens
 
 

@@ -1,0 +1,116 @@
+"""Imports point one way, optional libraries stay in their leaves, and composing needs no torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# What each package may import of the others: those below it in docs/design.md.
+BELOW = {
+    "configs": set(),
+    "monitoring": set(),
+    "parallel": {"monitoring"},
+    "trainer": {"monitoring", "parallel"},
+    "compression": {"monitoring", "parallel", "trainer"},
+    "release": {"monitoring", "parallel", "trainer", "compression"},
+    "serving": {"monitoring", "parallel", "trainer", "compression", "release"},
+    "launch": set(),
+}
+OURS = {*BELOW, "benchmarks", "tests"}
+PACKAGES = [name for name in BELOW if (ROOT / name / "__init__.py").exists()]
+
+# The only file that may import a library that is an extra, or slow, or both.
+LEAVES = {
+    "deepspeed": {"parallel/zero.py"},
+    "wandb": {"monitoring/wandb_sink.py"},
+    "torchao": set(),
+    "mlflow": set(),
+}
+
+
+def sources(package):
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imported(path, everywhere=True):
+    """Top-level names that a file imports: anywhere in it, or when it is itself imported."""
+    names, todo = set(), [ast.parse(path.read_text(), str(path))]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not everywhere:
+            continue
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            todo += node.orelse if not everywhere else [*node.body, *node.orelse]
+            continue
+        todo += ast.iter_child_nodes(node)
+    return names
+
+
+def test_every_package_has_its_place():
+    found = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert found <= OURS, "give a new package its row in BELOW"
+    assert {"monitoring", "parallel", "trainer"} <= set(PACKAGES)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_point_one_way(package):
+    allowed = BELOW[package] | {package}
+    for path in sources(package):
+        against = imported(path) & OURS - allowed
+        assert not against, f"{path.relative_to(ROOT)} imports {', '.join(sorted(against))}"
+
+
+@pytest.mark.parametrize("library", LEAVES)
+def test_extras_are_imported_in_their_leaves_only(library):
+    files = [path for package in [*PACKAGES, "benchmarks"] for path in sources(package)]
+    users = {str(path.relative_to(ROOT)) for path in files if library in imported(path)}
+    users = {user for user in users if not user.startswith("benchmarks/")}
+    assert users == LEAVES[library]
+    for path in files:
+        name = str(path.relative_to(ROOT))
+        if name not in LEAVES[library]:
+            assert library not in imported(path, everywhere=False), name
+
+
+def test_leaves_are_imported_inside_functions():
+    """A user without wandb imports nothing that needs it."""
+    leaves = {f[:-3].replace("/", ".") for files in LEAVES.values() for f in files}
+    for package in PACKAGES:
+        for path in sources(package):
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.ImportFrom):
+                    assert node.module not in leaves, f"{path}:{node.lineno}"
+
+
+_COMPOSE_ALL = """
+import sys
+from hydra import compose, initialize_config_dir
+from trainer.cli import CONFIG_DIR
+from trainer.config import register_schemas
+
+register_schemas()
+composed = 0
+with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
+    for file in sorted(CONFIG_DIR.glob("*/*.yaml")):
+        compose("trainer", [f"{file.parent.name}={file.stem}"])
+        composed += 1
+assert composed > 20, composed
+print(sorted({"torch", "transformers", "datasets", "deepspeed", "wandb"} & set(sys.modules)))
+"""
+
+
+def test_composing_every_option_imports_no_heavy_library():
+    result = subprocess.run(
+        [sys.executable, "-c", _COMPOSE_ALL], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"

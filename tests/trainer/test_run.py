@@ -1,0 +1,337 @@
+"""Whole runs through the command line: what a user sees and finds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trainer.checkpoint import committed, read_state
+
+ROOT = Path(__file__).parents[2]
+KEYS = {
+    "step",
+    "loss",
+    "grad_norm",
+    "lr",
+    "num_tokens",
+    "tokens_per_s",
+    "peak_memory_bytes",
+    "data_wait_s",
+    "step_s",
+    "checkpoint_blocking_s",
+}
+
+
+def metrics(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir):
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in metrics(run_dir)]
+
+
+def command(*arguments, launcher=()):
+    """Starts `python -m trainer` as a program of its own."""
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "trainer", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process, code=0, timeout=180):
+    out, _ = process.communicate(timeout=timeout)
+    assert process.returncode == code, out
+    return out
+
+
+def test_what_a_finished_run_leaves(trainer, small, tmp_path):
+    run_dir = tmp_path / "run"
+    result = trainer(*small, "evaluation.every_steps=3", "evaluation.sample_prompt=line 3")
+    assert result.code == 0, result
+    records = metrics(run_dir)
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
+    for record in records:
+        assert KEYS <= record.keys()
+        assert record["num_tokens"] == record["step"] * 8 * 32
+    assert [r["step"] for r in records if "validation_loss" in r] == [3, 6]
+    assert "validation_bits_per_byte" in records[-1]
+    samples = [json.loads(x) for x in (run_dir / "samples.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in samples] == [3, 6] and samples[0]["prompt"] == "line 3"
+    data = json.loads((run_dir / "data.json").read_text())
+    files = data["sources"][0]["files"]
+    assert len(files) == 40 and all(len(f["sha256"]) == 64 and f["size_bytes"] for f in files)
+    assert "<svg" in (run_dir / "report.html").read_text()
+    for name in ("config.yaml", "environment.json", "export/lineage.json"):
+        assert (run_dir / name).is_file(), name
+    for said in ("checkpoint", "export", "report.html", "try it"):
+        assert said in result.out
+
+
+def test_a_finished_run_says_so_and_changes_nothing(trainer, small, tmp_path):
+    assert trainer(*small).code == 0
+    before = losses(tmp_path / "run")
+    result = trainer(*small)
+    assert result.code == 0 and "resuming after step 6" in result.out
+    assert losses(tmp_path / "run") == before
+
+
+def test_export_gives_the_training_models_logits(trainer, small, tmp_path):
+    assert trainer(*small, "checkpoint.every_steps=3").code == 0
+    run_dir = tmp_path / "run"
+    exported = AutoModelForCausalLM.from_pretrained(run_dir / "export")
+    assert exported.dtype is torch.float32
+    state = _checkpoint_tensors(committed(run_dir / "checkpoints")[0])
+    for name, parameter in exported.named_parameters():
+        assert torch.equal(parameter, state[name]), name
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "export")
+    assert tokenizer.decode(tokenizer.encode("the quick brown fox")) == "the quick brown fox"
+    lineage = json.loads((run_dir / "export" / "lineage.json").read_text())
+    assert lineage["checkpoint"]["step"] == 6
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= lineage["files"].keys()
+
+    out = tmp_path / "older"
+    step_3 = ["checkpoint=step-00000003", f"out={out}", "dtype=bfloat16"]
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.export", f"run={run_dir}", *step_3],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype is torch.bfloat16
+    assert json.loads((out / "lineage.json").read_text())["checkpoint"]["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run=/no/such/run"], ["run=/no/such/run"]),
+        (["rum=x"], ["rum"]),
+        (["run={run}", "checkpoint=step-9"], ["checkpoint=step-9", "step-00000006"]),
+        (["run={run}", "dtype=int4"], ["int4", "bfloat16"]),
+    ],
+)
+def test_export_refuses_in_one_line(trainer, small, tmp_path, capfd, arguments, words):
+    from trainer.export import main
+
+    assert trainer(*small, "export.at_end=false").code == 0
+    capfd.readouterr()
+    assert main([a.format(run=tmp_path / "run") for a in arguments]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and all(word in lines[0] for word in words), lines
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def test_stop_by_tokens_and_by_minutes(trainer, small, tmp_path):
+    result = trainer(*small, "stop.steps=null", f"stop.tokens={8 * 32 * 4}")
+    assert result.code == 0
+    assert metrics(tmp_path / "run")[-1]["step"] == 4
+    result = trainer(
+        *small,
+        "stop.steps=null",
+        "stop.minutes=0.02",
+        "schedule=constant",
+        f"run.dir={tmp_path / 'clock'}",
+    )
+    assert result.code == 0
+    assert committed(tmp_path / "clock" / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["deterministic=true", "activation_checkpointing=true"],
+        ["schedule=wsd", "schedule.decay_steps=2", "data.mask_documents=true"],
+        ["model.fused_loss=false", "checkpoint.asynchronous=false", "precision=bf16"],
+        ["parallel=fsdp", "checkpoint.every_steps=2"],
+        ["parallel=zero", "parallel.stage=3", "checkpoint.every_steps=2"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_a_stopped_run_goes_on_bit_for_bit(trainer, small, tmp_path, monkeypatch, overrides):
+    """A stop signal after step 3, then the same command again, against a run left alone."""
+    whole, stopped = f"run.dir={tmp_path / 'whole'}", f"run.dir={tmp_path / 'stopped'}"
+    assert trainer(*small, *overrides, whole).code == 0
+    assert losses(tmp_path / "whole")[-1][1] < losses(tmp_path / "whole")[0][1]
+
+    from trainer.reporter import Reporter
+
+    log = Reporter.log
+
+    def log_then_stop(self, record):
+        log(self, record)
+        if record["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reporter, "log", log_then_stop)
+        result = trainer(*small, *overrides, stopped)
+    assert result.code == 33, result
+    assert "step-00000003" in result.out
+    assert not (tmp_path / "stopped" / "export").exists()
+    assert trainer(*small, *overrides, stopped).code == 0
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    resumed = [r["step"] for r in metrics(tmp_path / "stopped") if r.get("resumed")]
+    assert resumed == [4]
+
+
+def test_a_damaged_checkpoint_is_passed_over(trainer, small, tmp_path):
+    more = [*small, "checkpoint.every_steps=2", "checkpoint.keep_last=3"]
+    assert trainer(*more).code == 0
+    before = losses(tmp_path / "run")
+    newest = committed(tmp_path / "run" / "checkpoints")[0]
+    shard = newest / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    result = trainer(*more)
+    assert result.code == 0
+    assert "passed over" in result.out and "__0_0.distcp" in result.out
+    assert "resuming after step 4" in result.out
+    assert losses(tmp_path / "run") == before
+    for checkpoint in committed(tmp_path / "run" / "checkpoints"):
+        (checkpoint / "manifest.json").unlink()
+    result = trainer(*more)
+    assert result.code == 2 and "manifest.json" in result.err
+
+
+def test_multirun_gives_each_job_a_run_of_its_own(trainer, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = [s for s in small if not s.startswith("run.dir")]
+    result = trainer("--multirun", *small, "run.name=sweep", "optim.lr=1e-3,1e-2")
+    assert result.code == 0, result
+    runs = sorted(p.parent for p in (tmp_path / "runs" / "sweep").rglob("metrics.jsonl"))
+    assert len(runs) == 2
+    assert losses(runs[0]) != losses(runs[1])
+
+
+def test_wandb_offline(trainer, small, tmp_path):
+    result = trainer(*small, "monitoring=wandb")
+    assert result.code == 0, result
+    assert list((tmp_path / "run" / "wandb").rglob("*.wandb"))
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(small, tmp_path):
+    """On a real, small file system."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("may not mount a file system here")
+    try:
+        small = [s for s in small if not s.startswith("run.dir")]
+        process = command(
+            *small,
+            f"run.dir={disk / 'run'}",
+            "checkpoint.every_steps=1",
+            "stop.steps=60",
+            "checkpoint.keep_last=50",
+            "log.every_steps=1",
+        )
+        out = finish(process, code=2)
+        assert "run.dir=" in out and "complete and stays" in out and "Traceback" not in out
+        good = committed(disk / "run" / "checkpoints")
+        assert good and not list((disk / "run" / "checkpoints").glob(".staging*"))
+        assert read_state(good[0]).step == len(good)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+LAUNCHERS = {
+    "nproc": ([], ["nproc=2"]),
+    "torchrun": (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], []),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_sigterm_on_two_ranks_saves_and_resumes(small, tmp_path, launcher):
+    """As a spot machine goes: SIGTERM to the launcher in mid-run, then the same command again."""
+    prefix, extra = LAUNCHERS[launcher]
+    more = [*small, *extra, "parallel=fsdp", "stop.steps=400", "micro_batch_size=2"]
+    process = command(*more, launcher=prefix)
+    wait_for_step(tmp_path / "run", 3)
+    process.send_signal(signal.SIGTERM)
+    out = finish(process, code=1 if launcher == "torchrun" else 33)  # torchrun says 1 for all
+    assert "stopped after saving" in out, out
+    saved = committed(tmp_path / "run" / "checkpoints")
+    assert len(saved) == 1 and read_state(saved[0]).step >= 3
+    stopped_at = read_state(saved[0]).step
+    assert losses(tmp_path / "run")[-1][0] == stopped_at
+    process = command(*more, launcher=prefix)
+    wait_for_step(tmp_path / "run", stopped_at + 2)
+    process.send_signal(signal.SIGTERM)
+    out = finish(process, code=1 if launcher == "torchrun" else 33)
+    assert f"resuming after step {stopped_at}" in out
+    steps = [step for step, *_ in losses(tmp_path / "run")]
+    assert steps == list(range(1, len(steps) + 1)), "a step was lost or repeated"
+
+
+def test_skypilot_nodes_meet(small, tmp_path):
+    """Two `nodes` of one rank each, as SkyPilot describes them."""
+    more = [*small, "micro_batch_size=2"]
+    processes = []
+    for rank in range(2):
+        os.environ |= {
+            "SKYPILOT_NUM_NODES": "2",
+            "SKYPILOT_NODE_RANK": str(rank),
+            "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1",
+        }
+        processes.append(command(*more))
+    for name in [n for n in os.environ if n.startswith("SKYPILOT_")]:
+        del os.environ[name]
+    outs = [finish(process) for process in processes]
+    assert "2 x cpu" in outs[0] + outs[1]
+    assert metrics(tmp_path / "run")[-1]["step"] == 6
+
+
+def test_a_launcher_that_contradicts_nproc_is_refused(small):
+    prefix, _ = LAUNCHERS["torchrun"]
+    out = finish(command(*small, "nproc=3", launcher=prefix), code=1)
+    assert out.count("nproc=3: the launcher started 2 ranks") == 1
+
+
+def test_a_rank_that_dies_ends_the_run(small, tmp_path):
+    more = [*small, "nproc=2", "stop.steps=100000", "micro_batch_size=2"]
+    process = command(*more)
+    wait_for_step(tmp_path / "run", 2)
+    children = subprocess.run(
+        ["pgrep", "-f", "-P", str(process.pid), "spawn_main"], capture_output=True, text=True
+    ).stdout.split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGKILL)
+    out = finish(process, code=1, timeout=60)
+    assert "SIGKILL" in out
+
+
+def wait_for_step(run_dir, step, timeout_s=90):
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        path = run_dir / "metrics.jsonl"
+        if path.exists() and any(r["step"] >= step for r in metrics(run_dir)):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"step {step} did not come")
+
+
+def _checkpoint_tensors(checkpoint):
+    from trainer.checkpoint import read_tensors, tensor_shapes
+
+    tensors = {
+        name: torch.empty(shape)
+        for name, shape in tensor_shapes(checkpoint).items()
+        if not name.startswith("optim.")
+    }
+    read_tensors(checkpoint, tensors)
+    return tensors
