@@ -7,6 +7,7 @@ time through `deepspeed.utils.safe_{get,set}_full_*` (deepspeed/utils/tensor_fra
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -191,6 +192,9 @@ def _chunks(shapes: dict[str, torch.Size]) -> Iterator[list[str]]:
 def _import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for one and warns
+    # It uses names that torch is about to retire, at every step: nothing that a user could mend.
+    warnings.filterwarnings("ignore", r"`?torch\.(distributed|jit)\.", FutureWarning)
+    warnings.filterwarnings("ignore", r"`?torch\.(distributed|jit)\.", DeprecationWarning)
     try:
         import deepspeed
     except ImportError as e:

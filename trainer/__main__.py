@@ -30,7 +30,7 @@ def _run(tree: DictConfig) -> None:
         config.run.dir += f"/{changes}"
     from trainer.launching import launch
 
-    code = launch(config)
+    code = launch(config, isolated=sweep)
     if code != ExitCode.FINISHED or not sweep:
         sys.exit(code)
 

@@ -22,8 +22,13 @@ from trainer.config import TrainerConfig
 _RENDEZVOUS_PORT = 29400
 
 
-def launch(config: TrainerConfig) -> int:
+def launch(config: TrainerConfig, isolated: bool = False) -> int:
     """Runs `config` on all of its ranks.
+
+    Args:
+        config: The run.
+        isolated: Give even a single rank a process of its own, for a caller that has more runs to
+            come: DeepSpeed keeps the process groups of the first one for ever.
 
     Returns:
         The exit code: 0 finished, 33 stopped with a complete checkpoint, 2 refused, 1 failed.
@@ -34,11 +39,12 @@ def launch(config: TrainerConfig) -> int:
             return run_rank(config)
         nproc, num_nodes = _local_ranks(config), int(os.environ.get("SKYPILOT_NUM_NODES", 1))
         config.check(nproc * num_nodes)
-        if nproc * num_nodes == 1:
+        if nproc * num_nodes == 1 and not isolated:
             return run_rank(config)
         return _launch_ranks(config, nproc, num_nodes)
     except SpotforgeError as e:
-        print(e, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(e, file=sys.stderr)
         return e.exit_code
 
 

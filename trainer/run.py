@@ -41,7 +41,8 @@ def train(config: TrainerConfig, stop: StopSignal) -> ExitCode:
     """
     _set_up_process(config)
     with join_world() as world:
-        config.check(world.world_size)
+        with world.together():
+            config.check(world.world_size)
 
         # 1. Data: prepared once, by whichever rank comes first
         with world.together():
@@ -64,26 +65,28 @@ def train(config: TrainerConfig, stop: StopSignal) -> ExitCode:
 
         # 3. The checkpoint to go on from: refused here, if at all, before anything is written
         folder = config.run_dir / "checkpoints"
-        checkpoint = find_checkpoint(config, folder, world, reporter.say)
         state = TrainerState(0, 0, 0, 0.0, data.digest, data.tokenizer_fingerprint, resolved)
-        if checkpoint is not None:
-            saved = read_state(checkpoint)
-            check_same_run(config, state, saved, reporter.say)
-            check_same_model(checkpoint, dict(model.named_parameters()))
-            reporter.say(f"resuming after step {saved.step}, from {checkpoint}")
-            state = dataclasses.replace(saved, config=resolved)
+        with world.together():
+            checkpoint = find_checkpoint(config, folder, world, reporter.say)
+            if checkpoint is not None:
+                saved = read_state(checkpoint)
+                check_same_run(config, state, saved, reporter.say)
+                check_same_model(checkpoint, dict(model.named_parameters()))
+                reporter.say(f"resuming after step {saved.step}, from {checkpoint}")
+                state = dataclasses.replace(saved, config=resolved)
 
         # 4. The strategy materializes and distributes the model, and builds its optimizer
-        strategy: Strategy = config.parallel.build(world, config.precision)
         prepare_training(
             model, compile=config.compile, checkpointing=config.activation_checkpointing
         )
         matrices = {name for name, p in model.named_parameters() if p.ndim >= 2}
-        strategy.setup(
-            module,
-            Materializer(module, model, config.model, config.seed, world.device),
-            partial(config.optim.build, decayed=matrices),
-        )
+        with world.together():
+            strategy: Strategy = config.parallel.build(world, config.precision)
+            strategy.setup(
+                module,
+                Materializer(module, model, config.model, config.seed, world.device),
+                partial(config.optim.build, decayed=matrices),
+            )
         if checkpoint is not None:
             strategy.load_state(partial(read_tensors, checkpoint), num_updates=state.step)
 

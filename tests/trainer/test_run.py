@@ -156,7 +156,6 @@ def test_stop_by_tokens_and_by_minutes(trainer, small, tmp_path):
         ["schedule=wsd", "schedule.decay_steps=2", "data.mask_documents=true"],
         ["model.fused_loss=false", "checkpoint.asynchronous=false", "precision=bf16"],
         ["parallel=fsdp", "checkpoint.every_steps=2"],
-        ["parallel=zero", "parallel.stage=3", "checkpoint.every_steps=2"],
     ],
     ids=lambda overrides: overrides[0],
 )
@@ -250,8 +249,11 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(small, tmp_path):
 
 
 LAUNCHERS = {
-    "nproc": ([], ["nproc=2"]),
-    "torchrun": (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], []),
+    "nproc": ([], ["nproc=2", "parallel=zero"]),
+    "torchrun": (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+        ["parallel=fsdp"],
+    ),
 }
 
 
@@ -259,7 +261,7 @@ LAUNCHERS = {
 def test_sigterm_on_two_ranks_saves_and_resumes(small, tmp_path, launcher):
     """As a spot machine goes: SIGTERM to the launcher in mid-run, then the same command again."""
     prefix, extra = LAUNCHERS[launcher]
-    more = [*small, *extra, "parallel=fsdp", "stop.steps=400", "micro_batch_size=2"]
+    more = [*small, *extra, "stop.steps=400", "micro_batch_size=2"]
     process = command(*more, launcher=prefix)
     wait_for_step(tmp_path / "run", 3)
     process.send_signal(signal.SIGTERM)
