@@ -191,7 +191,7 @@ def _samples(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     for sample in run.samples:
         if isinstance(step := sample["step"], int):
             by_step.setdefault(step, []).append(
-                (_excerpt(sample.get("prompt", "")), _excerpt(sample.get("text", "")))
+                (_excerpt(sample.get("prompt", "")), _excerpt(str(sample.get("text", "")).rstrip()))
             )
     return [(f"{s:,}", by_step[s][:MAX_SAMPLES_PER_STEP]) for s in reversed(_spread(list(by_step)))]
 

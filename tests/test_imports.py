@@ -49,8 +49,8 @@ def imported(path, everywhere=True):
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not everywhere:
             continue
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            todo += node.orelse if not everywhere else [*node.body, *node.orelse]
-            continue
+            if not everywhere:
+                continue
         todo += ast.iter_child_nodes(node)
     return names
 

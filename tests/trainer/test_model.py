@@ -397,7 +397,7 @@ def test_bfloat16_trains_like_float32(name, gang):
     for rank in gang:
         exact = rank["trained", name, False]["losses"]
         rounded = rank["trained", name, True]["losses"]
-        assert rounded != exact, "bfloat16 was not used"
+        assert rounded[0] != exact[0], "the first forward was not in bfloat16"
         assert rounded[-1] == pytest.approx(exact[-1], abs=0.05)
         assert rounded[-1] < rounded[0] - 0.3
 
