@@ -46,6 +46,10 @@ class DdpConfig:
 
     bucket_cap_mb: int = 25
 
+    def __post_init__(self) -> None:
+        if self.bucket_cap_mb < 1:
+            raise ConfigError("parallel.bucket_cap_mb", self.bucket_cap_mb, "must be above 0", "25")
+
     def check(self, world_size: int, precision: PrecisionConfig) -> None:
         """Raises ConfigError where autocast, which keeps gradients in float32, cannot obey."""
         if precision.reduce_dtype is not Dtype.float32:

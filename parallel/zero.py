@@ -120,9 +120,8 @@ class ZeroStrategy(Strategy):
 
     def _partition(self, module: nn.Module) -> None:
         """Turns whole parameters into ZeRO-3 ones, of which each rank keeps its part."""
-        dtype = torch.float32 if self._precision.param_dtype is Dtype.float32 else torch.bfloat16
         self._deepspeed.zero.Init(
-            module=module, config_dict_or_path=self._deepspeed_config(), dtype=dtype
+            module=module, config_dict_or_path=self._deepspeed_config(), dtype=torch.float32
         )
 
     def _create_moments(self) -> None:
@@ -163,7 +162,11 @@ class ZeroStrategy(Strategy):
             "zero_allow_untested_optimizer": True,
             # torch's fused AdamW serves the CPU too, without compiling an extension.
             "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": self._precision.param_dtype is Dtype.bfloat16},
+            # Its own bf16 mode rounds the master weights to bfloat16 before the first step.
+            "torch_autocast": {
+                "enabled": self._precision.param_dtype is Dtype.bfloat16,
+                "dtype": "bfloat16",
+            },
             "communication_data_type": {"float32": "fp32", "bfloat16": "bfp16"}[
                 self._precision.reduce_dtype.value
             ],

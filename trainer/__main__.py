@@ -47,12 +47,12 @@ def _swept_overrides() -> str:
 
 def main() -> None:
     """Entry point; ends the process with the exit code of the run."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(help_text(sys.argv[1:]))
-        return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that one line of ours is all there is
     register_schemas()
     try:
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(help_text(sys.argv[1:]))
+            return
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="trainer")(_run)()
     except (ConfigError, HydraException, OmegaConfBaseException) as e:
         _refuse(e)

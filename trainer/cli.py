@@ -21,8 +21,11 @@ def help_text(argv: list[str]) -> str:
     for i, argument in enumerate(argv):
         if argument in ("--config-dir", "-cd") and i + 1 < len(argv):
             folders.append(Path(argv[i + 1]))
-        elif argument.startswith("--config-dir="):
-            folders.append(Path(argument.removeprefix("--config-dir=")))
+        elif argument.startswith(("--config-dir=", "-cd=")):
+            folders.append(Path(argument.split("=", 1)[1]))
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError("--config-dir", folder, "there is no such folder", "check the path")
     groups = sorted({p.name for folder in folders for p in folder.iterdir() if p.is_dir()})
     lines = []
     for group in groups:

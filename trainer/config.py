@@ -250,8 +250,17 @@ class TrainerConfig:
             "shutdown_timeout_s": self.shutdown_timeout_s,
         }
         for key, value in positive.items():
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:  # NaN too
                 raise ConfigError(key, value, "must be above 0", "give a positive number")
+        if self.seed < 0:
+            raise ConfigError("seed", self.seed, "must not be below 0", "use 0")
+        if not self.evaluation.sample_temperature >= 0:
+            raise ConfigError(
+                "evaluation.sample_temperature",
+                self.evaluation.sample_temperature,
+                "must not be below 0",
+                "0 takes the likeliest token",
+            )
         if self.stop == StopConfig():
             raise ConfigError(
                 "stop",

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import cached_file, logging
 
 from monitoring.errors import ConfigError
@@ -60,7 +62,13 @@ def hf_config_of(config: NamedModelConfig | PathModelConfig) -> Any:
                 f"did you mean {close[0]}?" if close else "remove it",
             )
     sizes = {} if config.vocab_size is None else {"vocab_size": config.vocab_size}
-    return AutoConfig.for_model(config.model_type, **config.config, **sizes)
+    try:
+        return AutoConfig.for_model(config.model_type, **config.config, **sizes)
+    except (ValueError, TypeError, StrictDataclassError) as e:
+        rule = str(e).strip().split("\n")[-1].strip()
+        raise ConfigError(
+            "model.config", config.config, rule, f"give values that {type(known).__name__} takes"
+        ) from e
 
 
 def build_meta_model(
@@ -84,15 +92,26 @@ def build_meta_model(
             "use the model's own tokenizer (data.tokenizer=auto with model=pretrained), a smaller "
             "data.tokenizer_vocab_size, or a larger model.vocab_size",
         )
+    if hf_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
+        hf_config, "is_decoder", True
+    ):
+        raise ConfigError(
+            "model",
+            hf_config.model_type,
+            "an encoder sees the tokens that it is to predict",
+            "choose a causal language model, or one whose config says is_decoder=true",
+        )
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 hf_config, dtype=torch.float32, attn_implementation=config.attn_implementation
             )
     except (ValueError, ImportError) as e:
-        key = "model.path" if isinstance(config, PathModelConfig) else "model.model_type"
         raise ConfigError(
-            key, hf_config.model_type, _first_line(e), "choose a causal language model"
+            "model",
+            f"{hf_config.model_type} with attn_implementation={config.attn_implementation}",
+            _first_line(e),
+            "choose a causal language model and an attention that it has",
         ) from e
     if model.get_output_embeddings() is None:
         raise ConfigError(

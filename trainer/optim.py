@@ -30,9 +30,19 @@ class AdamWConfig:
     max_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
+        # "not >" rather than "<=": NaN fails too.
+        if not self.lr > 0:
             raise ConfigError("optim.lr", self.lr, "must be above 0", "try 3e-4")
-        if self.max_norm is not None and self.max_norm <= 0:
+        if not self.eps > 0:
+            raise ConfigError("optim.eps", self.eps, "must be above 0", "try 1e-8")
+        if not self.weight_decay >= 0:
+            raise ConfigError(
+                "optim.weight_decay", self.weight_decay, "must not be below 0", "try 0.1"
+            )
+        for key, beta in (("optim.beta1", self.beta1), ("optim.beta2", self.beta2)):
+            if not 0 <= beta < 1:
+                raise ConfigError(key, beta, "must be in [0, 1)", "try 0.9 and 0.95")
+        if self.max_norm is not None and not self.max_norm > 0:
             raise ConfigError(
                 "optim.max_norm", self.max_norm, "must be above 0", "null: no clipping"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ class Reporter:
         if (run_dir / "export").exists():
             prompt = self._config.evaluation.sample_prompt or "The"
             self.say(
-                '\ntry it      python -c "from transformers import pipeline; '
+                f'\ntry it      {_short(Path(sys.executable))} -c "from transformers import pipeline; '
                 f"print(pipeline('text-generation', '{_short(run_dir / 'export')}')({prompt!r})"
                 "[0]['generated_text'])\""
             )

@@ -77,6 +77,11 @@ def check_same_run(
     total_now = now.pop("total_steps", None)
     if config.schedule.check(config.total_steps) is not None:
         before["stop"], now["stop"] = total_before, total_now
+    for key in config.allow_changes:
+        if not any(_within(k, [key]) for k in before.keys() | now.keys()):
+            raise ConfigError(
+                "allow_changes", key, "there is no such key", "name a key of the config"
+            )
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if old == new:

@@ -18,9 +18,12 @@ class CosineConfig:
     warmup_steps: int = 100
     min_lr_ratio: float = 0.1
 
+    def __post_init__(self) -> None:
+        _in_range(self.warmup_steps, self.min_lr_ratio)
+
     def check(self, total_steps: int | None) -> int | None:
         """Number of steps that the shape depends on; ConfigError where it is not known."""
-        return _known(total_steps, self.warmup_steps, "cosine")
+        return _known(total_steps, "cosine", warmup_steps=self.warmup_steps)
 
     def scale(self, step: int, total_steps: int | None) -> float:
         """Factor on the peak learning rate at `step` (0-based)."""
@@ -47,9 +50,18 @@ class WarmupStableDecayConfig:
     decay_steps: int = 100
     min_lr_ratio: float = 0.0
 
+    def __post_init__(self) -> None:
+        _in_range(self.warmup_steps, self.min_lr_ratio)
+        if self.decay_steps < 1:
+            raise ConfigError(
+                "schedule.decay_steps", self.decay_steps, "must be above 0", "or schedule=constant"
+            )
+
     def check(self, total_steps: int | None) -> int | None:
         """Number of steps that the shape depends on; ConfigError where it is not known."""
-        return _known(total_steps, self.warmup_steps + self.decay_steps, "wsd")
+        return _known(
+            total_steps, "wsd", warmup_steps=self.warmup_steps, decay_steps=self.decay_steps
+        )
 
     def scale(self, step: int, total_steps: int | None) -> float:
         """Factor on the peak learning rate at `step` (0-based)."""
@@ -72,6 +84,9 @@ class ConstantConfig:
 
     warmup_steps: int = 100
 
+    def __post_init__(self) -> None:
+        _in_range(self.warmup_steps)
+
     def check(self, total_steps: int | None) -> int | None:
         """Nothing depends on the length of the run: it may end by the clock, or be extended."""
         return None
@@ -84,7 +99,14 @@ class ConstantConfig:
 ScheduleConfig = CosineConfig | WarmupStableDecayConfig | ConstantConfig
 
 
-def _known(total_steps: int | None, needed: int, name: str) -> int:
+def _in_range(warmup_steps: int, min_lr_ratio: float = 0.0) -> None:
+    if warmup_steps < 0:
+        raise ConfigError("schedule.warmup_steps", warmup_steps, "must not be below 0", "0: none")
+    if not 0 <= min_lr_ratio <= 1:
+        raise ConfigError("schedule.min_lr_ratio", min_lr_ratio, "must be in [0, 1]", "try 0.1")
+
+
+def _known(total_steps: int | None, name: str, **parts: int) -> int:
     if total_steps is None:
         raise ConfigError(
             "schedule",
@@ -92,11 +114,11 @@ def _known(total_steps: int | None, needed: int, name: str) -> int:
             "its shape depends on the length of the run, and only stop.minutes is set",
             "set stop.steps or stop.tokens too, or use schedule=constant",
         )
-    if needed >= total_steps:
+    if sum(parts.values()) >= total_steps:
         raise ConfigError(
-            "schedule.warmup_steps",
-            needed,
-            f"warm-up and decay together must be shorter than the run of {total_steps} steps",
-            "lower schedule.warmup_steps (and decay_steps), or raise stop.steps",
+            " + ".join(f"schedule.{part}" for part in parts),
+            sum(parts.values()),
+            f"must be shorter than the run of {total_steps} steps",
+            "lower it, or raise stop.steps",
         )
     return total_steps

@@ -51,6 +51,26 @@ REFUSED = {
         ["+model.config.hiden_size=4"],
         ["model.config.hiden_size=4", "did you mean hidden_size"],
     ),
+    "negative decay": (["optim.weight_decay=-1"], ["optim.weight_decay=-1"]),
+    "beta": (["optim.beta1=2"], ["optim.beta1=2"]),
+    "not a number": (["optim.lr=nan"], ["optim.lr=nan"]),
+    "time that is none": (["stop.minutes=nan"], ["stop.minutes=nan"]),
+    "warm-up below zero": (["schedule.warmup_steps=-3"], ["schedule.warmup_steps=-3"]),
+    "ratio": (["schedule.min_lr_ratio=-2"], ["schedule.min_lr_ratio=-2"]),
+    "decay longer than the run": (
+        ["schedule=wsd", "schedule.decay_steps=9"],
+        ["schedule.warmup_steps + schedule.decay_steps=11", "6 steps"],
+    ),
+    "temperature": (["evaluation.sample_temperature=-1"], ["evaluation.sample_temperature=-1"]),
+    "bucket": (["parallel.bucket_cap_mb=-1"], ["parallel.bucket_cap_mb=-1"]),
+    "seed": (["seed=-5"], ["seed=-5"]),
+    "heads that do not divide": (
+        ["model.config.num_attention_heads=5"],
+        ["model.config", "multiple"],
+    ),
+    "field of a wrong type": (["model.config.hidden_size=abc"], ["hidden_size", "int"]),
+    "attention": (["model.attn_implementation=foo"], ["attn_implementation=foo"]),
+    "config dir": (["--config-dir=/nope", "--help"], ["/nope"]),
     "model type": (["model.model_type=lama"], ["model.model_type=lama"]),
     "model folder missing": (
         ["model=pretrained", "model.path=/no/such/model"],
@@ -91,6 +111,18 @@ def test_bad_text_file(trainer, small, tmp_path, content, words):
     path = tmp_path / "bad.txt"
     path.write_bytes(content)
     assert_refused(trainer(*small, f"data.path={path}"), [str(path), *words])
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_is_refused(trainer, small, tmp_path):
+    small = [s for s in small if "num_key_value_heads" not in s]
+    result = trainer(
+        *small,
+        "model.model_type=bert",
+        "~model.config.num_key_value_heads",
+        "~model.config.tie_word_embeddings",
+    )
+    assert_refused(result, ["model=bert", "encoder"])
     assert not (tmp_path / "run").exists()
 
 
@@ -136,6 +168,7 @@ def test_a_resume_that_would_train_something_else(trainer, small, change, key):
     assert trainer(*small).code == 0
     result = trainer(*small, change)
     assert_refused(result, [f"{key}=", "allow_changes=["])
+    assert_refused(trainer(*small, change, "allow_changes=[no.such]"), ["allow_changes=no.such"])
     assert trainer(*small, change, f"allow_changes=[{key}]").code == 0
 
 
