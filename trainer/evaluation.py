@@ -12,7 +12,7 @@ from torch import nn
 from parallel.strategy import Strategy
 from parallel.world import World
 from trainer.config import TrainerConfig
-from trainer.data.loader import validation_batches
+from trainer.data.loader import Batch, validation_batches
 from trainer.data.prepare import PreparedData
 
 
@@ -24,6 +24,23 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             yield
     finally:
         module.train()
+
+
+def held_out_batches(config: TrainerConfig, data: PreparedData, world: World) -> Iterator[Batch]:
+    """This rank's share of the held-out samples; as many batches as on every other rank.
+
+    Raises:
+        ConfigError: At once, if they do not make one sample.
+    """
+    return validation_batches(
+        data,
+        max_seq_len=config.data.max_seq_len,
+        mask_documents=config.data.mask_documents,
+        batch_size=config.micro_batch_size,
+        rank=world.rank,
+        world_size=world.world_size,
+        max_samples=config.evaluation.max_samples,
+    )
 
 
 def evaluate(
@@ -42,17 +59,8 @@ def evaluate(
     """
     total = torch.zeros((), device=world.device)
     num_targets = 0.0
-    batches = validation_batches(
-        data,
-        max_seq_len=config.data.max_seq_len,
-        mask_documents=config.data.mask_documents,
-        batch_size=config.micro_batch_size,
-        rank=world.rank,
-        world_size=world.world_size,
-        max_samples=config.evaluation.max_samples,
-    )
     with _evaluating(module):
-        for batch in batches:
+        for batch in held_out_batches(config, data, world):
             count, stop = world.sum(batch.num_targets, stop_requested())
             if stop:
                 return None

@@ -17,13 +17,17 @@ from trainer.checkpoint import Checkpointer, TrainerState
 from trainer.config import TrainerConfig
 from trainer.data.loader import TrainLoader
 from trainer.data.prepare import PreparedData
-from trainer.evaluation import evaluate, generate
+from trainer.evaluation import evaluate, generate, held_out_batches
 from trainer.reporter import Reporter
 from trainer.stopping import StopSignal
 
 
 class TrainingLoop:
-    """One optimizer step after another, with what each of them needs."""
+    """One optimizer step after another, from `state` on, with what each of them needs.
+
+    Raises:
+        ConfigError: If the data does not make one sample to train on, or one to validate with.
+    """
 
     def __init__(
         self,
@@ -35,30 +39,33 @@ class TrainingLoop:
         checkpointer: Checkpointer,
         reporter: Reporter,
         stop: StopSignal,
+        state: TrainerState,
     ) -> None:
         self.config, self.world, self.data = config, world, data
         self.module, self.strategy = module, strategy
         self.checkpointer, self.reporter, self.stop = checkpointer, reporter, stop
+        self.state = state
+        held_out_batches(config, data, world)
+        self.loader = self._loader(state.num_samples)
 
-    def run(self, state: TrainerState) -> tuple[TrainerState, ExitCode]:
-        """Trains on from `state` until the run is finished or told to stop.
+    def run(self) -> tuple[TrainerState, ExitCode]:
+        """Trains until the run is finished or told to stop.
 
         Returns:
             The last state, of which a checkpoint is committed, and FINISHED or START_AGAIN.
         """
-        config, world, strategy = self.config, self.world, self.strategy
+        config, world, strategy, state = self.config, self.world, self.strategy, self.state
         total_steps = config.total_steps
         throughput = Throughput()
         began = time.monotonic() - state.elapsed_s
         saved_step = state.step
         blocked_s = 0.0
         outcome = ExitCode.FINISHED
-        loader = self._loader(state.num_samples)
         try:
             while total_steps is None or state.step < total_steps:
                 # 1. This rank's micro-batches of the next global batch
                 wait_began = time.perf_counter()
-                batches = next(loader)
+                batches = next(self.loader)
                 data_wait_s = time.perf_counter() - wait_began
 
                 # 2. What all ranks must agree on, in one small collective on the CPU
@@ -132,7 +139,7 @@ class TrainingLoop:
                         blocked_s += self.checkpointer.save(strategy.state(), state)
                     saved_step = state.step
         finally:
-            loader.close()
+            self.loader.close()
         if state.step == 0 or saved_step != state.step:
             self.checkpointer.save(strategy.state(), state)
         self.checkpointer.wait()

@@ -123,11 +123,12 @@ class Reporter:
                 self.say(f"{name:<12}{_short(path)}")
         if (run_dir / "export").exists():
             prompt = self._config.evaluation.sample_prompt or "The"
-            self.say(
-                f'\ntry it      {_short(Path(sys.executable))} -c "from transformers import pipeline; '
+            code = (
+                "from transformers import pipeline; "
                 f"print(pipeline('text-generation', '{_short(run_dir / 'export')}')({prompt!r})"
-                "[0]['generated_text'])\""
+                "[0]['generated_text'])"
             )
+            self.say(f'\ntry it      {_short(Path(sys.executable))} -c "{code}"')
 
     def _device_name(self) -> str:
         if self._world.device.type == "cuda":

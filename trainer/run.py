@@ -91,14 +91,16 @@ def train(config: TrainerConfig, stop: StopSignal) -> ExitCode:
             strategy.load_state(partial(read_tensors, checkpoint), num_updates=state.step)
 
         # 5. The loop
-        reporter.open(state.step)
         checkpointer = Checkpointer(
             config.checkpoint, folder, world, partial(_save_assets, model, data)
         )
+        with world.together():
+            loop = TrainingLoop(
+                config, world, data, module, strategy, checkpointer, reporter, stop, state
+            )
+        reporter.open(state.step)
         try:
-            state, outcome = TrainingLoop(
-                config, world, data, module, strategy, checkpointer, reporter, stop
-            ).run(state)
+            state, outcome = loop.run()
         except BaseException:
             reporter.close("failed")
             raise

@@ -77,6 +77,10 @@ REFUSED = {
         ["model.path", "/no/such/model"],
     ),
     "vocabulary too small": (["model.vocab_size=64"], ["data.tokenizer", "64", "does not fit"]),
+    "too little text for a sample": (
+        ["data.max_seq_len=100000", "model.config.max_position_embeddings=100000"],
+        ["data.max_seq_len"],
+    ),
     "missing file": (["data.path=/no/such/file.txt"], ["data.path=/no/such/file.txt"]),
     "missing path": (["data.path=???"], ["data.path"]),
     "experiment unknown": (["experiment=nothing"], ["nothing", "stdlib"]),
