@@ -1,5 +1,6 @@
 """What the user got wrong is told in one line, with exit code 2, and nothing is written."""
 
+import os
 import shutil
 import sys
 
@@ -214,4 +215,13 @@ def test_pretrained_weights_that_do_not_match(trainer, small, tmp_path):
     assert_refused(trainer(*small, *pretrained), ["model.path", "layers.2"])
     (folder / "model.safetensors").unlink()
     assert_refused(trainer(*small, *pretrained), ["model.path", "model.safetensors"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_permission(trainer, small, tmp_path, monkeypatch):
+
+    # Tests may run as root, who may write anywhere.
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: p != tmp_path and allowed(p, mode))
+    assert_refused(trainer(*small), ["run.dir=", f"no permission to write in {tmp_path}"])
     assert not (tmp_path / "run").exists()
