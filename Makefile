@@ -5,16 +5,13 @@ BIN    := $(VENV)/bin
 # Every GPU there is, or two processes on a CPU.
 NPROC  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 2)
 
-.PHONY: train test lint check-install install test-long benchmark clean
+.PHONY: train test lint install benchmark clean
 
 train: install  ## The main job: learn to write Python from the standard library's source
 	$(BIN)/python -m trainer experiment=stdlib nproc=$(NPROC)
 
 test: install lint  ## What CI runs: lint, types, tests
-	$(BIN)/python -m pytest -m "not long"
-
-test-long: install  ## The tests that take minutes each
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest
 
 lint: install
 	$(BIN)/ruff check .
