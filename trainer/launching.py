@@ -43,8 +43,7 @@ def launch(config: TrainerConfig, isolated: bool = False) -> int:
             return run_rank(config)
         return _launch_ranks(config, nproc, num_nodes)
     except SpotforgeError as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(e, file=sys.stderr)
+        print(e, file=sys.stderr)
         return e.exit_code
 
 
