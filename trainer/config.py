@@ -235,6 +235,13 @@ class TrainerConfig:
             )
 
     def _check_numbers(self) -> None:
+        if not self.run.name or {"", ".", ".."} & set(self.run.name.split("/")):
+            raise ConfigError(
+                "run.name",
+                self.run.name or "''",
+                "names a folder under runs/",
+                "use letters, digits, - and _; run.dir may be anywhere",
+            )
         positive = {
             "global_batch_size": self.global_batch_size,
             "micro_batch_size": self.micro_batch_size,

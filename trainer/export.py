@@ -55,6 +55,7 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: Dtype) -> None:
         out: The Hugging Face folder.
         dtype: Type of its weights; float32 reproduces the training model's logits exactly.
     """
+    _check_replaceable(out)
     staging = out.with_name(f".staging-{out.name}")
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -76,6 +77,23 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: Dtype) -> None:
         ) from e
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_replaceable(out: Path) -> None:
+    """Raises ConfigError unless `out` is absent, empty, or an export of ours and nothing else."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConfigError("out", out, "is a file", "name a folder")
+    files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    known: set[str] = set()
+    if "lineage.json" in files:
+        known = {"lineage.json", *json.loads((out / "lineage.json").read_text())["files"]}
+    strange = sorted(files - known)
+    if strange:
+        raise ConfigError(
+            "out", out, f"holds {strange[0]}, which is of no export", "choose an empty folder"
+        )
 
 
 def _write_weights(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:

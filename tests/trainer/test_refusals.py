@@ -39,6 +39,8 @@ REFUSED = {
         ["parallel.offload_parameters=True", "parallel.stage=3"],
     ),
     "stage that does not exist": (["parallel=zero", "parallel.stage=4"], ["parallel.stage=4"]),
+    "run name outside": (["run.name=../../evil"], ["run.name=../../evil"]),
+    "run name empty": (["run.name="], ["run.name="]),
     "no end": (["stop.steps=null"], ["stop=null", "stop.minutes"]),
     "cosine by the clock": (
         ["stop.steps=null", "stop.minutes=1"],
@@ -146,7 +148,7 @@ def test_checkpoint_of_another_model(trainer, small, tmp_path):
     result = trainer(
         *small,
         "model.config.num_hidden_layers=3",
-        "allow_changes=[model.config,stop]",
+        "allow_changes=[model.config,stop.steps]",
         "stop.steps=8",
     )
     assert_refused_last_line(result, ["checkpoint of another model", "layers.2"])
@@ -165,7 +167,7 @@ def assert_refused_last_line(result, words):
         ("seed=1", "seed"),
         ("global_batch_size=16", "global_batch_size"),
         ("data.max_seq_len=16", "data.max_seq_len"),
-        ("stop.steps=9", "stop"),
+        ("stop.steps=9", "stop.steps"),
         ("data.validation_fraction=0.3", "data"),
     ],
 )

@@ -134,6 +134,19 @@ def test_export_refuses_in_one_line(trainer, small, tmp_path, capfd, arguments, 
     assert not (tmp_path / "run" / "export").exists()
 
 
+def test_export_replaces_exports_only(trainer, small, tmp_path, capfd):
+    from trainer.export import main
+
+    assert trainer(*small).code == 0
+    run_dir = tmp_path / "run"
+    assert main([f"run={run_dir}"]) == 0, "an export of ours is replaced"
+    for out in (run_dir, tmp_path, run_dir / "metrics.jsonl"):
+        before = sorted(tmp_path.rglob("*"))
+        assert main([f"run={run_dir}", f"out={out}"]) == 2
+        assert f"out={out}" in capfd.readouterr().err.splitlines()[-1]
+        assert sorted(tmp_path.rglob("*")) == before, "something was deleted"
+
+
 def test_stop_by_tokens_and_by_minutes(trainer, small, tmp_path):
     result = trainer(*small, "stop.steps=null", f"stop.tokens={8 * 32 * 4}")
     assert result.code == 0
