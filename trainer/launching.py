@@ -83,7 +83,8 @@ def _launch_ranks(config: TrainerConfig, nproc: int, num_nodes: int) -> int:
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     # What a rank has to say it says itself; the launcher would add pages about exit codes.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     settings = LaunchConfig(
         min_nodes=num_nodes,
         max_nodes=num_nodes,

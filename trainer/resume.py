@@ -75,8 +75,10 @@ def check_same_run(
     now |= {"data": state.data_digest, "data.tokenizer": state.tokenizer_fingerprint}
     total_before = before.pop("total_steps", None)
     total_now = now.pop("total_steps", None)
-    if config.schedule.check(config.total_steps) is not None:
+    bound = {"data", "data.tokenizer"}
+    if config.schedule.check(config.total_steps) is not None:  # its shape depends on the length
         before["stop.steps"], now["stop.steps"] = total_before, total_now
+        bound.add("stop.steps")
     for key in config.allow_changes:
         if not any(_within(k, [key]) for k in before.keys() | now.keys()):
             raise ConfigError(
@@ -86,7 +88,7 @@ def check_same_run(
         old, new = before.get(key), now.get(key)
         if old == new:
             continue
-        binding = key in ("data", "data.tokenizer", "stop.steps") or _within(key, _MEANING)
+        binding = key in bound or _within(key, _MEANING)
         if binding and not _within(key, config.allow_changes):
             raise ConfigError(
                 key,
