@@ -244,7 +244,7 @@ def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
             raise _damaged(checkpoint, f"{name} is missing")
         if path.stat().st_size != expected["size_bytes"]:
             raise _damaged(checkpoint, f"{name} has the wrong size")
-        if i % world_size == rank and _sha256(path) != expected["sha256"]:
+        if i % world_size == rank and sha256_of(path) != expected["sha256"]:
             raise _damaged(checkpoint, f"{name} does not match its sha256")
 
 
@@ -296,12 +296,13 @@ def _digests(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
         if p.is_file() and (p.name.startswith(mine) or (rank == 0 and p.name[:2] != "__"))
     ]
     return {
-        str(p.relative_to(folder)): {"size_bytes": p.stat().st_size, "sha256": _sha256(p)}
+        str(p.relative_to(folder)): {"size_bytes": p.stat().st_size, "sha256": sha256_of(p)}
         for p in paths
     }
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

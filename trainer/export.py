@@ -23,7 +23,15 @@ from safetensors.torch import save_file
 from monitoring.environment import describe_environment
 from monitoring.errors import ConfigError, SpotforgeError
 from parallel.config import Dtype
-from trainer.checkpoint import ASSETS, committed, read_state, read_tensors, tensor_shapes, verify
+from trainer.checkpoint import (
+    ASSETS,
+    committed,
+    read_state,
+    read_tensors,
+    sha256_of,
+    tensor_shapes,
+    verify,
+)
 
 _SHARD_BYTES = 5 * 10**9  # what the hub recommends for one file
 
@@ -143,22 +151,17 @@ def _lineage(checkpoint: Path, folder: Path, dtype: Dtype) -> dict[str, Any]:
         else None,
         "checkpoint": {
             "name": checkpoint.name,
-            "manifest_sha256": _sha256(checkpoint / "manifest.json"),
+            "manifest_sha256": sha256_of(checkpoint / "manifest.json"),
             "step": state.step,
             "num_tokens": state.num_tokens,
         },
         "dtype": dtype.value,
         "files": {
-            str(p.relative_to(folder)): {"size_bytes": p.stat().st_size, "sha256": _sha256(p)}
+            str(p.relative_to(folder)): {"size_bytes": p.stat().st_size, "sha256": sha256_of(p)}
             for p in sorted(folder.rglob("*"))
             if p.is_file()
         },
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _find_run(name: str) -> Path:

@@ -39,7 +39,7 @@ def test_smoothing_passes_over_what_is_not_finite():
 def test_renders_any_numbers(values, from_zero):
     line = Line("training", range(len(values)), values)
     svg = render(Chart("Loss", "nats", [line], from_zero=from_zero, log_from=8), 480, 250, "a")
-    ElementTree.fromstring(svg)
+    assert ElementTree.fromstring(svg).tag.endswith("svg")
 
 
 def test_svg_takes_colors_from_the_page_has_own_ids_and_a_name():
