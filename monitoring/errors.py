@@ -4,6 +4,7 @@
      |- ConfigError               exit 2: the user got something wrong: key, value, rule, fix
      |   |- MissingExtraError     exit 2: an optional dependency is not installed
      |   `- DamagedError          exit 2: bytes on disk are not the bytes that were written
+     |- DivergedError             exit 1: the loss is no number, or leapt too often
      `- Interrupted               exit 33: told to stop; start the same command again to go on
 
 It lives in `monitoring`, which imports no other package of ours, so that all of them can raise it.
@@ -60,3 +61,9 @@ class Interrupted(SpotforgeError):
     """A stop was requested before there was anything to save."""
 
     exit_code = ExitCode.START_AGAIN
+
+
+class DivergedError(SpotforgeError):
+    """Training went wrong in a way that going on would not mend; every rank raises it."""
+
+    seen_by_all = True

@@ -81,6 +81,11 @@ class FsdpConfig:
     dp_shard: int = -1
     reshard_after_forward: bool = True
 
+    @property
+    def ranks_multiple_of(self) -> int:
+        """What the number of ranks must be a multiple of."""
+        return self.dp_replicate * max(1, self.dp_shard)
+
     def check(self, world_size: int, precision: PrecisionConfig) -> None:
         """Raises ConfigError unless dp_replicate x dp_shard is the world size."""
         if self.dp_replicate < 1 or world_size % self.dp_replicate:

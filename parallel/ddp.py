@@ -67,11 +67,12 @@ class DdpStrategy(Strategy):
     def backward(self, loss: Tensor) -> None:
         (loss * self._world.world_size).backward()  # DDP averages
 
-    def step(self, max_norm: float | None) -> Tensor:
+    def step(self, max_norm: float | None, skip_not_finite: bool = False) -> Tensor:
         norm = nn.utils.clip_grad_norm_(
             self._parameters.values(), torch.inf if max_norm is None else max_norm
         )
-        self._optimizer.step()
+        if not skip_not_finite or torch.isfinite(norm):
+            self._optimizer.step()
         self._optimizer.zero_grad()
         return norm
 

@@ -77,13 +77,16 @@ class FsdpStrategy(Strategy):
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self, max_norm: float | None) -> Tensor:
+    def step(self, max_norm: float | None, skip_not_finite: bool = False) -> Tensor:
         norm = nn.utils.clip_grad_norm_(
             self._parameters.values(), torch.inf if max_norm is None else max_norm
         )
-        self._optimizer.step()
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if not skip_not_finite or torch.isfinite(norm):
+            self._optimizer.step()
         self._optimizer.zero_grad()
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return norm
 
     def set_lr(self, lr: float) -> None:
         for group in self._optimizer.param_groups:

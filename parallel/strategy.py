@@ -56,8 +56,12 @@ class Strategy(ABC):
         """Backpropagates. Gradients are *summed* over micro-batches and ranks, never averaged."""
 
     @abstractmethod
-    def step(self, max_norm: float | None) -> Tensor:
+    def step(self, max_norm: float | None, skip_not_finite: bool = False) -> Tensor:
         """Clips the global gradient norm, updates, and zeroes the gradients.
+
+        Args:
+            max_norm: Largest norm; None does not clip.
+            skip_not_finite: Where the norm is not finite, update nothing; waits for the device.
 
         Returns:
             The norm before clipping, a scalar on the device (reading it waits for the device).

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from monitoring.errors import SpotforgeError
 
 _TIMEOUT = timedelta(minutes=30)
+_STOP = "stop"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class World:
         device: Where the model lives: this rank's GPU, or the CPU.
         control: gloo group for flags and counts; it never waits for a GPU.
         saving: gloo group of the background thread that writes checkpoints.
+        store: Keys that all ranks see, without a collective.
     """
 
     rank: int
@@ -31,6 +35,7 @@ class World:
     device: torch.device
     control: dist.ProcessGroup
     saving: dist.ProcessGroup
+    store: dist.Store
 
     def barrier(self) -> None:
         """Waits until every rank is here."""
@@ -48,6 +53,26 @@ class World:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
         return largest.tolist()
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank; it is pickled."""
+        values: list[T] = [value] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def from_first(self, value: T) -> T:
+        """The first rank's value, on every rank; it is pickled."""
+        values = [value]
+        dist.broadcast_object_list(values, group=self.control)
+        return values[0]
+
+    def announce_stop(self) -> None:
+        """Tells the ranks that are not in a collective: they are preparing data, or waiting."""
+        self.store.set(_STOP, "")
+
+    def stop_announced(self) -> bool:
+        """Whether any rank has announced a stop; asks the store's host."""
+        return self.store.check([_STOP])
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Runs a block that can fail on one rank alone so that it fails on all or on none.
@@ -60,9 +85,7 @@ class World:
             yield
         except SpotforgeError as e:
             error = e
-        errors: list[SpotforgeError | None] = [None] * self.world_size
-        dist.all_gather_object(errors, error, group=self.control)
-        for found in errors:
+        for found in self.gather(error):
             if found is not None:
                 found.seen_by_all = True
                 raise found
@@ -85,7 +108,9 @@ def join_world() -> Iterator[World]:
     else:
         device = torch.device("cpu")
         backend = "gloo"
-    store = dist.HashStore() if "RANK" not in os.environ else None
+    store: dist.Store = dist.HashStore()
+    if "RANK" in os.environ:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
     dist.init_process_group(
         backend,
         store=store,
@@ -103,6 +128,7 @@ def join_world() -> Iterator[World]:
             device=device,
             control=dist.new_group(backend="gloo", timeout=_TIMEOUT),
             saving=dist.new_group(backend="gloo", timeout=_TIMEOUT),
+            store=dist.PrefixStore("spotforge", store),
         )
     finally:
         dist.destroy_process_group()

@@ -76,7 +76,8 @@ class ZeroStrategy(Strategy):
         # DeepSpeed averages over ranks.
         self._engine.backward(loss * self._world.world_size, scale_wrt_gas=False)
 
-    def step(self, max_norm: float | None) -> Tensor:
+    def step(self, max_norm: float | None, skip_not_finite: bool = False) -> Tensor:
+        # DeepSpeed never updates where the norm is not finite, and waits for the device anyway.
         self._engine.optimizer.clip_grad = max_norm or 0.0  # 0 switches clipping off
         self._engine.step()
         return torch.as_tensor(self._engine.get_global_grad_norm(), device=self._world.device)

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from monitoring.errors import ConfigError, ExitCode
 from trainer.cli import CONFIG_DIR, explain, help_text
-from trainer.config import refuse_unknown_keys, register_schemas
+from trainer.schemas import refuse_unknown_keys, register_schemas
 
 
 def _run(tree: DictConfig) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from monitoring.errors import ConfigError
-from trainer.config import options_with_key
+from trainer.schemas import options_with_key
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
@@ -76,7 +76,11 @@ Keys (key=value), beside those of the groups:
   resume                     auto (go on where it stopped) | never | a checkpoint folder
   allow_changes              keys that may differ from the checkpoint's, e.g. [optim.lr]
   seed, deterministic, compile, activation_checkpointing, shutdown_timeout_s
-  log.every_steps, evaluation.every_steps, checkpoint.every_steps, checkpoint.keep_last
+  checkpoint.interval        auto (as often as it pays) | steps | 10min | end
+  checkpoint.keep_last, checkpoint.keep_every; checkpoint.upload  also to s3://... (any fsspec URL)
+  preemption.notice_file, preemption.cloud  stop when told: a file | auto, aws, gcp, azure
+  anomaly.action             a loss that is no number, or leaps: stop | skip | rollback
+  log.every_steps, evaluation.every_steps, hang_timeout_s
   export.at_end, export.dtype
 
 Options:

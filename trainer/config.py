@@ -1,39 +1,25 @@
-"""The trainer's settings: the root of the tree, and what Hydra knows of it.
+"""The trainer's settings: the root of the tree.
 
 A package's dataclasses live beside their consumer, or in the package's `config.py` where the
-consumer imports torch: composing a config (for `--help`, for the planner) must not. Every dataclass
-is registered as `schema/<group>/<option>`, and the YAML of that name starts from it, so that a
-misspelt key or a wrong type fails before anything runs. A config with a leaf behind it has
-`build()`.
+consumer imports torch: composing a config (for `--help`, for the planner) must not. A config with a
+leaf behind it has `build()`. `schemas.py` tells Hydra about them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
+import json
+from dataclasses import asdict, dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from monitoring.config import MonitoringConfig
 from monitoring.errors import ConfigError
-from parallel.config import (
-    DdpConfig,
-    Dtype,
-    FsdpConfig,
-    ParallelConfig,
-    PrecisionConfig,
-    ZeroConfig,
-)
-from trainer.data.config import DataConfig, MixtureDataConfig, SingleDataConfig
-from trainer.optim import AdamWConfig
-from trainer.schedule import (
-    ConstantConfig,
-    CosineConfig,
-    ScheduleConfig,
-    WarmupStableDecayConfig,
-)
+from parallel.config import Dtype, ZeroConfig
+from trainer.anomaly import AnomalyConfig
+from trainer.interval import Interval
+from trainer.preemption import PreemptionConfig
 
 
 @dataclass
@@ -130,21 +116,41 @@ class EvaluationConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When to save, and how many to keep.
+    """When to save, how many to keep, and where.
 
     Attributes:
-        every_steps: Steps between checkpoints; null saves at the end and on a stop signal only.
+        interval: Between saves: `auto` weighs what a save costs against what a preemption loses, a
+            number is steps, `10min` is time, `end` saves only at the end and when told to stop.
+        mean_hours_between_preemptions: What `auto` expects until it has seen some.
         keep_last: Committed checkpoints that stay; the oldest go first.
+        keep_every: Checkpoints of steps that this divides stay for good; null: none.
         asynchronous: Write in the background; off waits for each checkpoint to be on disk.
+        upload: URL of a folder in an object store (`s3://bucket/run`, any fsspec URL) to which each
+            checkpoint is copied in the background; a run on a new machine resumes from there.
     """
 
-    every_steps: int | None = None
+    interval: str = "auto"
+    mean_hours_between_preemptions: float = 6.0
     keep_last: int = 2
+    keep_every: int | None = None
     asynchronous: bool = True
+    upload: str | None = None
 
     def __post_init__(self) -> None:
+        Interval.parse(self.interval)
         if self.keep_last < 1:
             raise ConfigError("checkpoint.keep_last", self.keep_last, "must be at least 1", "use 2")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ConfigError(
+                "checkpoint.keep_every", self.keep_every, "must be at least 1", "use 1000, or null"
+            )
+        if not self.mean_hours_between_preemptions > 0:
+            raise ConfigError(
+                "checkpoint.mean_hours_between_preemptions",
+                self.mean_hours_between_preemptions,
+                "must be above 0",
+                "use 6",
+            )
 
 
 @dataclass
@@ -169,7 +175,8 @@ class TrainerConfig:
         nproc: Processes on this machine: `auto` takes every GPU, else 1. Under torchrun it must
             agree.
         global_batch_size: Samples of one optimizer step, over all ranks.
-        micro_batch_size: Samples of one forward on one rank; accumulation follows from the two.
+        micro_batch_size: Samples of one forward on one rank, at most. Accumulation follows from the
+            two, and any number of ranks can share a batch: sizes differ by one sample then.
         deterministic: Only deterministic kernels (slower on a GPU).
         compile: torch.compile each decoder block.
         activation_checkpointing: Recompute each decoder block in backward instead of storing it.
@@ -178,6 +185,8 @@ class TrainerConfig:
         allow_changes: Keys that may differ from the checkpoint's although they change what is
             trained.
         shutdown_timeout_s: How long ranks may take to save after SIGTERM before they are killed.
+        hang_timeout_s: How long all ranks may show no progress before the supervisor (nproc above
+            1) prints their stacks and starts them again.
     """
 
     run: RunConfig = field(default_factory=RunConfig)
@@ -191,10 +200,13 @@ class TrainerConfig:
     resume: str = "auto"
     allow_changes: list[str] = field(default_factory=list)
     shutdown_timeout_s: int = 600
+    hang_timeout_s: int = 600
     stop: StopConfig = field(default_factory=StopConfig)
     log: LogConfig = field(default_factory=LogConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
+    anomaly: AnomalyConfig = field(default_factory=AnomalyConfig)
     model: Any = MISSING
     data: Any = MISSING
     parallel: Any = MISSING
@@ -221,12 +233,11 @@ class TrainerConfig:
 
     def grad_accum_steps(self, world_size: int) -> int:
         """Micro-batches of one step on one rank."""
-        return self.global_batch_size // (self.micro_batch_size * world_size)
+        return -(-self.global_batch_size // (self.micro_batch_size * world_size))
 
     def check(self, world_size: int) -> None:
         """Raises ConfigError for settings that cannot hold together on `world_size` ranks."""
         self._check_numbers()
-        self._check_batch(world_size)
         self.schedule.check(self.total_steps)
         self.parallel.check(world_size, self.precision)
         if self.compile and isinstance(self.parallel, ZeroConfig):
@@ -253,8 +264,8 @@ class TrainerConfig:
             "evaluation.every_steps": self.evaluation.every_steps,
             "evaluation.max_samples": self.evaluation.max_samples,
             "evaluation.sample_tokens": self.evaluation.sample_tokens,
-            "checkpoint.every_steps": self.checkpoint.every_steps,
             "shutdown_timeout_s": self.shutdown_timeout_s,
+            "hang_timeout_s": self.hang_timeout_s,
         }
         for key, value in positive.items():
             if value is not None and not value > 0:  # NaN too
@@ -276,80 +287,15 @@ class TrainerConfig:
                 "set stop.steps, stop.tokens or stop.minutes",
             )
 
-    def _check_batch(self, world_size: int) -> None:
-        at_once = self.micro_batch_size * world_size
-        if self.global_batch_size % at_once:
-            nearest = max(1, round(self.global_batch_size / at_once)) * at_once
-            raise ConfigError(
-                "global_batch_size",
-                self.global_batch_size,
-                f"must be a multiple of micro_batch_size x ranks = {self.micro_batch_size} x "
-                f"{world_size} = {at_once}",
-                f"use global_batch_size={nearest}, or another micro_batch_size",
-            )
+
+def resolve(config: TrainerConfig) -> dict[str, Any]:
+    """The settings as plain data, to be stored and compared."""
+    text = json.dumps(asdict(config), default=_enum_value)
+    settings: dict[str, Any] = json.loads(text)
+    return settings | {"total_steps": config.total_steps}
 
 
-_SCHEMAS: dict[str, dict[str, type]] = {
-    "model": {"named": NamedModelConfig, "path": PathModelConfig},
-    "data": {"single": SingleDataConfig, "mixture": MixtureDataConfig},
-    "parallel": {"ddp": DdpConfig, "fsdp": FsdpConfig, "zero": ZeroConfig},
-    "optim": {"adamw": AdamWConfig},
-    "schedule": {
-        "cosine": CosineConfig,
-        "wsd": WarmupStableDecayConfig,
-        "constant": ConstantConfig,
-    },
-    "precision": {"base": PrecisionConfig},
-    "checkpoint": {"base": CheckpointConfig},
-    "monitoring": {"base": MonitoringConfig},
-}
-
-__all__ = [
-    "AdamWConfig",
-    "CheckpointConfig",
-    "DataConfig",
-    "NamedModelConfig",
-    "ParallelConfig",
-    "PathModelConfig",
-    "ScheduleConfig",
-    "TrainerConfig",
-    "register_schemas",
-]
-
-
-def register_schemas() -> None:
-    """Tells Hydra about the dataclasses."""
-    store = ConfigStore.instance()
-    store.store(group="schema", name="trainer", node=TrainerConfig)
-    for group, options in _SCHEMAS.items():
-        for name, schema in options.items():
-            store.store(group=f"schema/{group}", name=name, node=schema)
-
-
-def refuse_unknown_keys(config: Any, prefix: str = "") -> None:
-    """Raises ConfigError for a key that `+key=value` added and no dataclass has."""
-    known = {f.name for f in fields(config)}
-    for name, value in vars(config).items():
-        if name not in known:
-            raise ConfigError(
-                f"{prefix}{name}",
-                value,
-                "there is no such key, and nothing would read it",
-                "remove it",
-            )
-        for child, key in _dataclasses_in(value, f"{prefix}{name}"):
-            refuse_unknown_keys(child, f"{key}.")
-
-
-def _dataclasses_in(value: Any, key: str) -> list[tuple[Any, str]]:
-    if is_dataclass(value):
-        return [(value, key)]
-    if isinstance(value, dict):
-        return [(v, f"{key}.{k}") for k, v in value.items() if is_dataclass(v)]
-    return []
-
-
-def options_with_key(group: str, key: str) -> list[str]:
-    """Schemas of a group that have `key`: for the error that names where it would work."""
-    schemas = _SCHEMAS.get(group, {})
-    return [name for name, schema in schemas.items() if key in {f.name for f in fields(schema)}]
+def _enum_value(item: object) -> Any:
+    if isinstance(item, Enum):
+        return item.value
+    raise TypeError(f"{type(item).__name__} has no place in a configuration")

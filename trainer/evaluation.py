@@ -85,8 +85,9 @@ def generate(
     strategy: Strategy,
     module: nn.Module,
     world: World,
-) -> str:
-    """Continues `evaluation.sample_prompt`; collective.
+    stop_requested: Callable[[], bool],
+) -> str | None:
+    """Continues `evaluation.sample_prompt`; collective. None where a rank was told to stop.
 
     Every rank runs the same sharded forward, a whole one a token, and rank 0 chooses: the model is
     never gathered for it. The choice is seeded, so a step of a run always says the same.
@@ -99,6 +100,8 @@ def generate(
     generator = torch.Generator(world.device).manual_seed(config.seed)
     with _evaluating(module):
         for _ in range(config.evaluation.sample_tokens):
+            if any(world.sum(stop_requested())):
+                return None
             window = torch.tensor([ids[-config.data.max_seq_len :]], device=world.device)
             logits = strategy.forward(input_ids=window)[0].float()  # (V)
             if temperature > 0:

@@ -1,25 +1,32 @@
 """Starts the ranks of a run on this machine, or joins those that a launcher started.
 
-python -m trainer nproc=2           two ranks here, through torch's elastic launcher
+python -m trainer nproc=2           this process becomes `python -m launch supervise`, which starts
+                                    two ranks, and again when one is lost
 torchrun ... -m trainer ...         the ranks are there: RANK, WORLD_SIZE, ...
-SkyPilot, one call a node           the nodes are there: SKYPILOT_NODE_IPS, ...; ranks start here
+SkyPilot, one call a node           the nodes are there: SKYPILOT_NODE_IPS, ...; the first becomes
+                                    the supervisor and the others join it
 """
 
 from __future__ import annotations
 
-import logging
+import hashlib
+import json
 import os
+import pickle
+import signal
+import subprocess
 import sys
-import tempfile
 import traceback
-import uuid
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 from monitoring.errors import ConfigError, ExitCode, SpotforgeError
-from trainer.config import TrainerConfig
+from parallel.config import FsdpConfig
+from trainer.config import TrainerConfig, resolve
+from trainer.heartbeat import Heartbeat
+from trainer.stopping import StopSignal
 
-_RENDEZVOUS_PORT = 29400
+_PORT = 29400
 
 
 def launch(config: TrainerConfig, isolated: bool = False) -> int:
@@ -27,8 +34,9 @@ def launch(config: TrainerConfig, isolated: bool = False) -> int:
 
     Args:
         config: The run.
-        isolated: Give even a single rank a process of its own, for a caller that has more runs to
-            come: DeepSpeed keeps the process groups of the first one for ever.
+        isolated: Come back in any case, and give even a single rank a process of its own: for a
+            caller that has more runs to come (DeepSpeed keeps the process groups of the first one
+            for ever). Otherwise several ranks take this process over.
 
     Returns:
         The exit code: 0 finished, 33 stopped with a complete checkpoint, 2 refused, 1 failed.
@@ -41,93 +49,88 @@ def launch(config: TrainerConfig, isolated: bool = False) -> int:
         config.check(nproc * num_nodes)
         if nproc * num_nodes == 1 and not isolated:
             return run_rank(config)
-        return _launch_ranks(config, nproc, num_nodes)
+        command = _supervisor(config, nproc, num_nodes)
     except SpotforgeError as e:
         print(e, file=sys.stderr)
         return e.exit_code
+    if isolated:
+        return _run(command)
+    sys.stdout.flush()
+    os.execv(command[0], command)
 
 
 def run_rank(config: TrainerConfig) -> int:
     """Runs this process's rank; prints what went wrong, once for all ranks that can tell."""
-    from trainer.run import train
-    from trainer.stopping import StopSignal
-
     with StopSignal() as stop:
+        heartbeat = Heartbeat()
         try:
-            return train(config, stop)
+            from trainer.run import train  # seconds of imports, in which a signal may come
+
+            return train(config, stop, heartbeat)
         except SpotforgeError as e:
+            if e.exit_code == ExitCode.FAILED:
+                heartbeat.failed()
             if not e.seen_by_all or int(os.environ.get("RANK", 0)) == 0:
                 print(e, file=sys.stderr, flush=True)
             return e.exit_code
         except Exception:
+            heartbeat.failed()
             # A rank that loses another fails too: its launcher's SIGTERM says that it is the echo.
             if not ("RANK" in os.environ and stop.wait(seconds=3)):
                 traceback.print_exc()
             return ExitCode.FAILED
 
 
-def _run_spawned_rank(config: TrainerConfig, outcome: str) -> int:
-    """What the elastic launcher calls in each process."""
-    code = run_rank(config)
-    if int(os.environ["LOCAL_RANK"]) == 0:
-        Path(outcome).write_text(str(int(code)))
-    if code != ExitCode.FINISHED:
-        sys.exit(code)  # returning would wait for a launcher that is itself waiting to stop
-    return code
+def _supervisor(config: TrainerConfig, nproc: int, num_nodes: int) -> list[str]:
+    """The command that starts `nproc` ranks here and keeps them going."""
+    options = ["--nproc", str(nproc), "--grace", str(config.shutdown_timeout_s)]
+    if int(os.environ.get("SKYPILOT_NODE_RANK", 0)) > 0:
+        head = os.environ["SKYPILOT_NODE_IPS"].split("\n")[0]
+        action = ["join", f"{head}:{_PORT}", *options]
+    else:
+        options += ["--hang-timeout", str(config.hang_timeout_s)]
+        options += ["--events", str(config.run_dir / "supervisor.jsonl")]
+        if isinstance(config.parallel, FsdpConfig):
+            options += ["--multiple-of", str(config.parallel.ranks_multiple_of)]
+        if num_nodes > 1:
+            options += ["--listen", str(_PORT), "--nodes", str(num_nodes)]
+        action = ["supervise", *options]
+    rank = [sys.executable, "-m", "trainer.rank", str(_freeze(config))]
+    return [sys.executable, "-m", "launch", *action, "--", *rank]
 
 
-def _launch_ranks(config: TrainerConfig, nproc: int, num_nodes: int) -> int:
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+def _freeze(config: TrainerConfig) -> Path:
+    """The configuration in a file that is named by its content.
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    # What a rank has to say it says itself; the launcher would add pages about exit codes.
-    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    settings = LaunchConfig(
-        min_nodes=num_nodes,
-        max_nodes=num_nodes,
-        nproc_per_node=nproc,
-        max_restarts=0,
-        shutdown_timeout=config.shutdown_timeout_s,
-        **_rendezvous(num_nodes),
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        outcome = Path(folder) / "outcome"
+    Ranks that start again days later are given what was asked for, not what YAML files say by then.
+    """
+    name = hashlib.sha256(json.dumps(resolve(config), sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(config.data.cache_dir).expanduser().absolute() / "launched"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f".{name}.{os.getpid()}"
+        part.write_bytes(pickle.dumps(config))
+        return part.replace(folder / f"{name}.pickle")
+    except OSError as e:
+        raise ConfigError(
+            "data.cache_dir", config.data.cache_dir, f"cannot be written: {e.strerror}", "change it"
+        ) from e
+
+
+def _run(command: list[str]) -> int:
+    """A program that is told what this one is told."""
+    with subprocess.Popen(command) as process:
+
+        def forward(number: int, frame: FrameType | None) -> None:
+            process.send_signal(number)
+
+        handlers = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGUSR1)}
+        handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # it hears it too
         try:
-            elastic_launch(settings, _run_spawned_rank)(config, str(outcome))
-        except SignalException as e:
-            # The ranks were told to stop and have done so: rank 0 left word how.
-            if outcome.exists():
-                return int(outcome.read_text())
-            print(f"killed by {e.sigval.name} before a checkpoint was complete", file=sys.stderr)
-            return ExitCode.FAILED
-        except ChildFailedError as e:
-            _, failure = e.get_first_failure()
-            if failure.exitcode < 0:
-                print(f"rank {failure.local_rank} died: {failure.signal_name()}", file=sys.stderr)
-                return ExitCode.FAILED
-            return failure.exitcode
-    return ExitCode.FINISHED
-
-
-def _rendezvous(num_nodes: int) -> dict[str, Any]:
-    if num_nodes == 1:
-        # Port 0: several runs on one machine do not meet.
-        return {
-            "run_id": uuid.uuid4().hex,
-            "rdzv_backend": "c10d",
-            "rdzv_endpoint": "localhost:0",
-        }
-    head = os.environ["SKYPILOT_NODE_IPS"].split("\n")[0]
-    is_host = int(os.environ["SKYPILOT_NODE_RANK"]) == 0
-    return {
-        "run_id": os.environ.get("SKYPILOT_TASK_ID", "spotforge"),
-        "rdzv_backend": "c10d",
-        "rdzv_endpoint": f"{head}:{_RENDEZVOUS_PORT}",
-        "rdzv_configs": {"is_host": is_host},
-    }
+            return process.wait()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def _local_ranks(config: TrainerConfig) -> int:

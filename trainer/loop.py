@@ -2,23 +2,30 @@
 
 import dataclasses
 import hashlib
+import math
 import time
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from monitoring.errors import ExitCode
+from monitoring.errors import DivergedError, ExitCode
 from monitoring.throughput import Throughput
 from parallel.strategy import Strategy
 from parallel.world import World
-from trainer.checkpoint import Checkpointer, TrainerState
+from trainer.anomaly import AnomalyAction, LossWatch
+from trainer.checkpoint import TrainerState, committed, read_state, read_tensors
 from trainer.config import TrainerConfig
-from trainer.data.loader import TrainLoader
+from trainer.data.loader import Batch, TrainLoader
 from trainer.data.prepare import PreparedData
 from trainer.evaluation import evaluate, generate, held_out_batches
-from trainer.reporter import Reporter
+from trainer.heartbeat import Heartbeat
+from trainer.interval import Interval, SaveSchedule, expected_mtbf_s
+from trainer.reporter import Reporter, count_losses
+from trainer.resume import find_checkpoint
+from trainer.saving import Checkpointer
 from trainer.stopping import StopSignal
 
 
@@ -39,12 +46,24 @@ class TrainingLoop:
         checkpointer: Checkpointer,
         reporter: Reporter,
         stop: StopSignal,
+        heartbeat: Heartbeat,
         state: TrainerState,
     ) -> None:
         self.config, self.world, self.data = config, world, data
         self.module, self.strategy = module, strategy
-        self.checkpointer, self.reporter, self.stop = checkpointer, reporter, stop
+        self.checkpointer, self.reporter = checkpointer, reporter
+        self.stop, self.heartbeat = stop, heartbeat
         self.state = state
+        self.checkpoints = config.run_dir / "checkpoints"
+        self.loss_watch = LossWatch(config.anomaly)
+        self.judges_every_loss = config.anomaly.action is not AnomalyAction.stop
+        self.anomalies_in_a_row = 0
+        mtbf_s = expected_mtbf_s(
+            config.checkpoint.mean_hours_between_preemptions * 3600,
+            state.elapsed_s,
+            count_losses(config.run_dir),
+        )
+        self.save_schedule = SaveSchedule(Interval.parse(config.checkpoint.interval), mtbf_s)
         held_out_batches(config, data, world)
         self.loader = self._loader(state.num_samples)
 
@@ -53,27 +72,34 @@ class TrainingLoop:
 
         Returns:
             The last state, of which a checkpoint is committed, and FINISHED or START_AGAIN.
+
+        Raises:
+            ConfigError: On every rank, if a checkpoint could not be written.
+            DivergedError: On every rank, at a loss that `config.anomaly` does not put up with.
         """
         config, world, strategy, state = self.config, self.world, self.strategy, self.state
         total_steps = config.total_steps
         throughput = Throughput()
         began = time.monotonic() - state.elapsed_s
-        saved_step = state.step
+        saved_step = state.step if state.step else None
         blocked_s = 0.0
+        loss: _StepLoss | None = None
         outcome = ExitCode.FINISHED
         try:
             while total_steps is None or state.step < total_steps:
+                self.heartbeat.at("train", state.step)
                 # 1. This rank's micro-batches of the next global batch
                 wait_began = time.perf_counter()
                 batches = next(self.loader)
                 data_wait_s = time.perf_counter() - wait_began
 
                 # 2. What all ranks must agree on, in one small collective on the CPU
-                num_targets, stop, time_up, save_failed = world.sum(
+                num_targets, stop, time_up, save_failed, save_due = world.sum(
                     sum(batch.num_targets for batch in batches),
                     self.stop.requested(),
                     world.rank == 0 and self._time_is_up(began),
                     self.checkpointer.failed,
+                    world.rank == 0 and self.save_schedule.due(state.step + 1),
                 )
                 if save_failed:
                     self.checkpointer.wait()  # raises, on every rank
@@ -82,25 +108,14 @@ class TrainingLoop:
                 if stop or time_up:
                     break
 
-                # 3. Forward and backward: the loss is summed, then divided by the global count, so
-                #    every split of a global batch gives the same gradient
-                torch.manual_seed(_step_seed(config.seed, state.step, world.rank))  # dropout
+                # 3. Forward, backward, update
                 lr = config.optim.lr * config.schedule.scale(state.step, total_steps)
                 strategy.set_lr(lr)
-                loss_sum = torch.zeros((), device=world.device)
-                for i, batch in enumerate(batches):
-                    on_device = batch.to(world.device)
-                    with strategy.accumulate(last=i == len(batches) - 1):
-                        loss = strategy.forward(
-                            input_ids=on_device.input_ids,
-                            targets=on_device.targets,
-                            position_ids=on_device.position_ids,
-                        )
-                        strategy.backward(loss / num_targets)
-                    loss_sum += loss.detach()
-
-                # 4. Update
-                grad_norm = strategy.step(config.optim.max_norm)
+                loss, grad_norm, anomaly = self._train_step(batches, num_targets, state.step)
+                if anomaly is not None:
+                    state = self._recover(anomaly, loss.value(), state)
+                    continue
+                self.anomalies_in_a_row = 0
                 num_tokens = config.global_batch_size * config.data.max_seq_len
                 state = dataclasses.replace(
                     state,
@@ -111,15 +126,15 @@ class TrainingLoop:
                 )
                 throughput.step(num_tokens, data_wait_s)
 
-                # 5. Now and then: metrics (the only place that waits for the device), validation,
+                # 4. Now and then: metrics (the only place that waits for the device), validation,
                 #    a checkpoint
                 last = state.step == total_steps
                 evaluates = last or _due(state.step, config.evaluation.every_steps)
                 if evaluates or _due(state.step, config.log.every_steps):
-                    dist.all_reduce(loss_sum)
+                    self._refuse_divergence(state, loss.value(), grad_norm.item())
                     record = {
                         "step": state.step,
-                        "loss": loss_sum.item() / num_targets,
+                        "loss": loss.value(),
                         "grad_norm": grad_norm.item(),
                         "lr": lr,
                         "num_tokens": state.num_tokens,
@@ -134,29 +149,119 @@ class TrainingLoop:
                         self.reporter.log(record)
                 else:
                     self.reporter.progress(state.step)
-                if _due(state.step, config.checkpoint.every_steps) and not last:
+                if save_due and not last:
                     with throughput.paused():
-                        blocked_s += self.checkpointer.save(strategy.state(), state)
+                        blocked_s += self._save(state, loss)
                     saved_step = state.step
         finally:
             self.loader.close()
-        if state.step == 0 or saved_step != state.step:
-            self.checkpointer.save(strategy.state(), state)
+        if saved_step != state.step:
+            self._save(state, loss)
         self.checkpointer.wait()
         return state, outcome
+
+    def _train_step(
+        self, batches: list[Batch], num_targets: float, step: int
+    ) -> tuple["_StepLoss", Tensor, str | None]:
+        """One update; the global loss, the gradient norm, and why nothing was updated, if so.
+
+        The loss is summed, then divided by the global count, so every split of a global batch gives
+        the same gradient.
+        """
+        config, world, strategy = self.config, self.world, self.strategy
+        loss = _StepLoss(world.device, num_targets)
+        anomaly = None
+        torch.manual_seed(_step_seed(config.seed, step, world.rank))  # dropout
+        for i, batch in enumerate(batches):
+            last = i == len(batches) - 1
+            on_device = batch.to(world.device)
+            with strategy.accumulate(last=last):
+                loss_sum = strategy.forward(
+                    input_ids=on_device.input_ids,
+                    targets=on_device.targets,
+                    position_ids=on_device.position_ids,
+                )
+                loss.add(loss_sum.detach())
+                if last and self.judges_every_loss:
+                    anomaly = self.loss_watch.verdict(loss.value())
+                # A gradient that is not finite is thrown away by every strategy: the one way to
+                # take back micro-batches that were accumulated or reduced already.
+                strategy.backward(loss_sum / (num_targets if anomaly is None else math.nan))
+        grad_norm = strategy.step(config.optim.max_norm, skip_not_finite=self.judges_every_loss)
+        if anomaly is None and self.judges_every_loss and not math.isfinite(grad_norm.item()):
+            anomaly = f"the gradient norm is {grad_norm.item()}"
+        return loss, grad_norm, anomaly
+
+    def _recover(self, anomaly: str, loss: float, state: TrainerState) -> TrainerState:
+        """Where to go on after a batch that was not learned from; the same on every rank.
+
+        The batch is never read again: after a rollback the run goes on with the batches behind it.
+        """
+        self.anomalies_in_a_row += 1
+        if self.anomalies_in_a_row > self.config.anomaly.max_in_a_row:
+            raise self._diverged(state, f"{anomaly}, the {self.anomalies_in_a_row}th in a row")
+        num_samples = state.num_samples + self.config.global_batch_size
+        what = f"step {state.step + 1}: {anomaly}"
+        if self.config.anomaly.action is AnomalyAction.skip:
+            self.reporter.say(f"{what}; skipping its batch")
+            self.reporter.event("skip", state.step, loss=loss, reason=anomaly)
+            return dataclasses.replace(state, num_samples=num_samples)
+        self.checkpointer.wait()
+        newest = dataclasses.replace(self.config, resume="auto")
+        checkpoint = find_checkpoint(newest, self.checkpoints, self.world, self.reporter)
+        if checkpoint is None:
+            raise self._diverged(state, f"{anomaly}, and there is no checkpoint to go back to")
+        saved = read_state(checkpoint)
+        self.reporter.say(f"{what}; rolling back to {checkpoint.name} and on with later batches")
+        self.reporter.event("rollback", state.step, to_step=saved.step, loss=loss, reason=anomaly)
+        self.reporter.roll_back(saved.step)
+        self.strategy.load_state(partial(read_tensors, checkpoint), num_updates=saved.step)
+        self.loader.close()
+        self.loader = self._loader(num_samples)
+        return dataclasses.replace(
+            saved, num_samples=num_samples, elapsed_s=state.elapsed_s, config=state.config
+        )
+
+    def _refuse_divergence(self, state: TrainerState, loss: float, grad_norm: float) -> None:
+        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+            if not math.isfinite(value):
+                raise self._diverged(state, f"the {name} is {value}")
+
+    def _diverged(self, state: TrainerState, what: str) -> DivergedError:
+        good = committed(self.checkpoints)
+        kept = f"{good[0].name} was saved before" if good else "nothing was saved before"
+        return DivergedError(
+            f"step {state.step}: {what}; {kept}. Lower optim.lr or optim.max_norm, look at the data"
+            ", or set anomaly.action=skip or rollback"
+        )
+
+    def _save(self, state: TrainerState, loss: "_StepLoss | None") -> float:
+        """Seconds that it took from training; weights of a loss that is no number are not kept."""
+        self.heartbeat.at("save", state.step)
+        if loss is not None:
+            self._refuse_divergence(state, loss.value(), 0.0)
+        blocked_s = self.checkpointer.save(self.strategy.state, state)
+        self.save_schedule.saved(blocked_s)
+        return blocked_s
 
     def _evaluate(self, step: int) -> dict[str, Any]:
         """Validation metrics and a sample; nothing where a rank was told to stop meanwhile."""
         config, world = self.config, self.world
-        metrics = evaluate(
-            config, self.data, self.strategy, self.module, world, self.stop.requested
-        )
+        self.heartbeat.at("evaluate", step)
+        metrics = evaluate(config, self.data, self.strategy, self.module, world, self._poll)
         if metrics is None:
             return {}
         if config.evaluation.sample_prompt is not None:
-            text = generate(config, self.data.tokenizer, self.strategy, self.module, world)
-            self.reporter.sample(step, config.evaluation.sample_prompt, text)
+            text = generate(
+                config, self.data.tokenizer, self.strategy, self.module, world, self._poll
+            )
+            if text is not None:
+                self.reporter.sample(step, config.evaluation.sample_prompt, text)
         return metrics
+
+    def _poll(self) -> bool:
+        self.heartbeat.beat()
+        return self.stop.requested()
 
     def _loader(self, first_sample: int) -> TrainLoader:
         config, world = self.config, self.world
@@ -176,6 +281,25 @@ class TrainingLoop:
     def _time_is_up(self, began: float) -> bool:
         minutes = self.config.stop.minutes
         return minutes is not None and time.monotonic() - began >= minutes * 60
+
+
+class _StepLoss:
+    """The loss of a step, which is summed over ranks and read when somebody asks for it."""
+
+    def __init__(self, device: torch.device, num_targets: float) -> None:
+        self._sum, self._num_targets = torch.zeros((), device=device), num_targets
+        self._value: float | None = None
+
+    def add(self, loss_sum: Tensor) -> None:
+        """Counts a micro-batch of this rank."""
+        self._sum += loss_sum
+
+    def value(self) -> float:
+        """Nats a token over all ranks. Collective the first time, and waits for the device."""
+        if self._value is None:
+            dist.all_reduce(self._sum)
+            self._value = self._sum.item() / self._num_targets
+        return self._value
 
 
 def _due(step: int, every_steps: int | None) -> bool:

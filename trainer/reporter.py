@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,14 @@ from transformers import PreTrainedModel
 
 from monitoring.environment import describe_environment
 from monitoring.errors import ConfigError
+from monitoring.events import EventLog, read_events
+from monitoring.jsonl import read_records
 from monitoring.metrics import MetricLogger
 from monitoring.report import write_report
 from monitoring.throughput import flops_per_token, mfu, peak_memory_bytes
 from parallel.world import World
 from trainer.config import TrainerConfig
+from trainer.data.loader import split_step
 from trainer.data.prepare import PreparedData
 
 
@@ -37,6 +42,13 @@ class Reporter:
         self._num_parameters = sum(p.numel() for p in model.parameters())
         self._flops_per_token = _flops_per_token(model, config.data.max_seq_len)
         self._logger: MetricLogger | None = None
+        self._events = EventLog(config.run_dir / "events.jsonl")
+        self._began = time.monotonic()
+
+    def event(self, event: str, step: int, **details: float | int | str) -> None:
+        """Takes note of what happened to the run (`monitoring/events.py`); any thread may."""
+        if self._world.rank == 0:
+            self._events.write(event, step, **details)
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -48,11 +60,10 @@ class Reporter:
             print(text, flush=True)
 
     def open(self, first_step: int) -> None:
-        """Creates the run directory and describes the run in it, once nothing can be refused."""
+        """Describes the run in its directory, once nothing can be refused."""
         if self._world.rank != 0:
             return
         run_dir = self._config.run_dir
-        run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(yaml.safe_dump(self._resolved, sort_keys=False))
         for name, content in (
             ("environment.json", describe_environment()),
@@ -66,16 +77,23 @@ class Reporter:
             f"{type(config.parallel).__name__.removesuffix('Config').upper()}, "
             f"global batch {config.global_batch_size} x {config.data.max_seq_len} tokens "
             f"({config.grad_accum_steps(self._world.world_size)} micro-batches of "
-            f"{config.micro_batch_size} a rank)"
+            f"{_rows(config, self._world.world_size)} a rank)"
         )
-        self._logger = MetricLogger(
-            config.monitoring,
-            run_dir,
-            config.run.name,
-            config.total_steps,
+        self.event(
+            "start",
             first_step,
-            {**self._resolved, "num_parameters": self._num_parameters},
+            world_size=self._world.world_size,
+            strategy=type(config.parallel).__name__.removesuffix("Config").lower(),
+            lost_steps=_last_step(run_dir) - first_step,
+            startup_s=time.monotonic() - self._began,
         )
+        self._open_sinks(first_step)
+
+    def roll_back(self, step: int) -> None:
+        """Takes the metrics of later steps back."""
+        if self._logger is not None:
+            self._logger.close("running")
+            self._open_sinks(step)
 
     def progress(self, step: int) -> None:
         """Moves the progress bar."""
@@ -130,10 +148,28 @@ class Reporter:
             )
             self.say(f'\ntry it      {_short(Path(sys.executable))} -c "{code}"')
 
+    def _open_sinks(self, first_step: int) -> None:
+        config = self._config
+        self._logger = MetricLogger(
+            config.monitoring,
+            config.run_dir,
+            config.run.name,
+            config.total_steps,
+            first_step,
+            {**self._resolved, "num_parameters": self._num_parameters},
+        )
+
     def _device_name(self) -> str:
         if self._world.device.type == "cuda":
             return torch.cuda.get_device_name(self._world.device)
         return "cpu"
+
+
+def count_losses(run_dir: Path) -> int:
+    """How often the run went away without a word: a start that a start follows, and no end."""
+    marks = [e["event"] for e in read_events(run_dir)]
+    marks = [mark for mark in marks if mark in ("start", "stop", "finish", "fail")]
+    return sum(a == b == "start" for a, b in itertools.pairwise([*marks, "start"]))
 
 
 def check_run_dir(config: TrainerConfig) -> None:
@@ -150,6 +186,21 @@ def check_run_dir(config: TrainerConfig) -> None:
         raise ConfigError(
             "run.dir", config.run_dir, reason, "choose another run.dir, or change its permissions"
         )
+
+
+def _rows(config: TrainerConfig, world_size: int) -> str:
+    """Samples of a micro-batch: `4`, or `3-4` where they are not shared out evenly."""
+    sizes = {
+        len(rows)
+        for rank in split_step(config.global_batch_size, config.micro_batch_size, world_size)
+        for rows in rank
+    }
+    return "-".join(str(size) for size in sorted(sizes))
+
+
+def _last_step(run_dir: Path) -> int:
+    """The last step that an earlier start has logged."""
+    return max((int(str(r["step"])) for r in read_records(run_dir / "metrics.jsonl")), default=0)
 
 
 def _flops_per_token(model: PreTrainedModel, seq_len: int) -> float:

@@ -1,11 +1,11 @@
 """Finds the checkpoint to go on from, and refuses one that belongs to another run."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from monitoring.errors import ConfigError, DamagedError
@@ -13,6 +13,8 @@ from parallel.strategy import SLOTS
 from parallel.world import World
 from trainer.checkpoint import TrainerState, committed, tensor_shapes, verify
 from trainer.config import TrainerConfig
+from trainer.remote import RemoteCheckpoints
+from trainer.reporter import Reporter
 
 # A difference in one of these trains something else. All others (strategy, ranks, micro-batch,
 # paths, logging, ...) change where and how, and are only mentioned.
@@ -31,28 +33,73 @@ _MEANING = (
 
 
 def find_checkpoint(
-    config: TrainerConfig, folder: Path, world: World, say: Callable[[str], None]
+    config: TrainerConfig,
+    folder: Path,
+    world: World,
+    reporter: Reporter,
+    remote: RemoteCheckpoints | None = None,
 ) -> Path | None:
     """The newest valid checkpoint, or the one asked for; collective.
+
+    Args:
+        config: Whose `resume` says which.
+        folder: Where this run's checkpoints are.
+        world: Every rank verifies its share of the files.
+        reporter: Is told what was passed over, and why.
+        remote: Where they are too; what is newer there is fetched.
 
     Raises:
         DamagedError: If the one asked for, or every one there is, is damaged.
         ConfigError: If there should be one and is not, or should be none and is.
     """
-    candidates = _candidates(config, folder, world)
     damaged: DamagedError | None = None
-    for candidate in candidates:
+    with world.together():
+        candidates = _candidates(config, folder, remote) if world.rank == 0 else []
+    for candidate in world.from_first(candidates):
         try:
+            with world.together():
+                if world.rank == 0 and not candidate.exists():
+                    assert remote is not None
+                    reporter.say(f"fetching {candidate.name} from {remote.url}")
+                    remote.download(candidate.name, folder)
             with world.together():
                 verify(candidate, world.rank, world.world_size)
         except DamagedError as e:
-            say(f"passed over: {e}")
+            reporter.say(f"passed over: {e}")
+            reporter.event("passed_over", 0, checkpoint=candidate.name, reason=e.rule)
             damaged = damaged or e
             continue
         return candidate
     if damaged is not None:
         raise damaged  # starting from nothing would hide it
     return None
+
+
+def set_newer_aside(
+    folder: Path, checkpoint: Path, remote: RemoteCheckpoints | None, reporter: Reporter
+) -> None:
+    """Moves this run's checkpoints of later steps out of the way; on rank 0.
+
+    They are damaged, or the user went back behind them: the next resume must not take them.
+
+    Raises:
+        ConfigError: Where the object store has newer ones, which only their owner may delete.
+    """
+    newer = [p for p in committed(folder) if p.name > checkpoint.name]
+    if remote is not None and checkpoint.parent != folder:
+        ahead = [name for name in remote.names() if name > checkpoint.name]
+        if ahead:
+            raise ConfigError(
+                "resume",
+                checkpoint,
+                f"{remote.url} holds {ahead[0]}, which the next resume would take",
+                "delete it there, or set another checkpoint.upload",
+            )
+    for path in newer:
+        aside = folder / f"passed-over-{path.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        reporter.say(f"{path.name} is set aside as {aside.name}")
 
 
 def check_same_run(
@@ -84,6 +131,7 @@ def check_same_run(
             raise ConfigError(
                 "allow_changes", key, "there is no such key", "name a key of the config"
             )
+    changes = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if old == new:
@@ -92,12 +140,14 @@ def check_same_run(
         if binding and not _within(key, config.allow_changes):
             raise ConfigError(
                 key,
-                new,
-                f"the checkpoint at step {saved.step} was trained with {old}",
+                _shown(new),
+                f"the checkpoint at step {saved.step} was trained with {_shown(old)}",
                 f"set it back, choose another run.name, or add allow_changes=[{key}]",
             )
         if binding or not key.startswith(("run.", "resume", "allow_changes")):
-            say(f"resume: {key} was {old}, is {new}")
+            changes.append(f"{key} was {_shown(old)}, is {_shown(new)}")
+    if changes:
+        say(f"resume: {'; '.join(changes)}")
 
 
 def check_same_model(checkpoint: Path, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -123,7 +173,10 @@ def check_same_model(checkpoint: Path, parameters: Mapping[str, nn.Parameter]) -
             )
 
 
-def _candidates(config: TrainerConfig, folder: Path, world: World) -> list[Path]:
+def _candidates(
+    config: TrainerConfig, folder: Path, remote: RemoteCheckpoints | None
+) -> list[Path]:
+    """Newest first; those that are not on disk are in the object store."""
     if config.resume not in ("auto", "never"):
         path = Path(config.resume).expanduser().absolute()
         if not path.is_dir():
@@ -131,17 +184,17 @@ def _candidates(config: TrainerConfig, folder: Path, world: World) -> list[Path]
                 "resume", config.resume, "there is no such checkpoint", "auto, never or a folder"
             )
         return [path]
-    found: list[Any] = [committed(folder) if world.rank == 0 else None]
-    dist.broadcast_object_list(found, group=world.control)
-    candidates: list[Path] = found[0]
-    if config.resume == "never" and candidates:
+    names = {path.name for path in committed(folder)}
+    if remote is not None:
+        names |= set(remote.names())
+    if config.resume == "never" and names:
         raise ConfigError(
             "resume",
             "never",
             f"{folder.parent} holds checkpoints of an earlier run",
             "choose another run.name, or use resume=auto to go on with it",
         )
-    return candidates
+    return [folder / name for name in sorted(names, reverse=True)]
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -151,6 +204,11 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
+
+
+def _shown(value: Any) -> str:
+    """As it is written in a configuration."""
+    return "null" if value is None else str(value)
 
 
 def _within(key: str, names: tuple[str, ...] | list[str]) -> bool:

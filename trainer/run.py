@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from enum import Enum
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from monitoring.errors import ExitCode
+from monitoring.errors import ConfigError, ExitCode, Interrupted, SpotforgeError
 from parallel.strategy import Strategy
 from parallel.world import World, join_world
-from trainer.checkpoint import Checkpointer, TrainerState, read_state, read_tensors, step_name
-from trainer.config import TrainerConfig
+from trainer.checkpoint import TrainerState, read_state, read_tensors, step_name
+from trainer.config import TrainerConfig, resolve
 from trainer.cpu import keep_freed_memory
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.tokenizer import vocab_size_of
 from trainer.export import export_checkpoint
+from trainer.heartbeat import Heartbeat
 from trainer.loop import TrainingLoop
 from trainer.model import Materializer, build_meta_model, hf_config_of, prepare_training
 from trainer.objective import NextTokenLoss
+from trainer.remote import RemoteCheckpoints
 from trainer.reporter import Reporter, check_run_dir
-from trainer.resume import check_same_model, check_same_run, find_checkpoint
+from trainer.resume import check_same_model, check_same_run, find_checkpoint, set_newer_aside
+from trainer.run_lock import lock_run
+from trainer.saving import Checkpointer
 from trainer.stopping import StopSignal
 
 
-def train(config: TrainerConfig, stop: StopSignal) -> ExitCode:
-    """Runs, or goes on with, the run that `config` describes; called on every rank.
+def train(config: TrainerConfig, stop: StopSignal, heartbeat: Heartbeat) -> ExitCode:
+    """Joins the other ranks and runs, or goes on with, the run that `config` describes.
 
     Returns:
         FINISHED, or START_AGAIN after a stop signal, with a complete checkpoint.
@@ -41,45 +45,60 @@ def train(config: TrainerConfig, stop: StopSignal) -> ExitCode:
     """
     _set_up_process(config)
     with join_world() as world:
-        with world.together():
-            config.check(world.world_size)
+        if world.local_rank == 0:
+            stop.watch(config.preemption.build(), config.preemption.poll_s)
+        return train_in(world, config, stop, heartbeat)
 
-        # 1. Data: prepared once, by whichever rank comes first
-        with world.together():
-            check_run_dir(config)
-            hf_config_of(config.model)  # refused before the data is prepared, if at all
-            data = prepare(
-                config.data,
-                model_path=getattr(config.model, "path", None),
-                stop_requested=stop.requested,
-            )
-            if config.data.verify:
-                data.verify(world.local_rank, world.local_world_size, stop.requested)
 
-        # 2. The model, on the meta device until its strategy knows where each part goes
-        with world.together():
-            model = build_meta_model(config.model, vocab_size_of(data.tokenizer))
-            module = NextTokenLoss(model, config.model.fused_loss)
-        resolved = resolve(config)
-        reporter = Reporter(config, resolved, data, model, world)
+def train_in(
+    world: World, config: TrainerConfig, stop: StopSignal, heartbeat: Heartbeat
+) -> ExitCode:
+    """The run on one of the ranks of `world`; see `train`."""
+    poll = _Poll(world, stop, heartbeat)
+    with world.together():
+        config.check(world.world_size)
 
+    # 1. Data: prepared once, by whichever rank comes first
+    heartbeat.at("data", 0)
+    with world.together():
+        check_run_dir(config)
+        hf_config_of(config.model)  # refused before the data is prepared, if at all
+        data = prepare(
+            config.data, model_path=getattr(config.model, "path", None), stop_requested=poll
+        )
+        if config.data.verify:
+            data.verify(world.local_rank, world.local_world_size, poll)
+
+    # 2. The model, on the meta device until its strategy knows where each part goes
+    with world.together():
+        model = build_meta_model(config.model, vocab_size_of(data.tokenizer))
+        module = NextTokenLoss(model, config.model.fused_loss)
+    resolved = resolve(config)
+    reporter = Reporter(config, resolved, data, model, world)
+
+    with _locked(config, world):
         # 3. The checkpoint to go on from: refused here, if at all, before anything is written
         folder = config.run_dir / "checkpoints"
         state = TrainerState(0, 0, 0, 0.0, data.digest, data.tokenizer_fingerprint, resolved)
         with world.together():
-            checkpoint = find_checkpoint(config, folder, world, reporter.say)
+            remote = _open_remote(config, world)
+        checkpoint = find_checkpoint(config, folder, world, reporter, remote)
+        with world.together():
             if checkpoint is not None:
                 saved = read_state(checkpoint)
                 check_same_run(config, state, saved, reporter.say)
                 check_same_model(checkpoint, dict(model.named_parameters()))
                 reporter.say(f"resuming after step {saved.step}, from {checkpoint}")
                 state = dataclasses.replace(saved, config=resolved)
+                if world.rank == 0:
+                    set_newer_aside(folder, checkpoint, remote, reporter)
 
         # 4. The strategy materializes and distributes the model, and builds its optimizer
         prepare_training(
             model, compile=config.compile, checkpointing=config.activation_checkpointing
         )
         matrices = {name for name, p in model.named_parameters() if p.ndim >= 2}
+        poll.refuse_to_start()
         with world.together():
             strategy: Strategy = config.parallel.build(world, config.precision)
             strategy.setup(
@@ -89,49 +108,136 @@ def train(config: TrainerConfig, stop: StopSignal) -> ExitCode:
             )
         if checkpoint is not None:
             strategy.load_state(partial(read_tensors, checkpoint), num_updates=state.step)
+        poll.refuse_to_start()
 
         # 5. The loop
         checkpointer = Checkpointer(
-            config.checkpoint, folder, world, partial(_save_assets, model, data)
+            config.checkpoint,
+            folder,
+            world,
+            partial(_save_assets, model, data),
+            reporter.event,
+            remote,
+            heartbeat.beat,
         )
         with world.together():
             loop = TrainingLoop(
-                config, world, data, module, strategy, checkpointer, reporter, stop, state
+                config,
+                world,
+                data,
+                module,
+                strategy,
+                checkpointer,
+                reporter,
+                stop,
+                heartbeat,
+                state,
             )
         reporter.open(state.step)
         try:
             state, outcome = loop.run()
-        except BaseException:
+            # 6. What is handed on
+            _finish(config, world, reporter, checkpointer, stop, state.step, outcome)
+        except BaseException as e:
+            reporter.event("fail", state.step, error=f"{type(e).__name__}: {e}")
             reporter.close("failed")
             raise
         finally:
             checkpointer.close()
-
-        # 6. What is handed on
-        _finish(config, world, reporter, folder / step_name(state.step), outcome)
-        return outcome
+    return outcome
 
 
-def resolve(config: TrainerConfig) -> dict[str, Any]:
-    """The settings as plain data, to be stored and compared."""
-    text = json.dumps(dataclasses.asdict(config), default=_enum_value)
-    settings: dict[str, Any] = json.loads(text)
-    return settings | {"total_steps": config.total_steps}
+class _Poll:
+    """Asked at every pause outside the loop: beats, and hears of a stop on any rank.
+
+    Ranks are apart there (one prepares data, the others wait for it), so the word goes round
+    through the store instead of a collective.
+    """
+
+    _EVERY_S = 0.5  # it asks another process
+
+    def __init__(self, world: World, stop: StopSignal, heartbeat: Heartbeat) -> None:
+        self._world, self._stop, self._heartbeat = world, stop, heartbeat
+        self._asked = time.monotonic()
+
+    def __call__(self) -> bool:
+        self._heartbeat.beat()
+        if self._stop.requested():
+            self._world.announce_stop()
+            return True
+        if time.monotonic() - self._asked < self._EVERY_S:
+            return False
+        self._asked = time.monotonic()
+        return self._world.stop_announced()
+
+    def refuse_to_start(self) -> None:
+        """Raises Interrupted on every rank if any was told to stop; collective."""
+        self._heartbeat.beat()
+        if any(self._world.sum(self._stop.requested())):
+            stopped = Interrupted("told to stop before training went on; nothing was lost")
+            stopped.seen_by_all = True
+            raise stopped
+
+
+@contextmanager
+def _locked(config: TrainerConfig, world: World) -> Iterator[None]:
+    """Holds the run directory, by rank 0 for all."""
+    with ExitStack() as stack:
+        with world.together():
+            if world.rank == 0:
+                stack.enter_context(lock_run(config.run_dir))
+        with world.together():
+            if world.local_rank == 0 and not config.run_dir.exists():
+                raise ConfigError(
+                    "run.dir",
+                    config.run_dir,
+                    "this machine does not see what rank 0 has written there",
+                    "put run.dir on a file system that all machines of the run share",
+                )
+        yield
+        world.barrier()  # rank 0 lets go of it when all are done
+
+
+def _open_remote(config: TrainerConfig, world: World) -> RemoteCheckpoints | None:
+    url = config.checkpoint.upload
+    if url is None or world.rank != 0:
+        return None
+    remote = RemoteCheckpoints(url)
+    remote.check()
+    return remote
 
 
 def _finish(
-    config: TrainerConfig, world: World, reporter: Reporter, checkpoint: Path, outcome: ExitCode
+    config: TrainerConfig,
+    world: World,
+    reporter: Reporter,
+    checkpointer: Checkpointer,
+    stop: StopSignal,
+    step: int,
+    outcome: ExitCode,
 ) -> None:
+    checkpoint = config.run_dir / "checkpoints" / step_name(step)
     finished = outcome is ExitCode.FINISHED
+    reasons = [reason for reason in world.gather(stop.reason) if reason]
     with world.together():
         if finished and config.export.at_end and world.rank == 0:
             export_checkpoint(checkpoint, config.run_dir / "export", config.export.dtype)
+    with world.together():
+        failure = checkpointer.wait_for_uploads()
+        if failure is not None and finished:
+            raise SpotforgeError(f"finished, but {checkpoint} was not uploaded: {failure}")
+    if finished:
+        reporter.event("finish", step)
+    else:
+        reporter.event("stop", step, reason=reasons[0] if reasons else "unknown")
     reporter.close("finished" if finished else "stopped")
     if finished:
         reporter.say_what_next(checkpoint)
     else:
-        reporter.say(f"stopped after saving {checkpoint}; the same command goes on from there")
-    world.barrier()
+        reporter.say(
+            f"stopped after saving {checkpoint} ({reasons[0] if reasons else 'unknown'}); the same "
+            "command goes on from there"
+        )
 
 
 def _set_up_process(config: TrainerConfig) -> None:
@@ -147,9 +253,3 @@ def _save_assets(model: PreTrainedModel, data: PreparedData, folder: Path) -> No
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     data.tokenizer.save_pretrained(folder)
-
-
-def _enum_value(item: object) -> Any:
-    if isinstance(item, Enum):
-        return item.value
-    raise TypeError(f"{type(item).__name__} has no place in a configuration")

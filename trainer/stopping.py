@@ -1,25 +1,51 @@
-"""Turns a signal into a flag that all ranks agree on."""
+"""Turns a signal, or a notice of preemption, into a flag that all ranks agree on."""
 
+from __future__ import annotations
+
+import os
 import signal
+import sys
 import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType, TracebackType
+
+from trainer.preemption import NoticeSource
+
+_WAIT_POLL_S = 0.02
+_JOIN_S = 1.0
+_PATIENCE_S = 180.0  # Azure's service may take two minutes to wake up
 
 
 class StopSignal:
-    """Catches SIGTERM, SIGUSR1 and SIGINT while it is entered.
+    """Catches SIGTERM, SIGUSR1 and SIGINT while it is entered, and watches for notices.
 
-    A handler only sets a flag: the loop sends it along with a collective that each step makes
-    anyway, so that no rank stops alone. A signal may come several times (a terminal and a launcher
-    both pass it on), so a second one changes nothing.
+    It only sets a flag: the loop sends it along with a collective that each step makes anyway, so
+    that no rank stops alone. A signal may come several times (a terminal and a launcher both pass
+    it on), so a second one changes nothing.
+
+    Under a supervisor, which sets SPOTFORGE_RANK_DIR, a rank that was told to stop says why in
+    `stop_reason.txt` there.
     """
 
-    _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    _SIGNALS: dict[int, str] = {
+        signal.SIGTERM: "SIGTERM",
+        signal.SIGUSR1: "SIGUSR1",
+        signal.SIGINT: "SIGINT",
+    }
 
     def __init__(self) -> None:
-        self._event = threading.Event()
-        self._previous: dict[signal.Signals, object] = {}
+        # The flag is a list that only grows, not a threading.Event: a handler runs between any two
+        # instructions of the main thread, and would wait for ever for a lock that this one holds.
+        self._reasons: list[str] = []
+        self._previous: dict[int, object] = {}
+        self._watcher: threading.Thread | None = None
+        self._closed = threading.Event()  # ends the watcher; no handler touches it
+        self._recording = threading.Lock()  # nor this
+        self._recorded = False
 
-    def __enter__(self) -> "StopSignal":
+    def __enter__(self) -> StopSignal:
         for number in self._SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
         return self
@@ -30,16 +56,107 @@ class StopSignal:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._closed.set()
+        if self._watcher is not None:
+            self._watcher.join(_JOIN_S)  # a request under way ends by itself, unheard
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        self.requested()  # a signal that came since the last time it was asked is recorded too
+
+    @property
+    def reason(self) -> str | None:
+        """Why this process was told to stop; the first reason, if there are several."""
+        return self._reasons[0] if self._reasons else None
 
     def requested(self) -> bool:
-        """Whether this process was told to stop."""
-        return self._event.is_set()
+        """Whether this process was told to stop. Not for signal handlers: it may write a file."""
+        if not self._reasons:
+            return False
+        self._record(self._reasons[0])
+        return True
 
     def wait(self, seconds: float) -> bool:
         """Waits for the flag for at most `seconds`."""
-        return self._event.wait(seconds)
+        deadline = time.monotonic() + seconds
+        while not self.requested():
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                return False
+            time.sleep(min(left_s, _WAIT_POLL_S))
+        return True
+
+    def watch(self, sources: Sequence[NoticeSource], poll_s: float) -> None:
+        """Polls `sources` in the background until one of them announces something.
+
+        A source that fails is asked again, and said to fail on stderr once that has lasted for
+        three minutes: until it answers, nobody would hear a notice.
+        """
+        assert self._watcher is None, "watched already"
+        if sources:
+            watched = [_Watched(source) for source in sources]
+            self._watcher = threading.Thread(
+                target=self._poll, args=(watched, poll_s), name="preemption", daemon=True
+            )
+            self._watcher.start()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._event.set()
+        self._reasons.append(self._SIGNALS[number])
+
+    def _poll(self, watched: list[_Watched], poll_s: float) -> None:
+        while not self.requested():
+            for source in watched:
+                notice = source.poll()
+                if self._closed.is_set():
+                    return
+                if notice is not None:
+                    self._reasons.append(notice)
+                    break
+            else:
+                if self._closed.wait(poll_s):
+                    return
+
+    def _record(self, reason: str) -> None:
+        with self._recording:
+            folder = os.environ.get("SPOTFORGE_RANK_DIR")
+            if folder is None or self._recorded:
+                return
+            self._recorded = True
+            path = Path(folder) / "stop_reason.txt"
+            part = path.with_suffix(".part")  # a reader sees the whole line or no file
+            try:
+                part.write_text(f"{reason}\n")
+                part.replace(path)
+            except OSError as e:
+                print(f"{path} could not be written ({e}); stopping: {reason}", file=sys.stderr)
+
+
+class _Watched:
+    """A source of notices, and how long it has been failing."""
+
+    def __init__(self, source: NoticeSource) -> None:
+        self._source = source
+        self._failing_since: float | None = None
+        self._said = False
+
+    def poll(self) -> str | None:
+        try:
+            notice = self._source.poll()
+        except Exception as e:  # whatever is wrong with it, training does not depend on it
+            self._failed(e)
+            return None
+        self._failing_since, self._said = None, False
+        return notice
+
+    def _failed(self, error: Exception) -> None:
+        now = time.monotonic()
+        if self._failing_since is None:
+            self._failing_since = now
+        failing_s = now - self._failing_since
+        if failing_s >= _PATIENCE_S and not self._said:
+            self._said = True
+            print(
+                f"{self._source.what}: no usable answer for {failing_s:.0f} s ({error}); still "
+                "asking, but until it answers a notice goes unseen",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -11,15 +11,9 @@ from parallel.config import DdpConfig, FsdpConfig, ZeroConfig
 from parallel.world import join_world
 from tests.distributed import run_distributed
 from tests.small_run import SmallRun
-from trainer.checkpoint import (
-    Checkpointer,
-    TrainerState,
-    committed,
-    read_state,
-    read_tensors,
-    verify,
-)
+from trainer.checkpoint import TrainerState, committed, read_state, read_tensors, verify
 from trainer.config import CheckpointConfig
+from trainer.saving import Checkpointer
 
 STRATEGIES = {
     "ddp": DdpConfig(),
@@ -36,6 +30,10 @@ def no_assets(folder):
     (folder / "config.json").write_text("{}")
 
 
+def tell_nobody(event, step, **details):
+    pass
+
+
 def a_state(step):
     return TrainerState(step, step * 16, step * 512, 1.5, "data", "tokenizer", {"seed": 3})
 
@@ -47,8 +45,8 @@ def save_with_each(names, folder):
         for name in names:
             run = SmallRun(STRATEGIES[name], world)
             run.train(SAVED_AT)
-            checkpointer = Checkpointer(CheckpointConfig(), folder / name, world, no_assets)
-            checkpointer.save(run.strategy.state(), a_state(SAVED_AT))
+            checkpointer = Checkpointer(CheckpointConfig(), folder / name, world, no_assets, tell_nobody)
+            checkpointer.save(run.strategy.state, a_state(SAVED_AT))
             losses[name] = run.train(THEN)  # while the checkpoint is being written
             checkpointer.wait()
             checkpointer.close()
@@ -92,9 +90,9 @@ def save_many(folder, keep_last):
     with join_world() as world:
         run = SmallRun(DdpConfig(), world)
         config = CheckpointConfig(keep_last=keep_last)
-        checkpointer = Checkpointer(config, folder, world, no_assets)
+        checkpointer = Checkpointer(config, folder, world, no_assets, tell_nobody)
         for step in (1, 2, 3, 4):
-            checkpointer.save(run.strategy.state(), a_state(step))
+            checkpointer.save(run.strategy.state, a_state(step))
         checkpointer.wait()
         checkpointer.close()
 
@@ -144,8 +142,8 @@ def fail_to_save(folder: Path):
     """The disk fills up under a second checkpoint."""
     with join_world() as world:
         run = SmallRun(FsdpConfig(), world)
-        checkpointer = Checkpointer(CheckpointConfig(), folder, world, no_assets)
-        checkpointer.save(run.strategy.state(), a_state(1))
+        checkpointer = Checkpointer(CheckpointConfig(), folder, world, no_assets, tell_nobody)
+        checkpointer.save(run.strategy.state, a_state(1))
         checkpointer.wait()
         import errno
         from unittest.mock import patch
@@ -163,7 +161,7 @@ def fail_to_save(folder: Path):
                 "torch.distributed.checkpoint.filesystem", fromlist=["_write_item"]
             )._write_item,
         ):
-            checkpointer.save(run.strategy.state(), a_state(2))
+            checkpointer.save(run.strategy.state, a_state(2))
             try:
                 checkpointer.wait()
             except Exception as e:

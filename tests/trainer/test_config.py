@@ -18,15 +18,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from trainer.cli import CONFIG_DIR
-from trainer.config import (
-    NamedModelConfig,
-    PathModelConfig,
-    StopConfig,
-    TrainerConfig,
-    refuse_unknown_keys,
-    register_schemas,
-)
+from trainer.config import NamedModelConfig, PathModelConfig, StopConfig, TrainerConfig
 from trainer.data.config import SingleDataConfig
+from trainer.schemas import refuse_unknown_keys, register_schemas
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"

@@ -18,10 +18,18 @@ REFUSED = {
     "added key of a group": (["+optim.momentum=0.9"], ["optim.momentum"]),
     "unknown option": (["parallel=megatron"], ["megatron", "ddp", "fsdp", "zero"]),
     "wrong type": (["stop.steps=soon"], ["stop.steps", "soon"]),
-    "batch that does not divide": (
-        ["global_batch_size=9"],
-        ["global_batch_size=9", "multiple of", "4 x 1", "use global_batch_size=8"],
+    "no batch": (["global_batch_size=0"], ["global_batch_size=0", "above 0"]),
+    "save interval without a unit": (
+        ["checkpoint.interval=1.5"],
+        ["checkpoint.interval=1.5", "auto, 500, 90s"],
     ),
+    "save interval of nothing": (["checkpoint.interval=0"], ["checkpoint.interval=0"]),
+    "keep every none": (["checkpoint.keep_every=0"], ["checkpoint.keep_every=0"]),
+    "spikes without looking": (
+        ["anomaly.loss_spike=10"],
+        ["anomaly.loss_spike=10", "anomaly.action=skip or rollback"],
+    ),
+    "unknown cloud": (["preemption.cloud=oracle"], ["preemption.cloud=oracle", "aws"]),
     "more shards than ranks": (
         ["parallel=fsdp", "parallel.dp_shard=4"],
         ["parallel.dp_shard=4", "number of ranks, 1", "nproc=4"],

@@ -87,7 +87,7 @@ def test_a_finished_run_says_so_and_changes_nothing(trainer, small, tmp_path):
 
 
 def test_export_gives_the_training_models_logits(trainer, small, tmp_path):
-    assert trainer(*small, "checkpoint.every_steps=3").code == 0
+    assert trainer(*small, "checkpoint.interval=3").code == 0
     run_dir = tmp_path / "run"
     exported = AutoModelForCausalLM.from_pretrained(run_dir / "export")
     assert exported.dtype is torch.float32
@@ -168,7 +168,7 @@ def test_stop_by_tokens_and_by_minutes(trainer, small, tmp_path):
         ["deterministic=true", "activation_checkpointing=true"],
         ["schedule=wsd", "schedule.decay_steps=2", "data.mask_documents=true"],
         ["model.fused_loss=false", "checkpoint.asynchronous=false", "precision=bf16"],
-        ["parallel=fsdp", "checkpoint.every_steps=2"],
+        ["parallel=fsdp", "checkpoint.interval=2"],
     ],
     ids=lambda overrides: overrides[0],
 )
@@ -200,7 +200,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(trainer, small, tmp_path, monkeypatch
 
 
 def test_a_damaged_checkpoint_is_passed_over(trainer, small, tmp_path):
-    more = [*small, "checkpoint.every_steps=2", "checkpoint.keep_last=3"]
+    more = [*small, "checkpoint.interval=2", "checkpoint.keep_last=3"]
     assert trainer(*more).code == 0
     before = losses(tmp_path / "run")
     newest = committed(tmp_path / "run" / "checkpoints")[0]
@@ -247,7 +247,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(small, tmp_path):
         process = command(
             *small,
             f"run.dir={disk / 'run'}",
-            "checkpoint.every_steps=1",
+            "checkpoint.interval=1",
             "stop.steps=60",
             "checkpoint.keep_last=50",
             "log.every_steps=1",
@@ -317,17 +317,82 @@ def test_a_launcher_that_contradicts_nproc_is_refused(small):
     assert "nproc=3: the launcher started 2 ranks" in out  # whichever rank comes first says so
 
 
-def test_a_rank_that_dies_ends_the_run(small, tmp_path):
-    more = [*small, "nproc=2", "stop.steps=100000", "micro_batch_size=2"]
-    process = command(*more)
-    wait_for_step(tmp_path / "run", 2)
-    children = subprocess.run(
-        ["pgrep", "-f", "-P", str(process.pid), "spawn_main"], capture_output=True, text=True
+def ranks_of(process):
+    """Process ids of the ranks that a supervisor has started, by rank."""
+    found = subprocess.run(
+        ["pgrep", "-f", "-P", str(process.pid), "trainer.rank"], capture_output=True, text=True
     ).stdout.split()
-    assert len(children) == 2
-    os.kill(int(children[1]), signal.SIGKILL)
-    out = finish(process, code=1, timeout=60)
-    assert "SIGKILL" in out
+    environments = {int(pid): Path(f"/proc/{pid}/environ").read_text() for pid in found}
+    by_rank = {
+        int(dict(x.split("=", 1) for x in text.split("\0") if "=" in x)["RANK"]): pid
+        for pid, text in environments.items()
+    }
+    return [by_rank[rank] for rank in sorted(by_rank)]
+
+
+def test_a_rank_that_dies_is_started_again(small, tmp_path):
+    more = [*small, "nproc=2", "stop.steps=300", "micro_batch_size=2", "checkpoint.interval=5"]
+    process = command(*more)
+    wait_for_step(tmp_path / "run", 8)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    out = finish(process)
+    assert "rank 1 died of SIGKILL" in out and "resuming after step" in out, out
+    steps = [step for step, *_ in losses(tmp_path / "run")]
+    assert steps == list(range(1, 301)), "a step was lost or repeated"
+    events = [json.loads(x) for x in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    starts = [e for e in events if e["event"] == "start"]
+    assert [e["world_size"] for e in starts] == [2, 2]
+    assert 0 <= starts[1]["lost_steps"] <= 10 and starts[1]["step"] % 5 == 0
+    assert events[-1]["event"] == "finish"
+    supervisor = (tmp_path / "run" / "supervisor.jsonl").read_text()
+    assert [json.loads(x)["event"] for x in supervisor.splitlines()] == [
+        "start",
+        "fail",
+        "start",
+        "finish",
+    ]
+
+
+def test_a_rank_that_hangs_is_found_with_stacks(small, tmp_path):
+    """Stopped by SIGSTOP, as a GPU that fell silent would stop it."""
+    more = [*small, "nproc=2", "stop.steps=300", "micro_batch_size=2", "checkpoint.interval=5"]
+    process = command(*more, "hang_timeout_s=4")
+    wait_for_step(tmp_path / "run", 8)
+    os.kill(ranks_of(process)[1], signal.SIGSTOP)
+    out = finish(process)
+    assert "stacks of rank 0" in out and "all_reduce" in out, out
+    assert "rank 1" in out and "resuming after step" in out, out
+    assert [step for step, *_ in losses(tmp_path / "run")] == list(range(1, 301))
+
+
+def test_an_error_that_comes_back_is_given_up(small, tmp_path, monkeypatch):
+    """Three times the same traceback at the same step: a fourth start would only cost money."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'trainer.rank' in ' '.join(sys.orig_argv):\n"
+        "    import trainer.schedule as schedule\n"
+        "    def scale(self, step, total_steps):\n"
+        "        assert step < 7, f'no such step in process {id(self)}'\n"
+        "        return 1.0\n"
+        "    schedule.CosineConfig.scale = scale\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    process = command(*small, "nproc=2", "micro_batch_size=2", "stop.steps=300")
+    out = finish(process, code=1)
+    assert "giving up" in out and "no such step" in out, out
+    assert out.count("resuming") == 0 and "start 3" in out and "start 4" not in out
+
+
+def test_two_jobs_on_one_run_directory(trainer, small, tmp_path):
+    process = command(*small, "stop.steps=100000", "checkpoint.interval=end")
+    wait_for_step(tmp_path / "run", 2)
+    second = trainer(*small)
+    assert second.code == 2
+    assert f"another job is training there (process {process.pid} on" in second.err
+    process.send_signal(signal.SIGUSR1)
+    out = finish(process, code=33)
+    assert "SIGUSR1" in out
+    assert not list((tmp_path / "run").glob(".lock-owner"))
 
 
 def wait_for_step(run_dir, step, timeout_s=90):

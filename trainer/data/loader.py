@@ -1,6 +1,7 @@
 """Samples to batches, without any state but a position in the stream.
 
-Rank, world size and accumulation only choose which part of a step is read here.
+Rank, world size and accumulation only choose which part of a step is read here, and any number of
+ranks can share a step: its samples are dealt out as evenly as they can be.
 
 Shapes: B rows of a micro-batch, T tokens in a sample, G samples in a step, A micro-batches in a
 step.
@@ -71,8 +72,8 @@ class Batch:
 class TrainLoader:
     """Endless iterator over steps: each `next` is this rank's micro-batches of one step.
 
-    Sample ids of step s are [first_sample + s * G, first_sample + (s + 1) * G), laid out as
-    (A, world_size, micro_batch_size). A thread reads ahead by two steps.
+    Sample ids of step s are [first_sample + s * G, first_sample + (s + 1) * G), dealt out by
+    `split_step`. A thread reads ahead by two steps.
 
     Args:
         prepared: Data to read.
@@ -80,15 +81,14 @@ class TrainLoader:
         mask_documents: Keep documents apart: no target across a border, positions from 0 in each.
         seed: Of the order.
         global_batch_size: G, of all ranks and micro-batches.
-        micro_batch_size: B.
+        micro_batch_size: B, at most.
         rank: Of this process among those that read different data.
         world_size: Number of those.
         first_sample: Where to start: the number of samples that training has seen.
         pin: Return page-locked tensors (CUDA only).
 
     Raises:
-        ConfigError: A source too small for one sample, a weight too small, or sizes that do not
-            divide.
+        ConfigError: A source too small for one sample, or a weight too small.
     """
 
     def __init__(
@@ -105,14 +105,10 @@ class TrainLoader:
         first_sample: int,
         pin: bool,
     ) -> None:
-        if global_batch_size % (micro_batch_size * world_size):
-            rule = f"not a multiple of micro_batch_size={micro_batch_size} * {world_size} ranks"
-            fix = "change one of the three"
-            raise ConfigError("global_batch_size", global_batch_size, rule, fix)
         self._datasets, self._max_seq_len = prepared.sources, max_seq_len
         self._mask_documents, self._pin = mask_documents, pin
         self._global_batch_size, self._next_sample = global_batch_size, first_sample
-        self._layout, self._rank = (-1, world_size, micro_batch_size), rank
+        self._micro_batches = split_step(global_batch_size, micro_batch_size, world_size)[rank]
         sizes = [
             _num_samples(name, dataset, max_seq_len)
             for name, dataset in zip(prepared.names, prepared.sources, strict=True)
@@ -174,22 +170,42 @@ class TrainLoader:
 
     def _read_step(self, first: int) -> list[Batch]:
         sources, samples = self._order(first, self._global_batch_size)
-        offsets = np.arange(self._global_batch_size).reshape(self._layout)[:, self._rank]
         return [
             self._read_batch(
                 [(self._datasets[sources[row]], int(samples[row])) for row in rows],
-                [first + int(row) for row in rows],
+                [first + row for row in rows],
             )
-            for rows in offsets
+            for rows in self._micro_batches
         ]
 
     def _read_batch(self, rows: list[tuple[TokenDataset, int]], ids: list[int]) -> Batch:
-        batch = _batch(
-            [_row(*row, self._max_seq_len, self._mask_documents) for row in rows],
-            ids,
-            self._mask_documents,
-        )
+        read = [_row(*row, self._max_seq_len, self._mask_documents) for row in rows]
+        if not read:  # more ranks than samples: this one takes part without any
+            read, ids = [_padding_row(self._max_seq_len)], [PADDING]
+        batch = _batch(read, ids, self._mask_documents)
         return batch.pin() if self._pin else batch
+
+
+def split_step(
+    global_batch_size: int, micro_batch_size: int, world_size: int
+) -> list[list[range]]:
+    """Which samples of a step (0 to G - 1) each rank takes, micro-batch by micro-batch.
+
+    Every rank gets the same number A of micro-batches, since they are collective, and their sizes
+    differ by at most one row. Where G is a multiple of B * world_size all of them have B rows.
+
+    Returns:
+        [rank][micro-batch] -> samples; empty ranges only where there are more ranks than samples.
+    """
+    num_micro_batches = -(-global_batch_size // (micro_batch_size * world_size))
+    rows, rest = divmod(global_batch_size, num_micro_batches * world_size)
+    ranks: list[list[range]] = [[] for _ in range(world_size)]
+    start = 0
+    for number in range(num_micro_batches * world_size):
+        end = start + rows + (number < rest)
+        ranks[number % world_size].append(range(start, end))
+        start = end
+    return ranks
 
 
 def validation_batches(
@@ -265,12 +281,14 @@ def _validation_batch(
     rows = [_row(*sample, max_seq_len, mask_documents) for _, sample in samples]
     ids = [number for number, _ in samples]
     for _ in range(batch_size - len(rows)):
-        positions = np.arange(max_seq_len)
-        rows.append(
-            (np.zeros(max_seq_len, np.int64), np.full(max_seq_len, IGNORE_INDEX), positions)
-        )
+        rows.append(_padding_row(max_seq_len))
         ids.append(PADDING)
     return _batch(rows, ids, mask_documents)
+
+
+def _padding_row(max_seq_len: int) -> tuple[Tokens, Tokens, Tokens]:
+    no_loss = np.full(max_seq_len, IGNORE_INDEX)
+    return np.zeros(max_seq_len, np.int64), no_loss, np.arange(max_seq_len)
 
 
 def _row(

@@ -8,7 +8,13 @@ import torch
 
 from monitoring.errors import ConfigError
 from trainer.data.config import MixtureDataConfig, SourceConfig, SourceKind
-from trainer.data.loader import IGNORE_INDEX, PADDING, TrainLoader, validation_batches
+from trainer.data.loader import (
+    IGNORE_INDEX,
+    PADDING,
+    TrainLoader,
+    split_step,
+    validation_batches,
+)
 from trainer.data.order import SampleOrder
 
 T, G = 16, 24
@@ -46,6 +52,27 @@ def rows(micro_batches):
         for batch in micro_batches
         for row, sample in enumerate(batch.sample_ids)
     }
+
+
+@pytest.mark.parametrize("global_batch_size", [1, 2, 7, 24, 31])
+@pytest.mark.parametrize("micro_batch_size", [1, 4, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 9])
+def test_a_step_is_shared_evenly_by_any_number_of_ranks(
+    global_batch_size, micro_batch_size, world_size
+):
+    ranks = split_step(global_batch_size, micro_batch_size, world_size)
+    sizes = [[len(rows) for rows in rank] for rank in ranks]
+    assert len({len(rank) for rank in sizes}) == 1, "collectives would not match"
+    every = [size for rank in sizes for size in rank]
+    assert max(every) - min(every) <= 1 and max(every) <= micro_batch_size
+    order = [row for number in zip(*ranks, strict=True) for rows in number for row in rows]
+    assert order == list(range(global_batch_size)), "in turn, each sample once"
+
+
+def test_a_rank_without_samples_takes_part_without_loss(data):
+    shares = [steps(data, 1, global_batch_size=2, rank=r, world_size=3)[0] for r in range(3)]
+    assert [batch.sample_ids for (batch,) in shares] == [[0], [1], [PADDING]]
+    assert shares[2][0].num_targets == 0 and shares[2][0].input_ids.shape == (1, T)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -167,8 +194,6 @@ def test_too_little_data_is_refused_with_numbers(data):
         validation_batches(data, max_seq_len=held_out, **settings)
     with pytest.raises(ConfigError, match="max_samples=0"):
         validation_batches(data, max_seq_len=T, max_samples=0, **settings)
-    with pytest.raises(ConfigError, match="global_batch_size=24: not a multiple"):
-        loader(data, micro_batch_size=5)
 
 
 def test_an_error_in_the_thread_comes_out_of_next(data, monkeypatch):

@@ -1,0 +1,1 @@
+"""Keeps a training command going on machines that come and go; imports neither torch nor it."""

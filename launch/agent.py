@@ -1,0 +1,189 @@
+"""`python -m launch join`: lets this machine run ranks for a supervisor elsewhere."""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from launch.journal import say
+from launch.machine import Machine
+from launch.protocol import (
+    MAX_LINE_BYTES,
+    SILENCE_S,
+    VERSION,
+    Dismiss,
+    Hello,
+    Leaving,
+    Message,
+    ProtocolError,
+    Refused,
+    Welcome,
+    command_digest,
+    encode,
+    receive,
+)
+from launch.signals import call_on_stop, hold
+from monitoring.errors import ConfigError, ExitCode, SpotforgeError
+
+_POLL_S = 0.1
+_RETRY_S = 300.0  # the supervisor may be started again, or later than this machine
+_MAX_BACKOFF_S = 10.0
+
+
+@dataclass(frozen=True)
+class Membership:
+    """What `python -m launch join` was told; see its help."""
+
+    host: str
+    port: int
+    command: Sequence[str]
+    nproc: int | None
+    grace_s: float
+
+
+class Agent:
+    """Joins a supervisor, does what it says, and comes back when it was lost."""
+
+    def __init__(self, membership: Membership) -> None:
+        self._membership = membership
+        self._stop: str | None = None  # the signal that came
+        self._stop_by = 0.0
+        self._changed = asyncio.Event()
+
+    async def run(self) -> ExitCode:
+        """Serves supervisors until one dismisses this machine, or none is to be found.
+
+        Returns:
+            The exit code that the supervisor ends with, or 33 if this machine leaves earlier.
+
+        Raises:
+            ConfigError: The supervisor refuses this machine, or is none.
+            SpotforgeError: No supervisor answers, or the GPUs do not.
+        """
+        call_on_stop(self._told_to_stop)
+        try:
+            while True:
+                connection = await self._connect()
+                if connection is None:
+                    return ExitCode.START_AGAIN
+                code = await self._serve(*connection)
+                if code is not None:
+                    return code
+        finally:
+            hold()
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+        """Connects, with patience; None if a signal came."""
+        host, port = self._membership.host, self._membership.port
+        deadline, wait_s = time.monotonic() + _RETRY_S, 0.25
+        while self._stop is None:
+            try:
+                opening = asyncio.open_connection(host, port, limit=MAX_LINE_BYTES)
+                return await asyncio.wait_for(opening, SILENCE_S)
+            except (OSError, TimeoutError) as e:
+                if time.monotonic() > deadline:
+                    raise SpotforgeError(
+                        f"no supervisor at {host}:{port} for {_RETRY_S:.0f} s: {e}"
+                    ) from e
+                if wait_s == 0.25:
+                    self._say(f"no supervisor at {host}:{port} yet; trying for {_RETRY_S:.0f} s")
+            wait_s = min(_MAX_BACKOFF_S, 2 * wait_s)
+            try:
+                await asyncio.wait_for(self._changed.wait(), wait_s * random.uniform(0.5, 1.5))
+            except TimeoutError:
+                pass
+        return None
+
+    async def _serve(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> ExitCode | None:
+        """Does what a supervisor says until it dismisses this machine; None if it is lost."""
+
+        def send(message: Message) -> None:
+            writer.write(encode(message))
+
+        machine = Machine(self._membership.command, self._membership.nproc, send)
+        try:
+            await self._introduce(machine, reader, writer)
+            return await self._obey(machine, reader, send)
+        except (ProtocolError, EOFError, OSError, TimeoutError) as e:
+            running = machine.is_running
+            killing = "; killing its ranks" if running else ""
+            self._say(f"lost the supervisor: {_reason(e)}{killing}")
+            if self._stop is not None:
+                return ExitCode.FAILED if running else ExitCode.START_AGAIN
+            return None
+        finally:
+            machine.close()
+            writer.close()
+
+    async def _introduce(
+        self, machine: Machine, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        nproc, problem = await machine.offer()
+        if problem is not None:
+            raise SpotforgeError(problem)
+        digest = command_digest(self._membership.command)
+        writer.write(encode(Hello(VERSION, nproc, digest, writer.get_extra_info("sockname")[0])))
+        where = f"{self._membership.host}:{self._membership.port}"
+        try:
+            answer = await asyncio.wait_for(receive(reader), SILENCE_S)
+        except ProtocolError as e:
+            raise ConfigError(
+                "HOST:PORT", where, "is not a supervisor", "see its line `listening on`"
+            ) from e
+        if isinstance(answer, Refused):
+            raise ConfigError(
+                "HOST:PORT",
+                where,
+                f"the supervisor refuses this machine: {answer.reason}",
+                "start the same version with the same COMMAND on both",
+            )
+        if not isinstance(answer, Welcome):
+            raise ProtocolError("no welcome")
+        self._say(f"joined {where} with {nproc} {'rank' if nproc == 1 else 'ranks'}")
+
+    async def _obey(
+        self, machine: Machine, reader: asyncio.StreamReader, send: Callable[[Message], None]
+    ) -> ExitCode:
+        """Does what the supervisor says until it dismisses this machine."""
+        reading = asyncio.ensure_future(receive(reader))
+        heard_at = time.monotonic()
+        has_told = False
+        try:
+            while True:
+                await asyncio.wait({reading}, timeout=_POLL_S)
+                machine.poll()
+                now = time.monotonic()
+                if reading.done():
+                    message, heard_at = reading.result(), now
+                    if isinstance(message, Dismiss):
+                        self._say(f"dismissed: {message.reason}")
+                        return ExitCode(message.code)
+                    machine.receive(message)
+                    reading = asyncio.ensure_future(receive(reader))
+                elif now > heard_at + SILENCE_S:
+                    raise TimeoutError(f"silent for {SILENCE_S:.0f} s")
+                if self._stop is not None and not has_told:
+                    self._say(f"{self._stop}: telling the supervisor that this machine goes away")
+                    send(Leaving(self._stop))
+                    has_told = True
+                elif self._stop is not None and now > self._stop_by:
+                    self._say(f"the ranks did not end within {self._membership.grace_s:g} s")
+                    return ExitCode.FAILED
+        finally:
+            reading.cancel()
+
+    def _told_to_stop(self, signal_name: str) -> None:
+        if self._stop is None:
+            self._stop = signal_name
+            self._stop_by = time.monotonic() + self._membership.grace_s
+            self._changed.set()
+
+    def _say(self, text: str) -> None:
+        say("join", text)
+
+
+def _reason(error: Exception) -> str:
+    return "it closed the connection" if isinstance(error, EOFError) else str(error)

@@ -1,0 +1,175 @@
+"""One machine's side of the gang: offers ranks, starts them, tells how they are.
+
+The supervisor has one in its own process for the machine that it runs on, and `agent.py` puts one
+behind a connection: both answer the same messages.
+"""
+
+import asyncio
+import itertools
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+
+from launch.gang import Gang
+from launch.protocol import (
+    PING_S,
+    Dump,
+    Kill,
+    Message,
+    Prepare,
+    ProtocolError,
+    RankStatus,
+    Ready,
+    Stacks,
+    Start,
+    Status,
+    Stop,
+)
+
+_NVIDIA_SMI_S = 30.0
+
+
+class Machine:
+    """Does what the supervisor says, and never more: the command is its own.
+
+    Args:
+        command: What each rank runs.
+        nproc: Ranks on this machine; None: as many as there are GPUs.
+        send: Takes what is to be told to the supervisor.
+    """
+
+    def __init__(
+        self, command: Sequence[str], nproc: int | None, send: Callable[[Message], None]
+    ) -> None:
+        self._command, self._nproc, self._send = command, nproc, send
+        self._had_gpus = False
+        self._offered = 0
+        self._gang: Gang | None = None
+        self._told: list[RankStatus] = []
+        self._told_at = 0.0
+        self._jobs: set[asyncio.Task[None]] = set()
+        self._folder = Path(tempfile.mkdtemp(prefix="spotforge-ranks-"))
+
+    async def offer(self) -> tuple[int, str | None]:
+        """How many ranks this machine can run now; when none, why."""
+        if self._nproc is not None:
+            return self._nproc, None
+        num_gpus = await count_gpus()
+        if num_gpus is None:
+            return 0, f"nvidia-smi does not answer within {_NVIDIA_SMI_S:.0f} s"
+        if num_gpus == 0 and self._had_gpus:
+            return 0, "no GPU is left"
+        self._had_gpus = num_gpus > 0
+        return max(1, num_gpus), None
+
+    def receive(self, message: Message) -> None:
+        """Does what `message` says.
+
+        Raises:
+            ProtocolError: It asks for ranks that were not offered.
+        """
+        match message:
+            case Prepare():
+                self._begin(self._prepare())
+            case Start():
+                if message.nproc != self._offered:
+                    raise ProtocolError(f"asked to start {message.nproc} ranks")
+                self._close_gang()
+                self._gang = Gang(self._command, message, self._folder)
+            case Stop() if self._gang:
+                self._gang.signal(signal.SIGTERM)
+            case Kill() if self._gang:
+                self._gang.signal(signal.SIGKILL)
+            case Dump() if self._gang:
+                self._begin(self._dump(self._gang))
+
+    def poll(self) -> None:
+        """Looks after the ranks; to be called about ten times a second."""
+        for job in [job for job in self._jobs if job.done()]:
+            self._jobs.remove(job)
+            job.result()  # an error in it is ours
+        ranks = self._gang.status() if self._gang else []
+        now = time.monotonic()
+        if ranks != self._told or now >= self._told_at + PING_S:
+            self._told, self._told_at = ranks, now
+            self._send(Status(self._gang.generation if self._gang else 0, now, ranks))
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a rank runs."""
+        return self._gang is not None and any(r.exit is None for r in self._gang.status())
+
+    def kill(self) -> None:
+        """Kills the ranks."""
+        self.receive(Kill())
+
+    def close(self) -> None:
+        """Kills the ranks and leaves nothing behind."""
+        for job in self._jobs:
+            job.cancel()
+        self._close_gang()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _begin(self, job: Coroutine[None, None, None]) -> None:
+        self._jobs.add(asyncio.ensure_future(job))
+
+    def _close_gang(self) -> None:
+        if self._gang is not None:
+            self._gang.close()
+            self._gang = None
+
+    async def _prepare(self) -> None:
+        self._offered, problem = await self.offer()
+        with socket.socket() as s:
+            s.bind(("", 0))
+            port: int = s.getsockname()[1]
+        self._send(Ready(self._offered, port, problem))
+
+    async def _dump(self, gang: Gang) -> None:
+        self._send(Stacks(await gang.stacks()))
+
+
+async def count_gpus() -> int | None:
+    """GPUs that the driver lists and CUDA_VISIBLE_DEVICES lets through; None without an answer.
+
+    torch would keep a list from before a GPU fell off the bus; the driver does not.
+    """
+    try:
+        process = await asyncio.create_subprocess_exec(
+            "nvidia-smi",
+            "-L",
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+    except OSError:  # not installed: no GPU
+        return 0
+    try:
+        listing, _ = await asyncio.wait_for(process.communicate(), _NVIDIA_SMI_S)
+    except TimeoutError:
+        process.kill()
+        return None
+    return num_visible(listing.decode(errors="replace"), os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def num_visible(listing: str, visible: str | None) -> int:
+    """GPUs in the output of `nvidia-smi -L` that a process may use.
+
+    Args:
+        listing: Lines as `GPU 0: NVIDIA H100 (UUID: GPU-0a1b...)`.
+        visible: CUDA_VISIBLE_DEVICES: indices or (starts of) UUIDs; None lets all through.
+    """
+    num_gpus = sum(line.startswith("GPU ") for line in listing.splitlines())
+    if visible is None:
+        return num_gpus
+
+    def is_there(name: str) -> bool:
+        return int(name) < num_gpus if name.isdecimal() else "-" in name[1:] and name in listing
+
+    # CUDA ignores a name that is none, and all that come after it.
+    return len(list(itertools.takewhile(is_there, visible.replace(" ", "").split(","))))

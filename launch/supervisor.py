@@ -1,0 +1,363 @@
+"""Keeps a gang of ranks going while machines come and go.
+
+A generation is one start of the gang on the machines that are there. What ends one, and what then:
+
+    all ranks are done              exit 0
+    a rank refuses                  exit 2
+    a signal to the supervisor      passed on to the ranks, which save; exit 33
+    a machine goes away             the ranks save; start again on the others
+    a machine is lost               kill the others, which wait for it; start again on them
+    a machine joins                 after a step the ranks save; start again on all
+    a rank fails, or all hang       kill the others; start again later, or give up: exit 1
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.generation import End, Generation, StopCause
+from launch.journal import Journal, say, show
+from launch.machine import Machine
+from launch.nodes import Listener, Node, dismiss
+from launch.policy import Failure, History, choose_nodes
+from launch.protocol import Dump, Kill, Message, Prepare, Stop, command_digest
+from launch.signals import call_on_stop, hold
+from monitoring.errors import ConfigError, ExitCode
+
+_TICK_S = 0.1
+_ECHO_GRACE_S = 5.0  # for ranks that lost a peer to end by themselves
+_KILL_S = 30.0  # longer than a kill takes, unless the rank is stuck in a driver
+_STACKS_S = 6.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `python -m launch supervise` was told; see its help."""
+
+    command: Sequence[str]
+    nproc: int | None
+    listen: tuple[str, int] | None
+    nodes: int
+    multiple_of: int
+    hang_timeout_s: float
+    startup_timeout_s: float
+    grace_s: float
+    events: Path | None
+
+
+class Supervisor:
+    """Runs a command until it is done, refused, stopped or hopeless."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._journal = Journal(settings.events)
+        self._history = History()
+        self._changed = asyncio.Event()
+        self._nodes: list[Node] = []  # in the order in which they joined
+        self._gang: Generation | None = None  # while one runs
+        self._generation = 0  # its number, or that of the last one; so is the next
+        self._world_size = 0
+        self._stop: str | None = None  # the signal that came
+        self._machine: Machine | None = None
+        self._listener: Listener | None = None
+
+    async def run(self) -> ExitCode:
+        """Starts the gang, and again as often as it must be.
+
+        Returns:
+            The exit code of the whole.
+
+        Raises:
+            ConfigError: The settings do not fit this machine.
+        """
+        call_on_stop(self._told_to_stop)
+        code: ExitCode | None = None
+        try:
+            await self._open()
+            while code is None:
+                code = await self._run_generation()
+        finally:
+            hold()
+            await self._close(ExitCode.FAILED if code is None else code)
+        return code
+
+    # The machines
+
+    async def _open(self) -> None:
+        settings = self._settings
+        if settings.nproc != 0:
+            self._machine = Machine(settings.command, settings.nproc, lambda m: node.receive(m))
+            node = Node("this machine", "127.0.0.1", settings.nproc or 0, self._machine.receive)
+            self._nodes.append(node)
+        if settings.listen is not None:
+            host, port = settings.listen
+            digest = command_digest(settings.command)
+            self._listener = Listener(digest, self._joined, self._changed, self._say)
+            try:
+                self._say(f"listening on {await self._listener.open(host, port)}")
+            except OSError as e:
+                raise ConfigError(
+                    "--listen", f"{host}:{port}", e.strerror or str(e), "choose another port"
+                ) from e
+
+    async def _close(self, code: ExitCode) -> None:
+        for node in self._nodes:
+            dismiss(node, code, f"the supervisor ended with exit code {code.value}")
+        if self._listener is not None:
+            await self._listener.close()
+        if self._machine is not None:
+            self._machine.close()
+        self._journal.flush()
+
+    def _joined(self, node: Node) -> None:
+        self._nodes.append(node)
+        self._tell("join", f"{node.name} joined ({_count(node.nproc, 'rank')})")
+
+    async def _tick(self) -> None:
+        """Waits for news, and lets go of machines that are gone or want to go."""
+        try:
+            await asyncio.wait_for(self._changed.wait(), _TICK_S)
+        except TimeoutError:
+            pass
+        self._changed.clear()
+        if self._machine is not None:
+            self._machine.poll()
+        self._journal.flush()
+        running = self._gang.nodes if self._gang is not None else ()
+        for node in [node for node in self._nodes if node not in running]:
+            if node.lost is not None or node.leaving is not None:
+                self._drop(node)
+
+    def _drop(self, node: Node) -> None:
+        self._nodes.remove(node)
+        left = sum(other.nproc for other in self._nodes)
+        rest = f"going on with {left}" if left else "none is left"
+        who = f"{node.name} ({_count(node.nproc, 'rank')})"
+        if node.lost is not None:
+            self._tell("lost", f"lost {who}: {node.lost}; {rest}")
+        else:
+            self._tell("leave", f"{who} goes away: {node.leaving}; {rest}")
+            dismiss(node, ExitCode.START_AGAIN, f"{node.leaving}")
+
+    # One generation
+
+    async def _run_generation(self) -> ExitCode | None:
+        """Runs the gang once; None to run it again."""
+        gang = await self._assemble()
+        if isinstance(gang, ExitCode):
+            return gang
+        self._gang, self._generation, self._world_size = gang, gang.number, gang.world_size
+        self._tell(
+            "start",
+            f"start {gang.number}: {_count(gang.world_size, 'rank')} on "
+            f"{_count(len(gang.nodes), 'node')}"
+            + (f" after step {self._history.step}" if self._history.step is not None else ""),
+            quiet=gang.number == 1 and self._listener is None,
+        )
+        gang.start(self._listener.address if self._listener else "127.0.0.1")
+        end = await self._watch(gang)
+        failure = gang.failure(end)  # now: the ranks that are killed next are not its cause
+        if end is End.HUNG:
+            await self._show_stacks(gang)
+        await self._end_ranks(gang, at_once=end in (End.LOST, End.OVERDUE, End.HUNG))
+        self._history.reached(gang.step)
+        self._gang = None
+        if failure is not None:
+            return await self._settle_failure(gang, failure)
+        return await self._settle(gang, end)
+
+    async def _assemble(self) -> Generation | ExitCode:
+        """Waits for enough machines; an exit code if that is over."""
+        asked: list[Node] = []
+        missing = 0
+        while self._stop is None:
+            await self._tick()
+            if not self._nodes and self._listener is None:
+                return ExitCode.FAILED  # what became of this machine has been said
+            wanted = self._settings.nodes if self._generation == 0 else 1
+            if len(self._nodes) < wanted:
+                if missing != (missing := wanted - len(self._nodes)):
+                    self._say(f"waiting for {_count(missing, 'node')} to join")
+            elif self._nodes != asked:  # else they have been asked in vain
+                asked = list(self._nodes)
+                gang = await self._prepare(asked)
+                if gang is not None:
+                    return gang
+        return ExitCode.START_AGAIN
+
+    async def _prepare(self, nodes: Sequence[Node]) -> Generation | ExitCode | None:
+        """Asks `nodes` what they can run now; None where that makes no gang."""
+        for node in nodes:
+            node.ready = None
+            node.send(Prepare())
+        while any(node.ready is None and node.lost is None for node in nodes):
+            await self._tick()
+            if self._stop is not None:
+                return None
+        ready = [n for n in nodes if n.ready is not None and n.lost is None and n.leaving is None]
+        for node in ready:
+            if node.ready is not None and node.ready.problem is not None:
+                self._say(f"{node.name}: {node.ready.problem}")
+        chosen = choose_nodes([node.nproc for node in ready], self._settings.multiple_of)
+        if chosen:
+            return Generation(self._generation + 1, [ready[i] for i in chosen])
+        nprocs = " + ".join(str(node.nproc) for node in ready) or "0"
+        rule = f"the machines that are there can run {nprocs} ranks"
+        multiple_of = self._settings.multiple_of
+        if self._listener is not None:
+            self._say(f"waiting for nodes to join: {rule}, no multiple of {multiple_of}")
+            return None
+        if self._generation == 0 and nprocs != "0":
+            raise ConfigError("--multiple-of", multiple_of, rule, "change it or --nproc")
+        self._tell("fail", f"{rule}, no multiple of {multiple_of}")
+        return ExitCode.FAILED
+
+    async def _watch(self, gang: Generation) -> End:
+        """Follows a gang until it ended or has to be ended; tells it to stop where it should."""
+        while True:
+            await self._tick()
+            end = gang.end()
+            if end is not None:
+                return end
+            if gang.stop_cause is None and not gang.has_failure:
+                if self._hangs(gang):
+                    return End.HUNG
+                self._stop_if_needed(gang)
+
+    def _hangs(self, gang: Generation) -> bool:
+        settings = self._settings
+        has_stepped = gang.has_stepped()
+        limit_s = settings.hang_timeout_s if has_stepped else settings.startup_timeout_s
+        return gang.silence_s() > limit_s
+
+    def _stop_if_needed(self, gang: Generation) -> None:
+        leaving = [node for node in gang.nodes if node.leaving is not None]
+        if self._stop is not None:
+            self._stop_ranks(gang, StopCause.SIGNAL)
+        elif leaving:
+            self._say(f"{leaving[0].name} is about to go away: {leaving[0].leaving}")
+            self._stop_ranks(gang, StopCause.LEAVE)
+        elif any(rank.exit == ExitCode.START_AGAIN for rank in gang.ranks):
+            self._stop_ranks(gang, StopCause.OWN_ACCORD)
+        elif gang.has_stepped() and (size := self._possible_size()) > gang.world_size:
+            self._tell("grow", f"stopping {_count(gang.world_size, 'rank')} to go on with {size}")
+            self._stop_ranks(gang, StopCause.GROW)
+
+    def _possible_size(self) -> int:
+        nprocs = [n.nproc for n in self._nodes if n.lost is None and n.leaving is None]
+        return sum(nprocs[i] for i in choose_nodes(nprocs, self._settings.multiple_of))
+
+    def _stop_ranks(self, gang: Generation, cause: StopCause) -> None:
+        gang.note_leaving()  # before our SIGTERM becomes the reason that the ranks give
+        gang.stopping(cause, self._settings.grace_s)
+        if cause is not StopCause.OWN_ACCORD:
+            self._send(gang, Stop())
+
+    async def _show_stacks(self, gang: Generation) -> None:
+        self._send(gang, Dump())
+        deadline = time.monotonic() + _STACKS_S
+        while any(n.stacks is None for n in gang.nodes) and time.monotonic() < deadline:
+            await self._tick()
+        for node in gang.nodes:
+            for rank, stack in zip(node.ranks, node.stacks or [], strict=False):
+                where = f"rank {rank.rank} on {node.name}, {rank.phase} {rank.step}"
+                self._say(f"stacks of {where}:" if stack else f"no stacks of {where}")
+                show(stack)
+
+    async def _end_ranks(self, gang: Generation, at_once: bool) -> None:
+        """Ends the ranks that still run, as far as the kernel lets it."""
+        if gang.is_running and not at_once:
+            self._send(gang, Stop())
+            await self._wait_for_end(gang, _ECHO_GRACE_S)
+        if gang.is_running:
+            self._send(gang, Kill())
+            await self._wait_for_end(gang, _KILL_S)
+        for node in gang.nodes:
+            if node.is_running and node.lost is None:
+                dismiss(node, ExitCode.FAILED, "a rank on it cannot be killed")
+
+    async def _wait_for_end(self, gang: Generation, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while gang.is_running and time.monotonic() < deadline:
+            await self._tick()
+
+    # What follows from it
+
+    async def _settle(self, gang: Generation, end: End) -> ExitCode | None:
+        is_local = self._listener is None
+        if end is End.FINISHED:
+            self._tell("finish", "all ranks are done", quiet=is_local)
+            return ExitCode.FINISHED
+        if end is End.REFUSED:
+            self._tell("fail", "a rank refused to run (exit code 2)", quiet=is_local)
+            return ExitCode.BAD_CONFIG
+        if end is End.LOST:
+            if self._stop is not None and gang.stop_cause is not None and gang.step is not None:
+                self._tell("fail", "a node was lost before the ranks had saved")
+                return ExitCode.FAILED
+            return None
+        if gang.stop_cause in (None, StopCause.OWN_ACCORD):
+            gang.note_leaving()
+            if self._stop is None and all(node.leaving is None for node in gang.nodes):
+                self._tell("stop", "the ranks stopped, and none says why")
+                return ExitCode.START_AGAIN
+        await self._tick()  # lets go of those that leave
+        return None if self._nodes and self._stop is None else ExitCode.START_AGAIN
+
+    async def _settle_failure(self, gang: Generation, failure: Failure) -> ExitCode | None:
+        if self._stop is not None:
+            self._tell(failure.event, failure.text)
+            return ExitCode.START_AGAIN if gang.stop_cause is None else ExitCode.FAILED
+        self._history.failed(failure.error, failure.step)
+        why = self._history.crash_loop()
+        if why is not None:
+            self._tell(failure.event, failure.text, quiet=True)
+            if failure.traceback is not None:
+                show(failure.traceback)
+            self._tell("crash_loop", f"{failure.text}; giving up: {why}")
+            return ExitCode.FAILED
+        wait_s = self._history.backoff_s()
+        num_failures = _count(self._history.num_failures, "failure")
+        self._tell(
+            failure.event,
+            f"{failure.text}; starting again in {wait_s:.1f} s ({num_failures} without progress)",
+        )
+        deadline = time.monotonic() + wait_s
+        while time.monotonic() < deadline and self._stop is None:
+            await self._tick()
+        return None
+
+    # Words
+
+    def _told_to_stop(self, signal_name: str) -> None:
+        if self._stop is not None:
+            return  # it is being done
+        self._stop = signal_name
+        if self._gang is None:
+            self._tell("stop", f"{signal_name} while no rank runs: stopping")
+        else:
+            ranks = _count(self._world_size, "rank")
+            grace = f"{self._settings.grace_s:g} s to save"
+            self._tell("stop", f"{signal_name}: stopping {ranks}, with {grace}")
+        self._changed.set()
+
+    def _send(self, gang: Generation, message: Message) -> None:
+        for node in gang.nodes:
+            node.send(message)
+
+    def _say(self, text: str) -> None:
+        say("supervise", text)
+
+    def _tell(self, event: str, text: str, quiet: bool = False) -> None:
+        """Says `text` unless `quiet`, and notes it as an event in any case."""
+        if not quiet:
+            self._say(text)
+        step = self._gang.step if self._gang is not None else None
+        step = step if step is not None else self._history.step
+        self._journal.write(event, self._generation, self._world_size, step, text)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

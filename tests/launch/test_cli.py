@@ -1,0 +1,111 @@
+"""`python -m launch`: its help, and what it refuses."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launch.__main__ import main
+from launch.machine import num_visible
+from tests.launch.conftest import ROOT
+
+NEVER = {"torch", "transformers", "hydra", "numpy"}
+
+
+def test_help_comes_at_once():
+    started = time.monotonic()
+    page = subprocess.run(
+        [sys.executable, "-m", "launch", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert page.returncode == 0
+    assert "supervise" in page.stdout and "join" in page.stdout
+    assert time.monotonic() - started < 1
+
+
+def test_it_imports_no_heavy_library():
+    code = (
+        "import sys, launch.__main__, launch.supervisor, launch.agent\n"
+        f"print({NEVER} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("verb", ["supervise", "join"])
+def test_each_command_explains_itself(verb, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([verb, "--help"])
+    assert not exit_.value.code
+    assert "-- python -m trainer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "supervise | join"),
+        (["supervise"], "-- COMMAND"),
+        (["supervise", "--"], "-- COMMAND"),
+        (["supervise", "true"], "unrecognized arguments: true"),
+        (["supervise", "--nproc", "two", "--", "true"], "'two' is not a number"),
+        (["supervise", "--nproc", "0", "--", "true"], "--nproc 0 without --listen"),
+        (["supervise", "--nodes", "2", "--", "true"], "--nodes 2 without --listen"),
+        (["supervise", "--nodes", "0", "--", "true"], "'0' is not a number of 1 or more"),
+        (["supervise", "--grace", "-1", "--", "true"], "'-1' is not a number of seconds"),
+        (["supervise", "--grace", "nan", "--", "true"], "'nan' is not a number of seconds"),
+        (["supervise", "--listen", "host", "--", "true"], "'host' has no port"),
+        (["supervise", "--listen", "1:99999", "--", "true"], "'1:99999' has no port"),
+        (["supervise", "--multiple-of", "4", "--nproc", "2", "--", "true"], "--multiple-of=4"),
+        (["supervise", "--", "no-such-program"], "COMMAND=no-such-program: no such program"),
+        (["supervise", "--listen", "192.0.2.1:0", "--", "true"], "--listen=192.0.2.1:0"),
+        (["join", ":1", "--", "true"], "':1' has no host"),
+        (["join", "host:1", "--nproc", "0", "--", "true"], "'0' is not a number of 1 or more"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(arguments, said):
+    result = subprocess.run(
+        [sys.executable, "-m", "launch", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stdout == ""
+
+
+LISTING = """\
+GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0a1b)
+GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-1c2d)
+  MIG 1g.10gb     Device  0: (UUID: MIG-3e4f)
+"""
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [
+        (None, 2),
+        ("", 0),
+        ("0", 1),
+        ("1, 0", 2),
+        ("0,5,1", 1),
+        ("-1", 0),
+        ("GPU-1c", 1),
+        ("GPU-ff", 0),
+        ("MIG-3e4f", 1),
+    ],
+)
+def test_gpus_that_a_process_sees(visible, count):
+    assert num_visible(LISTING, visible) == count
+
+
+def test_without_a_gpu_there_is_one_rank(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "launch", "supervise", "--", "sh", "-c", 'echo "$WORLD_SIZE"'],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "1\n", "")

@@ -1,0 +1,426 @@
+"""Checkpoints in an object store: what is committed is whole, whatever happens on the way."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import fsspec
+import pytest
+from fsspec.registry import known_implementations
+
+from monitoring.errors import ConfigError, DamagedError, MissingExtraError, SpotforgeError
+from tests import object_store
+from tests.object_store import ObjectStore
+from trainer import remote
+from trainer.checkpoint import verify
+from trainer.remote import RemoteCheckpoints
+
+ROOT = Path(__file__).parents[2]
+FILES = {
+    "__0_0.distcp": random.Random(0).randbytes(100_000),
+    "__1_0.distcp": random.Random(1).randbytes(100_001),
+    ".metadata": b"where each tensor lies",
+    "trainer.json": b"{}",
+    "huggingface/config.json": b'{"model_type": "llama"}',
+    "huggingface/empty": b"",
+}
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path, monkeypatch):
+    """The folder behind `double://`, without faults; retries come at once."""
+    folder = tmp_path / "store"
+    folder.mkdir()
+    monkeypatch.setenv("OBJECT_STORE_FOLDER", str(folder))
+    monkeypatch.delenv("OBJECT_STORE_FAULTS", raising=False)
+    monkeypatch.setattr(ObjectStore, "num_puts", 0)
+    monkeypatch.setattr(remote, "_BACKOFF_S", 0.001)
+
+
+@pytest.fixture
+def faults(monkeypatch):
+    return lambda text: monkeypatch.setenv("OBJECT_STORE_FAULTS", text)
+
+
+@pytest.fixture(params=["double", "double/", "file", "file/", "memory"])
+def url(request, tmp_path):
+    kind = request.param.rstrip("/")
+    base = {"file": f"file://{tmp_path}/deep/er", "double": "double://bucket/run"}
+    yield base.get(kind, "memory://bucket/run") + request.param[len(kind) :]
+    if kind == "memory":
+        fsspec.filesystem("memory").store.clear()
+
+
+def a_checkpoint(folder, step, files=FILES):
+    checkpoint = folder / f"step-{step:08d}"
+    for name, content in files.items():
+        (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoint / name).write_bytes(content)
+    write_manifest(checkpoint, {name: entry_of(content) for name, content in files.items()})
+    return checkpoint
+
+
+def entry_of(content):
+    return {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def write_manifest(checkpoint, entries):
+    (checkpoint / "manifest.json").write_text(json.dumps({"files": entries}))
+
+
+def send(checkpoints, checkpoint):
+    checkpoints.upload(checkpoint, list(FILES))
+    checkpoints.commit(checkpoint)
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# Round trip
+
+
+def test_round_trip(url, tmp_path):
+    checkpoints = RemoteCheckpoints(url)
+    checkpoints.check()
+    assert checkpoints.names() == []
+    for step in (2, 10, 1):
+        send(checkpoints, a_checkpoint(tmp_path / "local", step))
+    assert checkpoints.names() == ["step-00000010", "step-00000002", "step-00000001"]
+
+    fetched = checkpoints.download("step-00000010", tmp_path / "elsewhere")
+    assert fetched == tmp_path / "elsewhere/step-00000010"
+    assert contents(fetched) == contents(tmp_path / "local/step-00000010")
+    verify(fetched)
+    assert [p.name for p in fetched.parent.iterdir()] == [fetched.name]  # no traces
+
+    checkpoints.delete("step-00000010")
+    checkpoints.delete("step-00000010")
+    assert checkpoints.names() == ["step-00000002", "step-00000001"]
+    with pytest.raises(DamagedError, match=r"manifest\.json cannot be read"):
+        checkpoints.download("step-00000010", tmp_path / "elsewhere")
+
+
+def test_each_rank_uploads_its_own_at_once(url, tmp_path):
+    checkpoint = a_checkpoint(tmp_path, 3)
+    checkpoints = RemoteCheckpoints(url)
+    failures = []
+
+    def upload(files):
+        try:
+            checkpoints.upload(checkpoint, files)
+        except BaseException as e:
+            failures.append(e)
+
+    names = list(FILES)
+    threads = [threading.Thread(target=upload, args=(names[i::2],)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == [] and checkpoints.names() == []
+    checkpoints.commit(checkpoint)
+    assert contents(checkpoints.download(checkpoint.name, tmp_path / "x")) == contents(checkpoint)
+
+
+def test_what_others_do_there_is_seen(tmp_path):
+    """A client's memory of a listing would hide the first, and show the last."""
+    checkpoint = a_checkpoint(tmp_path, 1)
+    here, there = RemoteCheckpoints("double://b/run"), RemoteCheckpoints("double://b/run")
+    here.upload(checkpoint, list(FILES))
+    assert here.names() == there.names() == []
+    here.commit(checkpoint)
+    assert there.names() == here.names() == [checkpoint.name]
+    there.delete(checkpoint.name)
+    assert here.names() == []
+    with pytest.raises(SpotforgeError, match="missing"):
+        here.commit(checkpoint)
+
+
+def test_other_things_under_the_url_are_no_checkpoints(tmp_path):
+    (tmp_path / "store" / "b%2Frun%2Fstep-7").touch()
+    (tmp_path / "store" / "b%2Frun%2Fnotes%2Fmanifest%2Ejson").touch()
+    (tmp_path / "store" / "b%2Frun2%2Fstep-00000009%2Fmanifest%2Ejson").touch()
+    assert RemoteCheckpoints("double://b/run").names() == []
+
+
+# The order of things
+
+
+def changes():
+    done = [line.removeprefix("double://") for line in object_store.operations()]
+    return [line for line in done if line.startswith(("put ", "rm "))]
+
+
+def test_the_manifest_is_written_last_and_removed_first(tmp_path):
+    checkpoints = RemoteCheckpoints("double://b/run")
+    checkpoint = a_checkpoint(tmp_path, 1)
+    base = f"b/run/{checkpoint.name}"
+    send(checkpoints, checkpoint)
+    everything = [f"put {base}/{name}" for name in FILES] + [f"put {base}/manifest.json"]
+    assert changes() == everything
+
+    # Once more, as after a step back: it is not committed while its files are neither old nor new.
+    send(checkpoints, checkpoint)
+    assert changes()[len(everything) :] == [f"rm {base}/manifest.json", *everything]
+
+    checkpoints.delete(checkpoint.name)
+    removed = changes()[2 * len(everything) + 1 :]
+    assert removed[0] == f"rm {base}/manifest.json" and len(removed) == len(everything)
+    assert object_store.objects() == {}
+
+
+def test_nothing_is_committed_before_all_is_there(tmp_path):
+    checkpoints = RemoteCheckpoints("double://b/run")
+    checkpoint = a_checkpoint(tmp_path, 1)
+    key = f"b/run/{checkpoint.name}/__1_0.distcp"
+    checkpoints.upload(checkpoint, [name for name in FILES if name != "__1_0.distcp"])
+    with pytest.raises(SpotforgeError, match=r"__1_0\.distcp is missing"):
+        checkpoints.commit(checkpoint)
+    checkpoints.upload(checkpoint, ["__1_0.distcp"])
+    object_store.damage(key, b"short")
+    with pytest.raises(SpotforgeError, match=r"__1_0\.distcp has the wrong size"):
+        checkpoints.commit(checkpoint)
+    assert checkpoints.names() == []
+
+
+# Faults
+
+
+@pytest.mark.parametrize("fault", ["fail_every=2", "truncate_every=2", "fail_every=3 slow_s=0.001"])
+def test_what_fails_or_arrives_short_is_sent_again(fault, faults, tmp_path):
+    faults(fault)
+    checkpoints = RemoteCheckpoints("double://b/run")
+    checkpoint = a_checkpoint(tmp_path, 1)
+    checkpoints.check()
+    send(checkpoints, checkpoint)
+    assert checkpoints.names() == [checkpoint.name]
+    assert ObjectStore.num_puts > len(FILES) + 2
+    stored = {key.split("/", 3)[3]: content for key, content in object_store.objects().items()}
+    assert stored == contents(checkpoint)
+
+
+@pytest.mark.parametrize("fault", ["fail_after=3", "truncate_every=1", "refuse=1"])
+def test_what_fails_for_good_is_said_and_leaves_nothing_committed(fault, faults, tmp_path):
+    checkpoints = RemoteCheckpoints("double://b/run")
+    checkpoint = a_checkpoint(tmp_path, 1)
+    faults(fault)
+    with pytest.raises(SpotforgeError) as failed:
+        send(checkpoints, checkpoint)
+    assert str(failed.value).startswith("checkpoint.upload=double://b/run: ")
+    assert "failed 5 times" in str(failed.value) and "\n" not in str(failed.value)
+    faults("")
+    assert checkpoints.names() == []
+    send(checkpoints, checkpoint)
+    assert checkpoints.names() == [checkpoint.name]
+
+
+def test_a_refused_listing_is_not_taken_for_an_empty_one(faults, tmp_path):
+    checkpoints = RemoteCheckpoints("double://b/run")
+    send(checkpoints, a_checkpoint(tmp_path, 1))
+    faults("refuse=1")
+    with pytest.raises(SpotforgeError, match="403 Forbidden"):
+        checkpoints.names()
+
+
+def test_pauses_grow_and_differ(monkeypatch, faults, tmp_path):
+    pauses = []
+    monkeypatch.setattr(remote, "_BACKOFF_S", 1.0)
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    faults("fail_after=0")
+    checkpoints = RemoteCheckpoints("double://b/run")
+    state = random.getstate()
+    for step in (1, 2):
+        with pytest.raises(SpotforgeError):
+            checkpoints.upload(a_checkpoint(tmp_path, step), list(FILES))
+    pauses = [pause for pause in pauses if pause > 0]
+    assert len(pauses) == 8 and pauses[:4] != pauses[4:]
+    for i, pause in enumerate(pauses):
+        assert 0.5 * 2 ** (i % 4) <= pause <= 1.5 * 2 ** (i % 4)
+    assert random.getstate() == state  # the trainer's randomness is not drawn from
+
+
+_UPLOAD = """
+import sys
+from pathlib import Path
+import tests.object_store
+from trainer.remote import RemoteCheckpoints
+
+checkpoint = Path(sys.argv[1])
+checkpoints = RemoteCheckpoints("double://b/run")
+checkpoints.upload(checkpoint, sys.argv[2:])
+checkpoints.commit(checkpoint)
+"""
+
+
+def test_an_upload_that_is_killed_leaves_no_checkpoint(tmp_path):
+    checkpoints = RemoteCheckpoints("double://b/run")
+    earlier, checkpoint = a_checkpoint(tmp_path, 1), a_checkpoint(tmp_path, 2)
+    send(checkpoints, earlier)
+    environment = os.environ | {"OBJECT_STORE_FAULTS": "slow_s=0.2"}
+    with subprocess.Popen(
+        [sys.executable, "-c", _UPLOAD, str(checkpoint), *FILES], cwd=ROOT, env=environment
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not any(checkpoint.name in key for key in object_store.objects()):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    left = [key for key in object_store.objects() if checkpoint.name in key]
+    assert 0 < len(left) <= len(FILES)
+    assert checkpoints.names() == [earlier.name]
+
+    checkpoints.remove_incomplete(except_names=[checkpoint.name])
+    assert [key for key in object_store.objects() if checkpoint.name in key] == left
+    checkpoints.remove_incomplete()
+    assert not [key for key in object_store.objects() if checkpoint.name in key]
+    assert checkpoints.names() == [earlier.name]
+
+    send(checkpoints, checkpoint)
+    assert checkpoints.names() == [checkpoint.name, earlier.name]
+
+
+# Fetching
+
+
+def uploaded(tmp_path):
+    checkpoints = RemoteCheckpoints("double://b/run")
+    checkpoint = a_checkpoint(tmp_path / "local", 1)
+    send(checkpoints, checkpoint)
+    return checkpoints, checkpoint, f"b/run/{checkpoint.name}"
+
+
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        (b"x" * len(FILES["__0_0.distcp"]), "does not match its sha256"),
+        (FILES["__0_0.distcp"][:-1], "has the wrong size"),
+        (None, "is missing"),
+    ],
+)
+def test_a_damaged_file_is_named(content, wrong, tmp_path):
+    checkpoints, checkpoint, base = uploaded(tmp_path)
+    if content is None:
+        fsspec.filesystem("double").rm_file(f"{base}/__0_0.distcp")
+    else:
+        object_store.damage(f"{base}/__0_0.distcp", content)
+    here = a_checkpoint(tmp_path / "here", 1, {"old": b"still good"})
+    with pytest.raises(DamagedError) as damaged:
+        checkpoints.download(checkpoint.name, here.parent)
+    assert f"double://b/run/{checkpoint.name}: __0_0.distcp {wrong}" in str(damaged.value)
+    assert [p.name for p in here.parent.iterdir()] == [here.name]
+    assert (here / "old").exists()
+
+
+@pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"files": []}', '{"files": {"a": 1}}'])
+def test_a_manifest_that_is_none_is_refused(manifest, tmp_path):
+    checkpoints, checkpoint, base = uploaded(tmp_path)
+    object_store.damage(f"{base}/manifest.json", manifest.encode())
+    with pytest.raises(DamagedError, match=r"manifest\.json cannot be read"):
+        checkpoints.download(checkpoint.name, tmp_path / "here")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../escaped", "/tmp/escaped", "a/../../escaped", "..", "", ".", "manifest.json", "a\0b"],
+)
+def test_a_manifest_cannot_write_outside_of_the_checkpoint(name, tmp_path):
+    checkpoints, checkpoint, base = uploaded(tmp_path)
+    content = json.dumps({"files": {name: entry_of(b"x")}}).encode()
+    object_store.damage(f"{base}/manifest.json", content)
+    before = contents(tmp_path / "local")
+    with pytest.raises(DamagedError, match="no file inside it"):
+        checkpoints.download(checkpoint.name, tmp_path / "here" / "deep")
+    assert not [p for p in tmp_path.rglob("*escaped*")]
+    assert contents(tmp_path / "local") == before
+
+
+def test_what_was_there_is_replaced_as_a_whole(tmp_path):
+    checkpoints, checkpoint, _ = uploaded(tmp_path)
+    here = a_checkpoint(tmp_path / "here", 1, {"old": b"damaged"})
+    for left in (f".staging-{here.name}", f".staging-{here.name}-replaced"):
+        (here.parent / left / "huggingface").mkdir(parents=True)  # of a process that was killed
+        (here.parent / left / "huggingface" / "half").touch()
+    assert contents(checkpoints.download(here.name, here.parent)) == contents(checkpoint)
+    assert [p.name for p in here.parent.iterdir()] == [here.name]
+
+
+def test_a_short_transfer_is_repeated(tmp_path, monkeypatch):
+    checkpoints, checkpoint, _ = uploaded(tmp_path)
+    get_file, count = ObjectStore.get_file, 0
+
+    def sometimes_short(self, rpath, lpath, **kwargs):
+        nonlocal count
+        count += 1
+        get_file(self, rpath, lpath)
+        if count % 2:
+            os.truncate(lpath, os.stat(lpath).st_size // 2)
+
+    monkeypatch.setattr(ObjectStore, "get_file", sometimes_short)
+    assert contents(checkpoints.download(checkpoint.name, tmp_path / "x")) == contents(checkpoint)
+    assert count > len(FILES)
+
+
+def test_a_download_that_does_not_fit_is_refused_before_it_begins(tmp_path, monkeypatch):
+    checkpoints, checkpoint, _ = uploaded(tmp_path)
+    monkeypatch.setattr(remote.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(ConfigError, match=r"run\.dir=.*0\.00 GB are free"):
+        checkpoints.download(checkpoint.name, tmp_path / "here" / "checkpoints")
+    assert not [line for line in object_store.operations() if "distcp" in line and "get" in line]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("url", "rule"),
+    [
+        ("s3:/bucket/run", "must be a URL"),
+        ("/mnt/run", "must be a URL"),
+        ("nowhere://bucket/run", "Protocol not known"),
+        ("double://", "names no bucket"),
+        ("double://bucket/run[1]", "may not contain"),
+    ],
+)
+def test_a_url_that_cannot_work_is_refused(url, rule):
+    with pytest.raises(ConfigError, match=rule) as refused:
+        RemoteCheckpoints(url)
+    assert refused.value.key == "checkpoint.upload" and refused.value.value == url
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    absent = {"class": "absent_store.AbsentFileSystem", "err": "Install it"}
+    monkeypatch.setitem(known_implementations, "absent", absent)
+    with pytest.raises(MissingExtraError) as refused:
+        RemoteCheckpoints("absent://bucket/run")
+    assert str(refused.value) == (
+        "checkpoint.upload=absent://bucket/run: absent_store is not installed; "
+        "pip install absent_store"
+    )
+
+
+def test_a_store_that_refuses_is_found_out_at_the_start(faults):
+    faults("refuse=1")
+    with pytest.raises(ConfigError, match="403 Forbidden") as refused:
+        RemoteCheckpoints("double://b/run").check()
+    assert refused.value.key == "checkpoint.upload"
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_at_the_start(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        RemoteCheckpoints(f"file://{tmp_path}/file/run").check()
+
+
+def test_the_probe_leaves_nothing():
+    checkpoints = RemoteCheckpoints("double://b/run")
+    checkpoints.check()
+    assert object_store.objects() == {}

@@ -1,0 +1,120 @@
+"""When to save: after so many steps, so much time, or as often as it pays.
+
+Saving costs time, and so does repeating what was lost since the last save. The sum is least at the
+interval of Young (1974) and Daly (2006), which depends on what a save costs and on how often the
+machine goes away: both are measured here, as the run goes.
+"""
+
+import math
+import re
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from monitoring.errors import ConfigError
+
+_SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+# Until a save was measured: soon enough to lose little, late enough that the machine is warm.
+_FIRST_SAVE_S = 60.0
+_SAVES_REMEMBERED = 5
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What `checkpoint.interval` says; at most one is set, and neither means at the end only.
+
+    Attributes:
+        steps: Steps between saves.
+        seconds: Seconds between saves.
+        auto: By measured cost and preemption rate.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
+    auto: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "Interval":
+        """Reads `auto`, `end`, a number of steps, or a time such as `90s`, `10min`, `1.5h`.
+
+        Raises:
+            ConfigError: For anything else.
+        """
+        if text == "auto":
+            return cls(auto=True)
+        if text == "end":
+            return cls()
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|min|h)?", text)
+        if match and match[2] and float(match[1]) > 0:
+            return cls(seconds=float(match[1]) * _SECONDS[match[2]])
+        if match and not match[2] and text.isdecimal() and int(text) > 0:
+            return cls(steps=int(text))
+        raise ConfigError(
+            "checkpoint.interval",
+            text,
+            "must be auto, end, a number of steps, or a time with its unit",
+            "use auto, 500, 90s, 10min or 1h",
+        )
+
+
+def optimal_interval_s(cost_s: float, mtbf_s: float) -> float:
+    """Time to train between two saves, so that least time is lost altogether.
+
+    Daly 2006, "A higher order estimate of the optimum checkpoint interval for restart dumps",
+    eq. 37; its first term is Young 1974, sqrt(2 C M).
+
+    Args:
+        cost_s: C, what a save takes from training.
+        mtbf_s: M, mean time between losses of the machine.
+    """
+    if cost_s >= 2 * mtbf_s:
+        return mtbf_s
+    ratio = cost_s / (2 * mtbf_s)
+    return math.sqrt(2 * cost_s * mtbf_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - cost_s
+
+
+def expected_mtbf_s(prior_s: float, trained_s: float, num_losses: int) -> float:
+    """Mean time between losses: what was expected, counted as one loss, and what was seen.
+
+    The posterior mean of an exponential rate whose Gamma prior weighs as much as one loss.
+    """
+    return (prior_s + trained_s) / (1 + num_losses)
+
+
+class SaveSchedule:
+    """Says when the next save is due; asked on one rank, which tells the others.
+
+    Args:
+        interval: The user's choice.
+        mtbf_s: Mean time between losses of the machine; only `auto` needs it.
+        clock: Seconds, from any origin.
+    """
+
+    def __init__(
+        self, interval: Interval, mtbf_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._interval, self._mtbf_s, self._clock = interval, mtbf_s, clock
+        self._costs_s: deque[float] = deque(maxlen=_SAVES_REMEMBERED)
+        self._since = clock()
+
+    @property
+    def interval_s(self) -> float | None:
+        """Seconds between saves, where time decides."""
+        if not self._interval.auto:
+            return self._interval.seconds
+        if not self._costs_s:
+            return min(_FIRST_SAVE_S, self._mtbf_s / 2)
+        return optimal_interval_s(sum(self._costs_s) / len(self._costs_s), self._mtbf_s)
+
+    def due(self, step: int) -> bool:
+        """Whether to save after `step`."""
+        if self._interval.steps is not None:
+            return step % self._interval.steps == 0
+        interval_s = self.interval_s
+        return interval_s is not None and self._clock() - self._since >= interval_s
+
+    def saved(self, blocking_s: float) -> None:
+        """Takes note of a save, and of what it took from training."""
+        self._costs_s.append(blocking_s)
+        self._since = self._clock()

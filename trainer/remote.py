@@ -1,0 +1,309 @@
+"""Checkpoints in an object store, through fsspec: `s3://`, `gs://`, `az://`, `file://`, ...
+
+    <url>/step-00001000/__0_0.distcp ...   as on disk (see checkpoint.py)
+    <url>/step-00001000/manifest.json      uploaded last: without it there is no checkpoint
+
+An object store has no rename, so the manifest is what commits: it is written after all else was
+seen to be there, and removed before anything else is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+import fsspec  # type: ignore[import-untyped]
+
+from monitoring.errors import ConfigError, DamagedError, MissingExtraError, SpotforgeError
+from trainer.checkpoint import MANIFEST, STAGING, sha256_of
+
+_KEY = "checkpoint.upload"
+_NAME = re.compile(r"step-\d+")
+_ATTEMPTS = 5
+_BACKOFF_S = 1.0
+
+T = TypeVar("T")
+
+
+class RemoteCheckpoints:
+    """The checkpoints of one run under a URL. Methods may be called from any thread.
+
+    What fails is tried again with growing pauses, since stores refuse a request now and then by
+    design; SpotforgeError says what failed to the end.
+
+    Args:
+        url: Of the folder that holds them, in any of fsspec's file systems.
+
+    Raises:
+        ConfigError: If there is no such file system, or its package is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        if "://" not in url:  # fsspec would take it for a local path: s3:/bucket/run, too
+            raise ConfigError(_KEY, url, "must be a URL", "e.g. s3://bucket/run, file:///mnt/run")
+        # Folders appear by themselves in a store, and shall do so on a local disk.
+        options = {"auto_mkdir": True} if url.startswith(("file://", "local://")) else {}
+        try:
+            # An instance of our own, whose listings are never remembered: others write there too.
+            self._fs, root = fsspec.url_to_fs(url, skip_instance_cache=True, **options)
+        except ImportError as e:
+            package = getattr(e.__cause__, "name", None) or str(e)
+            raise MissingExtraError(
+                _KEY, url, f"{package} is not installed", f"pip install {package}"
+            ) from e
+        except ValueError as e:
+            raise ConfigError(_KEY, url, str(e), "e.g. s3://, gs://, az:// or file:///") from e
+        self._fs.dircache.use_listings_cache = False
+        self._root = root.rstrip("/")
+        if not self._root:
+            raise ConfigError(_KEY, url, "names no bucket or folder", "e.g. s3://bucket/run")
+        if set("*?[") & set(self._root):  # fsspec would take it for a pattern
+            raise ConfigError(_KEY, url, "may not contain *, ? or [", "choose another folder")
+        self.url = url.rstrip("/")
+        self._jitter = random.Random()  # not the global one, whose state training may rely on
+
+    def check(self) -> None:
+        """Writes, reads and deletes a few bytes.
+
+        Raises:
+            ConfigError: If one of these is not possible: refused now, not after the first hour.
+        """
+        path, content = f"{self._root}/.probe-{uuid.uuid4().hex}", b"spotforge"
+
+        def probe() -> None:
+            self._fs.pipe_file(path, content)
+            if self._fs.cat_file(path) != content:
+                raise OSError("what was written is not what is read")
+            self._fs.rm_file(path)
+
+        try:
+            self._attempt(probe, attempts=3)
+        except Exception as e:
+            rule = f"cannot be written to and read from: {_line(e)}"
+            raise ConfigError(_KEY, self.url, rule, "check the URL and the credentials") from e
+
+    def names(self) -> list[str]:
+        """Committed checkpoints, newest first."""
+        return [name for name in self._all_names() if self._is_committed(name)]
+
+    def upload(self, checkpoint: Path, files: Iterable[str]) -> None:
+        """Uploads these files of a checkpoint, which is not committed before `commit` says so.
+
+        Every rank may upload its own; what an earlier attempt has left is overwritten.
+        """
+        base = self._base(checkpoint.name)
+        # Committed before: from here on it is neither the old one nor the new one.
+        self._withdraw(checkpoint.name)
+        for file in files:
+            self._put(checkpoint / file, f"{base}/{file}")
+
+    def commit(self, checkpoint: Path) -> None:
+        """Makes an uploaded checkpoint one that `names` returns.
+
+        Raises:
+            SpotforgeError: If a file of its manifest is not there in full.
+        """
+        base = self._base(checkpoint.name)
+        sizes = self._sizes(base)
+        for file, entry in json.loads((checkpoint / MANIFEST).read_text())["files"].items():
+            found = sizes.get(f"{base}/{file}")
+            if found != entry["size_bytes"]:
+                wrong = "is missing" if found is None else "has the wrong size"
+                raise SpotforgeError(
+                    f"{_KEY}={self.url}: {checkpoint.name} is not committed: {file} {wrong}"
+                )
+        self._put(checkpoint / MANIFEST, f"{base}/{MANIFEST}")
+
+    def download(self, name: str, folder: Path) -> Path:
+        """Fetches a checkpoint and commits it in `folder`, in place of one of that name.
+
+        Returns:
+            Its path, `folder / name`.
+
+        Raises:
+            DamagedError: Naming the first file that is missing, short or altered.
+            ConfigError: If the disk has no room for it.
+        """
+        manifest, files = self._manifest(name)
+        staging, final = folder / f"{STAGING}{name}", folder / name
+        replaced = folder / f"{STAGING}{name}-replaced"
+        for left in (staging, replaced):  # by a process that was killed here
+            shutil.rmtree(left, ignore_errors=True)
+        staging.mkdir(parents=True)
+        try:
+            _check_space(folder, sum(size_bytes for size_bytes, _ in files.values()))
+            for file, (size_bytes, sha256) in files.items():
+                self._fetch(name, file, staging / file, size_bytes, sha256)
+            (staging / MANIFEST).write_bytes(manifest)
+            for path in (*staging.rglob("*"), staging):
+                _sync(path)
+            if final.exists():
+                final.rename(replaced)  # in one step: half of it would look committed
+            staging.rename(final)
+            _sync(folder)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+        return final
+
+    def delete(self, name: str) -> None:
+        """Removes a checkpoint, its manifest first: one that is half deleted is not committed."""
+        self._withdraw(name)
+        try:
+            base = self._base(name)
+            self._retried(f"removing {name}", lambda: self._fs.rm(base, recursive=True))
+        except FileNotFoundError:
+            pass
+
+    def remove_incomplete(self, except_names: Iterable[str] = ()) -> None:
+        """Removes what uploads that were killed have left.
+
+        Args:
+            except_names: Checkpoints that are being uploaded.
+        """
+        for name in set(self._all_names()) - set(except_names):
+            if not self._is_committed(name):
+                self.delete(name)
+
+    def _base(self, name: str) -> str:
+        assert _NAME.fullmatch(name), name
+        return f"{self._root}/{name}"
+
+    def _all_names(self) -> list[str]:
+        try:
+            paths = self._retried("listing", lambda: self._fs.ls(self._root, detail=False))
+        except FileNotFoundError:
+            return []
+        found = {str(path).rstrip("/").rsplit("/", 1)[-1] for path in paths}
+        return sorted(filter(_NAME.fullmatch, found), reverse=True)
+
+    def _is_committed(self, name: str) -> bool:
+        # Not fs.exists: some file systems take a refused request for "no".
+        path = f"{self._base(name)}/{MANIFEST}"
+        try:
+            self._retried(f"asking for {name}", lambda: self._fs.info(path))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _sizes(self, base: str) -> dict[str, int]:
+        """Bytes of every file below `base`, by path."""
+        try:
+            found = self._retried("listing", lambda: self._fs.find(base, detail=True))
+        except FileNotFoundError:
+            return {}
+        return {path: info["size"] for path, info in found.items()}
+
+    def _put(self, local: Path, path: str) -> None:
+        size_bytes = local.stat().st_size
+
+        def put() -> None:
+            try:
+                self._fs.put_file(str(local), path)
+                found = self._fs.info(path)["size"]
+            except FileNotFoundError as e:  # no such bucket, or not there after all
+                raise OSError(_line(e)) from e
+            if found != size_bytes:
+                raise OSError(f"of {size_bytes} bytes {found} arrived")
+
+        self._retried(f"uploading {local.parent.name}/{local.name}", put)
+
+    def _fetch(self, name: str, file: str, local: Path, size_bytes: int, sha256: str) -> None:
+        path = f"{self._base(name)}/{file}"
+        local.parent.mkdir(parents=True, exist_ok=True)
+
+        def get() -> None:
+            self._fs.get_file(path, str(local))
+            if local.stat().st_size != size_bytes:
+                raise OSError(f"of {size_bytes} bytes {local.stat().st_size} arrived")
+
+        what = f"downloading {name}/{file}"
+        try:
+            if self._retried(what, lambda: self._fs.info(path)["size"]) != size_bytes:
+                raise self._damaged(name, f"{file} has the wrong size")
+            self._retried(what, get)
+        except FileNotFoundError as e:
+            raise self._damaged(name, f"{file} is missing") from e
+        if sha256_of(local) != sha256:
+            raise self._damaged(name, f"{file} does not match its sha256")
+
+    def _manifest(self, name: str) -> tuple[bytes, dict[str, tuple[int, str]]]:
+        """The manifest as it is, and (bytes, sha256) of each file that it lists."""
+        path = f"{self._base(name)}/{MANIFEST}"
+        try:
+            content: bytes = self._retried(f"reading {path}", lambda: self._fs.cat_file(path))
+            entries = json.loads(content)["files"].items()
+            files = {str(f): (int(e["size_bytes"]), str(e["sha256"])) for f, e in entries}
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise self._damaged(name, f"{MANIFEST} cannot be read ({_line(e)})") from e
+        for file in files:
+            parts = PurePosixPath(file).parts
+            if not parts or parts[0] == "/" or ".." in parts or "\0" in file or file == MANIFEST:
+                raise self._damaged(name, f"{MANIFEST} lists {file!r}, which is no file inside it")
+        return content, files
+
+    def _withdraw(self, name: str) -> None:
+        """Makes a checkpoint one that `names` does not return, if it is committed."""
+        path = f"{self._base(name)}/{MANIFEST}"
+        try:
+            self._retried(f"removing {path}", lambda: self._fs.rm_file(path))
+        except FileNotFoundError:
+            pass
+
+    def _retried(self, what: str, action: Callable[[], T]) -> T:
+        """Calls `action` until it succeeds; FileNotFoundError is an answer, and passed on."""
+        try:
+            return self._attempt(action, _ATTEMPTS)
+        except FileNotFoundError:
+            raise
+        except Exception as e:
+            raise SpotforgeError(
+                f"{_KEY}={self.url}: {what} failed {_ATTEMPTS} times: {_line(e)}"
+            ) from e
+
+    def _attempt(self, action: Callable[[], T], attempts: int) -> T:
+        for attempt in range(attempts - 1):
+            try:
+                return action()
+            except FileNotFoundError:
+                raise
+            except Exception:  # every package behind fsspec has errors of its own
+                time.sleep(_BACKOFF_S * 2**attempt * self._jitter.uniform(0.5, 1.5))
+        return action()
+
+    def _damaged(self, name: str, rule: str) -> DamagedError:
+        fix = "delete that one, or resume from another checkpoint"
+        return DamagedError("resume", f"{self.url}/{name}", rule, fix)
+
+
+def _check_space(folder: Path, need_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < need_bytes:
+        raise ConfigError(
+            "run.dir",
+            folder.parent,
+            f"the checkpoint to fetch has {need_bytes / 1e9:.2f} GB, {free_bytes / 1e9:.2f} GB "
+            "are free",
+            "free space, or use a larger disk",
+        )
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

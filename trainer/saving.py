@@ -1,0 +1,379 @@
+"""Saving without waiting for the disk, and copying to an object store without waiting for it.
+
+    save()     staged: copied to host memory; training goes on
+               written: by every rank, in the background, over a process group of its own
+               committed: one rename; the older ones that need not stay are removed
+               uploaded: by rank 0, in a third thread, its manifest last
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from monitoring.errors import ConfigError, SpotforgeError
+from parallel.world import World
+from trainer.checkpoint import (
+    ASSETS,
+    LATEST,
+    MANIFEST,
+    STAGING,
+    TRAINER,
+    TrainerState,
+    committed,
+    outdated,
+    sha256_of,
+    step_name,
+)
+from trainer.config import CheckpointConfig
+from trainer.remote import RemoteCheckpoints
+
+
+class Tell(Protocol):
+    """Takes note of an event (`monitoring/events.py`); any thread may call it."""
+
+    def __call__(self, event: str, step: int, **details: float | int | str) -> None: ...
+
+
+class Checkpointer:
+    """Saves in the background, and lets the loop know when that failed.
+
+    Args:
+        folder: Where checkpoints go.
+        save_assets: Writes what an export needs beside the tensors (config, tokenizer) to a folder.
+        tell: Takes note of committed and uploaded checkpoints, on rank 0.
+        remote: Where they are copied, if anywhere; only rank 0 needs it.
+        beat: Called now and then while the main thread waits.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        folder: Path,
+        world: World,
+        save_assets: Callable[[Path], None],
+        tell: Tell,
+        remote: RemoteCheckpoints | None = None,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._config, self._folder, self._world = config, folder, world
+        self._save_assets, self._tell, self._beat = save_assets, tell, beat
+        self._stager: DefaultStager | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._uploader: Uploader | None = None
+        if world.rank == 0:
+            for left in folder.glob(f"{STAGING}*"):  # by a run that was killed while saving
+                shutil.rmtree(left)
+            if remote is not None:
+                self._uploader = Uploader(remote, config, tell)
+
+    def save(self, tensors_of: Callable[[], dict[str, Tensor]], state: TrainerState) -> float:
+        """Stages a copy and writes it in the background; collective.
+
+        Args:
+            tensors_of: Returns this rank's share of the canonical state (`Strategy.state`).
+            state: The rest of it.
+
+        Returns:
+            Seconds that training was blocked.
+
+        Raises:
+            ConfigError: On every rank, if the disk has no room for it or an earlier save failed.
+        """
+        began = time.perf_counter()
+        self.wait()
+        tensors = tensors_of()
+        self._check_space(tensors)
+        if self._stager is None:
+            self._stager = _stager(self._world.device)
+        staged = self._stager.stage(tensors)
+        assert isinstance(staged, dict)  # a future only with asynchronous staging
+        blocking_s = time.perf_counter() - began
+        self._pending = self._writer.submit(self._write, staged, state, blocking_s)
+        if not self._config.asynchronous:
+            self.wait()
+        return time.perf_counter() - began
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save under way has failed on this rank; `wait()` raises it on all."""
+        pending = self._pending
+        return pending is not None and pending.done() and pending.exception() is not None
+
+    def wait(self) -> None:
+        """Waits until the save under way is committed; collective.
+
+        Raises:
+            ConfigError: On every rank, if it could not be written.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        while wait_for([pending], timeout=1).not_done:
+            self._beat()
+        with self._world.together():
+            try:
+                pending.result()
+            except (Exception, CheckpointException) as e:
+                cause = _os_error(e)
+                if cause is None:
+                    raise
+                raise self._disk_error(cause) from e
+
+    def wait_for_uploads(self) -> str | None:
+        """Waits until the newest checkpoint is in the object store; on rank 0, not collective.
+
+        Returns:
+            Why it is not; None where all is well, or nothing is uploaded.
+        """
+        return None if self._uploader is None else self._uploader.wait(self._beat)
+
+    def close(self) -> None:
+        """Ends the background threads; an upload under way is given up."""
+        self._writer.shutdown(wait=True)
+        if self._uploader is not None:
+            self._uploader.close()
+        if self._stager is not None:
+            self._stager.close()
+
+    def _write(self, tensors: dict[str, Tensor], state: TrainerState, blocking_s: float) -> None:
+        """In the background thread of every rank."""
+        began = time.perf_counter()
+        name = step_name(state.step)
+        staging, final = self._folder / f"{STAGING}{name}", self._folder / name
+        group, rank = self._world.saving, self._world.rank
+        error: BaseException | None = None
+        mine: dict[str, Any] | None = None
+        try:
+            dcp.save(tensors, checkpoint_id=staging, process_group=group)
+            if rank == 0:
+                self._save_assets(staging / ASSETS)
+                write_synced(staging / TRAINER, json.dumps(dataclasses.asdict(state), indent=1))
+            # Each rank vouches for the bytes that it wrote; rank 0 for the rest.
+            mine = _digests(staging, rank)
+        except (Exception, CheckpointException) as e:  # the latter is no Exception
+            error = e
+        digests: list[dict[str, Any] | None] = [None] * self._world.world_size
+        dist.all_gather_object(digests, mine, group=group)
+        try:
+            if error is None and None in digests:
+                raise OSError(errno.EIO, "another rank could not write its part")
+            if error is not None:
+                raise error
+            if rank == 0:
+                files = {k: v for part in digests if part for k, v in part.items()}
+                write_synced(staging / MANIFEST, json.dumps({"files": files}, indent=1))
+                self._commit(staging, final)
+                self._tell(
+                    "checkpoint",
+                    state.step,
+                    blocking_s=blocking_s,
+                    write_s=time.perf_counter() - began,
+                    size_bytes=sum(file["size_bytes"] for file in files.values()),
+                )
+                if self._uploader is not None:
+                    self._uploader.submit(final)
+        except BaseException:
+            if rank == 0:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+        finally:
+            dist.barrier(group=group)  # `save` returns nowhere before the commit
+
+    def _commit(self, staging: Path, final: Path) -> None:
+        sync_folder(staging)
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one that was passed over
+        staging.rename(final)
+        sync_folder(self._folder)
+        pointer = self._folder / f".{LATEST}"
+        write_synced(pointer, final.name + "\n")
+        pointer.replace(self._folder / LATEST)
+        # A newer one is damaged, or left behind by the user: neither may push out this one.
+        names = [p.name for p in committed(self._folder) if p.name <= final.name]
+        being_uploaded = self._uploader.busy if self._uploader is not None else set()
+        for name in outdated(names, self._config.keep_last, self._config.keep_every):
+            if name not in being_uploaded:
+                trash = self._folder / f"{STAGING}{name}"  # not committed from here on
+                (self._folder / name).rename(trash)
+                shutil.rmtree(trash)
+
+    def _check_space(self, tensors: dict[str, Tensor]) -> None:
+        """Refuses before a byte is written where it is plain that the disk is too small."""
+        mine = sum(_local(t).numel() * _local(t).element_size() for t in tensors.values())
+        need = torch.tensor(mine, dtype=torch.float64)
+        dist.all_reduce(need, group=self._world.control)
+        with self._world.together():
+            if self._world.rank == 0:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                free = shutil.disk_usage(self._folder).free
+                if free < need.item():
+                    raise self._disk_error(
+                        OSError(
+                            errno.ENOSPC,
+                            f"needs {need.item() / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
+                        )
+                    )
+
+    def _disk_error(self, cause: OSError) -> ConfigError:
+        good = committed(self._folder)
+        kept = f"{good[0].name} is complete and stays" if good else "there is no earlier one"
+        return ConfigError(
+            "run.dir",
+            self._folder.parent,
+            f"the checkpoint could not be written: {cause.strerror}; {kept}",
+            "free space or lower checkpoint.keep_last, then run the same command again",
+        )
+
+
+class Uploader:
+    """Copies committed checkpoints to the object store, one at a time, the newest first.
+
+    One that comes while another is under way waits; one that waits when a newer one comes is left
+    out, since the newer one is what a resume would take.
+    """
+
+    def __init__(self, remote: RemoteCheckpoints, config: CheckpointConfig, tell: Tell) -> None:
+        self._remote, self._config, self._tell = remote, config, tell
+        self._changed = threading.Condition()
+        self._waiting: Path | None = None
+        self._current: Path | None = None
+        self._closed = False
+        self._error: str | None = None
+        self._thread = threading.Thread(target=self._run, name="upload", daemon=True)
+        self._thread.start()
+
+    @property
+    def busy(self) -> set[str]:
+        """Names of checkpoints that must stay on disk for now."""
+        with self._changed:
+            return {path.name for path in (self._waiting, self._current) if path is not None}
+
+    def submit(self, checkpoint: Path) -> None:
+        """Uploads a committed checkpoint as soon as the one before is done."""
+        with self._changed:
+            self._waiting = checkpoint
+            self._changed.notify_all()
+
+    def wait(self, beat: Callable[[], None]) -> str | None:
+        """Waits until nothing is left to do; returns why the last upload failed, if it did."""
+        with self._changed:
+            while self._waiting is not None or self._current is not None:
+                self._changed.wait(timeout=1)
+                beat()
+            return self._error
+
+    def close(self) -> None:
+        """Takes no more; the thread ends with the process where it is in the middle of a file."""
+        with self._changed:
+            self._closed, self._waiting = True, None
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while self._waiting is None and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                self._current, self._waiting = self._waiting, None
+                checkpoint = self._current
+                assert checkpoint is not None
+            error = self._upload(checkpoint)
+            with self._changed:
+                self._current, self._error = None, error
+                self._changed.notify_all()
+
+    def _upload(self, checkpoint: Path) -> str | None:
+        began = time.perf_counter()
+        step = int(checkpoint.name.removeprefix("step-"))
+        try:
+            files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+            self._remote.upload(checkpoint, sorted(files))
+            self._remote.commit(checkpoint)
+            names = [n for n in self._remote.names() if n <= checkpoint.name]
+            for name in outdated(names, self._config.keep_last, self._config.keep_every):
+                self._remote.delete(name)
+        except (SpotforgeError, OSError) as e:  # training goes on: the checkpoint is on this disk
+            self._tell("upload_failed", step, error=str(e))
+            print(f"{checkpoint.name} was not uploaded: {e}", file=sys.stderr, flush=True)
+            return str(e)
+        self._tell("upload", step, upload_s=time.perf_counter() - began)
+        return None
+
+
+def _stager(device: torch.device) -> DefaultStager:
+    cuda = device.type == "cuda"
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=cuda,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=cuda,
+        )
+    )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _digests(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
+    """Sizes and digests of the files that `rank` answers for."""
+    mine = f"__{rank}_"
+    paths = [
+        p
+        for p in folder.rglob("*")
+        if p.is_file() and (p.name.startswith(mine) or (rank == 0 and p.name[:2] != "__"))
+    ]
+    return {
+        str(p.relative_to(folder)): {"size_bytes": p.stat().st_size, "sha256": sha256_of(p)}
+        for p in paths
+    }
+
+
+def _os_error(error: BaseException) -> OSError | None:
+    """The operating system's word behind a failed save (dcp wraps those of all ranks)."""
+    if isinstance(error, OSError):
+        return error
+    for inner, _ in getattr(error, "failures", {}).values():
+        found = _os_error(inner)
+        if found is not None:
+            return found
+    cause = error.__cause__ or error.__context__
+    return _os_error(cause) if cause is not None else None
+
+
+def write_synced(path: Path, text: str) -> None:
+    with path.open("w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
