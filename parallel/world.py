@@ -13,6 +13,9 @@ import torch.distributed as dist
 from monitoring.errors import SpotforgeError
 
 _TIMEOUT = timedelta(minutes=30)
+# One rank may fetch a checkpoint or export for long while the others wait for it. A rank that is
+# lost closes its connections, and one that hangs is the supervisor's to find.
+_CONTROL_TIMEOUT = timedelta(hours=24)
 _STOP = "stop"
 T = TypeVar("T")
 
@@ -126,7 +129,7 @@ def join_world() -> Iterator[World]:
             local_rank=local_rank,
             local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
             device=device,
-            control=dist.new_group(backend="gloo", timeout=_TIMEOUT),
+            control=dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT),
             saving=dist.new_group(backend="gloo", timeout=_TIMEOUT),
             store=dist.PrefixStore("spotforge", store),
         )

@@ -199,7 +199,7 @@ class TrainingLoop:
         """
         self.anomalies_in_a_row += 1
         if self.anomalies_in_a_row > self.config.anomaly.max_in_a_row:
-            raise self._diverged(state, f"{anomaly}, the {self.anomalies_in_a_row}th in a row")
+            raise self._diverged(state, f"{anomaly}, {self.anomalies_in_a_row} in a row")
         num_samples = state.num_samples + self.config.global_batch_size
         what = f"step {state.step + 1}: {anomaly}"
         if self.config.anomaly.action is AnomalyAction.skip:
@@ -228,6 +228,7 @@ class TrainingLoop:
                 raise self._diverged(state, f"the {name} is {value}")
 
     def _diverged(self, state: TrainerState, what: str) -> DivergedError:
+        self.checkpointer.wait()
         good = committed(self.checkpoints)
         kept = f"{good[0].name} was saved before" if good else "nothing was saved before"
         return DivergedError(

@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import fsspec  # type: ignore[import-untyped]
+from fsspec.callbacks import Callback  # type: ignore[import-untyped]
 
 from monitoring.errors import ConfigError, DamagedError, MissingExtraError, SpotforgeError
 from trainer.checkpoint import MANIFEST, STAGING, sha256_of
@@ -122,8 +123,13 @@ class RemoteCheckpoints:
                 )
         self._put(checkpoint / MANIFEST, f"{base}/{MANIFEST}")
 
-    def download(self, name: str, folder: Path) -> Path:
+    def download(self, name: str, folder: Path, beat: Callable[[], None] = lambda: None) -> Path:
         """Fetches a checkpoint and commits it in `folder`, in place of one of that name.
+
+        Args:
+            name: One of `names()`.
+            folder: Where checkpoints are.
+            beat: Called at every piece that has come.
 
         Returns:
             Its path, `folder / name`.
@@ -141,7 +147,7 @@ class RemoteCheckpoints:
         try:
             _check_space(folder, sum(size_bytes for size_bytes, _ in files.values()))
             for file, (size_bytes, sha256) in files.items():
-                self._fetch(name, file, staging / file, size_bytes, sha256)
+                self._fetch(name, file, staging / file, size_bytes, sha256, beat)
             (staging / MANIFEST).write_bytes(manifest)
             for path in (*staging.rglob("*"), staging):
                 _sync(path)
@@ -217,12 +223,21 @@ class RemoteCheckpoints:
 
         self._retried(f"uploading {local.parent.name}/{local.name}", put)
 
-    def _fetch(self, name: str, file: str, local: Path, size_bytes: int, sha256: str) -> None:
+    def _fetch(
+        self,
+        name: str,
+        file: str,
+        local: Path,
+        size_bytes: int,
+        sha256: str,
+        beat: Callable[[], None],
+    ) -> None:
         path = f"{self._base(name)}/{file}"
         local.parent.mkdir(parents=True, exist_ok=True)
 
         def get() -> None:
-            self._fs.get_file(path, str(local))
+            beat()
+            self._fs.get_file(path, str(local), callback=_Beat(beat))
             if local.stat().st_size != size_bytes:
                 raise OSError(f"of {size_bytes} bytes {local.stat().st_size} arrived")
 
@@ -283,6 +298,17 @@ class RemoteCheckpoints:
     def _damaged(self, name: str, rule: str) -> DamagedError:
         fix = "delete that one, or resume from another checkpoint"
         return DamagedError("resume", f"{self.url}/{name}", rule, fix)
+
+
+class _Beat(Callback):  # type: ignore[misc]
+    """Passes on that a piece of a file has come."""
+
+    def __init__(self, beat: Callable[[], None]) -> None:
+        super().__init__()
+        self._beat = beat
+
+    def relative_update(self, inc: int = 1) -> None:
+        self._beat()
 
 
 def _check_space(folder: Path, need_bytes: int) -> None:

@@ -38,6 +38,7 @@ def find_checkpoint(
     world: World,
     reporter: Reporter,
     remote: RemoteCheckpoints | None = None,
+    beat: Callable[[], None] = lambda: None,
 ) -> Path | None:
     """The newest valid checkpoint, or the one asked for; collective.
 
@@ -47,6 +48,7 @@ def find_checkpoint(
         world: Every rank verifies its share of the files.
         reporter: Is told what was passed over, and why.
         remote: Where they are too; what is newer there is fetched.
+        beat: Called now and then while it is.
 
     Raises:
         DamagedError: If the one asked for, or every one there is, is damaged.
@@ -61,7 +63,7 @@ def find_checkpoint(
                 if world.rank == 0 and not candidate.exists():
                     assert remote is not None
                     reporter.say(f"fetching {candidate.name} from {remote.url}")
-                    remote.download(candidate.name, folder)
+                    remote.download(candidate.name, folder, beat)
             with world.together():
                 verify(candidate, world.rank, world.world_size)
         except DamagedError as e:

@@ -44,9 +44,9 @@ def train(config: TrainerConfig, stop: StopSignal, heartbeat: Heartbeat) -> Exit
         SpotforgeError: If the configuration, the data or the disk does not allow it.
     """
     _set_up_process(config)
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        stop.watch(config.preemption.build(), config.preemption.poll_s)
     with join_world() as world:
-        if world.local_rank == 0:
-            stop.watch(config.preemption.build(), config.preemption.poll_s)
         return train_in(world, config, stop, heartbeat)
 
 
@@ -82,7 +82,7 @@ def train_in(
         state = TrainerState(0, 0, 0, 0.0, data.digest, data.tokenizer_fingerprint, resolved)
         with world.together():
             remote = _open_remote(config, world)
-        checkpoint = find_checkpoint(config, folder, world, reporter, remote)
+        checkpoint = find_checkpoint(config, folder, world, reporter, remote, heartbeat.beat)
         with world.together():
             if checkpoint is not None:
                 saved = read_state(checkpoint)
@@ -203,6 +203,13 @@ def _open_remote(config: TrainerConfig, world: World) -> RemoteCheckpoints | Non
     if url is None or world.rank != 0:
         return None
     remote = RemoteCheckpoints(url)
+    if url.startswith("file://") and Path(url[7:]).resolve().is_relative_to(config.run_dir):
+        raise ConfigError(
+            "checkpoint.upload",
+            url,
+            "lies in the run directory, where checkpoints are already",
+            "name a folder on another disk",
+        )
     remote.check()
     return remote
 

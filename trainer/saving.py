@@ -1,9 +1,9 @@
 """Saving without waiting for the disk, and copying to an object store without waiting for it.
 
-    save()     staged: copied to host memory; training goes on
-               written: by every rank, in the background, over a process group of its own
-               committed: one rename; the older ones that need not stay are removed
-               uploaded: by rank 0, in a third thread, its manifest last
+save()     staged: copied to host memory; training goes on
+           written: by every rank, in the background, over a process group of its own
+           committed: one rename; the older ones that need not stay are removed
+           uploaded: by rank 0, in a third thread, its manifest last
 """
 
 from __future__ import annotations
@@ -312,6 +312,7 @@ class Uploader:
             names = [n for n in self._remote.names() if n <= checkpoint.name]
             for name in outdated(names, self._config.keep_last, self._config.keep_every):
                 self._remote.delete(name)
+            self._remote.remove_incomplete()  # of uploads that were killed
         except (SpotforgeError, OSError) as e:  # training goes on: the checkpoint is on this disk
             self._tell("upload_failed", step, error=str(e))
             print(f"{checkpoint.name} was not uploaded: {e}", file=sys.stderr, flush=True)
@@ -375,5 +376,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-

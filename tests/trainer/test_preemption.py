@@ -432,6 +432,27 @@ def test_a_broken_source_silences_no_other(tmp_path):
         assert stop.wait(10) and "appeared" in stop.reason
 
 
+class Moody:
+    what = "test"
+    asked = 0
+
+    def poll(self):
+        self.asked += 1
+        if self.asked % 2:
+            raise OSError("now and then")
+
+
+def test_a_source_that_fails_now_and_then_is_not_mentioned(monkeypatch, capfd):
+    monkeypatch.setattr(stopping, "_PATIENCE_S", 0.05)
+    source = Moody()
+    with StopSignal() as stop:
+        began = time.monotonic()
+        stop.watch([source], poll_s=0.01)
+        until(lambda: source.asked > 10 and time.monotonic() - began > 0.2)
+        assert not stop.requested()
+    assert capfd.readouterr().err == ""
+
+
 # Signals
 
 

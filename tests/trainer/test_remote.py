@@ -387,6 +387,7 @@ def test_a_download_that_does_not_fit_is_refused_before_it_begins(tmp_path, monk
         ("/mnt/run", "must be a URL"),
         ("nowhere://bucket/run", "Protocol not known"),
         ("double://", "names no bucket"),
+        ("file:///", "names no bucket"),
         ("double://bucket/run[1]", "may not contain"),
     ],
 )

@@ -186,9 +186,7 @@ class TrainLoader:
         return batch.pin() if self._pin else batch
 
 
-def split_step(
-    global_batch_size: int, micro_batch_size: int, world_size: int
-) -> list[list[range]]:
+def split_step(global_batch_size: int, micro_batch_size: int, world_size: int) -> list[list[range]]:
     """Which samples of a step (0 to G - 1) each rank takes, micro-batch by micro-batch.
 
     Every rank gets the same number A of micro-batches, since they are collective, and their sizes
