@@ -5,13 +5,19 @@ BIN    := $(VENV)/bin
 # Every GPU there is, or two processes on a CPU.
 NPROC  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 2)
 
-.PHONY: train test lint install benchmark clean
+.PHONY: train test test-matrix chaos lint install benchmark clean
 
 train: install  ## The main job: learn to write Python from the standard library's source
 	$(BIN)/python -m trainer experiment=stdlib nproc=$(NPROC)
 
 test: install lint  ## What CI runs: lint, types, tests
 	$(BIN)/python -m pytest
+
+test-matrix: install  ## Every strategy at 1 to 4 ranks, resumed from every other
+	$(BIN)/python -m pytest -m matrix tests/trainer/test_matrix.py
+
+chaos: install  ## Hundreds of kills, stops and damages, from a seed; writes a page about them
+	$(BIN)/python -m tests.chaos
 
 lint: install
 	$(BIN)/ruff check .

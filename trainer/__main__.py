@@ -1,6 +1,7 @@
 """`python -m trainer`: composes the configuration with Hydra, then launches it."""
 
 import os
+import signal
 import sys
 from typing import Any, NoReturn
 
@@ -64,4 +65,6 @@ def _refuse(error: Exception) -> NoReturn:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until there is something to save
+        signal.signal(number, lambda *_: os._exit(ExitCode.START_AGAIN))
     main()

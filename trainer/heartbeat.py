@@ -8,8 +8,11 @@ a supervisor all of this does nothing.
 import faulthandler
 import os
 import signal
+import time
 import traceback
 from pathlib import Path
+
+PROCESS_BEGAN = time.monotonic()  # before torch and transformers are imported: seconds each
 
 
 class Heartbeat:

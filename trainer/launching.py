@@ -49,7 +49,7 @@ def launch(config: TrainerConfig, isolated: bool = False) -> int:
         config.check(nproc * num_nodes)
         if nproc * num_nodes == 1 and not isolated:
             return run_rank(config)
-        command = _supervisor(config, nproc, num_nodes)
+        command = _supervisor(config, num_nodes)
     except SpotforgeError as e:
         print(e, file=sys.stderr)
         return e.exit_code
@@ -81,9 +81,10 @@ def run_rank(config: TrainerConfig) -> int:
             return ExitCode.FAILED
 
 
-def _supervisor(config: TrainerConfig, nproc: int, num_nodes: int) -> list[str]:
-    """The command that starts `nproc` ranks here and keeps them going."""
-    options = ["--nproc", str(nproc), "--grace", str(config.shutdown_timeout_s)]
+def _supervisor(config: TrainerConfig, num_nodes: int) -> list[str]:
+    """The command that starts the ranks of this machine and keeps them going."""
+    # auto: GPUs are counted again before each start, since one may be gone by then
+    options = ["--nproc", config.nproc, "--grace", str(config.shutdown_timeout_s)]
     if int(os.environ.get("SKYPILOT_NODE_RANK", 0)) > 0:
         head = os.environ["SKYPILOT_NODE_IPS"].split("\n")[0]
         action = ["join", f"{head}:{_PORT}", *options]

@@ -19,12 +19,12 @@ from monitoring.errors import ConfigError
 from monitoring.events import EventLog, read_events
 from monitoring.jsonl import read_records
 from monitoring.metrics import MetricLogger
-from monitoring.report import write_report
 from monitoring.throughput import flops_per_token, mfu, peak_memory_bytes
 from parallel.world import World
 from trainer.config import TrainerConfig
 from trainer.data.loader import split_step
 from trainer.data.prepare import PreparedData
+from trainer.heartbeat import PROCESS_BEGAN
 
 
 class Reporter:
@@ -43,7 +43,6 @@ class Reporter:
         self._flops_per_token = _flops_per_token(model, config.data.max_seq_len)
         self._logger: MetricLogger | None = None
         self._events = EventLog(config.run_dir / "events.jsonl")
-        self._began = time.monotonic()
 
     def event(self, event: str, step: int, **details: float | int | str) -> None:
         """Takes note of what happened to the run (`monitoring/events.py`); any thread may."""
@@ -85,7 +84,7 @@ class Reporter:
             world_size=self._world.world_size,
             strategy=type(config.parallel).__name__.removesuffix("Config").lower(),
             lost_steps=_last_step(run_dir) - first_step,
-            startup_s=time.monotonic() - self._began,
+            startup_s=time.monotonic() - PROCESS_BEGAN,
         )
         self._open_sinks(first_step)
 
@@ -130,6 +129,8 @@ class Reporter:
         self._logger.close(status)
         self._logger = None
         if self._config.monitoring.report:
+            from monitoring.report import write_report  # matplotlib is slow to start with
+
             write_report(self._config.run_dir)
 
     def say_what_next(self, checkpoint: Path) -> None:

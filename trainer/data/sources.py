@@ -9,6 +9,7 @@ What is one document:
 """
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -158,9 +159,12 @@ def _source(
 
 def _stdlib_files() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
-    relative = (file.relative_to(root) for file in root.rglob("*.py"))
-    names = sorted(path.as_posix() for path in relative if not STDLIB_EXCLUDED & set(path.parts))
-    return [(name, root / name) for name in names]
+    names = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in STDLIB_EXCLUDED]  # site-packages
+        within = Path(folder).relative_to(root)
+        names += [(within / name).as_posix() for name in files if name.endswith(".py")]
+    return [(name, root / name) for name in sorted(names)]
 
 
 def _stdlib_documents(library: list[tuple[str, Path]]) -> Iterator[Document]:
