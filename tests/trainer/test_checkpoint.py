@@ -1,4 +1,4 @@
-"""One checkpoint format: what any strategy saves, any other resumes, at any number of ranks."""
+"""Checkpoints on disk: committed whole, verified, named when damaged, safe from a full disk."""
 
 import dataclasses
 import json
@@ -7,22 +7,13 @@ from pathlib import Path
 import pytest
 
 from monitoring.errors import DamagedError
-from parallel.config import DdpConfig, FsdpConfig, ZeroConfig
+from parallel.config import DdpConfig, FsdpConfig
 from parallel.world import join_world
 from tests.distributed import run_distributed
 from tests.small_run import SmallRun
-from trainer.checkpoint import TrainerState, committed, read_state, read_tensors, verify
+from trainer.checkpoint import TrainerState, committed, read_state, verify
 from trainer.config import CheckpointConfig
 from trainer.saving import Checkpointer
-
-STRATEGIES = {
-    "ddp": DdpConfig(),
-    "fsdp": FsdpConfig(),
-    "zero1": ZeroConfig(stage=1),
-    "zero2": ZeroConfig(stage=2),
-    "zero3": ZeroConfig(stage=3),
-}
-SAVED_AT, THEN = 4, 5
 
 
 def no_assets(folder):
@@ -36,54 +27,6 @@ def tell_nobody(event, step, **details):
 
 def a_state(step):
     return TrainerState(step, step * 16, step * 512, 1.5, "data", "tokenizer", {"seed": 3})
-
-
-def save_with_each(names, folder):
-    """Each strategy trains, saves while training goes on, and reports the uninterrupted losses."""
-    losses = {}
-    with join_world() as world:
-        for name in names:
-            run = SmallRun(STRATEGIES[name], world)
-            run.train(SAVED_AT)
-            checkpointer = Checkpointer(CheckpointConfig(), folder / name, world, no_assets, tell_nobody)
-            checkpointer.save(run.strategy.state, a_state(SAVED_AT))
-            losses[name] = run.train(THEN)  # while the checkpoint is being written
-            checkpointer.wait()
-            checkpointer.close()
-    return losses
-
-
-def resume_with_each(names, folder):
-    """{(saved by, resumed by): losses}"""
-    losses = {}
-    with join_world() as world:
-        for saver in sorted(p.name for p in folder.iterdir()):
-            [checkpoint] = committed(folder / saver)
-            verify(checkpoint, world.rank, world.world_size)
-            for name in names:
-                run = SmallRun(STRATEGIES[name], world)
-                run.step = read_state(checkpoint).step
-                run.strategy.load_state(lambda t, c=checkpoint: read_tensors(c, t), run.step)
-                losses[saver, name] = run.train(THEN)
-    return losses
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_any_strategy_resumes_from_any_other(tmp_path, world_size):
-    names = list(STRATEGIES)
-    expected = run_distributed(save_with_each, 2, names, tmp_path)[0]
-    if world_size == 2:
-        resumed = run_distributed(resume_with_each, 2, names, tmp_path)[0]
-    else:  # a covering subset at the other sizes
-        resumed = run_distributed(resume_with_each, world_size, ["ddp", "fsdp", "zero3"], tmp_path)[
-            0
-        ]
-    for (saver, resumer), losses in resumed.items():
-        for (loss, norm), (wanted, wanted_norm) in zip(losses, expected[saver], strict=True):
-            assert loss == pytest.approx(wanted, abs=1e-5), (saver, resumer)
-            assert norm == pytest.approx(wanted_norm, rel=1e-4), (saver, resumer)
-        if saver == resumer and world_size == 2:
-            assert losses == expected[saver], f"{saver} is not bit for bit"
 
 
 def save_many(folder, keep_last):
