@@ -10,7 +10,7 @@ from launch.journal import say
 from launch.machine import Machine
 from launch.protocol import (
     MAX_LINE_BYTES,
-    SILENCE_S,
+    SUPERVISOR_SILENCE_S,
     VERSION,
     Dismiss,
     Hello,
@@ -51,7 +51,7 @@ class Agent:
         self._stop_by = 0.0
         self._changed = asyncio.Event()
 
-    async def run(self) -> ExitCode:
+    async def run(self) -> int:
         """Serves supervisors until one dismisses this machine, or none is to be found.
 
         Returns:
@@ -80,7 +80,7 @@ class Agent:
         while self._stop is None:
             try:
                 opening = asyncio.open_connection(host, port, limit=MAX_LINE_BYTES)
-                return await asyncio.wait_for(opening, SILENCE_S)
+                return await asyncio.wait_for(opening, SUPERVISOR_SILENCE_S)
             except (OSError, TimeoutError) as e:
                 if time.monotonic() > deadline:
                     raise SpotforgeError(
@@ -97,7 +97,7 @@ class Agent:
 
     async def _serve(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> ExitCode | None:
+    ) -> int | None:
         """Does what a supervisor says until it dismisses this machine; None if it is lost."""
 
         def send(message: Message) -> None:
@@ -128,7 +128,7 @@ class Agent:
         writer.write(encode(Hello(VERSION, nproc, digest, writer.get_extra_info("sockname")[0])))
         where = f"{self._membership.host}:{self._membership.port}"
         try:
-            answer = await asyncio.wait_for(receive(reader), SILENCE_S)
+            answer = await asyncio.wait_for(receive(reader), SUPERVISOR_SILENCE_S)
         except ProtocolError as e:
             raise ConfigError(
                 "HOST:PORT", where, "is not a supervisor", "see its line `listening on`"
@@ -146,7 +146,7 @@ class Agent:
 
     async def _obey(
         self, machine: Machine, reader: asyncio.StreamReader, send: Callable[[Message], None]
-    ) -> ExitCode:
+    ) -> int:
         """Does what the supervisor says until it dismisses this machine."""
         reading = asyncio.ensure_future(receive(reader))
         heard_at = time.monotonic()
@@ -160,18 +160,22 @@ class Agent:
                     message, heard_at = reading.result(), now
                     if isinstance(message, Dismiss):
                         self._say(f"dismissed: {message.reason}")
-                        return ExitCode(message.code)
+                        return message.code
                     machine.receive(message)
                     reading = asyncio.ensure_future(receive(reader))
-                elif now > heard_at + SILENCE_S:
-                    raise TimeoutError(f"silent for {SILENCE_S:.0f} s")
+                elif now > heard_at + SUPERVISOR_SILENCE_S:
+                    raise TimeoutError(f"silent for {SUPERVISOR_SILENCE_S:.0f} s")
                 if self._stop is not None and not has_told:
                     self._say(f"{self._stop}: telling the supervisor that this machine goes away")
                     send(Leaving(self._stop))
                     has_told = True
                 elif self._stop is not None and now > self._stop_by:
-                    self._say(f"the ranks did not end within {self._membership.grace_s:g} s")
-                    return ExitCode.FAILED
+                    grace = f"{self._membership.grace_s:g} s"
+                    if machine.is_running:
+                        self._say(f"its ranks did not end within {grace}: killed")
+                        return ExitCode.FAILED
+                    self._say(f"not dismissed within {grace}, but its ranks have ended: leaving")
+                    return ExitCode.START_AGAIN
         finally:
             reading.cancel()
 

@@ -77,11 +77,11 @@ class _Rank:
     def __init__(self, command: Sequence[str], start: Start, local_rank: int, folder: Path) -> None:
         rank = start.first_rank + local_rank
         self._folder = folder / f"{start.generation}-{rank}"
-        self._folder.mkdir()
         self._status = RankStatus(rank)
         self._beat_ns = 0
         self._process: subprocess.Popen[bytes] | None = None
         try:
+            self._folder.mkdir(parents=True)  # of a temporary folder that may have been cleared
             self._process = subprocess.Popen(
                 command,
                 env=_environment(start, local_rank, self._folder),
@@ -90,7 +90,7 @@ class _Rank:
                 preexec_fn=_die_with_parent(),
             )
         except (OSError, subprocess.SubprocessError) as e:
-            self._end(_NOT_STARTED, f"{command[0]}: {e}")
+            self._end(_NOT_STARTED, f"cannot start {command[0]}: {e}")
 
     def look(self) -> RankStatus:
         if self._status.exit is None and self._process is not None:

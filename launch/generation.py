@@ -162,17 +162,20 @@ class Generation:
         return None
 
     def _is_failure(self, rank: RankStatus) -> bool:
-        told = self.stop_cause in (StopCause.SIGNAL, StopCause.LEAVE, StopCause.GROW)
-        return has_failed(rank) and not (told and rank.exit == -SIGTERM)
+        return has_failed(rank) and not (self._told and rank.exit == -SIGTERM)
+
+    @property
+    def _told(self) -> bool:
+        return self.stop_cause not in (None, StopCause.OWN_ACCORD)
 
     def _nothing_to_save(self) -> bool:
-        """Whether our SIGTERM ended a rank that had no handler yet, when no step was under way.
+        """Whether our SIGTERM ended a rank that had no handler yet: no step is done without it.
 
-        The others may have theirs already, and wait for it in vain, or fail for want of it.
+        The others may have theirs already, and wait for it in vain, or fail for want of it. Where
+        none beats, they are not ours, and may have more to do.
         """
         return (
-            self.stop_cause not in (None, StopCause.OWN_ACCORD)
-            and any(rank.exit == -SIGTERM for rank in self.ranks)
+            self._told
+            and any(rank.exit == -SIGTERM and not has_begun(rank) for rank in self.ranks)
             and any(rank.phase is not None for rank in self.ranks)
-            and not any(has_begun(rank) for rank in self.ranks)
         )

@@ -43,6 +43,8 @@ class Journal:
         self, event: str, generation: int, world_size: int, step: int | None, reason: str
     ) -> None:
         """Notes one event, now."""
+        if self._path is None:
+            return
         record = {
             "time": time.time(),
             "event": event,

@@ -104,10 +104,6 @@ class Machine:
         """Whether a rank runs."""
         return self._gang is not None and any(r.exit is None for r in self._gang.status())
 
-    def kill(self) -> None:
-        """Kills the ranks."""
-        self.receive(Kill())
-
     def close(self) -> None:
         """Kills the ranks and leaves nothing behind."""
         for job in self._jobs:

@@ -65,8 +65,8 @@ def highest_step(ranks: Sequence[RankStatus]) -> int | None:
 
 
 def has_begun(rank: RankStatus) -> bool:
-    """Whether a rank is past its start, so that work may be lost."""
-    return rank.phase not in (None, "starting")
+    """Whether a rank trains, or has: what comes before (`data 0`, say) leaves nothing to lose."""
+    return rank.phase not in (None, "starting") and (rank.phase == "train" or bool(rank.step))
 
 
 @dataclass(frozen=True)

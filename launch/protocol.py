@@ -23,7 +23,9 @@ from typing import Any
 
 VERSION = 1
 PING_S = 1.0
-SILENCE_S = 10.0  # a peer that says nothing for so long is gone
+SILENCE_S = 10.0  # a machine that says nothing for so long is lost
+# It kills its ranks before that, so that they do not write beside those of the next start.
+SUPERVISOR_SILENCE_S = 8.0
 MAX_LINE_BYTES = 4 * 2**20
 MAX_TEXT_CHARS = 32 * 2**10  # of a traceback or of the stacks of a rank
 

@@ -203,15 +203,15 @@ class Supervisor:
         chosen = choose_nodes([node.nproc for node in ready], self._settings.multiple_of)
         if chosen:
             return Generation(self._generation + 1, [ready[i] for i in chosen])
-        nprocs = " + ".join(str(node.nproc) for node in ready) or "0"
-        rule = f"the machines that are there can run {nprocs} ranks"
+        nprocs = " + ".join(str(node.nproc) for node in ready if node.nproc) or "no"
+        can = f"there are machines for {nprocs} ranks"
         multiple_of = self._settings.multiple_of
         if self._listener is not None:
-            self._say(f"waiting for nodes to join: {rule}, no multiple of {multiple_of}")
+            self._say(f"waiting for nodes to join: {can}, --multiple-of={multiple_of}")
             return None
-        if self._generation == 0 and nprocs != "0":
-            raise ConfigError("--multiple-of", multiple_of, rule, "change it or --nproc")
-        self._tell("fail", f"{rule}, no multiple of {multiple_of}")
+        if self._generation == 0 and nprocs != "no":
+            raise ConfigError("--multiple-of", multiple_of, can, "change it or --nproc")
+        self._tell("fail", f"cannot start again: {can}, --multiple-of={multiple_of}")
         return ExitCode.FAILED
 
     async def _watch(self, gang: Generation) -> End:

@@ -12,6 +12,8 @@ from filelock import FileLock, Timeout
 from monitoring.errors import ConfigError
 
 _LOCK, _OWNER = ".lock", ".lock-owner"
+# A file server keeps the lock of a machine that was lost until its lease expires: 90 s in Linux.
+_LEASE_S = 120
 
 
 @contextmanager
@@ -28,16 +30,22 @@ def lock_run(run_dir: Path) -> Iterator[None]:
     lock = FileLock(run_dir / _LOCK)
     try:
         lock.acquire(timeout=0)
-    except Timeout as e:
-        raise ConfigError(
-            "run.dir",
-            run_dir,
-            f"another job is training there{_owner(run_dir)}",
-            "stop that one first, or choose another run.name",
-        ) from e
+    except Timeout:
+        owner = _owner(run_dir)
+        try:
+            elsewhere = owner is not None and owner["host"] != socket.gethostname()
+            lock.acquire(timeout=_LEASE_S if elsewhere else 0)
+        except Timeout as e:
+            who = f" (process {owner['pid']} on {owner['host']})" if owner is not None else ""
+            raise ConfigError(
+                "run.dir",
+                run_dir,
+                f"another job is training there{who}",
+                "stop that one first, or choose another run.name",
+            ) from e
     try:
-        owner = {"host": socket.gethostname(), "pid": os.getpid()}
-        (run_dir / _OWNER).write_text(json.dumps(owner))
+        me = {"host": socket.gethostname(), "pid": os.getpid()}
+        (run_dir / _OWNER).write_text(json.dumps(me))
         yield
     finally:
         (run_dir / _OWNER).unlink(missing_ok=True)
@@ -47,9 +55,10 @@ def lock_run(run_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-def _owner(run_dir: Path) -> str:
+def _owner(run_dir: Path) -> dict[str, object] | None:
+    """Who wrote that it has the lock; None while that is being written."""
     try:
         owner = json.loads((run_dir / _OWNER).read_text())
-        return f" (process {owner['pid']} on {owner['host']})"
+        return {"host": owner["host"], "pid": owner["pid"]}
     except (OSError, ValueError, KeyError):
-        return ""  # it has just begun or just ended
+        return None

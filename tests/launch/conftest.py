@@ -1,6 +1,7 @@
 """Starts real supervisors and agents over toy ranks."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -26,7 +27,7 @@ def wait_until(condition, what, timeout_s=20):
 class Running:
     """A `python -m launch` that runs, and what it printed."""
 
-    def __init__(self, arguments, log, env=None):
+    def __init__(self, arguments, log, env):
         self._log = log
         with log.open("w") as stderr:
             self.process = subprocess.Popen(
@@ -71,7 +72,8 @@ class Site:
 
     def launch(self, *arguments, env=None):
         log = self.folder / f"stderr-{len(self._running)}"
-        running = Running(arguments, log, env)
+        # What a killed one leaves in its temporary folder goes with the test.
+        running = Running(arguments, log, {**os.environ, "TMPDIR": str(self.folder), **(env or {})})
         self._running.append(running)
         return running
 

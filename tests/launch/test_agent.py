@@ -95,6 +95,40 @@ def test_the_last_machine_that_leaves_ends_it(site):
     assert (agent.end(), supervisor.end()) == (33, 33)
 
 
+def test_without_a_machine_it_waits_for_one(site):
+    supervisor, port = site.listen("--nproc", 0, toy=LONG)
+    agent = site.join(port, "--nproc", 1, toy=LONG)
+    site.wait_for_step(3)
+    agent.send(signal.SIGKILL)
+    supervisor.wait_for_line("none is left\n.*waiting for 1 node to join")
+    site.join(port, "--nproc", 1, toy=LONG)
+    supervisor.wait_for_line("start 2: 1 rank on 1 node")
+    supervisor.send()
+    assert supervisor.end() == 33
+
+
+def test_a_machine_that_must_go_does_not_wait_for_ever(site):
+    toy = [*LONG, "--do", 1, 3, "hang", 1]
+    supervisor, port = site.listen("--nproc", 1, "--nodes", 2, toy=toy)
+    agent = site.join(port, "--nproc", 1, "--grace", 0.5, toy=toy)
+    site.wait_for_step(3)
+    agent.send()
+    assert agent.end() == 1
+    assert "its ranks did not end within 0.5 s: killed" in agent.printed
+    supervisor.wait_for_line("start 2: 1 rank on 1 node")
+
+
+def test_a_machine_that_must_go_does_not_wait_for_the_others(site):
+    toy = [*LONG, "--save-s", 60]  # of rank 0 only
+    supervisor, port = site.listen("--nproc", 1, "--nodes", 2, toy=toy)
+    agent = site.join(port, "--nproc", 1, "--grace", 1, toy=toy)
+    site.wait_for_step(3)
+    agent.send()
+    assert agent.end() == 33
+    assert "not dismissed within 1 s, but its ranks have ended: leaving" in agent.printed
+    assert "start 2" not in supervisor.printed  # it waits for rank 0
+
+
 def test_a_machine_that_would_not_be_used_interrupts_nothing(site):
     supervisor, port = site.listen("--nproc", 2, "--multiple-of", 2, toy=LONG)
     first = site.join(port, "--nproc", 1, toy=LONG)

@@ -64,7 +64,8 @@ def test_the_rank_behind_is_at_the_lowest_step_then_longest_silent():
     ]
     assert behind(ranks) is ranks[2]
     assert highest_step(ranks) == 12
-    assert highest_step([RankStatus(0, "starting", 40)]) is None
+    assert highest_step([RankStatus(0, "data", 0), RankStatus(1, "starting", 0)]) is None
+    assert highest_step([RankStatus(0, "train", 0)]) == 0
 
 
 def test_failures_are_the_same_but_for_numbers_and_addresses():

@@ -1,0 +1,59 @@
+"""A peer that says nothing for ten seconds is gone; here for a tenth of one."""
+
+import asyncio
+
+import pytest
+
+from launch.agent import Agent, Membership
+from launch.nodes import Listener
+from launch.protocol import VERSION, Hello, Pong, Welcome, command_digest, encode, receive
+from monitoring.errors import SpotforgeError
+
+COMMAND = ["true"]
+SILENCE_S = 0.1
+
+
+def test_a_silent_machine_is_lost(monkeypatch):
+    monkeypatch.setattr("launch.nodes.SILENCE_S", SILENCE_S)
+
+    async def join_and_say_no_more():
+        nodes, changed = [], asyncio.Event()
+        listener = Listener(command_digest(COMMAND), nodes.append, changed, print)
+        port = int((await listener.open("127.0.0.1", 0)).rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(encode(Hello(VERSION, 4, command_digest(COMMAND), "10.0.0.7")))
+        assert await receive(reader) == Welcome()
+        (node,) = nodes
+        assert (node.nproc, node.address, node.lost) == (4, "10.0.0.7", None)
+        async with asyncio.timeout(5):
+            await changed.wait()
+        assert node.lost.startswith("silent for")
+        assert await reader.read() == b""  # it hung up
+        writer.close()
+        await listener.close()
+
+    asyncio.run(join_and_say_no_more())
+
+
+def test_a_silent_supervisor_is_lost(monkeypatch, capsys):
+    monkeypatch.setattr("launch.agent.SUPERVISOR_SILENCE_S", SILENCE_S)
+    monkeypatch.setattr("launch.agent._RETRY_S", 0.0)
+    # The signals of this process are pytest's.
+    monkeypatch.setattr("launch.agent.call_on_stop", lambda stop: None)
+    monkeypatch.setattr("launch.agent.hold", lambda: None)
+
+    async def welcome_and_say_no_more():
+        async def serve(reader, writer):
+            server.close()  # none to come back to
+            assert (await receive(reader)).nproc == 2
+            writer.write(encode(Welcome()) + encode(Pong()))
+            await reader.read()
+            writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(SpotforgeError, match=f"no supervisor at 127.0.0.1:{port}"):
+            await Agent(Membership("127.0.0.1", port, COMMAND, 2, 1.0)).run()
+
+    asyncio.run(welcome_and_say_no_more())
+    assert "lost the supervisor: silent for" in capsys.readouterr().err
