@@ -12,6 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from monitoring.errors import ConfigError
+from monitoring.goodput import Goodput, goodput
 from monitoring.run_charts import draw
 from monitoring.run_files import Run, mapping, mappings, number, read_run
 from monitoring.units import compact, duration, gibibytes, printable
@@ -30,11 +31,23 @@ _STATUS = {
     "failed": "failed",
     "running": "running or killed",
 }
+# Where time goes, largest part of a good run first; what the bar and the table call it.
+_SPENT = {
+    "useful_s": "training that counts",
+    "starting_s": "starting",
+    "saving_s": "waiting for saves",
+    "evaluation_s": "evaluation",
+    "lost_s": "steps done again (estimated)",
+    "ending_s": "ending: last evaluation, uploads, export",
+    "waiting_s": "nobody running",
+    "other_s": "other",
+}
 _PLACES = {
     "config.yaml": "resolved configuration",
     "environment.json": "code, packages and hardware",
     "data.json": "data sources and their digests",
     "metrics.jsonl": "everything that was logged",
+    "events.jsonl": "starts, saves, stops and losses",
     "samples.jsonl": "generated texts",
     "status.json": "how the run ended",
     "checkpoints": "to resume from",
@@ -89,6 +102,7 @@ def _view(run: Run) -> dict[str, object]:
         "figures": _figures(run),
         "notices": _notices(run),
         "drawings": draw(run),
+        "goodput": _goodput(goodput(run)),
         "samples": _samples(run),
         "config": _config_groups(run.config),
         "data": _data(run.data),
@@ -180,6 +194,41 @@ def _notices(run: Run) -> list[str]:
                 f"{key} was not finite at {len(bad)} logged step(s), first at step {bad[0]:,}."
             )
     return notices
+
+
+# --- goodput
+
+
+def _goodput(found: Goodput | None) -> dict[str, object]:
+    """What the section shows; nothing for a run that has not been anywhere yet."""
+    if found is None or found.wall_s <= 0:
+        return {}
+    parts = [(label, getattr(found, name)) for name, label in _SPENT.items()]
+    facts = [
+        _plural(found.num_starts, "start"),
+        _plural(found.num_losses, "loss", "losses") + " without a word",
+        _plural(found.lost_steps, "step") + " done again",
+    ]
+    if found.skipped_batches:
+        facts.append(_plural(found.skipped_batches, "batch", "batches") + " left out")
+    return {
+        "share": f"{math.floor(found.share * 1000) / 10:.1f} %",  # 100.0 % is nothing less
+        "wall": _exact_duration(found.wall_s),
+        "spent": [
+            (kind, label, _exact_duration(spent_s), spent_s / found.wall_s)
+            for kind, (label, spent_s) in enumerate(parts, start=1)
+            if spent_s >= 0.05  # reads 0.0s
+        ],
+        "facts": ", ".join(facts),
+    }
+
+
+def _exact_duration(seconds: float) -> str:
+    return f"{seconds:.1f}s" if seconds < 9.95 else duration(seconds)
+
+
+def _plural(number: int, one: str, many: str = "") -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 # --- text

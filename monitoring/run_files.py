@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from monitoring.errors import ConfigError, DamagedError
+from monitoring.events import read_events
 from monitoring.jsonl import NOT_FINITE, read_records
 
 
@@ -35,6 +36,7 @@ class Run:
         folder: The run directory.
         records: Of `metrics.jsonl`, in order.
         samples: Of `samples.jsonl`, in order.
+        events: Of `events.jsonl`, in order; empty when absent.
         status: `status.json`; empty when absent, as the three below.
         config: The resolved configuration.
         environment: What `describe_environment` returned.
@@ -45,6 +47,7 @@ class Run:
     folder: Path
     records: list[dict[str, object]]
     samples: list[dict[str, object]]
+    events: list[dict[str, object]]
     status: dict[str, object]
     config: dict[str, object]
     environment: dict[str, object]
@@ -122,6 +125,7 @@ def read_run(run_dir: Path) -> Run:
         folder=run_dir,
         records=read_records(run_dir / "metrics.jsonl"),
         samples=read_records(run_dir / "samples.jsonl"),
+        events=read_events(run_dir),
         status=_read_json(run_dir / "status.json"),
         config=_read_yaml(run_dir / "config.yaml"),
         environment=_read_json(run_dir / "environment.json"),

@@ -88,7 +88,8 @@ def train_in(
                 saved = read_state(checkpoint)
                 check_same_run(config, state, saved, reporter.say)
                 check_same_model(checkpoint, dict(model.named_parameters()))
-                reporter.say(f"resuming after step {saved.step}, from {checkpoint}")
+                why = "the newest valid one" if config.resume == "auto" else "as resume says"
+                reporter.say(f"resuming after step {saved.step}, from {checkpoint} ({why})")
                 state = dataclasses.replace(saved, config=resolved)
                 if world.rank == 0:
                     set_newer_aside(folder, checkpoint, remote, reporter)

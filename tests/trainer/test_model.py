@@ -18,10 +18,10 @@ from tests.distributed import run_distributed
 from tests.small_run import MODEL, VOCAB, SmallRun
 from trainer.cli import CONFIG_DIR
 from trainer.config import NamedModelConfig, PathModelConfig
-from trainer.schemas import register_schemas
 from trainer.model import Materializer, build_meta_model
 from trainer.objective import NextTokenLoss
 from trainer.optim import AdamWConfig
+from trainer.schemas import register_schemas
 
 CPU = torch.device("cpu")
 LLAMA = {
