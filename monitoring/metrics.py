@@ -137,10 +137,12 @@ class MetricLogger:
         if self._closed:
             return
         self._closed = True
-        self._write_status(exit_status)
-        self._samples.close(exit_status)
-        for sink in reversed(self._sinks):  # the console first: wandb prints when it ends
-            sink.close(exit_status)
+        try:
+            self._write_status(exit_status)
+        finally:  # the disk may be full
+            self._samples.close(exit_status)
+            for sink in reversed(self._sinks):  # the console first: wandb prints when it ends
+                sink.close(exit_status)
 
     def __enter__(self) -> Self:
         return self

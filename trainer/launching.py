@@ -9,6 +9,7 @@ SkyPilot, one call a node           the nodes are there: SKYPILOT_NODE_IPS, ...;
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -73,7 +74,13 @@ def run_rank(config: TrainerConfig) -> int:
             if not e.seen_by_all or int(os.environ.get("RANK", 0)) == 0:
                 print(e, file=sys.stderr, flush=True)
             return e.exit_code
-        except Exception:
+        except Exception as e:
+            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+                rule = f"the disk is full ({e})"
+                fix = "free some space, then run the same command again"
+                full = ConfigError("run.dir", config.run.dir, rule, fix)
+                print(full, file=sys.stderr, flush=True)
+                return ExitCode.BAD_CONFIG
             heartbeat.failed()
             # A rank that loses another fails too: its launcher's SIGTERM says that it is the echo.
             if not ("RANK" in os.environ and stop.wait(seconds=3)):

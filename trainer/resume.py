@@ -47,7 +47,7 @@ def find_checkpoint(
         folder: Where this run's checkpoints are.
         world: Every rank verifies its share of the files.
         reporter: Is told what was passed over, and why.
-        remote: Where they are too; what is newer there is fetched.
+        remote: Where they are too; what is missing or damaged on disk is fetched.
         beat: Called now and then while it is.
 
     Raises:
@@ -57,10 +57,10 @@ def find_checkpoint(
     damaged: DamagedError | None = None
     with world.together():
         candidates = _candidates(config, folder, remote) if world.rank == 0 else []
-    for candidate in world.from_first(candidates):
+    for candidate, stored in world.from_first(candidates):
         try:
             with world.together():
-                if world.rank == 0 and not candidate.exists():
+                if world.rank == 0 and stored:
                     assert remote is not None
                     reporter.say(f"fetching {candidate.name} from {remote.url}")
                     remote.download(candidate.name, folder, beat)
@@ -177,26 +177,27 @@ def check_same_model(checkpoint: Path, parameters: Mapping[str, nn.Parameter]) -
 
 def _candidates(
     config: TrainerConfig, folder: Path, remote: RemoteCheckpoints | None
-) -> list[Path]:
-    """Newest first; those that are not on disk are in the object store."""
+) -> list[tuple[Path, bool]]:
+    """Newest first; whether to fetch it: of the same step, what is on disk comes first."""
     if config.resume not in ("auto", "never"):
         path = Path(config.resume).expanduser().absolute()
         if not path.is_dir():
             raise ConfigError(
                 "resume", config.resume, "there is no such checkpoint", "auto, never or a folder"
             )
-        return [path]
-    names = {path.name for path in committed(folder)}
+        return [(path, False)]
+    found = [(path.name, False) for path in committed(folder)]
     if remote is not None:
-        names |= set(remote.names())
-    if config.resume == "never" and names:
+        found += [(name, True) for name in remote.names()]
+    if config.resume == "never" and found:
         raise ConfigError(
             "resume",
             "never",
             f"{folder.parent} holds checkpoints of an earlier run",
             "choose another run.name, or use resume=auto to go on with it",
         )
-    return [folder / name for name in sorted(names, reverse=True)]
+    found.sort(key=lambda candidate: (candidate[0], not candidate[1]), reverse=True)
+    return [(folder / name, stored) for name, stored in found]
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -140,8 +140,9 @@ def train_in(
             # 6. What is handed on
             _finish(config, world, reporter, checkpointer, stop, state.step, outcome)
         except BaseException as e:
-            reporter.event("fail", state.step, error=f"{type(e).__name__}: {e}")
-            reporter.close("failed")
+            with suppress(OSError):  # of a full disk, say: it must not take the reason's place
+                reporter.event("fail", state.step, error=f"{type(e).__name__}: {e}")
+                reporter.close("failed")
             raise
         finally:
             checkpointer.close()

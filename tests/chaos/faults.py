@@ -80,7 +80,8 @@ def _fill_disk(run, row, layout, disk, mounted):
         return [f"hang: {gang.stacks()[:2000]}"]
     row.seconds = time.monotonic() - began
     problems = []
-    if not set(gang.codes) <= {1, 2} or "Traceback" in gang.log():
+    # Who cannot write says so; a peer may only see that it is gone.
+    if not {2} <= set(gang.codes) <= {1, 2} or "Traceback" in gang.log():
         problems.append(f"ended with {gang.codes}: {gang.log()[-1000:]}")
     for path in checkpoints.steps(folder).values():
         if (fault := checkpoints.fault(path)) is not None:

@@ -1,13 +1,17 @@
 """What the checkpoint folder and the object store hold as a run goes, and where a resume looks."""
 
+import errno
 import json
+import os
 import shutil
 
 import fsspec
 import pytest
 
+from monitoring.metrics import MetricLogger
 from tests.object_store import ObjectStore
 from trainer.checkpoint import committed, outdated
+from trainer.reporter import Reporter
 
 
 @pytest.fixture
@@ -96,6 +100,19 @@ def test_going_back_to_an_older_checkpoint_sticks(trainer, small, run_dir):
     assert "resuming after step 6" in trainer(*more).out
 
 
+def test_a_disk_that_fills_up_elsewhere_is_said_in_one_line(trainer, small, run_dir, monkeypatch):
+    def full(*given):
+        if given[-1] != "running":  # what is written as the run begins
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Reporter, "log", full)
+    monkeypatch.setattr(MetricLogger, "_write_status", full)
+    result = trainer(*small)
+    assert result.code == 2
+    [line] = [line for line in result.err.splitlines() if not line.startswith("preparing data")]
+    assert line.startswith(f"run.dir={run_dir}: the disk is full") and "free some space" in line
+
+
 def test_what_a_killed_save_left_is_removed_and_never_read(trainer, small, run_dir):
     more = [*small, "checkpoint.interval=2"]
     assert trainer(*more).code == 0
@@ -132,6 +149,19 @@ def test_a_damaged_upload_is_passed_over(trainer, small, run_dir, store):
     shutil.rmtree(run_dir)
     result = trainer(*more, "stop.steps=6", "schedule=constant")
     assert result.code == 0 and "passed over" in result.out and "after step 3" in result.out
+
+
+def test_what_is_damaged_here_is_fetched_from_the_store(trainer, small, run_dir, store):
+    more = [*small, UPLOAD, "checkpoint.interval=3", "schedule=constant"]
+    assert trainer(*more, "stop.steps=6").code == 0
+    shard = run_dir / "checkpoints" / "step-00000006" / "__0_0.distcp"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    result = trainer(*more, "stop.steps=8")
+    assert result.code == 0 and "passed over" in result.out
+    assert "fetching step-00000006" in result.out and "resuming after step 6" in result.out
+    assert [step for step, _ in losses(run_dir)] == list(range(1, 9))
+    assert shard.read_bytes() == content
 
 
 def test_a_store_that_refuses_is_refused_at_the_start(trainer, small, run_dir, store, monkeypatch):
