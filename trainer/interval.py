@@ -9,7 +9,7 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from monitoring.errors import ConfigError
@@ -88,14 +88,19 @@ class SaveSchedule:
     Args:
         interval: The user's choice.
         mtbf_s: Mean time between losses of the machine; only `auto` needs it.
+        costs_s: What saves of earlier starts took from training, in order.
         clock: Seconds, from any origin.
     """
 
     def __init__(
-        self, interval: Interval, mtbf_s: float, clock: Callable[[], float] = time.monotonic
+        self,
+        interval: Interval,
+        mtbf_s: float,
+        costs_s: Iterable[float] = (),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._interval, self._mtbf_s, self._clock = interval, mtbf_s, clock
-        self._costs_s: deque[float] = deque(maxlen=_SAVES_REMEMBERED)
+        self._costs_s = deque(costs_s, maxlen=_SAVES_REMEMBERED)
         self._since = clock()
 
     @property

@@ -23,7 +23,7 @@ from trainer.data.prepare import PreparedData
 from trainer.evaluation import evaluate, generate, held_out_batches
 from trainer.heartbeat import Heartbeat
 from trainer.interval import Interval, SaveSchedule, expected_mtbf_s
-from trainer.reporter import Reporter, count_losses
+from trainer.reporter import Reporter, count_losses, save_costs_s
 from trainer.resume import find_checkpoint
 from trainer.saving import Checkpointer
 from trainer.stopping import StopSignal
@@ -63,7 +63,9 @@ class TrainingLoop:
             state.elapsed_s,
             count_losses(config.run_dir),
         )
-        self.save_schedule = SaveSchedule(Interval.parse(config.checkpoint.interval), mtbf_s)
+        self.save_schedule = SaveSchedule(
+            Interval.parse(config.checkpoint.interval), mtbf_s, save_costs_s(config.run_dir)
+        )
         held_out_batches(config, data, world)
         self.loader = self._loader(state.num_samples)
 

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -171,6 +171,12 @@ def count_losses(run_dir: Path) -> int:
     marks = [e["event"] for e in read_events(run_dir)]
     marks = [mark for mark in marks if mark in ("start", "stop", "finish", "fail")]
     return sum(a == b == "start" for a, b in itertools.pairwise([*marks, "start"]))
+
+
+def save_costs_s(run_dir: Path) -> list[float]:
+    """What each save took from training, in order."""
+    saves = [e for e in read_events(run_dir) if e["event"] == "checkpoint"]
+    return [cast(float, save["blocking_s"]) for save in saves]
 
 
 def check_run_dir(config: TrainerConfig) -> None:

@@ -83,6 +83,13 @@ def test_auto_follows_the_measured_cost():
     assert dear[-1] - dear[-2] > 5 * (cheap[2] - cheap[1])
 
 
+def test_auto_remembers_what_saves_cost_before_a_restart():
+    clock = Clock()
+    schedule = SaveSchedule(Interval(auto=True), 3600.0, [9.0, 0.1, 0.1, 0.1, 0.1, 0.1], clock)
+    first = due_times(schedule, clock, cost_s=0.1, until_s=60)[0]
+    assert first == pytest.approx(optimal_interval_s(0.1, 3600), abs=1)
+
+
 def test_auto_saves_more_often_where_machines_vanish_more_often():
     clock = Clock()
     schedule = SaveSchedule(Interval(auto=True), mtbf_s=60.0, clock=clock)

@@ -11,7 +11,7 @@ import pytest
 from monitoring.metrics import MetricLogger
 from tests.object_store import ObjectStore
 from trainer.checkpoint import committed, outdated
-from trainer.reporter import Reporter
+from trainer.reporter import Reporter, save_costs_s
 
 
 @pytest.fixture
@@ -70,6 +70,7 @@ def test_every_save_says_what_it_cost(trainer, small, run_dir):
     assert trainer(*small, "checkpoint.interval=2").code == 0
     saves = events(run_dir, "checkpoint")
     assert [save["step"] for save in saves] == [2, 4, 6]
+    assert save_costs_s(run_dir) == [save["blocking_s"] for save in saves]
     for save in saves:
         assert 0 <= save["blocking_s"] < 5 and save["write_s"] > 0
         folder = run_dir / "checkpoints" / f"step-{save['step']:08d}"

@@ -1,0 +1,411 @@
+"""Goodput of a run on machines that come and go as they once did: a real trace, faster.
+
+    python -m benchmarks.bench_goodput TRACE.json --compression 12 24 --minutes 8
+
+Every node of the trace is an agent (`python -m launch join`) with one rank, under one supervisor,
+all on this machine. Where the trace loses a node, an agent gets SIGTERM, as after a notice, or
+SIGKILL; where it gains one, an agent joins. What is measured, from the first step on:
+
+    goodput  seconds in steps that count, of the seconds in which the trace had a node
+    tokens   tokens that count, of those at this run's median rate with as many nodes at each moment
+
+Nothing but the trace is compressed: a restart takes as long as it takes, so a replay at 24x pays
+for it 24 times as much as the same machines would have. TRACE.json is as the Can't Be Late study
+(Wu et al., NSDI 2024) published them: `metadata.gap_seconds`, and `data`, nodes at each point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise, zip_longest
+from pathlib import Path
+from typing import Any, cast
+
+from monitoring.environment import describe_environment
+from monitoring.goodput import goodput
+from monitoring.jsonl import read_records
+from monitoring.run_files import read_run
+
+RESULT = Path("benchmarks/results/goodput.json")
+TARGET = 0.95
+HOURS_BETWEEN_PREEMPTIONS = 6.0  # the trainer's default, to be compressed too
+NOTICE_S = 30.0  # the shortest that a cloud gives (GCP, Azure); it is not compressed
+Row = dict[str, Any]
+OVERRIDES = [
+    "experiment=stdlib",
+    "parallel=ddp",
+    "stop.steps=1000000",
+    "stop.minutes=null",
+    "schedule=constant",
+    "log.every_steps=1",
+    "evaluation.every_steps=1000000",
+    "export.at_end=false",
+    "monitoring.progress=false",
+    "monitoring.report=false",
+]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Nodes that a cloud had at each point of time.
+
+    Attributes:
+        name: Folder and file.
+        gap_s: Seconds between two points.
+        nodes: At each point.
+    """
+
+    name: str
+    gap_s: float
+    nodes: Sequence[int]
+
+    @classmethod
+    def read(cls, path: Path, max_nodes: int) -> Trace:
+        """Reads a trace, in which more than `max_nodes` are not used."""
+        content = json.loads(path.read_text())
+        nodes = [min(int(n), max_nodes) for n in content["data"]]
+        name = f"{path.parent.name}/{path.stem}"
+        return cls(name, float(content["metadata"]["gap_seconds"]), nodes)
+
+    @property
+    def losses_per_hour(self) -> float:
+        """Nodes that went away, by hour of the whole trace."""
+        return _losses(self.nodes) / (len(self.nodes) * self.gap_s / 3600)
+
+    def typical_window(self, hours: float) -> int:
+        """Where a window begins that loses nodes as often as the trace does on the whole.
+
+        The first of those that come closest and begin with a node.
+        """
+        length = round(hours * 3600 / self.gap_s)
+        # Where less than one is to be expected, one is seen: else there is nothing to measure.
+        wanted = max(1.0, self.losses_per_hour * hours)
+        starts = [i for i in range(len(self.nodes) - length) if self.nodes[i] > 0]
+        if not starts:
+            raise SystemExit(f"{self.name}: there is no window of {hours:.1f} h with a node")
+        return min(starts, key=lambda i: abs(_losses(self.nodes[i : i + length]) - wanted))
+
+    def changes(self, first: int, hours: float) -> list[tuple[float, int]]:
+        """(seconds from the window's beginning, nodes from then on), the first at 0."""
+        window = self.nodes[first : first + round(hours * 3600 / self.gap_s)]
+        found = [(0.0, window[0])]
+        for i, (before, after) in enumerate(pairwise(window), start=1):
+            if before != after:
+                found.append((i * self.gap_s, after))
+        return found
+
+
+@dataclass
+class Change:
+    """A node that came or went, and how long it took until the next step was done.
+
+    Attributes:
+        at_s: From the first step on.
+        kind: join, notice or kill.
+        nodes: From then on.
+        recovery_s: Until the first step of the ranks that are then there; None where there is no
+            node, or where something else happened before.
+    """
+
+    at_s: float
+    kind: str
+    nodes: int
+    recovery_s: float | None = None
+
+
+class Machines:
+    """A supervisor and the agents that stand for nodes.
+
+    Args:
+        folder: For what they leave.
+        command: Of one rank.
+        num_nodes: To wait for before the first start.
+        rng: Chooses who goes, and how.
+        no_notice: Share of the nodes that go without a notice.
+    """
+
+    def __init__(
+        self, folder: Path, command: list[str], num_nodes: int, rng: random.Random, no_notice: float
+    ) -> None:
+        self._folder, self._command, self._rng, self._no_notice = folder, command, rng, no_notice
+        self._log = (folder / "log").open("a")
+        self.supervisor = self._launch(
+            *("supervise", "--nproc", "0", "--listen", "127.0.0.1:0"),
+            *("--nodes", str(num_nodes + 1), "--events", str(folder / "supervisor.jsonl")),
+        )
+        self._agents: list[subprocess.Popen[bytes]] = []
+        self._going: list[tuple[float, subprocess.Popen[bytes]]] = []
+        self._address = self._wait_for_address()
+
+    def join(self) -> str:
+        """Adds a node; returns `join`."""
+        self._agents.append(self._launch("join", self._address, "--nproc", "1"))
+        return "join"
+
+    def leave(self) -> str:
+        """Takes a node away; returns `notice` or `kill`."""
+        agent = self._agents.pop(self._rng.randrange(len(self._agents)))
+        if self._rng.random() < self._no_notice:
+            agent.kill()
+            agent.wait()
+            return "kill"
+        agent.terminate()
+        self._going.append((time.monotonic() + NOTICE_S, agent))
+        return "notice"
+
+    def check(self) -> None:
+        """Ends nodes whose notice has run out, and stops if the supervisor gave up."""
+        for until, agent in list(self._going):
+            if agent.poll() is not None:
+                self._going.remove((until, agent))
+            elif time.monotonic() > until:
+                agent.kill()
+        if self.supervisor.poll() is not None:
+            raise SystemExit(f"the supervisor ended: see {self._folder / 'log'}")
+
+    def stop(self) -> int:
+        """Ends the run as a user would; returns the supervisor's exit code."""
+        self.supervisor.terminate()
+        return self.supervisor.wait(120)
+
+    def close(self) -> None:
+        """Leaves nothing running: ranks die with who started them."""
+        for process in (self.supervisor, *self._agents, *(agent for _, agent in self._going)):
+            process.kill()
+            process.wait()
+        self._log.close()
+
+    def _launch(self, *words: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "launch", *words, "--", *self._command],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=self._log,
+            stderr=self._log,
+        )
+
+    def _wait_for_address(self) -> str:
+        for _ in range(600):
+            found = re.search(r"listening on \S*:(\d+)", (self._folder / "log").read_text())
+            if found is not None:
+                return f"127.0.0.1:{found[1]}"
+            self.check()
+            time.sleep(0.05)
+        raise SystemExit(f"the supervisor does not listen: see {self._folder / 'log'}")
+
+
+def replay(
+    trace: Trace, compression: float, minutes: float, seed: int, no_notice: float, folder: Path
+) -> dict[str, Any]:
+    """Replays a window of a trace, and says what became of the time.
+
+    Args:
+        trace: Of nodes.
+        compression: Seconds of the trace in one of ours.
+        minutes: How long, in our time.
+        seed: Chooses who goes, and how.
+        no_notice: Share that goes without a notice.
+        folder: An empty one.
+    """
+    hours = minutes / 60 * compression
+    first = trace.typical_window(hours)
+    plan = [(at_s / compression, nodes) for at_s, nodes in trace.changes(first, hours)]
+    run_dir, notes = folder / "run", folder / "notes"
+    notes.mkdir(parents=True)
+    mean_hours = HOURS_BETWEEN_PREEMPTIONS / compression
+    overrides = [f"checkpoint.mean_hours_between_preemptions={mean_hours}", f"run.dir={run_dir}"]
+    rank = [sys.executable, "-m", "benchmarks.goodput_rank", str(notes), *OVERRIDES, *overrides]
+    machines = Machines(folder, rank, plan[0][1], random.Random(seed), no_notice)
+    changes: list[Change] = []
+    try:
+        for _ in range(plan[0][1]):
+            machines.join()
+        while not any(file.stat().st_size for file in notes.iterdir()):
+            machines.check()
+            time.sleep(0.02)
+        began = time.time()
+        current = plan[0][1]
+        for at_s, nodes in [*plan[1:], (minutes * 60, plan[-1][1])]:
+            while (left_s := began + at_s - time.time()) > 0:
+                machines.check()
+                time.sleep(min(left_s, 0.2))
+            while current != nodes:
+                now_s = time.time() - began
+                kind = machines.join() if nodes > current else machines.leave()
+                current += 1 if nodes > current else -1
+                changes.append(Change(now_s, kind, current))
+        ended = time.time()
+        code = machines.stop()
+    finally:
+        machines.close()
+    if code != 33:
+        raise SystemExit(f"the supervisor ended with {code} instead of 33: see {folder / 'log'}")
+    found = _measure(run_dir, notes, changes, plan, began, ended)
+    wall_s = ended - began
+    lost_s = found["available_s"] - found["useful_s"]
+    return {
+        "trace": trace.name,
+        "trace_losses_per_hour": round(trace.losses_per_hour, 3),
+        "compression": compression,
+        "window": {"first_point": first, "hours": round(hours, 2), "changes": len(changes)},
+        "wall_s": round(wall_s, 1),
+        **{k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()},
+        "lost_s_a_change": round(lost_s / max(1, len(changes)), 2),
+        # What this costs where time is not compressed: as many seconds of so many more.
+        "computed_goodput_uncompressed": round(
+            1 - lost_s / (found["available_s"] * compression), 5
+        ),
+        "changes": [asdict(change) for change in changes],
+    }
+
+
+def _measure(
+    run_dir: Path,
+    notes: Path,
+    changes: list[Change],
+    plan: list[tuple[float, int]],
+    began: float,
+    ended: float,
+) -> dict[str, Any]:
+    rows = cast(list[Row], [row for file in notes.iterdir() for row in read_records(file)])
+    rows.sort(key=lambda row: row["time"])
+    records = cast(list[Row], read_records(run_dir / "metrics.jsonl"))
+    done = [row for row in rows if "done" in row]
+    last_done = {row["step"]: row for row in done}  # a step that was done again counts then
+    rates: dict[int, list[float]] = {}
+    useful_s = tokens = 0.0
+    for record in records:
+        row = last_done[record["step"]]
+        if began < row["time"] <= ended:
+            rates.setdefault(row["ranks"], []).append(record["tokens_per_s"])
+            useful_s += record["step_s"]
+            tokens += record["tokens_per_s"] * record["step_s"]
+    rate = {n: statistics.median(values) for n, values in sorted(rates.items())}
+    spans = [
+        (end_s - start_s, nodes)
+        for (start_s, nodes), (end_s, _) in pairwise([*plan, (ended - began, 0)])
+    ]
+    available_s = sum(s for s, nodes in spans if nodes > 0)
+    # A number of nodes that never came to a step has no rate that could be lost.
+    ideal_tokens = sum(s * rate.get(nodes, 0.0) for s, nodes in spans)
+    for change, later in zip_longest(changes, changes[1:]):
+        from_s, until_s = change.at_s, later.at_s if later is not None else ended - began
+        recovered = (
+            row["time"] - began - from_s
+            for row in done
+            if from_s < row["time"] - began <= until_s and row["ranks"] == change.nodes
+        )
+        change.recovery_s = next(recovered, None)
+    repeated, skipped = _count_samples(rows, len(records))
+    account = goodput(read_run(run_dir))
+    assert account is not None
+    return {
+        "available_s": available_s,
+        "useful_s": useful_s,
+        "goodput": useful_s / available_s,
+        "tokens": tokens / ideal_tokens,
+        "median_tokens_per_s": {str(n): round(value) for n, value in rate.items()},
+        "starts": account.num_starts,
+        "losses_without_notice": account.num_losses,
+        "steps": len(records),
+        "steps_lost": account.lost_steps,
+        "samples_repeated": repeated,
+        "samples_skipped": skipped,
+        "recovery_s": {
+            kind: _spread([c.recovery_s for c in changes if c.kind == kind])
+            for kind in ("join", "notice", "kill")
+        },
+        "account_s": {k: round(v, 1) for k, v in asdict(account).items() if k.endswith("_s")},
+    }
+
+
+def _count_samples(rows: list[Row], num_steps: int) -> tuple[int, int]:
+    """How many samples the steps that count trained on twice, and left out."""
+    kept: dict[int, list[Row]] = {}  # step -> what the ranks did that did it last
+    for row in rows:
+        if "samples" in row and row["step"] <= num_steps:
+            ranks = kept.setdefault(row["step"], [])
+            if ranks and ranks[0]["gang"] != row["gang"]:
+                ranks.clear()
+            ranks.append(row)
+    seen = [i for ranks in kept.values() for row in ranks for i in row["samples"]]
+    return len(seen) - len(set(seen)), len(set(range(max(seen) + 1)) - set(seen))
+
+
+def _losses(nodes: Sequence[int]) -> int:
+    return sum(max(0, before - after) for before, after in pairwise(nodes))
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, float | int]:
+    known = [v for v in values if v is not None]
+    if not known:
+        return {"count": 0}
+    return {
+        "count": len(known),
+        "median": round(statistics.median(known), 2),
+        "worst": round(max(known), 2),
+    }
+
+
+def main() -> int:
+    """Entry point; returns 1 if a sample was repeated or skipped."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_goodput")
+    parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE.json")
+    parser.add_argument("--compression", nargs="+", type=float, default=[12.0], metavar="X")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of each replay (default: 8)")
+    parser.add_argument("--max-nodes", type=int, default=2, help="to use at once (default: 2)")
+    parser.add_argument("--no-notice", type=float, default=0.25, help="share (default: 0.25)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    results = []
+    for path in options.traces:
+        trace = Trace.read(path, options.max_nodes)
+        for compression in options.compression:
+            with tempfile.TemporaryDirectory(prefix="spotforge-goodput-") as folder:
+                found = replay(
+                    trace,
+                    compression,
+                    options.minutes,
+                    options.seed,
+                    options.no_notice,
+                    Path(folder),
+                )
+            results.append(found)
+            print(
+                f"{found['trace']} at {compression:g}x: goodput {found['goodput']:.1%}, tokens "
+                f"{found['tokens']:.1%}; {found['window']['changes']} changes, {found['starts']} "
+                f"starts, {found['steps']} steps, {found['steps_lost']} lost, samples: "
+                f"{found['samples_repeated']} repeated, {found['samples_skipped']} skipped",
+                flush=True,
+            )
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "config": {
+            "overrides": OVERRIDES,
+            "target": TARGET,
+            "minutes": options.minutes,
+            "max_nodes": options.max_nodes,
+            "no_notice": options.no_notice,
+            "notice_s": NOTICE_S,
+            "seed": options.seed,
+        },
+        "environment": describe_environment(),
+        "replays": results,
+    }
+    options.out.write_text(json.dumps(content, indent=1) + "\n")
+    return int(any(r["samples_repeated"] or r["samples_skipped"] for r in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
