@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise, zip_longest
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from monitoring.environment import describe_environment
 from monitoring.goodput import goodput
@@ -41,6 +41,7 @@ RESULT = Path("benchmarks/results/goodput.json")
 TARGET = 0.95
 HOURS_BETWEEN_PREEMPTIONS = 6.0  # the trainer's default, to be compressed too
 NOTICE_S = 30.0  # the shortest that a cloud gives (GCP, Azure); it is not compressed
+FIRST_STEP_S = 300.0  # with data to prepare
 Row = dict[str, Any]
 OVERRIDES = [
     "experiment=stdlib",
@@ -142,7 +143,7 @@ class Machines:
         self._log = (folder / "log").open("a")
         self.supervisor = self._launch(
             *("supervise", "--nproc", "0", "--listen", "127.0.0.1:0"),
-            *("--nodes", str(num_nodes + 1), "--events", str(folder / "supervisor.jsonl")),
+            *("--nodes", str(num_nodes), "--events", str(folder / "supervisor.jsonl")),
         )
         self._agents: list[subprocess.Popen[bytes]] = []
         self._going: list[tuple[float, subprocess.Popen[bytes]]] = []
@@ -172,7 +173,7 @@ class Machines:
             elif time.monotonic() > until:
                 agent.kill()
         if self.supervisor.poll() is not None:
-            raise SystemExit(f"the supervisor ended: see {self._folder / 'log'}")
+            self.give_up("the supervisor ended")
 
     def stop(self) -> int:
         """Ends the run as a user would; returns the supervisor's exit code."""
@@ -185,6 +186,10 @@ class Machines:
             process.kill()
             process.wait()
         self._log.close()
+
+    def give_up(self, why: str) -> NoReturn:
+        """Ends the benchmark with the last words of its processes."""
+        raise SystemExit(f"{why}:\n{(self._folder / 'log').read_text()[-3000:]}")
 
     def _launch(self, *words: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
@@ -201,7 +206,7 @@ class Machines:
                 return f"127.0.0.1:{found[1]}"
             self.check()
             time.sleep(0.05)
-        raise SystemExit(f"the supervisor does not listen: see {self._folder / 'log'}")
+        self.give_up("the supervisor does not listen")
 
 
 def replay(
@@ -230,8 +235,11 @@ def replay(
     try:
         for _ in range(plan[0][1]):
             machines.join()
+        deadline = time.monotonic() + FIRST_STEP_S
         while not any(file.stat().st_size for file in notes.iterdir()):
             machines.check()
+            if time.monotonic() > deadline:
+                machines.give_up(f"no step in {FIRST_STEP_S:.0f} s")
             time.sleep(0.02)
         began = time.time()
         current = plan[0][1]
@@ -245,11 +253,10 @@ def replay(
                 current += 1 if nodes > current else -1
                 changes.append(Change(now_s, kind, current))
         ended = time.time()
-        code = machines.stop()
+        if (code := machines.stop()) != 33:
+            machines.give_up(f"the supervisor ended with {code} instead of 33")
     finally:
         machines.close()
-    if code != 33:
-        raise SystemExit(f"the supervisor ended with {code} instead of 33: see {folder / 'log'}")
     found = _measure(run_dir, notes, changes, plan, began, ended)
     wall_s = ended - began
     lost_s = found["available_s"] - found["useful_s"]

@@ -15,7 +15,8 @@ KINDS = {
     ),
     "damage": (
         "Damaged checkpoints",
-        "The next start passes over it, says why, and takes the next one that is valid.",
+        "The next start passes over it, says why, and takes the copy in the object store, or else "
+        "the next one that is valid.",
         "",
     ),
     "disk": (
