@@ -174,6 +174,7 @@ def test_a_start_may_take_longer_than_a_step(site):
     limits = ["--hang-timeout", 0.3, "--startup-timeout", 3]
     supervisor = site.supervise("--nproc", 1, *limits, toy=["--step-s", 0.6])
     supervisor.wait_for_line("no rank beat for 0 s; rank 0 is behind: train 2")
+    assert supervisor.printed.count("is behind") == 1, "the first step was taken for a hang"
 
 
 def test_a_program_that_does_not_beat_is_not_watched(site):

@@ -477,7 +477,9 @@ def test_a_signal_is_recorded_by_the_watcher_while_a_step_takes_long(rank_dir):
     with StopSignal() as stop:
         stop.watch([NoticeFile(rank_dir / "never")], poll_s=0.01)
         os.kill(os.getpid(), signal.SIGTERM)
-        until((rank_dir / "stop_reason.txt").exists)
+        reason = rank_dir / "stop_reason.txt"
+        until(reason.exists)
+        assert reason.read_text() == "SIGTERM\n"
 
 
 def test_who_was_not_told_records_nothing(rank_dir):
