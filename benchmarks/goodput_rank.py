@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import trainer.heartbeat  # noqa: F401  before torch: startup_s counts from here
 from monitoring.errors import ExitCode
 
 
