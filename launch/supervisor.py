@@ -304,7 +304,9 @@ class Supervisor:
                 self._tell("stop", "the ranks stopped, and none says why")
                 return ExitCode.START_AGAIN
         await self._tick()  # lets go of those that leave
-        return None if self._nodes and self._stop is None else ExitCode.START_AGAIN
+        # Where no rank ran beside it, the supervisor stays, and another machine may come.
+        goes_on = bool(self._nodes) or self._settings.nproc == 0
+        return None if goes_on and self._stop is None else ExitCode.START_AGAIN
 
     async def _settle_failure(self, gang: Generation, failure: Failure) -> ExitCode | None:
         if self._stop is not None:

@@ -5,6 +5,8 @@ import os
 import signal
 import socket
 
+import pytest
+
 from launch.protocol import MAX_LINE_BYTES
 from tests.launch.conftest import is_running, wait_until
 
@@ -87,19 +89,12 @@ def test_a_rank_that_is_told_takes_its_machine_away(site):
     assert supervisor.end() == 33
 
 
-def test_the_last_machine_that_leaves_ends_it(site):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_without_a_machine_it_waits_for_one(site, how):
     supervisor, port = site.listen("--nproc", 0, toy=LONG)
     agent = site.join(port, "--nproc", 1, toy=LONG)
     site.wait_for_step(3)
-    agent.send()
-    assert (agent.end(), supervisor.end()) == (33, 33)
-
-
-def test_without_a_machine_it_waits_for_one(site):
-    supervisor, port = site.listen("--nproc", 0, toy=LONG)
-    agent = site.join(port, "--nproc", 1, toy=LONG)
-    site.wait_for_step(3)
-    agent.send(signal.SIGKILL)
+    agent.send(how)
     supervisor.wait_for_line("none is left\n.*waiting for 1 node to join")
     site.join(port, "--nproc", 1, toy=LONG)
     supervisor.wait_for_line("start 2: 1 rank on 1 node")
