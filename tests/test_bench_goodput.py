@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from benchmarks.bench_goodput import Trace, _count_samples
+from benchmarks.availability import Trace
+from benchmarks.bench_goodput import _count_samples
 
 
 @pytest.fixture
