@@ -36,22 +36,25 @@ class Trace:
         return cls(name, float(content["metadata"]["gap_seconds"]), nodes)
 
     @property
-    def losses_per_hour(self) -> float:
-        """Nodes that went away, by hour of the whole trace."""
-        return _losses(self.nodes) / (len(self.nodes) * self.gap_s / 3600)
+    def changes_per_hour(self) -> float:
+        """Nodes that came or went, by hour of the whole trace."""
+        return _changes(self.nodes) / (len(self.nodes) * self.gap_s / 3600)
 
     def typical_window(self, hours: float) -> int:
-        """Where a window begins that loses nodes as often as the trace does on the whole.
+        """Where a window begins in which nodes come and go as often as in the trace on the whole.
 
-        The first of those that come closest and begin with a node.
+        Of those that come closest and begin with a node, the one in the middle: the first one only
+        just reaches the last of its changes.
         """
         length = round(hours * 3600 / self.gap_s)
         # Where less than one is to be expected, one is seen: else there is nothing to measure.
-        wanted = max(1.0, self.losses_per_hour * hours)
+        wanted = max(1.0, self.changes_per_hour * hours)
         starts = [i for i in range(len(self.nodes) - length) if self.nodes[i] > 0]
         if not starts:
             raise SystemExit(f"{self.name}: there is no window of {hours:.1f} h with a node")
-        return min(starts, key=lambda i: abs(_losses(self.nodes[i : i + length]) - wanted))
+        seen = {i: abs(_changes(self.nodes[i : i + length]) - wanted) for i in starts}
+        closest = [i for i in starts if seen[i] == min(seen.values())]
+        return closest[len(closest) // 2]
 
     def changes(self, first: int, hours: float) -> list[tuple[float, int]]:
         """(seconds from the window's beginning, nodes from then on), the first at 0."""
@@ -63,5 +66,5 @@ class Trace:
         return found
 
 
-def _losses(nodes: Sequence[int]) -> int:
-    return sum(max(0, before - after) for before, after in pairwise(nodes))
+def _changes(nodes: Sequence[int]) -> int:
+    return sum(abs(after - before) for before, after in pairwise(nodes))

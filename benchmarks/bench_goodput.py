@@ -213,7 +213,7 @@ def replay(
     lost_s = found["available_s"] - found["useful_s"]
     return {
         "trace": trace.name,
-        "trace_losses_per_hour": round(trace.losses_per_hour, 3),
+        "trace_changes_per_hour": round(trace.changes_per_hour, 3),
         "compression": compression,
         "window": {"first_point": first, "hours": round(hours, 2), "changes": len(changes)},
         "wall_s": round(wall_s, 1),

@@ -18,15 +18,14 @@ def trace(tmp_path):
 
 def test_no_more_nodes_than_asked_for(trace):
     assert trace.nodes == [0, 2, 2, 2, 1, 0, 0, 1, 2, 2, 2, 2]
-    assert trace.losses_per_hour == pytest.approx(2 / 6)
+    assert trace.changes_per_hour == pytest.approx((2 + 2 + 2) / 6)
 
 
 def test_the_window_is_a_typical_one(trace):
-    # In 2.5 hours (5 points) the trace loses 0.83 nodes, so one: from points 1 to 5 it loses 2.
-    first = trace.typical_window(2.5)
-    window = trace.nodes[first : first + 5]
-    assert window[0] > 0 and window == [1, 0, 0, 1, 2]
-    assert trace.changes(first, 2.5) == [(0.0, 1), (1800.0, 0), (5400.0, 1), (7200.0, 2)]
+    # 1.5 of them in 3 points: those from 2, 3, 4 and 7 see one or two.
+    assert trace.typical_window(1.5) == 4
+    assert trace.changes(2, 1.5) == [(0.0, 2), (3600.0, 1)]
+    assert trace.changes(4, 2.5) == [(0.0, 1), (1800.0, 0), (5400.0, 1), (7200.0, 2)]
 
 
 def test_a_trace_without_a_node_is_refused(tmp_path):
