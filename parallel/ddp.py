@@ -47,6 +47,7 @@ class DdpStrategy(Strategy):
                 gradient_as_bucket_view=True,
                 **_NO_BUFFER_SYNC,
             )
+            _order_buckets(self._module)
         self._optimizer = build_optimizer(self._parameters)
 
     def forward(self, **inputs: Any) -> Tensor:
@@ -87,3 +88,17 @@ class DdpStrategy(Strategy):
 
     def load_state(self, read: ReadTensors, num_updates: int) -> None:
         load_canonical_state(self._parameters, self._optimizer, read, num_updates)
+
+
+def _order_buckets(module: DistributedDataParallel) -> None:
+    """Has DDP arrange its buckets for good, by a backward pass over nothing but the parameters.
+
+    It does so after the first pass that it sees, by the order in which gradients came. The first
+    step of a resumed run would then be added up in another order than in the run that went on.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    module.module.forward = lambda: sum(p.sum() for p in parameters) * 0.0
+    module().backward()
+    del module.module.forward
+    for parameter in parameters:
+        parameter.grad = None

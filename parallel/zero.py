@@ -101,8 +101,6 @@ class ZeroStrategy(Strategy):
 
     @torch.no_grad()
     def load_state(self, read: ReadTensors, num_updates: int) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         for names in _chunks({n: _full_shape(p) for n, p in self._parameters.items()}):
             for slot in (None, *SLOTS):
                 key = {n: n if slot is None else f"optim.{n}.{slot}" for n in names}
@@ -113,9 +111,7 @@ class ZeroStrategy(Strategy):
                     value = values[key[name]].to(self._world.device)
                     if slot is None:
                         self._set_working_copy(parameter, value)
-                        safe_set_full_fp32_param(parameter, value)
-                    else:
-                        safe_set_full_optimizer_state(parameter, value, slot)
+                    self._set_master_copy(parameter, value, slot)
         for state in self._engine.optimizer.optimizer.state.values():
             state["step"].fill_(num_updates)
 
@@ -141,8 +137,28 @@ class ZeroStrategy(Strategy):
         if self._config.stage != 3:
             wrapper._lazy_init_hp_params_optimizer_state()
 
+    def _set_master_copy(self, parameter: nn.Parameter, value: Tensor, slot: str | None) -> None:
+        """What the optimizer works on: the parameter, or one of its moments."""
+        from deepspeed import utils
+
+        if self._config.stage == 3:
+            # DeepSpeed's setters of whole values forget that the last rank's part is padded.
+            part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+            size, num_ranks = part.numel(), self._world.world_size
+            padded = nn.functional.pad(value.flatten(), (0, size * num_ranks - value.numel()))
+            value = padded.narrow(0, size * self._world.rank, size)
+            set_parameter = utils.safe_set_local_fp32_param
+            set_state = utils.safe_set_local_optimizer_state
+        else:
+            set_parameter = utils.safe_set_full_fp32_param
+            set_state = utils.safe_set_full_optimizer_state
+        if slot is None:
+            set_parameter(parameter, value)
+        else:
+            set_state(parameter, value, slot)
+
     def _set_working_copy(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """The parameter that forward uses; `safe_set_full_fp32_param` sets the master copy."""
+        """The parameter that forward uses."""
         if self._config.stage == 3:
             with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.copy_(value)
