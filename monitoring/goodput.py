@@ -118,8 +118,7 @@ class _Start:
         self.rolled_back = sum(
             _step(e) - int(_value(e, "to_step")) for e in events if e["event"] == "rollback"
         )
-        # Below 0 where a stop saved more than was logged: nothing was lost
-        self.lost_steps = max(0, int(_value(following, "lost_steps"))) if following else 0
+        self.lost_steps = int(_value(following, "lost_steps")) if following else 0
         self._step_s = _median([_value(r, "step_s") for r in records]) or typical_s
 
         saves = [e for e in events if e["event"] == "checkpoint"]

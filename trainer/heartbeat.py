@@ -16,13 +16,18 @@ PROCESS_BEGAN = time.monotonic()  # before torch and transformers are imported: 
 
 
 class Heartbeat:
-    """Writes `<phase> <step>`; the time of the file is that of the beat."""
+    """Writes `<phase> <step>`; the time of the file is that of the beat.
+
+    Attributes:
+        step: Where this rank is.
+    """
 
     def __init__(self) -> None:
         folder = os.environ.get("SPOTFORGE_RANK_DIR")
         self._folder = Path(folder) if folder else None
         self._fd: int | None = None
         self._text = b"starting 0"
+        self.step = 0
         if self._folder is not None:
             self._fd = os.open(self._folder / "heartbeat", os.O_WRONLY | os.O_CREAT, 0o600)
             # The file stays open: a handler at the level of C cannot open one.
@@ -32,6 +37,7 @@ class Heartbeat:
 
     def at(self, phase: str, step: int) -> None:
         """Beats, and says where this rank is: `train 12`, `evaluate 12`, ..."""
+        self.step = step
         self._text = f"{phase} {step}".encode()
         self.beat()
 

@@ -83,7 +83,7 @@ class Reporter:
             first_step,
             world_size=self._world.world_size,
             strategy=type(config.parallel).__name__.removesuffix("Config").lower(),
-            lost_steps=_last_step(run_dir) - first_step,
+            lost_steps=max(0, _last_step(run_dir) - first_step),
             startup_s=time.monotonic() - PROCESS_BEGAN,
         )
         self._open_sinks(first_step)

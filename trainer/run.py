@@ -141,7 +141,7 @@ def train_in(
             _finish(config, world, reporter, checkpointer, stop, state.step, outcome)
         except BaseException as e:
             with suppress(OSError):  # of a full disk, say: it must not take the reason's place
-                reporter.event("fail", state.step, error=f"{type(e).__name__}: {e}")
+                reporter.event("fail", heartbeat.step, error=f"{type(e).__name__}: {e}")
                 reporter.close("failed")
             raise
         finally:

@@ -98,7 +98,7 @@ def test_a_graceful_stop_between_two_records(tmp_path):
         start(105, 0),
         event(132, "checkpoint", 13, blocking_s=1.0),
         event(133, "stop", 13, reason="SIGTERM"),
-        start(150, 13, lost_steps=-3),
+        start(150, 13),
         event(165, "finish", 20),
     ]
     found, parts = account(tmp_path, events, [record(10, 20.0), record(20, 40.0)])
