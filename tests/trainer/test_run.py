@@ -360,7 +360,9 @@ def test_a_rank_that_hangs_is_found_with_stacks(small, tmp_path):
     wait_for_step(tmp_path / "run", 8)
     os.kill(ranks_of(process)[1], signal.SIGSTOP)
     out = finish(process)
-    assert "stacks of rank 0" in out and "all_reduce" in out, out
+    # Which collective it waits in depends on the moment: of a step, or of a save.
+    stacks = out.split("stacks of rank 0")[1].split("starting again")[0]
+    assert "trainer/loop.py" in stacks, out
     assert "rank 1" in out and "resuming after step" in out, out
     assert [step for step, *_ in losses(tmp_path / "run")] == list(range(1, 301))
 
