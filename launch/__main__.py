@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from launch.signals import exit_at_once
+from launch.elastic.signals import exit_at_once
 from monitoring.errors import ConfigError, ExitCode, SpotforgeError
 
 _DESCRIPTION = "Keeps a training command going on machines that come and go."
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _supervise(options: argparse.Namespace, command: Sequence[str]) -> int:
     import asyncio  # here, and what needs it: --help comes at once
 
-    from launch.supervisor import Settings, Supervisor
+    from launch.elastic.supervisor import Settings, Supervisor
 
     async def run() -> int:
         return await Supervisor(
@@ -195,7 +195,7 @@ def _supervise(options: argparse.Namespace, command: Sequence[str]) -> int:
 def _join(options: argparse.Namespace, command: Sequence[str]) -> int:
     import asyncio
 
-    from launch.agent import Agent, Membership
+    from launch.elastic.agent import Agent, Membership
 
     async def run() -> int:
         host, port = options.supervisor

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from launch.__main__ import main
-from launch.machine import num_visible
-from tests.launch.conftest import ROOT
+from launch.elastic.machine import num_visible
+from tests.launch.elastic.conftest import ROOT
 
 NEVER = {"torch", "transformers", "hydra", "numpy"}
 
@@ -28,7 +28,7 @@ def test_help_comes_at_once():
 
 def test_it_imports_no_heavy_library():
     code = (
-        "import sys, launch.__main__, launch.supervisor, launch.agent\n"
+        "import sys, launch.__main__, launch.elastic.supervisor, launch.elastic.agent\n"
         f"print({NEVER} & set(sys.modules))"
     )
     result = subprocess.run(

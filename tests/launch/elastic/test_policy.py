@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.policy import (
+from launch.elastic.policy import (
     History,
     behind,
     choose_nodes,
@@ -10,7 +10,7 @@ from launch.policy import (
     highest_step,
     root_cause,
 )
-from launch.protocol import RankStatus
+from launch.elastic.protocol import RankStatus
 
 
 @pytest.mark.parametrize(
@@ -111,14 +111,14 @@ def test_ten_different_failures_in_a_row_are_a_loop():
 
 
 def test_the_wait_doubles_up_to_a_minute(monkeypatch):
-    monkeypatch.setattr("launch.policy.random.uniform", lambda low, high: high)
+    monkeypatch.setattr("launch.elastic.policy.random.uniform", lambda low, high: high)
     history = History()
     waits = []
     for _ in range(9):
         history.failed("ValueError", None)
         waits.append(history.backoff_s() / 1.5)
     assert waits == [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
-    monkeypatch.setattr("launch.policy.random.uniform", lambda low, high: low)
+    monkeypatch.setattr("launch.elastic.policy.random.uniform", lambda low, high: low)
     assert history.backoff_s() == 30
     history.reached(1)
     history.failed("ValueError", 1)

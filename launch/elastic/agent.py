@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from launch.journal import say
-from launch.machine import Machine
-from launch.protocol import (
+from launch.elastic.journal import say
+from launch.elastic.machine import Machine
+from launch.elastic.protocol import (
     MAX_LINE_BYTES,
     SUPERVISOR_SILENCE_S,
     VERSION,
@@ -23,7 +23,7 @@ from launch.protocol import (
     encode,
     receive,
 )
-from launch.signals import call_on_stop, hold
+from launch.elastic.signals import call_on_stop, hold
 from monitoring.errors import ConfigError, ExitCode, SpotforgeError
 
 _POLL_S = 0.1

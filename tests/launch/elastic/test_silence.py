@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
-from launch.agent import Agent, Membership
-from launch.nodes import Listener
-from launch.protocol import VERSION, Hello, Pong, Welcome, command_digest, encode, receive
+from launch.elastic.agent import Agent, Membership
+from launch.elastic.nodes import Listener
+from launch.elastic.protocol import VERSION, Hello, Pong, Welcome, command_digest, encode, receive
 from monitoring.errors import SpotforgeError
 
 COMMAND = ["true"]
@@ -14,7 +14,7 @@ SILENCE_S = 0.1
 
 
 def test_a_silent_machine_is_lost(monkeypatch):
-    monkeypatch.setattr("launch.nodes.SILENCE_S", SILENCE_S)
+    monkeypatch.setattr("launch.elastic.nodes.SILENCE_S", SILENCE_S)
 
     async def join_and_say_no_more():
         nodes, changed = [], asyncio.Event()
@@ -36,11 +36,11 @@ def test_a_silent_machine_is_lost(monkeypatch):
 
 
 def test_a_silent_supervisor_is_lost(monkeypatch, capsys):
-    monkeypatch.setattr("launch.agent.SUPERVISOR_SILENCE_S", SILENCE_S)
-    monkeypatch.setattr("launch.agent._RETRY_S", 0.0)
+    monkeypatch.setattr("launch.elastic.agent.SUPERVISOR_SILENCE_S", SILENCE_S)
+    monkeypatch.setattr("launch.elastic.agent._RETRY_S", 0.0)
     # The signals of this process are pytest's.
-    monkeypatch.setattr("launch.agent.call_on_stop", lambda stop: None)
-    monkeypatch.setattr("launch.agent.hold", lambda: None)
+    monkeypatch.setattr("launch.elastic.agent.call_on_stop", lambda stop: None)
+    monkeypatch.setattr("launch.elastic.agent.hold", lambda: None)
 
     async def welcome_and_say_no_more():
         async def serve(reader, writer):

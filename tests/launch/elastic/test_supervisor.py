@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.launch.conftest import ROOT, Site, is_running, wait_until
+from tests.launch.elastic.conftest import ROOT, Site, is_running, wait_until
 
 
 def test_a_gang_that_finishes_is_not_talked_about(site):

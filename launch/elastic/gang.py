@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launch.protocol import MAX_TEXT_CHARS, RankStatus, Start
+from launch.elastic.protocol import MAX_TEXT_CHARS, RankStatus, Start
 
 _STACKS_S = 3.0
 _STACKS_SETTLED_S = 0.3

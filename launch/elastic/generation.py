@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from enum import Enum, auto
 from signal import SIGTERM
 
-from launch.nodes import Node
-from launch.policy import (
+from launch.elastic.nodes import Node
+from launch.elastic.policy import (
     Failure,
     behind,
     failure_of,
@@ -15,7 +15,7 @@ from launch.policy import (
     highest_step,
     root_cause,
 )
-from launch.protocol import RankStatus, Start
+from launch.elastic.protocol import RankStatus, Start
 from monitoring.errors import ExitCode
 
 _ECHO_S = 1.0  # ranks that lost a peer fail after it: time for the real error to show

@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 
-from launch.gang import Gang
-from launch.protocol import (
+from launch.elastic.gang import Gang
+from launch.elastic.protocol import (
     PING_S,
     Dump,
     Kill,

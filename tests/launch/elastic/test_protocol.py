@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.protocol import (
+from launch.elastic.protocol import (
     Dismiss,
     Hello,
     Pong,

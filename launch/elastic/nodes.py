@@ -5,7 +5,7 @@ import ipaddress
 import time
 from collections.abc import Callable
 
-from launch.protocol import (
+from launch.elastic.protocol import (
     MAX_LINE_BYTES,
     SILENCE_S,
     VERSION,

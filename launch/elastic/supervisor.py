@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.generation import End, Generation, StopCause
-from launch.journal import Journal, say, show
-from launch.machine import Machine
-from launch.nodes import Listener, Node, dismiss
-from launch.policy import Failure, History, choose_nodes
-from launch.protocol import Dump, Kill, Message, Prepare, Stop, command_digest
-from launch.signals import call_on_stop, hold
+from launch.elastic.generation import End, Generation, StopCause
+from launch.elastic.journal import Journal, say, show
+from launch.elastic.machine import Machine
+from launch.elastic.nodes import Listener, Node, dismiss
+from launch.elastic.policy import Failure, History, choose_nodes
+from launch.elastic.protocol import Dump, Kill, Message, Prepare, Stop, command_digest
+from launch.elastic.signals import call_on_stop, hold
 from monitoring.errors import ConfigError, ExitCode
 
 _TICK_S = 0.1

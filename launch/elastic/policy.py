@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launch.protocol import RankStatus
-from launch.signals import describe_exit
+from launch.elastic.protocol import RankStatus
+from launch.elastic.signals import describe_exit
 from monitoring.errors import ExitCode
 
 _SAME_FAILURES = 3

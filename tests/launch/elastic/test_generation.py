@@ -5,9 +5,9 @@ from signal import SIGTERM
 
 import pytest
 
-from launch.generation import End, Generation, StopCause
-from launch.nodes import Node
-from launch.protocol import ProtocolError, RankStatus, Ready, Start, Status
+from launch.elastic.generation import End, Generation, StopCause
+from launch.elastic.nodes import Node
+from launch.elastic.protocol import ProtocolError, RankStatus, Ready, Start, Status
 
 
 def node(address="10.0.0.1", nproc=1):
@@ -97,7 +97,7 @@ def test_a_failure_is_settled_when_the_others_had_time_to_show_theirs(monkeypatc
     gang = gang_of(rank(1, error="echo"), rank())
     assert gang.end() is None and gang.has_failure
     later = time.monotonic() + 1.1
-    monkeypatch.setattr("launch.generation.time.monotonic", lambda: later)
+    monkeypatch.setattr("launch.elastic.generation.time.monotonic", lambda: later)
     assert gang.end() is End.FAILED
 
 

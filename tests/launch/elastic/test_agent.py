@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from launch.protocol import MAX_LINE_BYTES
-from tests.launch.conftest import is_running, wait_until
+from launch.elastic.protocol import MAX_LINE_BYTES
+from tests.launch.elastic.conftest import is_running, wait_until
 
 LONG = ["--steps", 100000]
 
