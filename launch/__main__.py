@@ -1,48 +1,14 @@
-"""`python -m launch`: keeps a training command going on machines that come and go."""
+"""`python -m launch`: what a job costs, where it runs, and that it goes on."""
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
-from launch.elastic.signals import exit_at_once
-from monitoring.errors import ConfigError, ExitCode, SpotforgeError
+from launch.elastic import cli as elastic
+from monitoring.errors import ExitCode, SpotforgeError
 
-_DESCRIPTION = "Keeps a training command going on machines that come and go."
-
-_SUPERVISE = """\
-Starts COMMAND once for each rank, on this machine and on those that join it, and starts all of them
-again when one fails, hangs or is lost, when a machine goes away and when one comes. COMMAND finds
-its place in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ... as under torchrun, and goes on from its
-last checkpoint by itself."""
-
-_SUPERVISE_EXAMPLES = """\
-two ranks here:
-  python -m launch supervise --nproc 2 -- python -m trainer experiment=stdlib
-
-all GPUs of this machine and of each that joins, from the second machine on:
-  python -m launch supervise --listen 29400 --nodes 2 -- python -m trainer experiment=stdlib
-  python -m launch join 10.0.0.1:29400 -- python -m trainer experiment=stdlib
-
-Anyone who reaches the port can join: listen on a private network only.
-
-exit codes: 0 finished; 33 stopped with a complete checkpoint, start it again; 2 refused; 1 failed
-"""
-
-_JOIN = """\
-Runs COMMAND on this machine as ranks of a supervisor elsewhere, for as long as there is one. On
-SIGTERM all ranks save, and the others go on without this machine."""
-
-_JOIN_EXAMPLES = """\
-example:
-  python -m launch join 10.0.0.1:29400 -- python -m trainer experiment=stdlib
-
-COMMAND must be the supervisor's, word for word: it is never sent, only its digest is compared.
-
-exit codes: the supervisor's; 33 where this machine left; 1 where none answered for 5 minutes
-"""
+_DESCRIPTION = "Knows what a job costs, places it, and keeps it going on machines that come and go."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,83 +25,11 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m launch", description=_DESCRIPTION)
-    commands = parser.add_subparsers(dest="verb", metavar="supervise | join", required=True)
-    supervise = commands.add_parser(
-        "supervise",
-        help="start ranks here and on the machines that join, and keep them going",
-        usage="python -m launch supervise [options] -- COMMAND...",
-        description=_SUPERVISE,
-        epilog=_SUPERVISE_EXAMPLES,
-    )
-    _add_nproc(supervise, "; 0: this machine only supervises", least=0)
-    supervise.add_argument(
-        "--listen",
-        metavar="[HOST:]PORT",
-        type=_address,
-        help="let machines join at this address (default: no machine can; HOST: 0.0.0.0)",
-    )
-    supervise.add_argument(
-        "--nodes",
-        metavar="N",
-        type=_count,
-        default=1,
-        help="wait for so many machines before the first start, this one included (default: 1)",
-    )
-    supervise.add_argument(
-        "--multiple-of",
-        metavar="M",
-        type=_count,
-        default=1,
-        help="use as many machines as make a number of ranks that M divides (default: 1)",
-    )
-    for name, default_s, what in (
-        ("hang-timeout", 600, "without a sign of life from any rank that mean a hang"),
-        ("startup-timeout", 1800, "of it that mean a hang before the first step is done"),
-        ("grace", 600, "that ranks may take to save before they are killed"),
-    ):
-        supervise.add_argument(
-            f"--{name}",
-            metavar="S",
-            type=_seconds,
-            default=float(default_s),
-            help=f"seconds {what} (default: {default_s})",
-        )
-    supervise.add_argument(
-        "--events",
-        metavar="FILE",
-        type=Path,
-        help="append what happens to FILE, as JSON lines, once its folder is there",
-    )
-    join = commands.add_parser(
-        "join",
-        help="run ranks here for a supervisor elsewhere",
-        usage="python -m launch join HOST:PORT [options] -- COMMAND...",
-        description=_JOIN,
-        epilog=_JOIN_EXAMPLES,
-    )
-    join.add_argument("supervisor", metavar="HOST:PORT", type=_peer, help="where it listens")
-    _add_nproc(join, "", least=1)
-    join.add_argument(
-        "--grace",
-        metavar="S",
-        type=_seconds,
-        default=600.0,
-        help="seconds after SIGTERM by which this machine is to have left (default: 600)",
-    )
+    commands = parser.add_subparsers(dest="verb", required=True)
+    for package in (elastic,):  # each gives its parsers a `run(options, words after --)`
+        package.add_verbs(commands)
+    commands.metavar = " | ".join(commands.choices)
     return parser
-
-
-def _add_nproc(parser: argparse.ArgumentParser, more: str, least: int) -> None:
-    def nproc(text: str) -> int | None:
-        return None if text == "auto" else _count(text, least)
-
-    parser.add_argument(
-        "--nproc",
-        metavar="N",
-        type=nproc,
-        default=None,
-        help=f"ranks on this machine; auto: one for each GPU, else 1 (default: auto){more}",
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -149,88 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     end = words.index("--") if "--" in words else len(words)
-    parser = _parser()
-    options, command = parser.parse_args(words[:end]), words[end + 1 :]
-    if not command:
-        parser.error("say what to run: -- COMMAND...")
-    if options.verb == "supervise":
-        if options.listen is None and options.nproc == 0:
-            parser.error("--nproc 0 without --listen leaves no machine to run on")
-        if options.listen is None and options.nodes > 1:
-            parser.error(f"--nodes {options.nodes} without --listen: no machine can join")
-    exit_at_once()
+    options = _parser().parse_args(words[:end])
     try:
-        if shutil.which(command[0]) is None:
-            raise ConfigError("COMMAND", command[0], "no such program", "check its path")
-        run = _supervise if options.verb == "supervise" else _join
-        return run(options, command)
+        return int(options.run(options, words[end + 1 :]))
     except SpotforgeError as e:
         print(e, file=sys.stderr)
         return e.exit_code
-
-
-def _supervise(options: argparse.Namespace, command: Sequence[str]) -> int:
-    import asyncio  # here, and what needs it: --help comes at once
-
-    from launch.elastic.supervisor import Settings, Supervisor
-
-    async def run() -> int:
-        return await Supervisor(
-            Settings(
-                command=command,
-                nproc=options.nproc,
-                listen=options.listen,
-                nodes=options.nodes,
-                multiple_of=options.multiple_of,
-                hang_timeout_s=options.hang_timeout,
-                startup_timeout_s=options.startup_timeout,
-                grace_s=options.grace,
-                events=options.events,
-            )
-        ).run()
-
-    return asyncio.run(run())
-
-
-def _join(options: argparse.Namespace, command: Sequence[str]) -> int:
-    import asyncio
-
-    from launch.elastic.agent import Agent, Membership
-
-    async def run() -> int:
-        host, port = options.supervisor
-        return await Agent(Membership(host, port, command, options.nproc, options.grace)).run()
-
-    return asyncio.run(run())
-
-
-def _count(text: str, least: int = 1) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of {least} or more")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds
-
-
-def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    if not port.isdecimal() or int(port) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} has no port, as 10.0.0.1:29400 has")
-    return host.strip("[]") or "0.0.0.0", int(port)
-
-
-def _peer(text: str) -> tuple[str, int]:
-    if text.startswith(":"):
-        raise argparse.ArgumentTypeError(f"{text!r} has no host, as 10.0.0.1:29400 has")
-    return _address(text)
 
 
 if __name__ == "__main__":
