@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from launch.elastic import cli as elastic
+from launch.simulation import cli as simulation
 from monitoring.errors import ExitCode, SpotforgeError
 
 _DESCRIPTION = "Knows what a job costs, places it, and keeps it going on machines that come and go."
@@ -26,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m launch", description=_DESCRIPTION)
     commands = parser.add_subparsers(dest="verb", required=True)
-    for package in (elastic,):  # each gives its parsers a `run(options, words after --)`
+    for package in (elastic, simulation):  # each gives its parsers a `run(options, words after --)`
         package.add_verbs(commands)
     commands.metavar = " | ".join(commands.choices)
     return parser

@@ -1,0 +1,126 @@
+"""All policies side by side, on the same stretches of a market."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from launch.simulation.deadline_aware import DeadlineAware
+from launch.simulation.market import Market
+from launch.simulation.oracle import oracle_cost_usd
+from launch.simulation.policies import Eager, Failover, Greedy, OnDemand, SpotOnly, UniformProgress
+from launch.simulation.simulate import Job, MakePolicy, Outcome, Terms, simulate
+from monitoring.errors import ConfigError
+
+OURS = "deadline-aware"
+ORACLE = "oracle"
+POLICIES: Mapping[str, MakePolicy] = {
+    "on-demand": OnDemand,
+    "spot only": SpotOnly,
+    "failover": Failover,
+    "eager": Eager,
+    "greedy": Greedy,
+    "uniform progress": UniformProgress,
+    OURS: DeadlineAware,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a policy did; means over all starts.
+
+    Attributes:
+        policy: Its name.
+        saving: Of what on-demand nodes alone cost. A job that missed its deadline paid for a part
+            only, so it says nothing where some did.
+        saving_error: Standard error of the saving.
+        missed: Share of the starts that missed the deadline.
+        worst_saving: Of the dearest start.
+    """
+
+    policy: str
+    saving: float
+    saving_error: float
+    missed: float
+    worst_saving: float
+    cost_usd: float
+    preemptions: float | None = None
+    starts: float | None = None
+    migrations: float | None = None
+    lost_h: float | None = None
+    spot_h: float | None = None
+    on_demand_h: float | None = None
+    idle_h: float | None = None
+
+
+def compare(
+    market: Market,
+    job: Job,
+    num_starts: int,
+    seed: int = 0,
+    policies: Mapping[str, MakePolicy] = POLICIES,
+    with_oracle: bool = True,
+) -> list[Row]:
+    """Runs a job with every policy from the same random moments of a market.
+
+    At each start the zones are in another order, so that none is first among those of one price.
+
+    Args:
+        market: Where.
+        job: What.
+        num_starts: How often.
+        seed: The same one gives the same starts.
+        policies: By name.
+        with_oracle: Whether the least possible cost is a row, the last.
+
+    Raises:
+        ConfigError: The market is shorter than the job's deadline.
+    """
+    num_first_ticks = market.num_ticks - Terms.of(job, market).deadline + 1
+    if num_first_ticks < 1:
+        hours = market.num_ticks * market.gap_h
+        rule = f"the traces are {hours:.0f} h long"
+        raise ConfigError("deadline_h", f"{job.deadline_h:g}", rule, "give longer ones")
+    rng = np.random.default_rng(seed)
+    first_ticks = rng.integers(0, num_first_ticks, num_starts).tolist()
+    markets = [market.only(rng.permutation(len(market.zones)).tolist()) for _ in first_ticks]
+    where = list(zip(markets, first_ticks, strict=True))
+    base_usd = np.array([simulate(m, job, OnDemand, tick).cost_usd for m, tick in where])
+    rows = []
+    for name, make_policy in policies.items():
+        outcomes = [simulate(m, job, make_policy, tick) for m, tick in where]
+        rows.append(_row(name, base_usd, outcomes))
+    if with_oracle:
+        costs = np.array([oracle_cost_usd(market, job, tick) for tick in first_ticks])
+        rows.append(Row(ORACLE, *_savings(base_usd, costs), 0.0, *_worst(base_usd, costs)))
+    return rows
+
+
+def _savings(base_usd: np.ndarray, costs_usd: np.ndarray) -> tuple[float, float]:
+    savings = 1 - costs_usd / base_usd
+    error = savings.std() / max(1, len(savings) - 1) ** 0.5
+    return float(1 - costs_usd.sum() / base_usd.sum()), float(error)
+
+
+def _worst(base_usd: np.ndarray, costs_usd: np.ndarray) -> tuple[float, float]:
+    return float((1 - costs_usd / base_usd).min()), float(costs_usd.mean())
+
+
+def _row(name: str, base_usd: np.ndarray, outcomes: Sequence[Outcome]) -> Row:
+    def mean(attribute: str) -> float:
+        return float(np.mean([getattr(outcome, attribute) for outcome in outcomes]))
+
+    costs_usd = np.array([outcome.cost_usd for outcome in outcomes])
+    return Row(
+        name,
+        *_savings(base_usd, costs_usd),
+        1 - mean("met_deadline"),
+        *_worst(base_usd, costs_usd),
+        **{
+            key: mean(key)
+            for key in (
+                *("preemptions", "starts", "migrations", "lost_h"),
+                *("spot_h", "on_demand_h", "idle_h"),
+            )
+        },
+    )
