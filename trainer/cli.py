@@ -27,6 +27,7 @@ def help_text(argv: list[str]) -> str:
         if not folder.is_dir():
             raise ConfigError("--config-dir", folder, "there is no such folder", "check the path")
     groups = sorted({p.name for folder in folders for p in folder.iterdir() if p.is_dir()})
+    groups = [group for group in groups if group != "launch"]  # another program's
     lines = []
     for group in groups:
         options = sorted({p.stem for folder in folders for p in (folder / group).glob("*.yaml")})
@@ -35,8 +36,13 @@ def help_text(argv: list[str]) -> str:
     return _HELP.format(groups="\n".join(lines))
 
 
-def explain(error: Exception) -> str:
-    """One line for an error of Hydra or OmegaConf: key, value, rule, fix."""
+def explain(error: Exception, lists_keys: str = "python -m trainer --cfg job") -> str:
+    """One line for an error of Hydra or OmegaConf: key, value, rule, fix.
+
+    Args:
+        error: What was caught.
+        lists_keys: The command that shows which keys there are.
+    """
     chain = _chain(error)
     for cause in chain:
         if isinstance(cause, ConfigError):
@@ -50,9 +56,9 @@ def explain(error: Exception) -> str:
     text = lines[0] if lines else type(inner).__name__
     key = next((x.removeprefix("full_key:").strip() for x in lines if x.startswith("full_key")), "")
     if isinstance(inner, ConfigKeyError | ConfigAttributeError):
-        return _unknown_key(text, key)
+        return f"{_unknown_key(text, key)}; {lists_keys} lists the keys"
     if isinstance(inner, OmegaConfBaseException):
-        return f"{key}: {text}; see python -m trainer --help"
+        return f"{key}: {text}; {lists_keys} lists the keys"
     return " ".join(lines)  # Hydra's own: an unknown option comes with the list of those there are
 
 
@@ -109,4 +115,4 @@ def _unknown_key(text: str, key: str) -> str:
     match = re.search(r"Key '(.+?)' (?:is )?not in '(.+?)'", text)
     if match:
         text = f"{key or match[1]}: no such key in {match[2]}"
-    return f"{text}{elsewhere}; python -m trainer --cfg job lists the keys"
+    return f"{text}{elsewhere}"

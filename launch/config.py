@@ -1,0 +1,255 @@
+"""The settings of `launch.*`: where a job may run, what it may cost, and by when it must be done.
+
+They stand beside the trainer's, of which none is repeated here. Imports nothing heavy: `--help` and
+the planner read it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+from monitoring.errors import ConfigError
+
+_HOURS = {"min": 1 / 60, "h": 1.0, "d": 24.0}
+
+
+class Target(Enum):
+    """Where a job is placed. Lower case, since OmegaConf reads an enum by its name."""
+
+    local = "local"
+    sky = "sky"
+    slurm = "slurm"
+    kubernetes = "kubernetes"
+
+
+class Spot(Enum):
+    """Which prices count."""
+
+    both = "both"
+    only = "only"
+    never = "never"
+
+
+class Currency(Enum):
+    """In which sums are shown; all is computed in US dollars."""
+
+    usd = "usd"
+    inr = "inr"
+
+
+class Stage(Enum):
+    """A step of the pipeline, each a program of its own."""
+
+    train = "train"
+    compress = "compress"
+    release = "release"
+
+
+class PoolKind(Enum):
+    """How an owned pool is reached."""
+
+    ssh = "ssh"
+    slurm = "slurm"
+    kubernetes = "kubernetes"
+
+
+@dataclass
+class PoolConfig:
+    """Machines of one's own: `launch.pools.<name>.kind|gpu|gpus_per_node|nodes|usd_per_h|...`.
+
+    Attributes:
+        kind: How they are reached.
+        gpu: SkyPilot's name of the accelerator, e.g. `A100-80GB`.
+        gpus_per_node: Of one machine.
+        nodes: Machines.
+        usd_per_h: What an hour of one machine costs more than leaving it idle: power, mostly.
+        country: Two letters, for `launch.regions`; e.g. `in`.
+    """
+
+    kind: PoolKind = MISSING
+    gpu: str = MISSING
+    gpus_per_node: int = MISSING
+    nodes: int = 1
+    usd_per_h: float = 0.0
+    country: str = ""
+
+
+@dataclass
+class SlurmConfig:
+    """`launch.target=slurm`.
+
+    Attributes:
+        partition: Null: the cluster's default.
+        account: Who pays.
+        time_limit: Of one allocation; the job is queued again until it is done.
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    time_limit: str = "24h"
+
+
+@dataclass
+class KubernetesConfig:
+    """`launch.target=kubernetes`.
+
+    Attributes:
+        kind: Which controller runs it: `trainjob` (Kubeflow Trainer v2) or `jobset`.
+        namespace: Where.
+        image: With the project installed; null is refused.
+        queue: A Kueue local queue; null: none.
+        volume_claim: A shared volume (ReadWriteMany) that is mounted at `/runs`; null is refused
+            for more than one node.
+        spot_labels: Node labels of spot machines; the pods tolerate taints of these names, too.
+    """
+
+    kind: str = "trainjob"
+    namespace: str = "default"
+    image: str | None = None
+    queue: str | None = None
+    volume_claim: str | None = None
+    spot_labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class LaunchConfig:
+    """`launch.*`.
+
+    Attributes:
+        target: Where `up` and `render` place the job.
+        stages: What runs, one after another.
+        deadline: By when it must be done, from now: `36h`, `10d`; null: any time.
+        budget_usd: What it may cost in all; null: no limit.
+        clouds: Only these; empty: all.
+        regions: Only these, a hard limit: names of regions, or `india`, `eu`, `us`; empty: all.
+        gpus: Only these, by SkyPilot's names; empty: all.
+        spot: Which prices count.
+        nodes: Numbers of nodes to try.
+        candidates: How many places of the ranking a rendered job may fall back on.
+        catalog: A snapshot file, an offers file, or a folder of SkyPilot's catalogs; null: what
+            `catalog update` stored last, else the snapshot of this package.
+        max_price_age: Older prices are refused.
+        discounts: Share off the list price: `{aws: 0.15, gcp/spot: 0.05}`.
+        quotas: Most GPUs that one may have: `{aws/ap-south-1/H100/spot: 16, gcp/*/*/*: 0}`.
+        pools: Machines of one's own.
+        currency: In which sums are shown.
+        usd_inr: Rupees for a dollar.
+        gst: Share that is added to sums in rupees (18% on imported services in India); 0: none.
+        data_gb: Of the training data, at `data_region`.
+        data_region: `cloud/region` where the data is; null: on this machine (upload costs nothing).
+        result_region: `cloud/region` to which the export goes; null: it stays where it was made.
+        mfu: Model FLOPs utilization to expect; null: the model's that `plan` states.
+        measured: Result files (globs) with tokens/s that were measured.
+        preemption_hours: Mean hours between two losses of a spot node, by `cloud/region/zone` or
+            a part of it; elsewhere `checkpoint.mean_hours_between_preemptions`.
+        restart_minutes: From a launch to the first new step.
+        wait_minutes: Mean time until spot can be had again after a loss.
+        storage_usd_per_gb_month: Of the checkpoints' bucket.
+        bucket: Name of the checkpoints' bucket; null: none is mounted.
+        workdir: Folder that is sent along; null: the job's image has the project.
+        setup: Shell lines that run once on each node.
+        image: Docker image; null: the cloud's default machine image.
+        secrets: Names of environment variables; their values never leave this machine's
+            environment but through the launcher.
+        autostop_minutes: Idle minutes after which a cluster goes down.
+        max_recoveries: How often a job that says "start me again" (exit 33) is.
+        slurm: For that target.
+        kubernetes: For that target.
+    """
+
+    target: Target = Target.sky
+    stages: list[Stage] = field(default_factory=lambda: [Stage.train])
+    deadline: str | None = None
+    budget_usd: float | None = None
+    clouds: list[str] = field(default_factory=list)
+    regions: list[str] = field(default_factory=list)
+    gpus: list[str] = field(default_factory=list)
+    spot: Spot = Spot.both
+    nodes: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    candidates: int = 8
+    catalog: str | None = None
+    max_price_age: str = "30d"
+    discounts: dict[str, float] = field(default_factory=dict)
+    quotas: dict[str, int] = field(default_factory=dict)
+    pools: dict[str, PoolConfig] = field(default_factory=dict)
+    currency: Currency = Currency.usd
+    usd_inr: float = 85.0
+    gst: float = 0.18
+    data_gb: float = 0.0
+    data_region: str | None = None
+    result_region: str | None = None
+    mfu: float | None = None
+    measured: list[str] = field(default_factory=list)
+    preemption_hours: dict[str, float] = field(default_factory=dict)
+    restart_minutes: float = 6.0
+    wait_minutes: float = 20.0
+    storage_usd_per_gb_month: float = 0.023
+    bucket: str | None = None
+    workdir: str | None = "."
+    setup: str = "pip install ."
+    image: str | None = None
+    secrets: list[str] = field(default_factory=list)
+    autostop_minutes: int = 10
+    max_recoveries: int = 1000
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
+
+    @property
+    def deadline_h(self) -> float:
+        """Hours; infinite where there is none."""
+        return math.inf if self.deadline is None else hours("launch.deadline", self.deadline)
+
+    def __post_init__(self) -> None:
+        hours("launch.max_price_age", self.max_price_age)
+        self._check_above_zero()
+        self._check_shares()
+        if not self.stages or len(set(self.stages)) != len(self.stages):
+            raise ConfigError("launch.stages", self.stages, "names each stage once", "use [train]")
+
+    def _check_above_zero(self) -> None:
+        _ = self.deadline_h
+        values = {
+            "launch.budget_usd": self.budget_usd,
+            "launch.usd_inr": self.usd_inr,
+            "launch.candidates": self.candidates,
+            "launch.nodes": min(self.nodes, default=0),
+            "launch.autostop_minutes": self.autostop_minutes,
+        }
+        values |= {f"launch.preemption_hours.{k}": v for k, v in self.preemption_hours.items()}
+        for key, value in values.items():
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(key, value, "must be above 0", "give a positive number")
+        for key in ("data_gb", "restart_minutes", "wait_minutes", "storage_usd_per_gb_month"):
+            if not 0 <= getattr(self, key) < math.inf:
+                value = getattr(self, key)
+                raise ConfigError(f"launch.{key}", value, "must not be below 0", "use 0 or more")
+
+    def _check_shares(self) -> None:
+        shares = {"launch.gst": self.gst}
+        shares |= {f"launch.discounts.{k}": v for k, v in self.discounts.items()}
+        for key, value in shares.items():
+            if not 0 <= value < 1:
+                raise ConfigError(key, value, "is a share, from 0 to below 1", "0.15 means 15%")
+        if self.mfu is not None and not 0 < self.mfu <= 1:
+            raise ConfigError("launch.mfu", self.mfu, "is a share, above 0 to 1", "use 0.4")
+
+
+def hours(key: str, text: str) -> float:
+    """Hours of a length of time such as `90min`, `36h` or `10d`.
+
+    Args:
+        key: Of the setting, for the error.
+        text: Its value.
+
+    Raises:
+        ConfigError: For anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(min|h|d)", text)
+    if not match or not float(match[1]) > 0:
+        raise ConfigError(key, text, "is a time with its unit", "use 90min, 36h or 10d")
+    return float(match[1]) * _HOURS[match[2]]
