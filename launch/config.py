@@ -136,12 +136,16 @@ class LaunchConfig:
         max_price_age: Older prices are refused.
         discounts: Share off the list price: `{aws: 0.15, gcp/spot: 0.05}`.
         quotas: Most GPUs that one may have: `{aws/ap-south-1/H100/spot: 16, gcp/*/*/*: 0}`.
+        countries: Two letters for a provider whose list names no regions, as your contract says:
+            `{jarvis-labs: in}`. Without it such a provider passes no `regions`.
         pools: Machines of one's own.
         currency: In which sums are shown.
         usd_inr: Rupees for a dollar.
         gst: Share that is added to sums in rupees (18% on imported services in India); 0: none.
         data_gb: Of the training data, at `data_region`.
         data_region: `cloud/region` where the data is; null: on this machine (upload costs nothing).
+        checkpoint_region: `cloud/region` where a run that goes on has its checkpoints; null: it is
+            new.
         result_region: `cloud/region` to which the export goes; null: it stays where it was made.
         mfu: Model FLOPs utilization to expect; null: the model's that `plan` states.
         measured: Result files (globs) with tokens/s that were measured.
@@ -176,12 +180,14 @@ class LaunchConfig:
     max_price_age: str = "30d"
     discounts: dict[str, float] = field(default_factory=dict)
     quotas: dict[str, int] = field(default_factory=dict)
+    countries: dict[str, str] = field(default_factory=dict)
     pools: dict[str, PoolConfig] = field(default_factory=dict)
     currency: Currency = Currency.usd
     usd_inr: float = 85.0
     gst: float = 0.18
     data_gb: float = 0.0
     data_region: str | None = None
+    checkpoint_region: str | None = None
     result_region: str | None = None
     mfu: float | None = None
     measured: list[str] = field(default_factory=list)

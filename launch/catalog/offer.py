@@ -24,6 +24,7 @@ class Offer:
         memory_gib: Host memory of one node, where known.
         pool: Name of an owned pool; empty for what is rented.
         max_nodes: That can be had together; None: no limit is known. 1: never more than one.
+        country: Two letters, where the region does not tell it.
     """
 
     cloud: str
@@ -38,6 +39,7 @@ class Offer:
     memory_gib: float | None = None
     pool: str = ""
     max_nodes: int | None = None
+    country: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.usd_per_h < math.inf:

@@ -72,9 +72,11 @@ class Rejected:
         num_nodes: How many of them.
         reason: In a word: `memory`, `quota`, `residency`, `deadline`, `budget`, ...
         text: With figures.
+        priced: What it would have cost, where that was known.
     """
 
     offer: Offer
     num_nodes: int
     reason: str
     text: str
+    priced: Candidate | None = None

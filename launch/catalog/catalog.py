@@ -1,0 +1,161 @@
+"""The prices that a plan is made of: read, checked for age, made one's own."""
+
+import datetime
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from pathlib import Path
+
+from launch.catalog.gpus import known_gpu, nearest
+from launch.catalog.offer import Offer
+from launch.catalog.regions import check_regions
+from launch.catalog.skypilot import read_skypilot
+from launch.catalog.snapshot import Snapshot, digest_of, read_snapshot
+from launch.config import LaunchConfig, PoolConfig, hours
+from monitoring.errors import ConfigError
+
+_SHIPPED = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Offers as this user has them.
+
+    Attributes:
+        source: Where they come from.
+        date: When they were collected.
+        age_days: By the day that the plan is for.
+        digest: Of the list, before discounts and pools.
+        offers: After discounts, with the user's own pools at the end.
+    """
+
+    source: str
+    date: datetime.date
+    age_days: int
+    digest: str
+    offers: tuple[Offer, ...]
+
+
+def stored_dir() -> Path:
+    """Where `catalog update` leaves its snapshots."""
+    cache = os.environ.get("SPOTFORGE_CACHE", "~/.cache/spotforge")
+    return Path(cache).expanduser() / "catalogs"
+
+
+def load_catalog(launch: LaunchConfig, today: datetime.date) -> Catalog:
+    """Reads the prices that `launch.catalog` names, or the newest there are.
+
+    Args:
+        launch: What the user has set.
+        today: By which their age is counted.
+
+    Raises:
+        ConfigError: They cannot be read or are too old, or a name in `launch` is not known.
+    """
+    snapshot = _read(launch.catalog)
+    age_days = (today - snapshot.date).days
+    most_days = hours("launch.max_price_age", launch.max_price_age) / 24
+    if age_days > most_days:
+        raise ConfigError(
+            "launch.max_price_age",
+            launch.max_price_age,
+            f"the prices are of {snapshot.date}, {age_days} days old ({snapshot.source})",
+            "run `python -m launch catalog update` where SkyPilot is, or set "
+            f"launch.max_price_age={age_days}d to take them all the same",
+        )
+    _check_names(launch, snapshot.offers)
+    rented = (_as_the_users(launch, offer) for offer in snapshot.offers)
+    owned = (_pool(name, pool) for name, pool in sorted(launch.pools.items()))
+    offers = tuple([*rented, *owned])
+    return Catalog(snapshot.source, snapshot.date, age_days, snapshot.digest, offers)
+
+
+def _read(catalog: str | None) -> Snapshot:
+    if catalog is None:
+        paths = [*_SHIPPED.glob("snapshot-*.json"), *stored_dir().glob("snapshot-*.json")]
+        return read_snapshot(max(paths, key=lambda path: (path.name, str(path))))
+    path = Path(catalog).expanduser()
+    return read_skypilot_folder(path) if path.is_dir() else read_snapshot(path)
+
+
+def read_skypilot_folder(folder: Path) -> Snapshot:
+    """SkyPilot's catalogs as a snapshot; as old as the oldest of them.
+
+    Args:
+        folder: That has `<cloud>/vms.csv`.
+    """
+    offers = tuple(read_skypilot(folder))
+    seconds = min(path.stat().st_mtime for path in folder.glob("*/vms.csv"))
+    date = datetime.datetime.fromtimestamp(seconds, datetime.UTC).date()
+    return Snapshot(date, f"SkyPilot catalogs {folder}", digest_of(offers), offers)
+
+
+def _check_names(launch: LaunchConfig, offers: Iterable[Offer]) -> None:
+    """Refuses what would exclude, or discount, nothing at all."""
+    clouds, regions = {offer.cloud for offer in offers}, {offer.region for offer in offers}
+    named = {"launch.clouds": launch.clouds, "launch.countries": launch.countries}
+    named["launch.discounts"] = [key.partition("/")[0] for key in launch.discounts]
+    for key, names in named.items():
+        for name in names:
+            if name not in clouds:
+                raise ConfigError(key, name, "no such cloud in the catalog", nearest(name, clouds))
+    for key in launch.discounts:
+        kind = key.partition("/")[2]
+        if kind not in ("", "spot", "on-demand"):
+            raise ConfigError("launch.discounts", key, f"no prices are {kind}", "use aws/spot")
+    for name in launch.gpus:
+        known_gpu(name)
+    check_regions(launch.regions, regions - {""})
+
+
+def _as_the_users(launch: LaunchConfig, offer: Offer) -> Offer:
+    kind = "spot" if offer.is_spot else "on-demand"
+    share = launch.discounts.get(f"{offer.cloud}/{kind}", launch.discounts.get(offer.cloud, 0.0))
+    country = launch.countries.get(offer.cloud, offer.country)
+    if not share and country == offer.country:
+        return offer
+    return replace(offer, usd_per_h=offer.usd_per_h * (1 - share), country=country)
+
+
+def _pool(name: str, pool: PoolConfig) -> Offer:
+    if pool.nodes < 1:
+        raise ConfigError(f"launch.pools.{name}.nodes", pool.nodes, "below 1", "use 1 or more")
+    return Offer(
+        cloud=pool.kind.value,
+        region="",
+        zone="",
+        instance_type="",
+        gpu=known_gpu(pool.gpu, f"launch.pools.{name}.gpu"),
+        gpus_per_node=pool.gpus_per_node,
+        usd_per_h=pool.usd_per_h,
+        is_spot=False,
+        pool=name,
+        max_nodes=pool.nodes,
+        country=pool.country,
+    )
+
+
+def quota_of(launch: LaunchConfig, offer: Offer) -> int | None:
+    """Most GPUs of an offer's kind that the user may have; None: no quota is set.
+
+    Args:
+        launch: Has `quotas`, by `cloud/region/gpu/spot|on-demand`; `*` stands for any text, and
+            what is left off at the end for anything. The smallest that fits counts.
+        offer: Where.
+    """
+    if not launch.quotas or offer.pool:
+        return None
+    kind = "spot" if offer.is_spot else "on-demand"
+    return _quota(tuple(launch.quotas.items()), f"{offer.cloud}/{offer.region}/{offer.gpu}/{kind}")
+
+
+@lru_cache(maxsize=None)
+def _quota(quotas: tuple[tuple[str, int], ...], name: str) -> int | None:
+    fitting = (
+        most
+        for pattern, most in quotas
+        if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}/*")
+    )
+    return min(fitting, default=None)

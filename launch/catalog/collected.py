@@ -1,0 +1,63 @@
+"""Makes the snapshot of this package from a list of offers that others collected.
+
+    python -m launch.catalog.collected offers-2026-05-24.json
+
+The list is JSON: `provider_id`, `gpu_model`, `vram_gb`, `interconnect`, `is_spot`,
+`price_usd_hour` (of one GPU), `vcpu`, `ram_gb`, `collected_at`. It says neither in which regions
+nor how many GPUs a node may have, so it is assumed here that data-centre providers rent nodes of 1,
+2, 4 and 8, one node at a time, and marketplaces of people's own machines single GPUs.
+"""
+
+import datetime
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from launch.catalog.gpus import gpu_of
+from launch.catalog.offer import Offer
+from launch.catalog.snapshot import write_snapshot
+
+_MARKETPLACES = {"akash", "gpuhub", "salad"}
+_SOURCE = "public price pages of 21 GPU clouds, collected 2026-05-24 (MIT)"
+
+
+def main() -> None:
+    """Writes `snapshot-<date>.json` beside this file."""
+    rows: list[dict[str, Any]] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    date = min(datetime.date.fromisoformat(row["collected_at"]) for row in rows)
+    offers = sorted(
+        (offer for row in rows for offer in _offers(row)),
+        key=lambda o: (o.cloud, o.gpu, o.gpus_per_node, o.is_spot, o.usd_per_h),
+    )
+    cheapest = {(o.cloud, o.gpu, o.gpus_per_node, o.is_spot): o for o in reversed(offers)}
+    kept = sorted(cheapest.values(), key=offers.index)
+    write_snapshot(Path(__file__).with_name(f"snapshot-{date}.json"), date, _SOURCE, kept)
+    print(f"{len(kept)} offers of {len({o.cloud for o in kept})} providers, from {len(rows)} rows")
+
+
+def _offers(row: dict[str, Any]) -> list[Offer]:
+    name = gpu_of(f"{row['gpu_model']} {row['interconnect'] or ''}", row["vram_gb"])
+    if name is None:  # cards for games, mostly
+        return []
+    counts = (1,) if row["provider_id"] in _MARKETPLACES else (1, 2, 4, 8)
+    return [
+        Offer(
+            cloud=row["provider_id"],
+            region="",
+            zone="",
+            instance_type="",
+            gpu=name,
+            gpus_per_node=count,
+            usd_per_h=round(row["price_usd_hour"] * count, 6),
+            is_spot=row["is_spot"],
+            vcpus=row["vcpu"] and row["vcpu"] * count,
+            memory_gib=row["ram_gb"] and row["ram_gb"] * count,
+            max_nodes=1,
+        )
+        for count in counts
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Accelerators by SkyPilot's names, and the many ways in which price lists write them."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
+
+from monitoring.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What the planner has to know of one.
+
+    Attributes:
+        memory_gib: As `torch.cuda` reports it, roughly: what the datasheet calls GB.
+        device_name: Whose peak `monitoring.throughput.peak_flops` knows; empty: no peak is known.
+        has_nvlink: Whether the cards of one node speak to each other faster than PCIe can.
+    """
+
+    memory_gib: float
+    device_name: str = ""
+    has_nvlink: bool = False
+
+
+# Sizes of the makers' datasheets. A card that comes in two sizes has two names, as in SkyPilot.
+GPUS: dict[str, Gpu] = {
+    "A10": Gpu(24),
+    "A100": Gpu(40, "NVIDIA A100", True),
+    "A100-80GB": Gpu(80, "NVIDIA A100", True),
+    "A100-PCIE": Gpu(40, "NVIDIA A100"),
+    "A100-80GB-PCIE": Gpu(80, "NVIDIA A100"),
+    "A10G": Gpu(24, "NVIDIA A10G"),
+    "A16": Gpu(16),
+    "A30": Gpu(24),
+    "A40": Gpu(48),
+    "B200": Gpu(180, "NVIDIA B200", True),
+    "B300": Gpu(268, "", True),
+    "GH200": Gpu(96),
+    "H100": Gpu(80, "NVIDIA H100 80GB HBM3", True),
+    "H100-NVL": Gpu(94, "NVIDIA H100 NVL"),
+    "H100-PCIE": Gpu(80, "NVIDIA H100 PCIe"),
+    "H200": Gpu(141, "NVIDIA H200", True),
+    "H200-NVL": Gpu(141, "NVIDIA H200 NVL"),
+    "L4": Gpu(24, "NVIDIA L4"),
+    "L40": Gpu(48),
+    "L40S": Gpu(48, "NVIDIA L40S"),
+    "MI300X": Gpu(192, "AMD Instinct MI300X", True),
+    "P100": Gpu(16),
+    "RTX3090": Gpu(24, "NVIDIA GeForce RTX 3090"),
+    "RTX4090": Gpu(24, "NVIDIA GeForce RTX 4090"),
+    "RTX5090": Gpu(32, "NVIDIA GeForce RTX 5090"),
+    "RTX6000-Ada": Gpu(48),
+    "RTXA4000": Gpu(16),
+    "RTXA5000": Gpu(24),
+    "RTXA6000": Gpu(48),
+    "RTXPRO6000": Gpu(96),
+    "T4": Gpu(16, "Tesla T4"),
+    "V100": Gpu(16, "Tesla V100-SXM2-16GB", True),
+    "V100-32GB": Gpu(32, "Tesla V100-SXM2-32GB", True),
+}
+
+_BY_FOLDED = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in GPUS}
+_MAKER = re.compile(r"\b(nvidia|amd|tesla|geforce|quadro|hgx|instinct)\b")
+_FORM = re.compile(r"\b(sxm\d?|nvlink|pcie|nvl)\b")
+_SIZE = re.compile(r"\(?\b(\d+)\s*g(?:b|ib)?\b\)?")
+# Cards of one name in two sizes: from this one on it is part of SkyPilot's name.
+_SIZES = {"a100": 80, "v100": 32}
+
+
+def gpu(name: str) -> Gpu:
+    """Facts of an accelerator.
+
+    Args:
+        name: SkyPilot's, in any case.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    return GPUS[known_gpu(name)]
+
+
+@lru_cache(maxsize=4096)
+def known_gpu(name: str, key: str = "launch.gpus") -> str:
+    """The name as SkyPilot writes it.
+
+    Args:
+        name: In any case.
+        key: Of the setting, for the error.
+
+    Raises:
+        ConfigError: There is none of that name; says which come near.
+    """
+    if name in GPUS:
+        return name
+    folded = re.sub(r"[^a-z0-9]", "", name.lower())
+    if folded in _BY_FOLDED:
+        return _BY_FOLDED[folded]
+    raise ConfigError(key, name, "no such GPU is known", nearest(name, GPUS))
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The fix for a name that there is not: those that come near, or all if they are few."""
+    known = sorted(set(names))
+    folded = {item.lower(): item for item in known}
+    found = [folded[item] for item in get_close_matches(name.lower(), folded, n=3, cutoff=0.5)]
+    return f"did you mean {', '.join(found)}?" if found else f"there are {', '.join(known)}"
+
+
+@lru_cache(maxsize=4096)
+def gpu_of(written: str, memory_gib: float | None = None) -> str | None:
+    """SkyPilot's name for what a price list calls `NVIDIA A100 SXM4 80GB` or `A100 (40 GB)`.
+
+    Args:
+        written: The list's name.
+        memory_gib: The list's size, if it has that apart.
+
+    Returns:
+        None: no accelerator that is known, or not the size that is.
+    """
+    text = _MAKER.sub(" ", written.lower().replace("-", " "))
+    size = _SIZE.search(text)
+    if size is not None:
+        text, memory_gib = text.replace(size[0], " "), float(size[1])
+    forms = set(_FORM.findall(text))
+    base = re.sub(r"[^a-z0-9]", "", _FORM.sub(" ", text))
+    if base in _SIZES and memory_gib is not None and memory_gib >= _SIZES[base]:
+        base += f"{_SIZES[base]}gb"
+    if "nvl" in forms:
+        base += "nvl"
+    elif "pcie" in forms and f"{base}pcie" in _BY_FOLDED:
+        base += "pcie"
+    name = _BY_FOLDED.get(base)
+    if name is None or memory_gib is None:
+        return name
+    return name if 0.9 <= memory_gib / GPUS[name].memory_gib <= 1.1 else None

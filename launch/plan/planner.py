@@ -1,0 +1,156 @@
+"""Ranks every way to run a job by what it is expected to cost.
+
+Pure: the same settings, catalog and date give the same plan, to the byte.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from launch.catalog.catalog import Catalog, quota_of
+from launch.catalog.gpus import gpu
+from launch.catalog.offer import Offer
+from launch.catalog.regions import residency_refusal
+from launch.config import LaunchConfig, Spot
+from launch.plan.candidate import Candidate, Rejected
+from launch.plan.cost import Estimator
+from launch.plan.speed import Speed, speed_of
+from launch.plan.workload import Workload, workload_of
+from launch.settings import Settings
+from monitoring.errors import ConfigError
+
+_Refusal = tuple[str, str]  # in a word, and with figures
+# In the order in which they are asked, the last one first.
+_RULES = (
+    *("budget", "deadline", "interruptions", "speed", "memory", "ranks", "quota", "nodes"),
+    *("residency", "spot", "gpu", "cloud"),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What there is to choose from.
+
+    Attributes:
+        settings: The job.
+        workload: What it computes.
+        catalog: Which prices.
+        candidates: Ways to run it, the cheapest first.
+        rejected: Ways that cannot be taken, in the catalog's order.
+    """
+
+    settings: Settings
+    workload: Workload
+    catalog: Catalog
+    candidates: tuple[Candidate, ...]
+    rejected: tuple[Rejected, ...]
+
+
+def make_plan(settings: Settings, catalog: Catalog) -> Plan:
+    """Prices a job on every offer.
+
+    Args:
+        settings: The job, and where it may run.
+        catalog: Prices.
+
+    Raises:
+        ConfigError: The job has no end that can be computed, or nothing is left to run it on.
+    """
+    workload = workload_of(settings.trainer)
+    estimator = Estimator(settings, workload)
+    candidates: list[Candidate] = []
+    rejected: list[Rejected] = []
+    for offer in catalog.offers:
+        refusal = _refused(settings.launch, offer)
+        if refusal is not None:
+            rejected.append(Rejected(offer, 1, *refusal))
+            continue
+        for num_nodes in sorted(set(settings.launch.nodes)):
+            refusal, way = _way(settings.launch, workload, estimator, offer, num_nodes)
+            if refusal is not None:
+                rejected.append(Rejected(offer, num_nodes, *refusal, way))
+            elif way is not None:
+                candidates.append(way)
+    candidates.sort(key=_order)
+    plan = Plan(settings, workload, catalog, tuple(candidates), tuple(rejected))
+    if not candidates:
+        raise _nothing_left(plan)
+    return plan
+
+
+def _order(way: Candidate) -> tuple[float, float, str, str, int, bool]:
+    offer = way.offer
+    name = f"{offer.place} {offer.instance_type}"
+    return way.costs.total_usd, way.p95_h, name, offer.gpu, way.num_gpus, offer.is_spot
+
+
+def _refused(launch: LaunchConfig, offer: Offer) -> _Refusal | None:
+    """Why an offer does not count, whatever the number of nodes."""
+    if launch.clouds and not offer.pool and offer.cloud not in launch.clouds:
+        return "cloud", f"{offer.cloud} is not in launch.clouds"
+    if launch.gpus and offer.gpu not in launch.gpus:
+        return "gpu", f"{offer.gpu} is not in launch.gpus"
+    if launch.spot is Spot.only and not offer.is_spot and not offer.pool:
+        return "spot", "on-demand, and launch.spot=only"
+    if launch.spot is Spot.never and offer.is_spot:
+        return "spot", "spot, and launch.spot=never"
+    refusal = residency_refusal(offer, launch.regions)
+    return None if refusal is None else ("residency", refusal)
+
+
+def _way(
+    launch: LaunchConfig,
+    workload: Workload,
+    estimator: Estimator,
+    offer: Offer,
+    num_nodes: int,
+) -> tuple[_Refusal | None, Candidate | None]:
+    """What an offer's nodes cost, and why they cannot be taken."""
+    num_gpus = num_nodes * offer.gpus_per_node
+    if offer.max_nodes is not None and num_nodes > offer.max_nodes:
+        return ("nodes", f"{num_nodes} nodes, and {offer.max_nodes} can be had together"), None
+    quota = quota_of(launch, offer)
+    if quota is not None and num_gpus > quota:
+        return ("quota", f"{num_gpus} GPUs, and the quota is {quota}"), None
+    ranks = workload.refusal(num_gpus)
+    if ranks is not None:
+        return ("ranks", ranks), None
+    needed_gib = workload.memory_gib(num_gpus, offer.gpus_per_node)
+    has_gib = gpu(offer.gpu).memory_gib
+    if needed_gib > has_gib:
+        return ("memory", f"needs {needed_gib:.0f} GiB a GPU of {has_gib:.0f}"), None
+    speed = speed_of(workload, offer, num_nodes, launch)
+    if not isinstance(speed, Speed):
+        return ("speed", speed), None
+    way = estimator.candidate(offer, num_nodes, speed, needed_gib)
+    return _too_late_or_dear(launch, way), way
+
+
+def _too_late_or_dear(launch: LaunchConfig, way: Candidate) -> _Refusal | None:
+    if not way.p95_h < math.inf:
+        return "interruptions", "lost too often to get from one checkpoint to the next"
+    if way.p95_h > launch.deadline_h:
+        return "deadline", f"done after {way.p95_h:.1f} h 19 times of 20, not {launch.deadline_h:g}"
+    if launch.budget_usd is not None and way.costs.total_usd > launch.budget_usd:
+        return "budget", f"${way.costs.total_usd:,.2f} expected, above {launch.budget_usd:,.2f}"
+    return None
+
+
+def _nothing_left(plan: Plan) -> ConfigError:
+    """One line: what excluded how many, and what would let the nearest one pass."""
+    counts = Counter(way.reason for way in plan.rejected)
+    said = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
+    rule = f"nothing is left to run this job on ({said or 'no offers'})"
+    launch = plan.settings.launch
+    last = next((reason for reason in _RULES if counts[reason]), "")
+    ways = [way for way in plan.rejected if way.reason == last]
+    if last == "budget":
+        least = min(way.priced.costs.total_usd for way in ways if way.priced)
+        fix = f"the cheapest way that is in time costs ${least:,.2f}: raise the budget to that"
+        return ConfigError("launch.budget_usd", launch.budget_usd, rule, fix)
+    if last == "deadline":
+        soonest_h = min(way.priced.p95_h for way in ways if way.priced)
+        fix = f"the soonest is done after {soonest_h:.1f} h: give it that, or more launch.nodes"
+        return ConfigError("launch.deadline", launch.deadline, rule, fix)
+    fix = f"the last rule to exclude one was {last}: {ways[0].text}" if ways else "fill the catalog"
+    return ConfigError("launch.catalog", plan.catalog.source, rule, fix)
