@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from launch.catalog.gpus import known_gpu, nearest
@@ -151,7 +151,7 @@ def quota_of(launch: LaunchConfig, offer: Offer) -> int | None:
     return _quota(tuple(launch.quotas.items()), f"{offer.cloud}/{offer.region}/{offer.gpu}/{kind}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _quota(quotas: tuple[tuple[str, int], ...], name: str) -> int | None:
     fitting = (
         most

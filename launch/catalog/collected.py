@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def _offers(row: dict[str, Any]) -> list[Offer]:
-    name = gpu_of(f"{row['gpu_model']} {row['interconnect'] or ''}", row["vram_gb"])
+    name = gpu_of(f"{row['gpu_model']} {row.get('interconnect') or ''}", row["vram_gb"])
     if name is None:  # cards for games, mostly
         return []
     counts = (1,) if row["provider_id"] in _MARKETPLACES else (1, 2, 4, 8)
@@ -51,12 +51,16 @@ def _offers(row: dict[str, Any]) -> list[Offer]:
             gpus_per_node=count,
             usd_per_h=round(row["price_usd_hour"] * count, 6),
             is_spot=row["is_spot"],
-            vcpus=row["vcpu"] and row["vcpu"] * count,
-            memory_gib=row["ram_gb"] and row["ram_gb"] * count,
+            vcpus=_times(row.get("vcpu"), count),
+            memory_gib=_times(row.get("ram_gb"), count),
             max_nodes=1,
         )
         for count in counts
     ]
+
+
+def _times(value: float | None, count: int) -> float | None:
+    return None if value is None else value * count
 
 
 if __name__ == "__main__":
