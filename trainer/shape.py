@@ -59,6 +59,7 @@ class ModelShape:
     """Sizes of a decoder.
 
     Attributes:
+        family: Transformers' name of the architecture.
         vocab_size: Rows of the embedding.
         hidden_size: Width of the residual stream.
         intermediate_size: Width inside the MLP.
@@ -70,6 +71,7 @@ class ModelShape:
         num_block_parameters: Of one decoder block.
     """
 
+    family: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -103,6 +105,7 @@ def model_shape(config: TrainerConfig) -> ModelShape:
     if family not in _DEFAULTS:
         rule = "its size is not known without building it"
         raise ConfigError(key, family, rule, f"known are {', '.join(sorted(_DEFAULTS))}")
+    fields = fields | {"model_type": family}
     fields = _DEFAULTS[family] | {name: v for name, v in fields.items() if v is not None}
     return _gpt2(fields) if family == "gpt2" else _llama(fields, family)
 
@@ -157,6 +160,7 @@ def _shape(
     layers, embedding = fields["num_hidden_layers"], fields["vocab_size"] * hidden
     tied = fields.get("tie_word_embeddings", False)
     return ModelShape(
+        family=fields["model_type"],
         vocab_size=fields["vocab_size"],
         hidden_size=hidden,
         intermediate_size=inner,

@@ -1,0 +1,116 @@
+"""The memory plan against what real models save, and real strategies hold."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.trainer.test_shape import composed
+from trainer.memory import plan_memory
+from trainer.model import prepare_training
+from trainer.objective import _CHUNK_NUMEL
+from trainer.shape import model_shape
+
+SIZES = {
+    "hidden_size": 192,
+    "intermediate_size": 700,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 32,
+    "vocab_size": 64,
+}
+GPT2 = {"n_embd": 192, "n_inner": 700, "n_head": 6, "n_positions": 512, "vocab_size": 64}
+GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+GPT2 |= {"bos_token_id": 0, "eos_token_id": 0}
+
+
+def saved_bytes(family, num_layers, seq_len, is_bf16, is_checkpointed):
+    """What forward of a batch of two keeps for backward, weights and their casts aside."""
+    layers = {"n_layer" if family == "gpt2" else "num_hidden_layers": num_layers}
+    fields = (GPT2 if family == "gpt2" else SIZES) | layers
+    if family == "qwen2":  # it has none of its own
+        fields = {name: value for name, value in fields.items() if name != "head_dim"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields))
+    model.train()
+    prepare_training(model, compile=False, checkpointing=is_checkpointed)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = (storage.nbytes(), tensor)  # held: no address comes twice
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=is_bf16),
+    ):
+        model.get_decoder()(input_ids=torch.zeros(2, seq_len, dtype=torch.long), use_cache=False)
+    return sum(size for size, _ in found.values())
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("is_bf16", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt2"])
+def test_activations_of_a_block(tmp_path, family, is_bf16, is_checkpointed):
+    def of_a_block(seq_len):  # what does not depend on the number of blocks falls out
+        deep, shallow = (
+            saved_bytes(family, layers, seq_len, is_bf16, is_checkpointed) for layers in (3, 1)
+        )
+        return (deep - shallow) / 2
+
+    measured = of_a_block(256) - of_a_block(128)  # and what does not depend on the tokens
+    fields = GPT2 if family == "gpt2" else SIZES
+
+    def planned(num_layers):
+        layers = {"n_layer" if family == "gpt2" else "num_hidden_layers": num_layers}
+        content = {"model_type": family, **fields, **layers}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        config = composed(
+            "model=config",
+            f"model.path={tmp_path}",
+            "data.max_seq_len=128",
+            "micro_batch_size=2",
+            f"activation_checkpointing={is_checkpointed}",
+            "precision=bf16" if is_bf16 else "precision=fp32",
+        )
+        return plan_memory(config, model_shape(config), 1).activations
+
+    assert (planned(3) - planned(1)) / 2 == pytest.approx(measured, rel=0.05)
+
+
+def test_the_loss_holds_the_chunk_of_the_objective():
+    config = composed("model=llama_1b", "precision=bf16")
+    shape = model_shape(config)
+    expected = 4 * _CHUNK_NUMEL["cuda"] + 4 * shape.vocab_size * shape.hidden_size
+    expected += 8 * 1024 * shape.hidden_size * 2
+    assert plan_memory(config, shape, 1).loss == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "world_size", "bytes_a_parameter"),
+    [
+        (["parallel=ddp"], 4, 16),
+        (["parallel=fsdp"], 4, 4),
+        (["parallel=fsdp", "parallel.dp_replicate=2"], 4, 8),
+        (["parallel=zero", "parallel.stage=1"], 4, 4 + 4 + 3),
+        (["parallel=zero", "parallel.stage=2"], 4, 4 + 1 + 3),
+        (["parallel=zero", "parallel.stage=3"], 4, 1 + 1 + 3),
+        (["parallel=zero", "parallel.stage=2", "parallel.offload_optimizer=true"], 4, 4 + 1),
+    ],
+)
+def test_what_a_rank_holds_of_the_training_state(words, world_size, bytes_a_parameter):
+    config = composed("model=llama_8b", "precision=bf16", *words)
+    shape = model_shape(config)
+    plan = plan_memory(config, shape, world_size)
+    held = plan.parameters + plan.gradients + plan.optimizer
+    assert held == pytest.approx(bytes_a_parameter * shape.num_parameters)
+
+
+def test_a_rank_has_no_more_rows_than_the_global_batch_gives_it():
+    few = composed("global_batch_size=8", "micro_batch_size=8")
+    shape = model_shape(few)
+    one, four = (plan_memory(few, shape, n).activations for n in (1, 4))
+    assert one == pytest.approx(4 * four)

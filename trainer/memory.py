@@ -1,0 +1,139 @@
+"""How much memory a rank will need: for the planner, which imports no torch, and for a check.
+
+Symbols: N parameters, t tokens of a micro-batch, H hidden size, I MLP size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+from parallel.config import DdpConfig, Dtype, FsdpConfig, ZeroConfig
+from trainer.config import TrainerConfig
+from trainer.shape import ModelShape
+
+# Bytes that one token leaves for backward in one decoder block: (of H, of I, of the queries, of the
+# keys), in float32 and under bf16 autocast. Fitted to what transformers 5.23 saves with sdpa
+# attention; tests/trainer/test_memory.py holds it to 5%.
+_SAVED_BYTES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "llama": ((24, 16, 8, 8), (26, 8, 4, 4)),
+    "mistral": ((24, 16, 8, 8), (26, 8, 4, 4)),
+    "qwen2": ((24, 16, 8, 8), (26, 8, 4, 4)),
+    "qwen3": ((24, 16, 16, 16), (26, 8, 10, 10)),
+    "gpt2": ((32, 20, 0, 0), (20, 10, 0, 0)),
+}
+# Logits that the fused loss holds at a time on a GPU: `_CHUNK_NUMEL` of trainer/objective.py.
+_LOGITS_NUMEL = 2**26
+# Assumed: the CUDA context, NCCL's buffers, and what the allocator cannot use.
+_OVERHEAD_BYTES = 1.5 * 2**30
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one GPU, and on its host.
+
+    Attributes:
+        parameters: Float32 weights that the rank holds.
+        gradients: Of these.
+        optimizer: AdamW's two moments, and ZeRO's own copy of the weights.
+        gathered: Weights in the type of computation, or those of other ranks, for as long as they
+            are used; buffers to reduce gradients in.
+        activations: What backward needs of one micro-batch.
+        loss: Logits at hand, and the gradients that the fused loss makes in forward.
+        overhead: Assumed, for what is not the model's.
+        host: In host memory (ZeRO's offload).
+    """
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    activations: float
+    loss: float
+    overhead: float
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """On the GPU."""
+        return (
+            self.parameters
+            + self.gradients
+            + self.optimizer
+            + self.gathered
+            + self.activations
+            + self.loss
+            + self.overhead
+        )
+
+
+def plan_memory(config: TrainerConfig, shape: ModelShape, world_size: int) -> MemoryPlan:
+    """What one rank needs at its peak, at the end of forward.
+
+    Args:
+        config: The run.
+        shape: Of its model.
+        world_size: Ranks.
+    """
+    is_bf16 = config.precision.param_dtype is Dtype.bfloat16
+    rows = min(config.micro_batch_size, -(-config.global_batch_size // world_size))
+    tokens = rows * config.data.max_seq_len
+    compute_bytes = 2 if is_bf16 else 4
+    state = _state(config, shape, world_size, compute_bytes)
+    embedding = shape.vocab_size * shape.hidden_size
+    if config.model.fused_loss:
+        logits = min(_LOGITS_NUMEL, tokens * shape.vocab_size)
+        loss = 4.0 * logits + 4.0 * embedding + tokens * shape.hidden_size * compute_bytes
+    else:
+        loss = (4.0 + 4.0 + compute_bytes) * tokens * shape.vocab_size
+    return MemoryPlan(
+        **state,
+        activations=_activations(config, shape, tokens, is_bf16),
+        loss=loss,
+        overhead=_OVERHEAD_BYTES,
+    )
+
+
+def _state(
+    config: TrainerConfig, shape: ModelShape, world_size: int, compute_bytes: int
+) -> dict[str, float]:
+    parallel, n = config.parallel, float(shape.num_parameters)
+    block = float(shape.num_block_parameters)
+    root = n - shape.num_layers * block  # embedding, output layer, last norm
+    cast = compute_bytes * n if compute_bytes < 4 else 0.0  # autocast keeps what it has cast
+    if isinstance(parallel, DdpConfig):
+        return {"parameters": 4 * n, "gradients": 4 * n, "optimizer": 8 * n, "gathered": cast}
+    if isinstance(parallel, FsdpConfig):
+        part = n / (world_size // parallel.dp_replicate)
+        # Two blocks at a time are whole, or all of them; and as many gradients in float32.
+        whole = root + (2 * block if parallel.reshard_after_forward else n - root)
+        gathered = compute_bytes * whole + 4 * (2 * block + root)
+        if world_size == 1:
+            gathered = cast
+        return {
+            "parameters": 4 * part,
+            "gradients": 4 * part,
+            "optimizer": 8 * part,
+            "gathered": gathered,
+        }
+    assert isinstance(parallel, ZeroConfig)
+    part = n / world_size
+    whole = 2 * block + root if parallel.stage == 3 else n
+    states = 12 * part  # two moments and DeepSpeed's own copy of the weights
+    weights = 4 * (part if parallel.stage == 3 else n)
+    gradients = 4 * (n if parallel.stage == 1 else part)
+    host = states * parallel.offload_optimizer + weights * parallel.offload_parameters
+    return {
+        "parameters": 0.0 if parallel.offload_parameters else weights,
+        "gradients": gradients,
+        "optimizer": 0.0 if parallel.offload_optimizer else states,
+        "gathered": compute_bytes * whole,
+        "host": host,
+    }
+
+
+def _activations(config: TrainerConfig, shape: ModelShape, tokens: int, is_bf16: bool) -> float:
+    keys = (shape.qkv_size - shape.attention_size) / 2
+    sizes = (shape.hidden_size, shape.intermediate_size, shape.attention_size, keys)
+    saved = _SAVED_BYTES[shape.family][is_bf16]
+    block = float(sum(size * times for size, times in zip(sizes, saved, strict=True)))
+    if config.activation_checkpointing:  # inputs of all blocks, and the insides of one
+        return tokens * (shape.num_layers * 4.0 * shape.hidden_size + block)
+    return tokens * shape.num_layers * block
