@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from launch.elastic import cli as elastic
+from launch.plan import cli as plan
 from launch.simulation import cli as simulation
 from monitoring.errors import ExitCode, SpotforgeError
 
@@ -27,7 +28,11 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m launch", description=_DESCRIPTION)
     commands = parser.add_subparsers(dest="verb", required=True)
-    for package in (elastic, simulation):  # each gives its parsers a `run(options, words after --)`
+    for package in (
+        plan,
+        elastic,
+        simulation,
+    ):  # each gives its parsers a `run(options, words after --)`
         package.add_verbs(commands)
     commands.metavar = " | ".join(commands.choices)
     return parser

@@ -76,9 +76,10 @@ class Estimator:
         if not offer.is_spot:
             return num_nodes * offer.gpus_per_node / GPU_HOURS_BETWEEN_FAILURES
         place, hours = offer.place, self._launch.preemption_hours
+        elsewhere: float = self._checkpoint.mean_hours_between_preemptions
         while place and place not in hours:
             place = place.rpartition("/")[0]
-        return num_nodes / hours.get(place, self._checkpoint.mean_hours_between_preemptions)
+        return num_nodes / hours.get(place, elsewhere)
 
     def _find_duration(
         self, compute_h: float, per_h: float, num_nodes: int, is_spot: bool
@@ -122,7 +123,7 @@ class Estimator:
 
     def _storage_usd(self, wall_h: float) -> float:
         """Of the checkpoints that stay, and the one that is being written."""
-        kept = self._checkpoint.keep_last + 1.0
+        kept: float = self._checkpoint.keep_last + 1
         if self._checkpoint.keep_every is not None:  # they add up; half of them on average
             kept += self._workload.total_steps / self._checkpoint.keep_every / 2
         if math.isinf(wall_h):

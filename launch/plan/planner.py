@@ -14,7 +14,7 @@ from launch.catalog.regions import residency_refusal
 from launch.config import LaunchConfig, Spot
 from launch.plan.candidate import Candidate, Rejected
 from launch.plan.cost import Estimator
-from launch.plan.speed import Speed, speed_of
+from launch.plan.speed import Speed, SpeedModel
 from launch.plan.workload import Workload, workload_of
 from launch.settings import Settings
 from monitoring.errors import ConfigError
@@ -57,6 +57,7 @@ def make_plan(settings: Settings, catalog: Catalog) -> Plan:
         ConfigError: The job has no end that can be computed, or nothing is left to run it on.
     """
     workload = workload_of(settings.trainer)
+    speeds = SpeedModel(workload, settings.launch)
     estimator = Estimator(settings, workload)
     candidates: list[Candidate] = []
     rejected: list[Rejected] = []
@@ -66,7 +67,7 @@ def make_plan(settings: Settings, catalog: Catalog) -> Plan:
             rejected.append(Rejected(offer, 1, *refusal))
             continue
         for num_nodes in sorted(set(settings.launch.nodes)):
-            refusal, way = _way(settings.launch, workload, estimator, offer, num_nodes)
+            refusal, way = _way(settings.launch, workload, speeds, estimator, offer, num_nodes)
             if refusal is not None:
                 rejected.append(Rejected(offer, num_nodes, *refusal, way))
             elif way is not None:
@@ -101,6 +102,7 @@ def _refused(launch: LaunchConfig, offer: Offer) -> _Refusal | None:
 def _way(
     launch: LaunchConfig,
     workload: Workload,
+    speeds: SpeedModel,
     estimator: Estimator,
     offer: Offer,
     num_nodes: int,
@@ -115,11 +117,11 @@ def _way(
     ranks = workload.refusal(num_gpus)
     if ranks is not None:
         return ("ranks", ranks), None
-    needed_gib = workload.memory_gib(num_gpus, offer.gpus_per_node)
+    needed_gib = workload.memory_gib(num_gpus)
     has_gib = gpu(offer.gpu).memory_gib
     if needed_gib > has_gib:
         return ("memory", f"needs {needed_gib:.0f} GiB a GPU of {has_gib:.0f}"), None
-    speed = speed_of(workload, offer, num_nodes, launch)
+    speed = speeds.of(offer, num_nodes)
     if not isinstance(speed, Speed):
         return ("speed", speed), None
     way = estimator.candidate(offer, num_nodes, speed, needed_gib)

@@ -1,0 +1,93 @@
+"""`python -m launch plan`: what a job costs, by where it runs."""
+
+import argparse
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from monitoring.errors import ExitCode
+
+_PLAN = """\
+Ranks every way to run a job (cloud, region, zone, GPU, number, spot or on-demand, or machines of
+one's own) by what it is expected to cost in all: compute, interruptions, egress, storage. The words
+are those of python -m trainer; what begins with launch. is for the launcher. Nothing is started."""
+
+_EXAMPLES = """\
+a job, by when, and for how much:
+  python -m launch plan experiment=mine launch.deadline=36h launch.budget_usd=200
+
+keys of launch. (see launch/config.py for all):
+  deadline, budget_usd            36h, 10d; in dollars
+  gpus, clouds, regions, spot     [H100,A100-80GB]; [aws]; [india] or [ap-south-1]; both|only|never
+  nodes                           numbers of nodes to try, [1,2,4,8]
+  catalog, max_price_age          a snapshot or SkyPilot's catalogs; older prices are refused
+  discounts, quotas, countries    {aws/spot:0.1}; {aws/ap-south-1/H100/spot:16}; {jarvis-labs:in}
+  pools                           {lab:{kind:slurm,gpu:A100-80GB,gpus_per_node:8,usd_per_h:3}}
+  data_gb, data_region            500, aws/ap-south-1; also checkpoint_region, result_region
+  mfu, measured                   0.4; result files with measured tokens/s
+  preemption_hours                {aws/us-east-1:3}; also restart_minutes, wait_minutes
+  currency, usd_inr, gst          inr; 85; 0.18
+
+exit codes: 0 there is a way; 2 refused, or none is left (says which rule to loosen)
+"""
+
+
+def add_verbs(commands: Any) -> None:
+    """Adds `plan` to the parsers of `python -m launch`.
+
+    Args:
+        commands: What `add_subparsers` returned.
+    """
+    parser = commands.add_parser(
+        "plan",
+        help="what a job costs, by where it runs",
+        usage="python -m launch plan [options] [key=value ...]",
+        description=_PLAN,
+        epilog=_EXAMPLES,
+    )
+    parser.set_defaults(run=_plan)
+    parser.add_argument("words", metavar="key=value", nargs="*", help="the job and launch.*")
+    parser.add_argument("--json", action="store_true", help="print everything, as JSON")
+    parser.add_argument(
+        "--top", metavar="N", type=_count, default=12, help="ways to show (default: 12)"
+    )
+    parser.add_argument(
+        "--rejected", action="store_true", help="show every rejected way, not one a reason"
+    )
+    parser.add_argument(
+        "--today",
+        metavar="DATE",
+        type=_date,
+        default=None,
+        help="by which the prices' age is counted (default: today)",
+    )
+    parser.add_argument(
+        "--config-dir", metavar="DIR", type=Path, help="look for options in DIR too"
+    )
+
+
+def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from launch.catalog.catalog import load_catalog  # here, and Hydra with it: --help comes at once
+    from launch.plan.planner import make_plan
+    from launch.plan.report import as_json, table
+    from launch.settings import compose_settings
+
+    settings = compose_settings([*options.words, *rest], options.config_dir)
+    today = options.today or datetime.datetime.now(datetime.UTC).date()
+    plan = make_plan(settings, load_catalog(settings.launch, today))
+    print(as_json(plan) if options.json else table(plan, options.top, options.rejected))
+    return ExitCode.FINISHED
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
+def _date(text: str) -> datetime.date:
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{text!r} is no date, as 2026-05-24 is") from e

@@ -1,0 +1,168 @@
+"""A plan as a table for people, and as JSON for programs."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from launch.config import Currency, LaunchConfig
+from launch.plan.candidate import Candidate, Rejected
+from launch.plan.cost import (
+    COPY_GB_PER_S,
+    GPU_HOURS_BETWEEN_FAILURES,
+    WRITE_GB_PER_S,
+)
+from launch.plan.planner import Plan
+from monitoring.units import compact, duration
+
+
+def table(plan: Plan, top: int, with_rejected: bool) -> str:
+    """What a person reads.
+
+    Args:
+        plan: What was found.
+        top: Candidates to show.
+        with_rejected: Every rejected way on a line of its own, not one a reason.
+    """
+    money = _Money(plan.settings.launch)
+    lines = [*_head(plan), "", *_candidates(plan, top, money), ""]
+    return "\n".join([*lines, *_rejected(plan, with_rejected), *_assumptions(plan)])
+
+
+class _Money:
+    """Dollars, or rupees with GST."""
+
+    def __init__(self, launch: LaunchConfig) -> None:
+        is_inr = launch.currency is Currency.inr
+        self.sign = "\u20b9" if is_inr else "$"
+        self._rate = launch.usd_inr * (1 + launch.gst) if is_inr else 1.0
+
+    def __call__(self, usd: float) -> str:
+        value = usd * self._rate
+        return f"{value:,.0f}" if value >= 1000 else f"{value:,.2f}"
+
+    def small(self, usd: float) -> str:
+        """With more figures."""
+        return f"{usd * self._rate:.4f}"
+
+
+def _head(plan: Plan) -> list[str]:
+    work, catalog = plan.workload, plan.catalog
+    flops = work.total_tokens * work.flops_per_token
+    days = f"{catalog.age_days} day{'' if catalog.age_days == 1 else 's'} old"
+    return [
+        f"{plan.settings.trainer.run.name}: {compact(work.shape.num_parameters)} parameters, "
+        f"{compact(work.total_tokens)} tokens in {work.total_steps:,} steps, {flops:.2e} FLOPs; "
+        f"a checkpoint has {work.checkpoint_gb:.1f} GB",
+        f"prices: {catalog.date} ({days}), {len(catalog.offers)} offers, {catalog.source}, "
+        f"{catalog.digest[:19]}",
+    ]
+
+
+def _candidates(plan: Plan, top: int, money: _Money) -> list[str]:
+    shown = plan.candidates[:top]
+    places = [f"{way.offer.place} {way.offer.instance_type}".strip() for way in shown]
+    width = max(len("where"), *(len(place) for place in places))
+    lines = [
+        f"{'':>4}{money.sign + '/job':>12}{money.sign + '/Mtok':>10}{'P50':>8}{'P95':>8}"
+        f"{'tok/s':>8}{'losses':>8}{'GiB/GPU':>9}  {'GPUs':<22}{'':<11}{'where':<{width}}"
+    ]
+    tokens = plan.workload.total_tokens / 1e6
+    for rank, (way, place) in enumerate(zip(shown, places, strict=True), 1):
+        usd = way.costs.total_usd
+        nodes = f"{way.num_nodes} x " if way.num_nodes > 1 else ""
+        gpus = f"{nodes}{way.offer.gpus_per_node} {way.offer.gpu}"
+        kind = "owned" if way.offer.pool else "spot" if way.offer.is_spot else "on-demand"
+        lines.append(
+            f"{rank:>3} {money(usd):>12}{money.small(usd / tokens):>10}"
+            f"{duration(way.p50_h * 3600):>8}{duration(way.p95_h * 3600):>8}"
+            f"{compact(way.tokens_per_s):>8}{way.preemptions:>8.1f}{way.memory_gib:>9.1f}  "
+            f"{gpus:<22}{kind:<11}{place:<{width}}".rstrip()
+        )
+    best = plan.candidates[0].costs
+    lines.append(
+        f"the first: compute {money.sign}{money(best.compute_usd)}, interruptions and saves "
+        f"{money.sign}{money(best.waste_usd)}, egress {money.sign}{money(best.egress_usd)}, "
+        f"storage {money.sign}{money(best.storage_usd)}; speed by {plan.candidates[0].speed_source}"
+    )
+    if len(plan.candidates) > top:
+        lines.append(f"and {len(plan.candidates) - top} more (--top)")
+    return lines
+
+
+def _rejected(plan: Plan, with_all: bool) -> list[str]:
+    if not plan.rejected:
+        return []
+
+    def line(way: Rejected, count: int) -> str:
+        offer = way.offer
+        gpus = f"{way.num_nodes} x {offer.gpus_per_node} {offer.gpu}"
+        return f"{count:>6} {way.reason:<14}{offer.place}, {gpus}: {way.text}"
+
+    if with_all:
+        return ["rejected:", *(line(way, 1) for way in plan.rejected), ""]
+    by_reason: dict[str, list[Rejected]] = {}
+    for way in plan.rejected:
+        by_reason.setdefault(way.reason, []).append(way)
+    ordered = sorted(by_reason.values(), key=lambda ways: (-len(ways), ways[0].reason))
+    return ["rejected, an example each:", *(line(ways[0], len(ways)) for ways in ordered), ""]
+
+
+def _assumptions(plan: Plan) -> list[str]:
+    launch, checkpoint = plan.settings.launch, plan.settings.trainer.checkpoint
+    lines = [
+        f"assumed: a spot node lasts {checkpoint.mean_hours_between_preemptions:g} h "
+        f"(checkpoint.mean_hours_between_preemptions, launch.preemption_hours), what is not spot "
+        f"{GPU_HOURS_BETWEEN_FAILURES:,.0f} GPU-hours; a start takes {launch.restart_minutes:g} "
+        f"min, new spot {launch.wait_minutes:g} min; checkpoints are copied at "
+        f"{COPY_GB_PER_S:g} and written at {WRITE_GB_PER_S:g} GB/s a node",
+    ]
+    if launch.currency is Currency.inr:
+        lines.append(f"rupees: {launch.usd_inr:g} a dollar, with {launch.gst:.0%} GST")
+    else:
+        lines.append("before taxes (launch.currency=inr shows rupees with GST)")
+    return lines
+
+
+def as_json(plan: Plan) -> str:
+    """What a program reads: everything, in dollars before taxes; the same input, the same bytes."""
+    work, catalog, launch = plan.workload, plan.catalog, plan.settings.launch
+    content = {
+        "run": plan.settings.trainer.run.name,
+        "workload": {
+            "num_parameters": work.shape.num_parameters,
+            "total_tokens": work.total_tokens,
+            "total_steps": work.total_steps,
+            "flops_per_token": work.flops_per_token,
+            "checkpoint_gb": work.checkpoint_gb,
+            "export_gb": work.export_gb,
+        },
+        "catalog": {
+            "source": catalog.source,
+            "date": catalog.date.isoformat(),
+            "age_days": catalog.age_days,
+            "digest": catalog.digest,
+            "num_offers": len(catalog.offers),
+        },
+        "usd_inr": launch.usd_inr,
+        "gst": launch.gst,
+        "candidates": [_way(plan, way) for way in plan.candidates],
+        "rejected": [
+            {
+                "offer": asdict(way.offer),
+                "num_nodes": way.num_nodes,
+                "reason": way.reason,
+                "text": way.text,
+            }
+            for way in plan.rejected
+        ],
+    }
+    return json.dumps(content, indent=1)
+
+
+def _way(plan: Plan, way: Candidate) -> dict[str, Any]:
+    total_usd = way.costs.total_usd
+    return asdict(way) | {
+        "num_gpus": way.num_gpus,
+        "total_usd": total_usd,
+        "usd_per_million_tokens": total_usd / plan.workload.total_tokens * 1e6,
+    }

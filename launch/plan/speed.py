@@ -1,0 +1,167 @@
+"""How fast a job goes on an offer: as measured, or by a model that is stated."""
+
+import json
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from launch.catalog.gpus import gpu
+from launch.catalog.offer import Offer
+from launch.config import LaunchConfig
+from launch.plan.workload import Workload
+from monitoring.errors import ConfigError
+from monitoring.throughput import peak_flops
+from parallel.config import DdpConfig, FsdpConfig, ZeroConfig
+
+# Model FLOPs utilization while the network does not hold it up: assumed, not measured. torchtitan
+# (Liang et al. 2024, arXiv 2410.06511) reports 33 to 42% for Llama 3.1 8B on 8 to 128 H100 in bf16.
+BASE_MFU = 0.35
+# Bytes a second that a collective moves through one GPU, or one node's network: assumed.
+NVLINK_BYTES_PER_S = 200e9
+PCIE_BYTES_PER_S = 12e9
+NETWORK_BYTES_PER_S = 100e9 / 8
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """How fast.
+
+    Attributes:
+        tokens_per_s: Of all GPUs together.
+        source: Where the number comes from.
+    """
+
+    tokens_per_s: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Measurement:
+    path: str
+    tokens_per_s: float
+    num_gpus: int
+
+
+class SpeedModel:
+    """Speeds of one job.
+
+    Args:
+        workload: The job.
+        launch: Has `mfu` and `measured`.
+
+    Raises:
+        ConfigError: A result file cannot be read.
+    """
+
+    def __init__(self, workload: Workload, launch: LaunchConfig) -> None:
+        self._workload, self._mfu = workload, launch.mfu
+        self._measured = _read_measured(workload, launch.measured)
+        self._found: dict[tuple[str, int, int], Speed | str] = {}
+
+    def of(self, offer: Offer, num_nodes: int) -> Speed | str:
+        """Of so many nodes of an offer, or why it cannot run there."""
+        key = offer.gpu, offer.gpus_per_node, num_nodes
+        if key not in self._found:
+            self._found[key] = self._find(*key)
+        return self._found[key]
+
+    def _find(self, name: str, gpus_per_node: int, num_nodes: int) -> Speed | str:
+        num_gpus = gpus_per_node * num_nodes
+        for measured in self._measured.get(name, ()):
+            if measured.num_gpus == num_gpus:
+                return Speed(measured.tokens_per_s, f"measured: {measured.path}")
+        precision = self._workload.precision
+        device = gpu(name).device_name
+        if not device:
+            return f"no peak FLOP/s is known of {name}, nor a measurement (launch.measured)"
+        peak = peak_flops(device, precision)
+        if peak is None:
+            return f"{name} has no {precision}"
+        mfu = self._mfu if self._mfu is not None else BASE_MFU
+        compute_s = (
+            self._workload.tokens_per_step
+            * self._workload.flops_per_token
+            / (peak * mfu * num_gpus)
+        )
+        # Communication runs beside computation, so the longer of the two is what a step takes.
+        network_s = 0.0
+        if self._mfu is None and num_gpus > 1:
+            bytes_per_s = NVLINK_BYTES_PER_S if gpu(name).has_nvlink else PCIE_BYTES_PER_S
+            if num_nodes > 1:
+                bytes_per_s = min(bytes_per_s, NETWORK_BYTES_PER_S)
+            network_s = _bytes_per_step(self._workload, num_gpus) / bytes_per_s
+        step_s = max(compute_s, network_s)
+        share = mfu * compute_s / step_s
+        why = ", held up by the network" if network_s > compute_s else ""
+        return Speed(self._workload.tokens_per_step / step_s, f"model: MFU {share:.2f}{why}")
+
+
+def _bytes_per_step(workload: Workload, num_gpus: int) -> float:
+    """That collectives move through each GPU in one optimizer step (ring algorithms)."""
+    config, n = workload.config, float(workload.shape.num_parameters)
+    parallel = config.parallel
+    compute_bytes = 2 if workload.precision == "bf16" else 4
+    ring = (num_gpus - 1) / num_gpus
+    gathers_a_micro_batch = 0
+    if isinstance(parallel, FsdpConfig):
+        gathers_a_micro_batch = 2 if parallel.reshard_after_forward else 1
+    elif isinstance(parallel, ZeroConfig) and parallel.stage == 3:
+        gathers_a_micro_batch = 2
+    micro_batches = config.grad_accum_steps(num_gpus)
+    gathered = gathers_a_micro_batch * micro_batches * compute_bytes * n
+    if isinstance(parallel, DdpConfig):
+        return ring * 8 * n  # an all-reduce of float32 gradients
+    if gathers_a_micro_batch == 0:
+        gathered = 4 * n  # ZeRO 1 and 2: the weights, once they are updated
+    return ring * (gathered + 4 * n)  # and a reduce-scatter of float32 gradients
+
+
+def _read_measured(workload: Workload, patterns: list[str]) -> dict[str, list[_Measurement]]:
+    """Measurements of this model, by GPU.
+
+    A file is JSON: `gpu`, `num_gpus`, `tokens_per_s`, `num_parameters`, `seq_len`, `precision`,
+    `strategy`; others in the same folder, of other jobs, are passed over.
+    """
+    shape, found = workload.shape, dict[str, list[_Measurement]]()
+    for pattern in patterns:
+        paths = sorted(glob(str(Path(pattern).expanduser()), recursive=True))
+        if not paths:
+            raise ConfigError("launch.measured", pattern, "no such file", "check the pattern")
+        for path in paths:
+            row = _read_json(path)
+            wanted = {
+                "num_parameters": shape.num_parameters,
+                "seq_len": workload.config.data.max_seq_len,
+                "precision": workload.precision,
+                "strategy": strategy_of(workload),
+            }
+            if any(row.get(name) != value for name, value in wanted.items()):
+                continue
+            try:
+                name, count = str(row["gpu"]), int(row["num_gpus"])
+                measured = _Measurement(path, float(row["tokens_per_s"]), count)
+            except (KeyError, TypeError, ValueError) as e:
+                rule = "needs gpu, num_gpus and tokens_per_s"
+                raise ConfigError("launch.measured", path, rule, "measure again") from e
+            if not measured.tokens_per_s > 0:
+                rule = f"tokens_per_s={measured.tokens_per_s} is not above 0"
+                raise ConfigError("launch.measured", path, rule, "measure again")
+            found.setdefault(name, []).append(measured)
+    return found
+
+
+def strategy_of(workload: Workload) -> str:
+    """`ddp`, `fsdp`, `zero1`, `zero2` or `zero3`."""
+    parallel = workload.config.parallel
+    if isinstance(parallel, ZeroConfig):
+        return f"zero{parallel.stage}"
+    return "fsdp" if isinstance(parallel, FsdpConfig) else "ddp"
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ConfigError("launch.measured", path, f"cannot be read ({e})", "check it") from e
+    return content if isinstance(content, dict) else {}
