@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from launch.catalog import cli as catalog
 from launch.elastic import cli as elastic
 from launch.plan import cli as plan
 from launch.simulation import cli as simulation
@@ -28,11 +29,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m launch", description=_DESCRIPTION)
     commands = parser.add_subparsers(dest="verb", required=True)
-    for package in (
-        plan,
-        elastic,
-        simulation,
-    ):  # each gives its parsers a `run(options, words after --)`
+    # each gives its parsers a `run(options, words after --)`
+    for package in (plan, catalog, elastic, simulation):
         package.add_verbs(commands)
     commands.metavar = " | ".join(commands.choices)
     return parser

@@ -44,18 +44,23 @@ def stored_dir() -> Path:
     return Path(cache).expanduser() / "catalogs"
 
 
-def load_catalog(launch: LaunchConfig, today: datetime.date) -> Catalog:
+def today() -> datetime.date:
+    """The date everywhere (UTC)."""
+    return datetime.datetime.now(datetime.UTC).date()
+
+
+def load_catalog(launch: LaunchConfig, date: datetime.date) -> Catalog:
     """Reads the prices that `launch.catalog` names, or the newest there are.
 
     Args:
         launch: What the user has set.
-        today: By which their age is counted.
+        date: By which their age is counted.
 
     Raises:
         ConfigError: They cannot be read or are too old, or a name in `launch` is not known.
     """
     snapshot = _read(launch.catalog)
-    age_days = (today - snapshot.date).days
+    age_days = (date - snapshot.date).days
     most_days = hours("launch.max_price_age", launch.max_price_age) / 24
     if age_days > most_days:
         raise ConfigError(
@@ -65,6 +70,9 @@ def load_catalog(launch: LaunchConfig, today: datetime.date) -> Catalog:
             "run `python -m launch catalog update` where SkyPilot is, or set "
             f"launch.max_price_age={age_days}d to take them all the same",
         )
+    if age_days < 0:
+        rule = f"its prices are of {snapshot.date}, after {date}"
+        raise ConfigError("--today", date, rule, "correct the date")
     _check_names(launch, snapshot.offers)
     rented = (_as_the_users(launch, offer) for offer in snapshot.offers)
     owned = (_pool(name, pool) for name, pool in sorted(launch.pools.items()))

@@ -68,14 +68,14 @@ def add_verbs(commands: Any) -> None:
 
 
 def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from launch.catalog.catalog import load_catalog  # here, and Hydra with it: --help comes at once
+    from launch.catalog.catalog import load_catalog, today  # here, since Hydra takes a moment
     from launch.plan.planner import make_plan
     from launch.plan.report import as_json, table
     from launch.settings import compose_settings
 
     settings = compose_settings([*options.words, *rest], options.config_dir)
-    today = options.today or datetime.datetime.now(datetime.UTC).date()
-    plan = make_plan(settings, load_catalog(settings.launch, today))
+    catalog = load_catalog(settings.launch, options.today or today())
+    plan = make_plan(settings, catalog)
     print(as_json(plan) if options.json else table(plan, options.top, options.rejected))
     return ExitCode.FINISHED
 

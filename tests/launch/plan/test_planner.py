@@ -1,0 +1,243 @@
+"""Plans: what is ranked, what is rejected and why, and that they are pure."""
+
+import datetime
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.__main__ import main
+from launch.catalog.catalog import Catalog
+from launch.catalog.snapshot import write_snapshot
+from launch.plan.planner import make_plan
+from launch.plan.report import as_json, table
+from launch.settings import compose_settings
+from monitoring.errors import ConfigError
+from tests.launch.offers import offer
+
+ROOT = Path(__file__).parents[3]
+DATE = datetime.date(2026, 6, 1)
+JOB = (
+    "model=llama_8b",
+    "model.vocab_size=128256",
+    "parallel=fsdp",
+    "precision=bf16",
+    "global_batch_size=512",
+    "micro_batch_size=1",
+    "data.max_seq_len=4096",
+    "activation_checkpointing=true",
+    "stop.steps=1000",
+)
+
+
+def planned(offers, *words):
+    catalog = Catalog("test", DATE, 0, "sha256:0", tuple(offers))
+    return make_plan(compose_settings([*JOB, "launch.nodes=[1]", *words]), catalog)
+
+
+def reasons(plan):
+    return {(way.offer.place, way.offer.gpu): way.reason for way in plan.rejected}
+
+
+def test_the_cheapest_in_all_comes_first_and_the_sum_is_its_parts():
+    dear, cheap = offer(usd_per_h=40.0), offer(usd_per_h=20.0, region="us-west-2")
+    plan = planned([dear, cheap])
+    assert [way.offer for way in plan.candidates] == [cheap, dear]
+    best = plan.candidates[0]
+    tokens = 1000 * 512 * 4096
+    assert best.compute_h == pytest.approx(tokens / best.tokens_per_s / 3600)
+    assert best.costs.compute_usd == pytest.approx(20.0 * best.compute_h)
+    assert best.costs.waste_usd > 0 and best.p50_h >= best.compute_h
+
+
+def test_spot_that_is_lost_often_costs_more_than_its_price():
+    spot = offer(usd_per_h=10.0, is_spot=True)
+    calm, rough = (
+        planned([spot], f"launch.preemption_hours={{aws:{hours}}}").candidates[0]
+        for hours in (24, 1)
+    )
+    assert rough.costs.total_usd > calm.costs.total_usd
+    assert rough.p95_h > calm.p95_h and rough.preemptions > 10 * calm.preemptions
+    assert planned([spot, offer(usd_per_h=9.0)]).candidates[0].offer.is_spot is False
+
+
+def test_rates_of_a_place_are_looked_up_from_the_narrowest():
+    spot = offer(is_spot=True, zone="us-east-1c")
+    hours = "launch.preemption_hours={aws:24,aws/us-east-1:12,aws/us-east-1/us-east-1c:6}"
+    narrow = planned([spot], hours).candidates[0]
+    wide = planned([offer(is_spot=True, zone="us-east-1b")], hours).candidates[0]
+    assert narrow.preemptions > 1.5 * wide.preemptions
+
+
+def test_rejections_say_why():
+    offers = [
+        offer(gpu="T4", gpus_per_node=1, region="a"),
+        offer(region="b", gpu="H100"),
+        offer(cloud="gcp", region="c"),
+        offer(region="ap-south-1"),
+        offer(region="d", is_spot=True),
+        offer(region="e", gpu="A40"),
+    ]
+    plan = planned(
+        offers,
+        "launch.quotas={aws/b:4}",
+        "launch.clouds=[aws]",
+        "launch.spot=never",
+        "launch.regions=[ap-south-1,a,b,d,e]",
+        "launch.gpus=[H100,T4,A40]",
+    )
+    assert [way.offer.region for way in plan.candidates] == ["ap-south-1"]
+    assert reasons(plan) == {
+        ("aws/a", "T4"): "memory",
+        ("aws/b", "H100"): "quota",
+        ("gcp/c", "H100"): "cloud",
+        ("aws/d", "H100"): "spot",
+        ("aws/e", "A40"): "memory",
+    }
+    fits = planned(
+        [offer(region="e", gpu="A40"), offer()], "parallel=fsdp", "model.config.num_hidden_layers=4"
+    )
+    assert reasons(fits) == {("aws/e", "A40"): "speed"}
+
+
+def test_several_nodes_only_where_they_can_be_had_together():
+    plan = planned([offer(max_nodes=1), offer(region="us-west-2")], "launch.nodes=[1,2]")
+    assert sorted((way.offer.region, way.num_nodes) for way in plan.candidates) == [
+        ("us-east-1", 1),
+        ("us-west-2", 1),
+        ("us-west-2", 2),
+    ]
+    assert plan.rejected[0].reason == "nodes"
+
+
+def test_nothing_in_time_or_within_the_budget_is_one_line_with_the_way_out():
+    with pytest.raises(ConfigError) as late:
+        planned([offer()], "launch.deadline=1h")
+    hours = float(re.search(r"soonest is done after ([\d.]+) h", str(late.value))[1])
+    assert planned([offer()], f"launch.deadline={hours + 0.1:.1f}h").candidates
+    with pytest.raises(ConfigError) as dear:
+        planned([offer()], "launch.budget_usd=5")
+    usd = float(re.search(r"costs \$([\d,.]+\d)", str(dear.value))[1].replace(",", ""))
+    assert planned([offer()], f"launch.budget_usd={usd + 0.01}").candidates
+    with pytest.raises(ConfigError, match="last rule to exclude one was memory: needs"):
+        planned([offer(gpu="T4", gpus_per_node=1)])
+
+
+def test_egress_and_storage_count():
+    words = ["launch.data_region=aws/ap-south-1", "launch.data_gb=10000"]
+    far, near = offer(), offer(region="ap-south-1", usd_per_h=21.0)
+    plan = planned([far, near], *words)
+    assert plan.candidates[0].offer == near
+    assert plan.candidates[0].costs.egress_usd == 0
+    assert plan.candidates[1].costs.egress_usd == pytest.approx(860)
+    assert plan.candidates[0].costs.storage_usd > 0
+    moved = planned([far], "launch.checkpoint_region=aws/ap-south-1").candidates[0]
+    assert moved.costs.egress_usd == pytest.approx(moved_gb() * 0.086)
+
+
+def moved_gb():
+    return 12 * 8_030_261_248 / 1e9
+
+
+def test_a_pool_costs_what_it_says():
+    pool = offer(cloud="slurm", pool="lab", region="", usd_per_h=3.0, max_nodes=1)
+    best = planned([offer(), pool]).candidates[0]
+    assert best.offer.pool == "lab"
+    assert best.costs.egress_usd == best.costs.storage_usd == 0
+
+
+def test_measured_speed_beats_the_model(tmp_path):
+    row = {
+        "gpu": "H100",
+        "num_gpus": 8,
+        "tokens_per_s": 12345.0,
+        "num_parameters": 8_030_261_248,
+        "seq_len": 4096,
+        "precision": "bf16",
+        "strategy": "fsdp",
+    }
+    (tmp_path / "a.json").write_text(json.dumps(row))
+    (tmp_path / "b.json").write_text(json.dumps(row | {"seq_len": 8192, "tokens_per_s": 1.0}))
+    best = planned([offer()], f"launch.measured=['{tmp_path}/*.json']").candidates[0]
+    assert best.tokens_per_s == 12345.0 and best.speed_source == f"measured: {tmp_path}/a.json"
+    (tmp_path / "c.json").write_text(json.dumps(row | {"tokens_per_s": None}))
+    with pytest.raises(ConfigError, match="needs gpu, num_gpus and tokens_per_s"):
+        planned([offer()], f"launch.measured=['{tmp_path}/*.json']")
+
+
+def test_the_network_holds_up_nodes_without_a_fast_one():
+    one, two = planned([offer()], "launch.nodes=[1,2]", "global_batch_size=16").candidates
+    assert {one.num_nodes, two.num_nodes} == {1, 2}
+    slow = max((one, two), key=lambda way: way.num_nodes)
+    assert "held up by the network" in slow.speed_source
+    assert slow.tokens_per_s < 2 * min((one, two), key=lambda way: way.num_nodes).tokens_per_s
+
+
+def test_a_run_that_only_the_clock_ends_is_refused():
+    with pytest.raises(ConfigError, match="set stop.tokens or stop.steps"):
+        planned([offer()], "stop.steps=null", "stop.minutes=5")
+
+
+def test_rupees_with_gst():
+    usd = table(planned([offer()]), 1, False)
+    inr = table(planned([offer()], "launch.currency=inr", "launch.usd_inr=100"), 1, False)
+    dollars = float(re.search(r"^  1 +([\d,.]+)", usd, re.M)[1].replace(",", ""))
+    rupees = float(re.search(r"^  1 +([\d,.]+)", inr, re.M)[1].replace(",", ""))
+    assert rupees == pytest.approx(dollars * 118, rel=0.01)
+
+
+def test_the_same_input_gives_the_same_bytes_and_5000_offers_take_under_2_seconds(tmp_path):
+    path = tmp_path / "snapshot.json"
+    gpus = ["H100", "A100-80GB", "L40S", "B200", "V100"]
+    offers = [
+        offer(zone=f"z{i}", gpu=gpus[i % 5], usd_per_h=5 + i % 97, is_spot=i % 2 == 0)
+        for i in range(5000)
+    ]
+    write_snapshot(path, DATE, "test", offers)
+    command = [sys.executable, "-m", "launch", "plan", *JOB, f"launch.catalog={path}"]
+    command += ["--today", "2026-06-01", "--json"]
+    begin = time.monotonic(), sum(children_s())
+    runs = [subprocess.run(command, cwd=ROOT, capture_output=True, check=True) for _ in range(2)]
+    assert runs[0].stdout == runs[1].stdout
+    found = json.loads(runs[0].stdout)
+    assert len(found["candidates"]) + len(found["rejected"]) == 5000 * 4
+    assert (sum(children_s()) - begin[1]) / 2 < 2.0  # CPU-seconds: other work may be going on
+
+
+def children_s():
+    import resource
+
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime, usage.ru_stime
+
+
+def test_json_and_table_hold_the_same_ranking():
+    plan = planned([offer(), offer(region="us-west-2", usd_per_h=19.0)])
+    found = json.loads(as_json(plan))
+    assert [way["offer"]["region"] for way in found["candidates"]] == ["us-west-2", "us-east-1"]
+    shown = table(plan, 5, False)
+    assert shown.index("us-west-2") < shown.index("us-east-1")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["launch.deadline=36"], "launch.deadline=36: is a time with its unit"),
+        (["launch.budget_usd=-1"], "launch.budget_usd=-1.0: must be above 0"),
+        (["launch.gpus=[H10]"], "launch.gpus=H10: no such GPU is known; did you mean"),
+        (["launch.colour=red"], "launch.colour: no such key"),
+        (["--today", "soon"], "'soon' is no date"),
+        (["modle=tiny"], "modle: no such key"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(words, said, capsys):
+    try:
+        code = main(["plan", *words, *([] if "--today" in words else ["--today", "2026-06-01"])])
+    except SystemExit as e:
+        code = e.code
+    err = capsys.readouterr().err
+    assert code == 2 and said in err and err.count("\n") == 1
