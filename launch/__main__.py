@@ -47,7 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     end = words.index("--") if "--" in words else len(words)
-    options = _parser().parse_args(words[:end])
+    parser = _parser()
+    options, more = parser.parse_known_args(words[:end])
+    if more and ("words" not in options or any(word.startswith("-") for word in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:  # key=value behind an option, which argparse does not put with the others
+        options.words += more
     try:
         return int(options.run(options, words[end + 1 :]))
     except SpotforgeError as e:

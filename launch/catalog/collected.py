@@ -5,11 +5,13 @@
 The list is JSON: `provider_id`, `gpu_model`, `vram_gb`, `interconnect`, `is_spot`,
 `price_usd_hour` (of one GPU), `vcpu`, `ram_gb`, `collected_at`. It says neither in which regions
 nor how many GPUs a node may have, so it is assumed here that data-centre providers rent nodes of 1,
-2, 4 and 8, one node at a time, and marketplaces of people's own machines single GPUs.
+2, 4 and 8, one node at a time. Rows that say themselves that their price is not what one would pay
+are left out: estimates, the lowest bid of a marketplace, what comes without its CPUs.
 """
 
 import datetime
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,12 @@ from launch.catalog.gpus import gpu_of
 from launch.catalog.offer import Offer
 from launch.catalog.snapshot import write_snapshot
 
-_MARKETPLACES = {"akash", "gpuhub", "salad"}
-_SOURCE = "public price pages of 21 GPU clouds, collected 2026-05-24 (MIT)"
+_NO_PRICE = re.compile(
+    "estimated|live offer|cheapest host|across providers|may be stale|rarely available"
+    "|billed separately",
+    re.IGNORECASE,
+)
+_SOURCE = "public price pages of GPU clouds (MIT)"
 
 
 def main() -> None:
@@ -38,9 +44,8 @@ def main() -> None:
 
 def _offers(row: dict[str, Any]) -> list[Offer]:
     name = gpu_of(f"{row['gpu_model']} {row.get('interconnect') or ''}", row["vram_gb"])
-    if name is None:  # cards for games, mostly
+    if name is None or _NO_PRICE.search(" ".join(row.get("caveats") or ())):  # cards for games
         return []
-    counts = (1,) if row["provider_id"] in _MARKETPLACES else (1, 2, 4, 8)
     return [
         Offer(
             cloud=row["provider_id"],
@@ -55,7 +60,7 @@ def _offers(row: dict[str, Any]) -> list[Offer]:
             memory_gib=_times(row.get("ram_gb"), count),
             max_nodes=1,
         )
-        for count in counts
+        for count in (1, 2, 4, 8)
     ]
 
 

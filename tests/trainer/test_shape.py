@@ -36,7 +36,7 @@ def agree(shape, model):
     assert shape.hidden_size == model.config.hidden_size
 
 
-@pytest.mark.parametrize("name", ["llama_1b", "llama_8b", "qwen3_0_6b", "gpt2", "tiny"])
+@pytest.mark.parametrize("name", ["llama_1b", "llama_7b", "llama_8b", "qwen3_0_6b", "gpt2", "tiny"])
 def test_the_models_of_the_project(name):
     config = composed(f"model={name}")
     sizes = {"vocab_size": config.model.vocab_size or 4096}

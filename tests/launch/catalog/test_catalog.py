@@ -102,7 +102,7 @@ def test_the_shipped_snapshot_is_dated_and_whole(monkeypatch, tmp_path):
     monkeypatch.setenv("SPOTFORGE_CACHE", str(tmp_path))
     catalog = loaded()
     assert catalog.date == datetime.date(2026, 5, 24) and catalog.age_days == 8
-    assert len(catalog.offers) > 500
+    assert len(catalog.offers) > 400
 
 
 def test_old_prices_are_refused_unless_told(monkeypatch, tmp_path):
