@@ -18,15 +18,6 @@ from monitoring.errors import ConfigError
 _HOURS = {"min": 1 / 60, "h": 1.0, "d": 24.0}
 
 
-class Target(Enum):
-    """Where a job is placed. Lower case, since OmegaConf reads an enum by its name."""
-
-    local = "local"
-    sky = "sky"
-    slurm = "slurm"
-    kubernetes = "kubernetes"
-
-
 class Spot(Enum):
     """Which prices count."""
 
@@ -40,14 +31,6 @@ class Currency(Enum):
 
     usd = "usd"
     inr = "inr"
-
-
-class Stage(Enum):
-    """A step of the pipeline, each a program of its own."""
-
-    train = "train"
-    compress = "compress"
-    release = "release"
 
 
 class PoolKind(Enum):
@@ -80,49 +63,10 @@ class PoolConfig:
 
 
 @dataclass
-class SlurmConfig:
-    """`launch.target=slurm`.
-
-    Attributes:
-        partition: Null: the cluster's default.
-        account: Who pays.
-        time_limit: Of one allocation; the job is queued again until it is done.
-    """
-
-    partition: str | None = None
-    account: str | None = None
-    time_limit: str = "24h"
-
-
-@dataclass
-class KubernetesConfig:
-    """`launch.target=kubernetes`.
-
-    Attributes:
-        kind: Which controller runs it: `trainjob` (Kubeflow Trainer v2) or `jobset`.
-        namespace: Where.
-        image: With the project installed; null is refused.
-        queue: A Kueue local queue; null: none.
-        volume_claim: A shared volume (ReadWriteMany) that is mounted at `/runs`; null is refused
-            for more than one node.
-        spot_labels: Node labels of spot machines; the pods tolerate taints of these names, too.
-    """
-
-    kind: str = "trainjob"
-    namespace: str = "default"
-    image: str | None = None
-    queue: str | None = None
-    volume_claim: str | None = None
-    spot_labels: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
 class LaunchConfig:
     """`launch.*`.
 
     Attributes:
-        target: Where `up` and `render` place the job.
-        stages: What runs, one after another.
         deadline: By when it must be done, from now: `36h`, `10d`; null: any time.
         budget_usd: What it may cost in all; null: no limit.
         clouds: Only these; empty: all.
@@ -130,7 +74,6 @@ class LaunchConfig:
         gpus: Only these, by SkyPilot's names; empty: all.
         spot: Which prices count.
         nodes: Numbers of nodes to try.
-        candidates: How many places of the ranking a rendered job may fall back on.
         catalog: A snapshot file, an offers file, or a folder of SkyPilot's catalogs; null: what
             `catalog update` stored last, else the snapshot of this package.
         max_price_age: Older prices are refused.
@@ -148,26 +91,15 @@ class LaunchConfig:
             new.
         result_region: `cloud/region` to which the export goes; null: it stays where it was made.
         mfu: Model FLOPs utilization to expect; null: the model's that `plan` states.
+        network_gbit: Between two nodes, in each direction.
         measured: Result files (globs) with tokens/s that were measured.
         preemption_hours: Mean hours between two losses of a spot node, by `cloud/region/zone` or
             a part of it; elsewhere `checkpoint.mean_hours_between_preemptions`.
         restart_minutes: From a launch to the first new step.
         wait_minutes: Mean time until spot can be had again after a loss.
         storage_usd_per_gb_month: Of the checkpoints' bucket.
-        bucket: Name of the checkpoints' bucket; null: none is mounted.
-        workdir: Folder that is sent along; null: the job's image has the project.
-        setup: Shell lines that run once on each node.
-        image: Docker image; null: the cloud's default machine image.
-        secrets: Names of environment variables; their values never leave this machine's
-            environment but through the launcher.
-        autostop_minutes: Idle minutes after which a cluster goes down.
-        max_recoveries: How often a job that says "start me again" (exit 33) is.
-        slurm: For that target.
-        kubernetes: For that target.
     """
 
-    target: Target = Target.sky
-    stages: list[Stage] = field(default_factory=lambda: [Stage.train])
     deadline: str | None = None
     budget_usd: float | None = None
     clouds: list[str] = field(default_factory=list)
@@ -175,7 +107,6 @@ class LaunchConfig:
     gpus: list[str] = field(default_factory=list)
     spot: Spot = Spot.both
     nodes: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
-    candidates: int = 8
     catalog: str | None = None
     max_price_age: str = "30d"
     discounts: dict[str, float] = field(default_factory=dict)
@@ -190,20 +121,12 @@ class LaunchConfig:
     checkpoint_region: str | None = None
     result_region: str | None = None
     mfu: float | None = None
+    network_gbit: float = 100.0
     measured: list[str] = field(default_factory=list)
     preemption_hours: dict[str, float] = field(default_factory=dict)
     restart_minutes: float = 6.0
     wait_minutes: float = 20.0
     storage_usd_per_gb_month: float = 0.023
-    bucket: str | None = None
-    workdir: str | None = "."
-    setup: str = "pip install ."
-    image: str | None = None
-    secrets: list[str] = field(default_factory=list)
-    autostop_minutes: int = 10
-    max_recoveries: int = 1000
-    slurm: SlurmConfig = field(default_factory=SlurmConfig)
-    kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
 
     @property
     def deadline_h(self) -> float:
@@ -214,17 +137,14 @@ class LaunchConfig:
         hours("launch.max_price_age", self.max_price_age)
         self._check_above_zero()
         self._check_shares()
-        if not self.stages or len(set(self.stages)) != len(self.stages):
-            raise ConfigError("launch.stages", self.stages, "names each stage once", "use [train]")
 
     def _check_above_zero(self) -> None:
         _ = self.deadline_h
         values = {
             "launch.budget_usd": self.budget_usd,
             "launch.usd_inr": self.usd_inr,
-            "launch.candidates": self.candidates,
+            "launch.network_gbit": self.network_gbit,
             "launch.nodes": min(self.nodes, default=0),
-            "launch.autostop_minutes": self.autostop_minutes,
         }
         values |= {f"launch.preemption_hours.{k}": v for k, v in self.preemption_hours.items()}
         for key, value in values.items():

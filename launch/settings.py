@@ -20,9 +20,7 @@ from trainer.schemas import refuse_unknown_keys, register_schemas
 
 _OF_LAUNCH = re.compile(r"[+~]*launch[.=]")
 # Keys whose own keys are the user's: Hydra wants to be told that they are new.
-_OPEN = re.compile(
-    r"launch\.(countries|discounts|pools|preemption_hours|quotas|kubernetes\.spot_labels)[.=]"
-)
+_OPEN = re.compile(r"launch\.(countries|discounts|pools|preemption_hours|quotas)[.=]")
 
 
 class RefusedByHydra(SpotforgeError):

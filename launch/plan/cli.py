@@ -25,7 +25,7 @@ keys of launch. (see launch/config.py for all):
   discounts, quotas, countries    {aws/spot:0.1}; {aws/ap-south-1/H100/spot:16}; {jarvis-labs:in}
   pools                           {lab:{kind:slurm,gpu:A100-80GB,gpus_per_node:8,usd_per_h:3}}
   data_gb, data_region            500, aws/ap-south-1; also checkpoint_region, result_region
-  mfu, measured                   0.4; result files with measured tokens/s
+  mfu, network_gbit, measured     0.4; 3200; result files with measured tokens/s
   preemption_hours                {aws/us-east-1:3}; also restart_minutes, wait_minutes
   currency, usd_inr, gst          inr; 85; 0.18
 

@@ -17,10 +17,9 @@ from parallel.config import DdpConfig, FsdpConfig, ZeroConfig
 # Model FLOPs utilization while the network does not hold it up: assumed, not measured. torchtitan
 # (Liang et al. 2024, arXiv 2410.06511) reports 33 to 42% for Llama 3.1 8B on 8 to 128 H100 in bf16.
 BASE_MFU = 0.35
-# Bytes a second that a collective moves through one GPU, or one node's network: assumed.
+# Bytes a second that a collective moves through one GPU: assumed.
 NVLINK_BYTES_PER_S = 200e9
 PCIE_BYTES_PER_S = 12e9
-NETWORK_BYTES_PER_S = 100e9 / 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,7 @@ class SpeedModel:
 
     Args:
         workload: The job.
-        launch: Has `mfu` and `measured`.
+        launch: Has `mfu`, `network_gbit` and `measured`.
 
     Raises:
         ConfigError: A result file cannot be read.
@@ -56,6 +55,7 @@ class SpeedModel:
 
     def __init__(self, workload: Workload, launch: LaunchConfig) -> None:
         self._workload, self._mfu = workload, launch.mfu
+        self._network_bytes_per_s = launch.network_gbit * 1e9 / 8
         self._measured = _read_measured(workload, launch.measured)
         self._found: dict[tuple[str, int, int], Speed | str] = {}
 
@@ -89,7 +89,7 @@ class SpeedModel:
         if self._mfu is None and num_gpus > 1:
             bytes_per_s = NVLINK_BYTES_PER_S if gpu(name).has_nvlink else PCIE_BYTES_PER_S
             if num_nodes > 1:
-                bytes_per_s = min(bytes_per_s, NETWORK_BYTES_PER_S)
+                bytes_per_s = min(bytes_per_s, self._network_bytes_per_s)
             network_s = _bytes_per_step(self._workload, num_gpus) / bytes_per_s
         step_s = max(compute_s, network_s)
         share = mfu * compute_s / step_s

@@ -171,6 +171,8 @@ def test_the_network_holds_up_nodes_without_a_fast_one():
     slow = max((one, two), key=lambda way: way.num_nodes)
     assert "held up by the network" in slow.speed_source
     assert slow.tokens_per_s < 2 * min((one, two), key=lambda way: way.num_nodes).tokens_per_s
+    words = ["launch.nodes=[2]", "global_batch_size=16", "launch.network_gbit=3200"]
+    assert planned([offer()], *words).candidates[0].tokens_per_s > 2 * slow.tokens_per_s
 
 
 def test_a_run_that_only_the_clock_ends_is_refused():
