@@ -1,0 +1,52 @@
+"""One line of words makes two configurations, or is refused in one line."""
+
+import pytest
+
+from launch.config import PoolConfig, PoolKind
+from launch.settings import compose_settings
+from monitoring.errors import SpotforgeError
+from trainer.config import NamedModelConfig
+
+
+def test_words_go_where_they_belong():
+    settings = compose_settings(["model=tiny", "launch.deadline=36h", "seed=3", "launch.gpus=[L4]"])
+    assert isinstance(settings.trainer.model, NamedModelConfig) and settings.trainer.seed == 3
+    assert settings.launch.deadline_h == 36 and settings.launch.gpus == ["L4"]
+    assert settings.overrides == ("model=tiny", "seed=3")
+
+
+def test_keys_of_the_users_own():
+    words = ["launch.discounts.aws=0.2", "launch.quotas={aws/ap-south-1/H100/spot:16}"]
+    pools = "launch.pools={lab:{kind:ssh,gpu:H100,gpus_per_node:8}}"
+    launch = compose_settings([*words, pools]).launch
+    assert launch.discounts == {"aws": 0.2}
+    assert launch.quotas == {"aws/ap-south-1/H100/spot": 16}
+    assert launch.pools == {"lab": PoolConfig(PoolKind.ssh, "H100", 8)}
+
+
+def test_a_teams_own_file(tmp_path):
+    (tmp_path / "launch").mkdir()
+    text = "defaults: [default, _self_]\ndiscounts: {aws: 0.3}\nmax_price_age: 5d\n"
+    (tmp_path / "launch/team.yaml").write_text(text)
+    launch = compose_settings(["launch=team", "launch.max_price_age=6d"], tmp_path).launch
+    assert launch.discounts == {"aws": 0.3} and launch.max_price_age == "6d"
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("launch.foo=1", "launch.foo: no such key"),
+        ("+launch.foo=1", "launch.foo=1: there is no such key"),
+        ("launch.spot=yes", "launch.spot: Invalid value 'yes', expected one of"),
+        ("launch.discounts={aws:15}", "launch.discounts.aws=15.0: is a share"),
+        ("launch.pools={lab:{kidn:ssh}}", "launch.pools.lab.kidn: no such key"),
+        ("launch.pools={lab:{kind:ssh,gpu:H100}}", "gpus_per_node"),
+        ("launch.nodes=[0]", "launch.nodes=0: must be above 0"),
+        ("launch.max_price_age=30", "launch.max_price_age=30: is a time with its unit"),
+        ("launch.data_gb=-1", "launch.data_gb=-1.0: must not be below 0"),
+    ],
+)
+def test_refusals(word, said):
+    with pytest.raises(SpotforgeError) as e:
+        compose_settings([word])
+    assert e.value.exit_code == 2 and said in str(e.value) and "\n" not in str(e.value)
