@@ -89,5 +89,6 @@ def residency_refusal(offer: Offer, wanted: Sequence[str]) -> str | None:
     country = offer.country or COUNTRIES.get(offer.region, "")
     if any(country in GROUPS.get(name, ()) for name in wanted):
         return None
-    where = f"in {country.upper()}" if country else "in a country that is not known"
+    unknown = "in a country that is not known (launch.countries says it)"
+    where = f"in {country.upper()}" if country else unknown
     return f"{offer.place} is {where}, not in {', '.join(wanted)}"

@@ -25,6 +25,18 @@ _RULES = (
     *("budget", "deadline", "interruptions", "speed", "memory", "ranks", "quota", "nodes"),
     *("residency", "spot", "gpu", "cloud"),
 )
+# The setting of `launch` that each is about, where it is one.
+_SETTINGS = {
+    "quota": "quotas",
+    "nodes": "nodes",
+    "residency": "regions",
+    "spot": "spot",
+    "gpu": "gpus",
+    "cloud": "clouds",
+}
+_LESS_MEMORY = (
+    "a smaller micro_batch_size, activation_checkpointing=true, parallel=fsdp, more nodes"
+)
 
 
 @dataclass(frozen=True)
@@ -154,5 +166,10 @@ def _nothing_left(plan: Plan) -> ConfigError:
         soonest_h = min(way.priced.p95_h for way in ways if way.priced)
         fix = f"the soonest is done after {soonest_h:.1f} h: give it that, or more launch.nodes"
         return ConfigError("launch.deadline", launch.deadline, rule, fix)
-    fix = f"the last rule to exclude one was {last}: {ways[0].text}" if ways else "fill the catalog"
-    return ConfigError("launch.catalog", plan.catalog.source, rule, fix)
+    example = f"e.g. {ways[0].text}" if ways else "there are no offers in it"
+    if last == "memory":
+        example += f"; try {_LESS_MEMORY}"
+    name = _SETTINGS.get(last, "catalog")
+    value = getattr(launch, name) or plan.catalog.source
+    fix = f"the last rule to exclude one was {last}, {example}"
+    return ConfigError(f"launch.{name}", value, rule, fix)
