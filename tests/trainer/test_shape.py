@@ -25,7 +25,7 @@ def built(model_type, **fields):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))
 
 
-def agree(shape, model):
+def assert_agrees(shape, model):
     embedding = model.get_input_embeddings().weight
     tied = model.config.tie_word_embeddings
     assert shape.num_parameters == sum(p.numel() for p in model.parameters())
@@ -40,7 +40,9 @@ def agree(shape, model):
 def test_the_models_of_the_project(name):
     config = composed(f"model={name}")
     sizes = {"vocab_size": config.model.vocab_size or 4096}
-    agree(model_shape(config), built(config.model.model_type, **config.model.config, **sizes))
+    assert_agrees(
+        model_shape(config), built(config.model.model_type, **config.model.config, **sizes)
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,13 +68,13 @@ def test_families(tmp_path, family, fields):
     }
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **sizes}))
     shape = model_shape(composed("model=config", f"model.path={tmp_path}"))
-    agree(shape, built(family, **sizes))
+    assert_agrees(shape, built(family, **sizes))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt2"])
 def test_what_a_config_leaves_out(tmp_path, family):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
-    agree(model_shape(composed("model=config", f"model.path={tmp_path}")), built(family))
+    assert_agrees(model_shape(composed("model=config", f"model.path={tmp_path}")), built(family))
 
 
 def test_the_vocabulary_of_a_tokenizer_on_disk(tmp_path):
