@@ -192,6 +192,7 @@ def gpt2_numel(vocab, positions, width, layers):
 SIZES = {
     "tiny": (2_410_176, decoder_numel(4096, 192, 512, 4, 6, 3, 32, True, False)),
     "llama_1b": (1_235_814_400, decoder_numel(128256, 2048, 8192, 16, 32, 8, 64, True, False)),
+    "llama_7b": (6_738_415_616, decoder_numel(32000, 4096, 11008, 32, 32, 32, 128, False, False)),
     "llama_8b": (8_030_261_248, decoder_numel(128256, 4096, 14336, 32, 32, 8, 128, False, False)),
     "qwen3_0_6b": (596_049_920, decoder_numel(151936, 1024, 3072, 28, 16, 8, 128, True, True)),
     "gpt2": (124_439_808, gpt2_numel(50257, 1024, 768, 12)),
