@@ -18,6 +18,14 @@ from monitoring.errors import ConfigError
 _HOURS = {"min": 1 / 60, "h": 1.0, "d": 24.0}
 
 
+class Stage(Enum):
+    """A step of the pipeline, each a program of its own; in the order in which they run."""
+
+    train = "train"
+    compress = "compress"
+    release = "release"
+
+
 class Spot(Enum):
     """Which prices count."""
 
@@ -67,6 +75,7 @@ class LaunchConfig:
     """`launch.*`.
 
     Attributes:
+        stages: What `pipeline` runs, one after another.
         deadline: By when it must be done, from now: `36h`, `10d`; null: any time.
         budget_usd: What it may cost in all; null: no limit.
         clouds: Only these; empty: all.
@@ -100,6 +109,7 @@ class LaunchConfig:
         storage_usd_per_gb_month: Of the checkpoints' bucket.
     """
 
+    stages: list[Stage] = field(default_factory=lambda: [Stage.train])
     deadline: str | None = None
     budget_usd: float | None = None
     clouds: list[str] = field(default_factory=list)
@@ -137,6 +147,9 @@ class LaunchConfig:
         hours("launch.max_price_age", self.max_price_age)
         self._check_above_zero()
         self._check_shares()
+        if not self.stages or len(set(self.stages)) != len(self.stages):
+            shown = f"[{','.join(stage.value for stage in self.stages)}]"
+            raise ConfigError("launch.stages", shown, "names each stage once", "use [train]")
 
     def _check_above_zero(self) -> None:
         _ = self.deadline_h

@@ -9,24 +9,22 @@ Each rank finds a folder of its own in SPOTFORGE_RANK_DIR, in which it may write
 """
 
 import asyncio
-import ctypes
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from launch.elastic.protocol import MAX_TEXT_CHARS, RankStatus, Start
+from launch.elastic.signals import die_with_parent
 
 _STACKS_S = 3.0
 _STACKS_SETTLED_S = 0.3
 _NOT_STARTED = 127  # as a shell says it
-_PR_SET_PDEATHSIG = 1
 
 
 class Gang:
@@ -87,7 +85,7 @@ class _Rank:
                 env=_environment(start, local_rank, self._folder),
                 stdin=subprocess.DEVNULL,  # a rank that waits for a key waits for ever
                 start_new_session=True,  # Ctrl-C reaches the supervisor only, which passes it on
-                preexec_fn=_die_with_parent(),
+                preexec_fn=die_with_parent(),
             )
         except (OSError, subprocess.SubprocessError) as e:
             self._end(_NOT_STARTED, f"cannot start {command[0]}: {e}")
@@ -182,19 +180,3 @@ def _environment(start: Start, local_rank: int, folder: Path) -> Mapping[str, st
         "MASTER_PORT": str(start.master_port),
         "SPOTFORGE_RANK_DIR": str(folder),
     }
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """What a child calls before it becomes the rank, so that it does not outlive its starter."""
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None, use_errno=True)
-    parent = os.getpid()
-
-    def before_exec() -> None:
-        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-            raise OSError(ctypes.get_errno(), "prctl")
-        if os.getppid() != parent:  # it died before we asked
-            os._exit(1)
-
-    return before_exec

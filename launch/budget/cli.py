@@ -1,0 +1,201 @@
+"""`python -m launch guard | cost`: what they take."""
+
+import argparse
+import math
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from monitoring.errors import ConfigError
+
+_GUARD = """\
+Runs COMMAND on a rented machine, writes down what that costs, tick by tick, and stops it in time to
+save before the budget is spent, over all starts and all machines. On nodes but the first it only
+runs COMMAND: the first one pays for all."""
+
+_EXAMPLES = """\
+example:
+  python -m launch guard --usd-per-h 2.1 --budget-usd 200 --ledger /ckpt/ledger \\
+      --run-dir /ckpt/run -- python -m trainer experiment=mine run.dir=/ckpt/run
+
+In a SkyPilot job SPOTFORGE_PRICES may hold the prices of all places where it may run: a JSON list
+of {cloud, region, zone, gpu, is_spot, usd_per_h}.
+
+exit codes: COMMAND's; 2 at the budget, with a complete checkpoint
+"""
+
+
+def add_verbs(commands: Any) -> None:
+    """Adds `guard` and `cost` to the parsers of `python -m launch`.
+
+    Args:
+        commands: What `add_subparsers` returned.
+    """
+    parser = commands.add_parser(
+        "guard",
+        help="run a command, write down what it costs, stop it at the budget",
+        usage="python -m launch guard [options] --ledger DIR -- COMMAND...",
+        description=_GUARD,
+        epilog=_EXAMPLES,
+    )
+    parser.set_defaults(run=_guard, refuse=parser.error)
+    parser.add_argument(
+        "--ledger", metavar="DIR", type=Path, required=True, help="where what was spent is kept"
+    )
+    price = parser.add_mutually_exclusive_group()
+    price.add_argument("--usd-per-h", metavar="X", type=_number(0), help="price of a node-hour")
+    price.add_argument(
+        "--prices", metavar="FILE", type=Path, help="prices by place (default: SPOTFORGE_PRICES)"
+    )
+    parser.add_argument(
+        "--nodes", metavar="N", type=int, help="nodes to pay for (default: SKYPILOT_NUM_NODES or 1)"
+    )
+    parser.add_argument(
+        "--budget-usd",
+        metavar="X",
+        type=_number(),
+        default=math.inf,
+        help="what the job may cost in all its starts (default: no limit)",
+    )
+    parser.add_argument(
+        "--run-dir", metavar="DIR", type=Path, help="of the trainer: tokens and checkpoints"
+    )
+    parser.add_argument(
+        "--deadline-h",
+        metavar="X",
+        type=_number(),
+        default=math.inf,
+        help="hours from the estimate, else from the first start, by which it must be done",
+    )
+    parser.add_argument(
+        "--estimate",
+        metavar="JSON",
+        help='what the plan expects, e.g. {"usd": 180, "p50_h": 30, "p95_h": 41, "tokens": 2e9}',
+    )
+    parser.add_argument(
+        "--since-boot",
+        action="store_true",
+        help="pay for the time before, too, in which this machine was up",
+    )
+    for name, default_s, what in (
+        ("tick", 60, "from one entry of the ledger to the next"),
+        ("stop", 120, "that a stop takes at least: the step under way, and a save"),
+    ):
+        parser.add_argument(
+            f"--{name}-s",
+            metavar="S",
+            type=_number(),
+            default=float(default_s),
+            help=f"seconds {what} (default: {default_s})",
+        )
+    cost = commands.add_parser(
+        "cost",
+        help="what a job has cost so far, and will cost, as its ledger says",
+        description="Shows a ledger: spent, expected and forecast; dollars a million tokens; a "
+        "table by place.",
+    )
+    cost.set_defaults(run=_cost)
+    cost.add_argument("ledger", metavar="DIR", type=Path, help="the folder that guard writes to")
+
+
+def _cost(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from launch.budget.summary import summary
+
+    print(summary(options.ledger))
+    return 0
+
+
+def _guard(options: argparse.Namespace, command: Sequence[str]) -> int:
+    if not command:
+        options.refuse("say what to run: -- COMMAND...")
+    from launch.budget.guard import Guard, GuardSettings, run_beside
+    from launch.child import check_program
+
+    check_program(command)
+    if int(os.environ.get("SKYPILOT_NODE_RANK", 0)) > 0:
+        return run_beside(command)
+    num_nodes = options.nodes
+    if num_nodes is None:
+        num_nodes = int(os.environ.get("SKYPILOT_NUM_NODES", 1))
+    if num_nodes < 1:
+        raise ConfigError("--nodes", num_nodes, "below 1", "give 1 or more")
+    usd_per_h, place, is_spot = _price(options)
+    return Guard(
+        GuardSettings(
+            command=command,
+            usd_per_h=usd_per_h * num_nodes,
+            place=place,
+            nodes=num_nodes,
+            is_spot=is_spot,
+            ledger=options.ledger,
+            run_dir=options.run_dir,
+            budget_usd=options.budget_usd,
+            deadline_h=options.deadline_h,
+            estimate=_estimate(options.estimate),
+            tick_s=options.tick_s,
+            stop_s=options.stop_s,
+            since_boot=options.since_boot,
+        )
+    ).run()
+
+
+def _price(options: argparse.Namespace) -> tuple[float, str, bool]:
+    """Dollars an hour of a node, where it is, and whether it is spot."""
+    from launch.budget.prices import parse_prices, price_here
+    from launch.elastic.journal import say
+
+    if options.usd_per_h is not None:
+        return options.usd_per_h, socket.gethostname(), False
+    if options.prices is not None:
+        try:
+            source, text = "--prices", options.prices.read_text(encoding="utf-8")
+        except OSError as e:
+            raise ConfigError("--prices", options.prices, f"{e.strerror}", "check the path") from e
+    else:
+        source, text = "SPOTFORGE_PRICES", os.environ.get("SPOTFORGE_PRICES", "")
+        if not text:
+            options.refuse("say what this costs: --usd-per-h, --prices or SPOTFORGE_PRICES")
+    prices = parse_prices(source, text)
+    price, remark = price_here(prices, os.environ.get("SKYPILOT_CLUSTER_INFO"))
+    if remark is not None:
+        say("guard", remark)
+    return price.usd_per_h, price.place, price.is_spot
+
+
+def _number(least: float | None = None) -> Any:
+    """A parser of numbers from `least` on, or above 0."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (value > 0 if least is None else value >= least) or math.isinf(value):
+            rule = "above 0" if least is None else f"from {least:g} on"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {rule}")
+        return value
+
+    return parse
+
+
+def _estimate(text: str | None) -> dict[str, float]:
+    """The estimate's figures; empty without one."""
+    import json
+
+    from launch.budget.ledger import ESTIMATE
+
+    if text is None:
+        return {}
+    fix = f"give some of time, {', '.join(ESTIMATE)}"
+    try:
+        figures = {str(key): float(value) for key, value in json.loads(text).items()}
+    except (ValueError, AttributeError, TypeError) as e:
+        raise ConfigError("--estimate", text, "is no JSON object of numbers", fix) from e
+    unknown = sorted(set(figures) - {*ESTIMATE, "time"})
+    if unknown:
+        raise ConfigError("--estimate", text, f"has {unknown[0]}", fix)
+    if not all(0 <= value < math.inf for value in figures.values()):
+        raise ConfigError("--estimate", text, "has one below 0, or no number", fix)
+    return figures

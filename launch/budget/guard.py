@@ -1,0 +1,259 @@
+"""Runs a job's command for as long as there is money for it: pays, records, warns, stops in time.
+
+What the last save costs is kept back. When no more than that is left, the command is told to stop,
+as a preemption would tell it; at the limit it is killed. Either ends with exit code 2, since "start
+me again" (33) is what a launcher would do.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.budget.budget import Budget, cost_usd
+from launch.budget.deadline import DeadlineWatch
+from launch.budget.ledger import Account, Ledger
+from launch.budget.machine_age import machine_age
+from launch.budget.progress import Progress, longest_save_s, read_progress, saved_step
+from launch.child import Child
+from launch.elastic.journal import say
+from launch.elastic.signals import exit_at_once
+from monitoring.errors import ConfigError, ExitCode
+
+_SLOWER = 1.5  # than the slowest save so far, at worst
+
+
+@dataclass(frozen=True)
+class GuardSettings:
+    """What `python -m launch guard` was told; see its help.
+
+    Attributes:
+        usd_per_h: Of all nodes.
+        budget_usd: Infinite: no limit.
+        deadline_h: From the estimate on, or else from the first start; infinite: none.
+        estimate: Of the plan; empty: none.
+        stop_s: That a stop takes at least, until the save is over.
+        since_boot: Pay for the time before this start, too, in which the machine was up.
+    """
+
+    command: Sequence[str]
+    usd_per_h: float
+    place: str
+    nodes: int
+    is_spot: bool
+    ledger: Path
+    run_dir: Path | None
+    budget_usd: float
+    deadline_h: float
+    estimate: Mapping[str, float]
+    tick_s: float
+    stop_s: float
+    since_boot: bool
+
+
+class Guard:
+    """Runs the command once."""
+
+    def __init__(self, settings: GuardSettings) -> None:
+        self._settings = settings
+        self._ledger = Ledger(settings.ledger)
+        self._began = time.monotonic()
+        self._machine, self._machine_s = machine_age() if settings.since_boot else ("", 0.0)
+        self._progress, self._save_s = Progress(), 0.0
+        self._saved_step: int | None = None
+        self._look()
+        account = self._ledger.account()
+        self._budget = Budget(settings.budget_usd, settings.tick_s, account.spent_usd)
+        self._before_s = self._unpaid_s(account)
+        self._paid_s = 0.0
+        self._deadline = self._watch_deadline(account)
+        self._ledger_works = True
+        self._open(account)
+
+    def run(self) -> int:
+        """Pays for the command until it ends.
+
+        Returns:
+            Its exit code; 2 where the budget ended it.
+
+        Raises:
+            ConfigError: There is no such program, or no money to start it with.
+        """
+        if self._must_stop():
+            self._close("refused", None)
+            least_usd = cost_usd(self._settings.tick_s + self._stop_s(), self._settings.usd_per_h)
+            raise self._exhausted(f", and a tick and a save here cost ${least_usd:.2f}")
+        exit_at_once()
+        with Child(self._settings.command) as child:
+            self._pay(self._settings.tick_s)
+            stopping = killed = False
+            while (code := child.wait(self._paid_s - self._elapsed_s())) is None:
+                self._look()
+                self._look_at_deadline()
+                if not stopping and self._must_stop():
+                    stopping = True
+                    child.stop()
+                    say("guard", f"${self._budget.spent_usd:.2f} are spent: stopping, to save")
+                if not stopping:
+                    self._pay(self._settings.tick_s)
+                elif (left_s := self._budget.left_s(self._settings.usd_per_h)) > 0:
+                    self._pay(min(self._settings.tick_s, left_s))
+                else:
+                    killed = True
+                    break  # which kills it
+        self._look()
+        if killed or (stopping and code == ExitCode.START_AGAIN):
+            self._close("killed at the budget" if killed else "stopped at the budget", code)
+            raise self._exhausted(", killed while saving" if killed else "")
+        assert code is not None
+        self._close("ended", code)
+        return code
+
+    def _look(self) -> None:
+        """What the run has done; as it was known before, where its folder cannot be read now."""
+        run_dir = self._settings.run_dir
+        try:
+            self._progress = read_progress(run_dir)
+            self._saved_step = saved_step(run_dir)
+            self._save_s = longest_save_s(run_dir)
+        except OSError as e:  # a mounted bucket may be out of reach for a while
+            say("guard", f"--run-dir={run_dir} cannot be read now: {e}")
+
+    # Money
+
+    def _elapsed_s(self) -> float:
+        """That this start has to pay for so far; the clock is one that nobody sets."""
+        return self._before_s + time.monotonic() - self._began
+
+    def _unpaid_s(self, account: Account) -> float:
+        """The machine's age, less what earlier starts on it have paid for."""
+        paid = [s.machine_s + s.seconds for s in account.starts if s.machine == self._machine]
+        # `seconds` has the time before its start in it, which lies before `machine_s`.
+        ages = [max(0.0, self._machine_s - age) for age in paid]
+        return min(ages, default=self._machine_s) if self._machine else 0.0
+
+    def _stop_s(self) -> float:
+        """That a stop may take."""
+        return max(self._settings.stop_s, _SLOWER * self._save_s)
+
+    def _must_stop(self) -> bool:
+        return self._budget.must_stop(self._settings.usd_per_h, self._stop_s())
+
+    def _pay(self, seconds: float) -> None:
+        """Pays for what has passed and for `seconds` more."""
+        until_s = max(self._paid_s, self._elapsed_s()) + seconds
+        self._settle(until_s)
+        self._write("tick")
+
+    def _settle(self, until_s: float) -> None:
+        self._budget.spend(until_s - self._paid_s, self._settings.usd_per_h)
+        self._paid_s = until_s
+
+    def _exhausted(self, more: str = "") -> ConfigError:
+        limit, spent = f"{self._settings.budget_usd:g}", self._budget.spent_usd
+        saved = (
+            "" if self._saved_step is None else f" and the run is saved at step {self._saved_step}"
+        )
+        rule = f"${spent:.2f} are spent{saved}{more}"
+        return ConfigError("launch.budget_usd", limit, rule, "raise it and run the same command")
+
+    # The ledger
+
+    def _open(self, account: Account) -> None:
+        """Writes down what begins; an unwritable ledger is refused."""
+        settings = self._settings
+        try:
+            self._write_estimate(account)
+            self._ledger.write(
+                "start",
+                self._progress.step,
+                place=settings.place,
+                usd_per_h=settings.usd_per_h,
+                nodes=settings.nodes,
+                is_spot=settings.is_spot,
+                tokens=self._progress.tokens,
+                machine=self._machine,
+                machine_s=self._machine_s - self._before_s,
+            )
+        except OSError as e:
+            rule = f"cannot be written: {e.strerror or e}"
+            raise ConfigError("--ledger", settings.ledger, rule, "name another folder") from e
+        self._settle(self._before_s)
+        limit = "" if math.isinf(settings.budget_usd) else f" of ${settings.budget_usd:g}"
+        say(
+            "guard",
+            f"${self._budget.spent_usd:.2f}{limit} are spent; "
+            f"{settings.place} costs ${settings.usd_per_h:g}/h",
+        )
+
+    def _write_estimate(self, account: Account) -> None:
+        given, known = self._settings.estimate, account.estimate
+        if given and (known is None or any(getattr(known, k) != v for k, v in given.items())):
+            self._ledger.write("estimate", self._progress.step, **given)
+
+    def _write(self, entry: str, **details: str | int) -> None:
+        """Writes this start's sums; where that fails, the next entry has them all."""
+        try:
+            self._ledger.write(
+                entry,
+                self._progress.step,
+                seconds=self._paid_s,
+                usd=cost_usd(self._paid_s, self._settings.usd_per_h),
+                tokens=self._progress.tokens,
+                **details,
+            )
+            self._ledger_works = True
+        except OSError as e:  # no reason to end a job; in memory it is all there
+            if self._ledger_works:
+                say("guard", f"--ledger={self._settings.ledger} cannot be written now: {e}")
+            self._ledger_works = False
+
+    def _close(self, reason: str, code: int | None) -> None:
+        self._settle(self._elapsed_s())  # what was paid in advance and not used comes back
+        self._write("end", reason=reason, **({} if code is None else {"exit": code}))
+
+    # The deadline
+
+    def _watch_deadline(self, account: Account) -> DeadlineWatch | None:
+        settings = self._settings
+        if math.isinf(settings.deadline_h):
+            return None
+        began = account.starts[0].time if account.starts else time.time()
+        if account.estimate is not None:
+            began = account.estimate.time
+        began = settings.estimate.get("time", began)
+        is_late = bool(account.alarms) and bool(account.alarms[-1].get("is_late"))
+        return DeadlineWatch(
+            began + settings.deadline_h * 3600,
+            is_late,
+            account.first_sight,
+            self._progress.tokens,
+        )
+
+    def _look_at_deadline(self) -> None:
+        if self._deadline is None:
+            return
+        text = self._deadline.look(time.time(), self._progress)
+        if text is not None:
+            say("guard", text)
+            try:
+                self._ledger.write(
+                    "alarm", self._progress.step, is_late=self._deadline.is_late, text=text
+                )
+            except OSError as e:
+                say("guard", f"--ledger={self._settings.ledger} cannot be written now: {e}")
+
+
+def run_beside(command: Sequence[str]) -> int:
+    """Runs the command on a node other than the first, whose guard pays for all.
+
+    Returns:
+        Its exit code, but 0 for 33: whether the job is started again is said by the first node,
+        and SkyPilot would take it from any.
+    """
+    exit_at_once()
+    with Child(command) as child:
+        code = child.wait()
+    assert code is not None
+    return ExitCode.FINISHED if code == ExitCode.START_AGAIN else code

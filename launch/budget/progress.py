@@ -1,0 +1,91 @@
+"""How far a run is, from what the trainer leaves in its directory."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from monitoring.events import read_events
+
+_TAIL_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Of a run; zeros where nothing is known.
+
+    Attributes:
+        step: The last that was logged.
+        tokens: Trained on by then.
+        total_tokens: When it is finished; None where only the clock ends it.
+    """
+
+    step: int = 0
+    tokens: float = 0.0
+    total_tokens: float | None = None
+
+
+def read_progress(run_dir: Path | None) -> Progress:
+    """Where the run is; reads the end of `metrics.jsonl` only.
+
+    Args:
+        run_dir: Need not be there yet; None: no run is known.
+
+    Raises:
+        OSError: As the two below: a mounted bucket may be out of reach for a while.
+    """
+    last = _last_record(run_dir / "metrics.jsonl") if run_dir is not None else {}
+    step, tokens = last.get("step"), last.get("num_tokens")
+    if run_dir is None or not isinstance(step, int) or not isinstance(tokens, int | float):
+        return Progress()
+    total_steps = _read_json(run_dir / "status.json").get("total_steps")
+    if not isinstance(total_steps, int) or step < 1:
+        return Progress(step, float(tokens))
+    return Progress(step, float(tokens), total_steps * tokens / step)
+
+
+def saved_step(run_dir: Path | None) -> int | None:
+    """The step of the newest checkpoint that is committed; None where there is none."""
+    names = [path.name for path in run_dir.glob("checkpoints/step-*")] if run_dir else []
+    steps = [int(digits) for name in names if (digits := name.removeprefix("step-")).isdecimal()]
+    return max(steps, default=None)
+
+
+def longest_save_s(run_dir: Path | None) -> float:
+    """Seconds that the longest save has taken, until it was in the object store if one is used."""
+    events = read_events(run_dir) if run_dir is not None else []
+    saves = [_seconds(e, "blocking_s") + _seconds(e, "write_s") for e in events]
+    uploads = [_seconds(e, "upload_s") for e in events]
+    return max(saves, default=0.0) + max(uploads, default=0.0)
+
+
+def _seconds(event: dict[str, object], key: str) -> float:
+    value = event.get(key)
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _last_record(path: Path) -> dict[str, object]:
+    """The last line that is whole; nothing where there is none."""
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        lines = file.read().splitlines()
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:  # torn, or being written
+            continue
+        if isinstance(record, dict):
+            return record
+    return {}
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:  # a machine that was lost may leave an empty file
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,153 @@
+"""Runs stages one after another on this machine, each once, and none on what is not as it was left.
+
+`pipeline.json` in the run directory says which are done, with what command, on what, and with what
+result. A stage is run again when its command or its input is another; one that was stopped (33) is
+run again, and goes on by itself.
+"""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.child import Child
+from launch.elastic.journal import say
+from launch.elastic.signals import exit_at_once
+from launch.pipeline.manifest import Manifest, first_difference, manifest_of
+from launch.pipeline.stages import Stage
+from monitoring.errors import ConfigError, DamagedError, ExitCode, SpotforgeError
+
+
+class Chain:
+    """The stages of one run.
+
+    Args:
+        stages: In order.
+        state: The file that says which are done; its folder is made by the first stage.
+    """
+
+    def __init__(self, stages: Sequence[Stage], state: Path) -> None:
+        self._stages, self._path = stages, state
+        self._done = _read(state)
+        self._manifests: dict[Path, Manifest] = {}  # reading a large model twice takes minutes
+
+    def run(self, only: str | None = None) -> int:
+        """Runs what is not done.
+
+        Args:
+            only: Run no stage but this one.
+
+        Returns:
+            0 when all are done, else the exit code of the stage that is not.
+
+        Raises:
+            DamagedError: What a stage left is no longer as it was.
+            ConfigError: The input of a stage is not there.
+            SpotforgeError: A stage claims to be done and left nothing.
+        """
+        exit_at_once()
+        for stage in self._stages:
+            if only not in (None, stage.name):
+                continue
+            if self._is_done(stage):
+                say("pipeline", f"{stage.name} is done")
+                continue
+            self._check_input(stage)
+            code, told = self._run(stage)
+            if code == ExitCode.START_AGAIN:
+                say("pipeline", f"{stage.name} was stopped; the same command goes on from there")
+            elif code != ExitCode.FINISHED:
+                say("pipeline", f"{stage.name} ended with exit code {code}; nothing after it runs")
+            if code != ExitCode.FINISHED:
+                return code
+            self._note(stage)
+            if told and stage is not self._stages[-1]:
+                return ExitCode.START_AGAIN  # the signal came too late for that stage
+        return ExitCode.FINISHED
+
+    def _is_done(self, stage: Stage) -> bool:
+        record = self._done.get(stage.name)
+        if record is None or record["arguments"] != list(stage.arguments):
+            return False
+        if stage.input is not None and record["input"] != self._manifest(stage.input):
+            self._check_input(stage)
+            return False
+        if stage.output is None:
+            return True
+        if not stage.output.exists():
+            return False
+        self._refuse_change(stage.name, stage.output, record["output"])
+        return True
+
+    def _check_input(self, stage: Stage) -> None:
+        """Refuses an input that is not what the stage that made it has left."""
+        if stage.input is None:
+            return
+        if not stage.input.exists():
+            rule = f"{stage.input} is not there"
+            raise ConfigError("launch.stages", stage.name, rule, "run the stage before it first")
+        for record in self._done.values():
+            if record["path"] == self._relative(stage.input):
+                self._refuse_change(record["name"], stage.input, record["output"])
+
+    def _refuse_change(self, name: str, path: Path, was: Manifest) -> None:
+        what = first_difference(was, self._manifest(path))
+        if what is not None:
+            raise DamagedError(
+                "launch.stages",
+                name,
+                f"{path}: {what} since",
+                f"restore it, or remove {path} to have {name} run again",
+            )
+
+    def _run(self, stage: Stage) -> tuple[int, bool]:
+        say("pipeline", f"{stage.name} begins")
+        with Child(stage.command) as child:
+            code = child.wait()
+        exit_at_once()
+        assert code is not None
+        return code, child.told
+
+    def _note(self, stage: Stage) -> None:
+        """Writes down that a stage is done."""
+        if stage.output is not None:
+            self._manifests.pop(stage.output, None)
+            if not stage.output.exists():
+                rule = "ended with exit code 0 and left no"
+                raise SpotforgeError(f"{stage.name} {rule} {stage.output}")
+        self._done[stage.name] = {
+            "name": stage.name,
+            "arguments": list(stage.arguments),
+            "input": self._manifest(stage.input) if stage.input is not None else {},
+            "path": self._relative(stage.output) if stage.output is not None else None,
+            "output": self._manifest(stage.output) if stage.output is not None else {},
+            "time": time.time(),
+        }
+        part = self._path.with_name(f".{self._path.name}.part")
+        with part.open("w", encoding="utf-8") as file:
+            json.dump({"format_version": 1, "stages": self._done}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self._path)
+
+    def _relative(self, path: Path) -> str:
+        """As it is from the run directory, which may be mounted elsewhere tomorrow."""
+        return os.path.relpath(path, self._path.parent)
+
+    def _manifest(self, path: Path) -> Manifest:
+        if path not in self._manifests:
+            self._manifests[path] = manifest_of(path)
+        return self._manifests[path]
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.exists():
+        return {}
+    try:
+        stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
+        return {name: dict(record) for name, record in stages.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        fix = "remove it: stages that are done end at once when they are run again"
+        raise DamagedError("pipeline", path, "cannot be read", fix) from e

@@ -1,0 +1,54 @@
+"""`python -m launch pipeline`: what it takes."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_PIPELINE = """\
+Runs the stages that launch.stages names on this machine, one after another. A stage that is done is
+not run again; one whose input is not as the stage before has left it is refused."""
+
+_EXAMPLES = """\
+example:
+  python -m launch pipeline experiment=mine 'launch.stages=[train,compress,release]'
+
+exit codes: 0 all are done; 33 a stage was stopped, start again; 2 a stage refuses; 1 one failed
+"""
+
+
+def add_verbs(commands: Any) -> None:
+    """Adds `pipeline` to the parsers of `python -m launch`.
+
+    Args:
+        commands: What `add_subparsers` returned.
+    """
+    parser = commands.add_parser(
+        "pipeline",
+        help="train, compress, release: one after another on this machine",
+        description=_PIPELINE,
+        epilog=_EXAMPLES,
+    )
+    parser.set_defaults(run=_pipeline)
+    parser.add_argument("words", metavar="key=value", nargs="*", help="settings of the job")
+    parser.add_argument("--config-dir", metavar="DIR", type=Path, help="a folder with more options")
+    parser.add_argument("--only", metavar="STAGE", help="run this stage only")
+
+
+def _pipeline(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from launch.budget.guard import run_beside
+    from launch.pipeline.chain import Chain
+    from launch.pipeline.stages import stages_of
+    from launch.settings import compose_settings
+    from monitoring.errors import ConfigError
+
+    settings = compose_settings(options.words, options.config_dir)
+    stages = stages_of(settings, options.config_dir)
+    names = [stage.name for stage in stages]
+    if options.only is not None and options.only not in names:
+        fix = f"use one of {', '.join(names)}"
+        raise ConfigError("--only", options.only, "is not in launch.stages", fix)
+    if options.only is not None and int(os.environ.get("SKYPILOT_NODE_RANK", 0)) > 0:
+        return run_beside(stages[names.index(options.only)].command)
+    return Chain(stages, settings.trainer.run_dir / "pipeline.json").run(options.only)
