@@ -27,8 +27,9 @@ def summary(ledger: Path) -> str:
         raise ConfigError("ledger", ledger, "has no entry", "name the folder that guard writes to")
     last = account.starts[-1]
     num_starts = f"{len(account.starts)} start" + ("s" if len(account.starts) > 1 else "")
+    hours = duration(account.seconds)
     lines = [
-        f"spent      {dollars(account.spent_usd)} in {num_starts}, {duration(account.seconds)} paid",
+        f"spent      {dollars(account.spent_usd)} in {num_starts}, {hours} paid",
         *_expected(account),
         *_by_tokens(account),
         f"last       step {last.step}, {last.reason or 'running, or killed'}",

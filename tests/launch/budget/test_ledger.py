@@ -52,7 +52,6 @@ def test_starts_of_several_machines_add_up(tmp_path):
     assert "forecast   $8.00 (-20% of the estimate)" in text
     assert "tokens     2.0M, $2.00 a million, expected $2.50" in text
     assert "aws/a spot      1       1   1.00  2.00  $2.00" in text
-    assert "₹170.00" in summary(tmp_path, lambda usd: f"₹{usd * 85:.2f}")
 
 
 def test_lines_that_are_torn_or_lost_take_nothing_with_them(tmp_path):
@@ -157,6 +156,6 @@ def test_cost_shows_a_ledger_and_refuses_a_folder_without_one(tmp_path, capsys):
     ledger.write("tick", 10, seconds=1800, usd=1.0, tokens=4e6)
     assert main(["cost", str(ledger.folder)]) == 0
     shown = capsys.readouterr().out
-    assert "spent      $1.00 in 1 start" in shown and "4M, $0.25 a million" in shown
+    assert "spent      $1.00 in 1 start" in shown and "4.0M, $0.25 a million" in shown
     assert main(["cost", str(tmp_path / "nothing")]) == 2
     assert "has no entry" in capsys.readouterr().err
