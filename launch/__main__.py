@@ -9,6 +9,7 @@ from launch.budget import cli as budget
 from launch.catalog import cli as catalog
 from launch.elastic import cli as elastic
 from launch.pipeline import cli as pipeline
+from launch.place import cli as place
 from launch.plan import cli as plan
 from launch.simulation import cli as simulation
 from monitoring.errors import ExitCode, SpotforgeError
@@ -32,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m launch", description=_DESCRIPTION)
     commands = parser.add_subparsers(dest="verb", required=True)
     # each gives its parsers a `run(options, words after --)`
-    for package in (plan, catalog, budget, elastic, pipeline, simulation):
+    for package in (plan, place, catalog, budget, elastic, pipeline, simulation):
         package.add_verbs(commands)
     commands.metavar = " | ".join(commands.choices)
     return parser

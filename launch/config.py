@@ -107,6 +107,18 @@ class LaunchConfig:
         restart_minutes: From a launch to the first new step.
         wait_minutes: Mean time until spot can be had again after a loss.
         storage_usd_per_gb_month: Of the checkpoints' bucket.
+        name: Of the job, where it is placed; null: the last part of `run.dir`.
+        candidates: How many places of the ranking a placed job may fall back on.
+        bucket: `s3://name`, `gs://name` or `r2://name`: where checkpoints and the ledger are kept;
+            null is refused on spot. Made where it is not there yet.
+        shared_dir: A folder that all nodes of a job share; null is refused for several nodes.
+        workdir: Folder that is sent along; null: the image has the project.
+        setup: Shell lines that run once on each node.
+        image: Docker image; null: the cloud's default machine image.
+        env: Environment variables of the job.
+        secrets: Names of environment variables whose values are taken from this machine's
+            environment when the job is placed; they are written to no file.
+        autostop_minutes: Idle minutes after which a cluster that is no managed job goes down.
     """
 
     stages: list[Stage] = field(default_factory=lambda: [Stage.train])
@@ -137,6 +149,16 @@ class LaunchConfig:
     restart_minutes: float = 6.0
     wait_minutes: float = 20.0
     storage_usd_per_gb_month: float = 0.023
+    name: str | None = None
+    candidates: int = 8
+    bucket: str | None = None
+    shared_dir: str | None = None
+    workdir: str | None = "."
+    setup: str = "pip install -c constraints.txt ."
+    image: str | None = None
+    env: dict[str, str] = field(default_factory=dict)
+    secrets: list[str] = field(default_factory=list)
+    autostop_minutes: int = 10
 
     @property
     def deadline_h(self) -> float:
@@ -157,6 +179,8 @@ class LaunchConfig:
             "launch.budget_usd": self.budget_usd,
             "launch.usd_inr": self.usd_inr,
             "launch.network_gbit": self.network_gbit,
+            "launch.candidates": self.candidates,
+            "launch.autostop_minutes": self.autostop_minutes,
             "launch.nodes": min(self.nodes, default=0),
         }
         values |= {f"launch.preemption_hours.{k}": v for k, v in self.preemption_hours.items()}

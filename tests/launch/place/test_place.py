@@ -1,0 +1,157 @@
+"""A plan becomes a SkyPilot task, and what cannot be placed is refused before anything starts."""
+
+import datetime
+import json
+import shlex
+import stat
+
+import pytest
+import yaml
+
+from launch.__main__ import main
+from launch.catalog.catalog import Catalog
+from launch.place.job import job_of
+from launch.place.sky_program import SkyProgram
+from launch.place.skypilot import document, render, usable
+from launch.plan.planner import make_plan
+from launch.settings import compose_settings
+from monitoring.errors import ConfigError
+from tests.launch.offers import offer
+
+JOB = (
+    "model=llama_8b",
+    "model.vocab_size=128256",
+    "parallel=fsdp",
+    "precision=bf16",
+    "stop.steps=1000",
+    "run.dir=runs/My_Run",
+)
+SPOT = (
+    offer(region="ap-south-1", zone="ap-south-1a", usd_per_h=9.0, is_spot=True),
+    offer(cloud="gcp", region="us-east4", usd_per_h=12.0, is_spot=True),
+    offer(usd_per_h=40.0),
+    offer(cloud="jarvis-labs", region="", usd_per_h=1.0),
+)
+
+
+def placed(*words, offers=SPOT):
+    settings = compose_settings([*JOB, "launch.nodes=[1]", *words])
+    catalog = Catalog("test", datetime.date(2026, 5, 24), 0, "sha256:0", tuple(offers))
+    plan = make_plan(settings, catalog)
+    return job_of(plan, usable(plan))
+
+
+def guard_words(job):
+    """Those of the guard, and the command that it guards."""
+    [line] = [line for line in document(job)["run"].splitlines() if "launch guard" in line]
+    words = shlex.split(line)
+    end = words.index("--")
+    return words[:end], words[end + 1 :]
+
+
+def test_places_are_in_our_order_and_only_those_that_skypilot_knows():
+    resources = document(placed("launch.bucket=s3://mine"))["resources"]
+    assert [(r["infra"], r["use_spot"]) for r in resources["ordered"]] == [
+        ("aws/ap-south-1/ap-south-1a", True),
+        ("gcp/us-east4", True),
+        ("aws/us-east-1", False),
+    ]
+    assert {r["accelerators"] for r in resources["ordered"]} == {"H100:8"}
+    assert resources["job_recovery"]["recover_on_exit_codes"] == [33]
+    assert resources["job_recovery"]["max_restarts_on_errors"] == 0
+
+
+def test_the_job_is_guarded_keeps_its_checkpoints_and_names_secrets_only(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "very-secret")
+    words = ("launch.budget_usd=2000", "launch.deadline=90h", "launch.secrets=[WANDB_API_KEY]")
+    job = placed("launch.bucket=s3://mine", *words)
+    task, text = document(job), render(job)
+    assert task["secrets"] == {"WANDB_API_KEY": None} and "very-secret" not in text
+    assert task["file_mounts"] == {
+        "/spotforge": {"name": "mine", "store": "s3", "mode": "MOUNT_CACHED"}
+    }
+    guard, command = guard_words(job)
+    assert guard[guard.index("--budget-usd") + 1] == "2000"
+    assert guard[guard.index("--deadline-h") + 1] == "90"
+    assert guard[guard.index("--ledger") + 1] == "/spotforge/my-run/ledger"
+    assert command[:4] == ["python", "-m", "launch", "supervise"]
+    assert "checkpoint.upload=file:///spotforge/my-run/checkpoints" in command
+    assert command[-1] == "run.dir=runs/My_Run"
+    prices = json.loads(task["envs"]["SPOTFORGE_PRICES"])
+    assert [p["usd_per_h"] for p in prices] == [9.0, 12.0, 40.0]
+    assert yaml.safe_load(text) == task
+
+
+def test_the_trainer_takes_the_command_of_the_task():
+    _, command = guard_words(placed("launch.bucket=gs://mine"))
+    words = command[command.index("trainer") + 1 :]
+    assert str(compose_settings(words).trainer.checkpoint.upload).startswith("file:///spotforge/")
+
+
+def test_several_nodes_meet_at_the_first():
+    words = ("launch.nodes=[2]", "launch.bucket=s3://mine", "launch.shared_dir=/shared")
+    job = placed(*words)
+    assert document(job)["num_nodes"] == 2
+    _, command = guard_words(job)
+    assert command[4:8] == ["--listen", "29400", "--nodes", "2"]
+    trainer = command[command.index("--") + 1 :]
+    [join] = [line for line in document(job)["run"].splitlines() if "launch join" in line]
+    assert shlex.join(trainer) in join  # a machine joins with the same words only
+    assert trainer[-1] == "run.dir=/shared/my-run"
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        ((), "launch.bucket"),
+        (("launch.bucket=mine",), "launch.bucket"),
+        (("launch.bucket=s3://mine", "launch.name=Not_One"), "launch.name"),
+        (("launch.bucket=s3://mine", "launch.nodes=[2]"), "launch.shared_dir"),
+        (("launch.bucket=s3://mine", "launch.stages=[train,compress]"), "launch.stages"),
+        (("launch.clouds=[jarvis-labs]",), "launch.clouds"),
+    ],
+)
+def test_what_cannot_be_placed_is_refused(words, key):
+    with pytest.raises(ConfigError) as error:
+        render(placed(*words))
+    assert str(error.value).startswith(f"{key}=") and error.value.exit_code == 2
+
+
+def stand_in_sky(folder, check_code=0):
+    """A `sky` that writes down how it was called."""
+    path = folder / "sky"
+    path.write_text(
+        f'#!/bin/sh\necho "$@" >> {folder}/calls\n'
+        f'[ "$1" = check ] && exit {check_code}\n'
+        f'[ "$2" = launch ] && for last in "$@"; do :; done && cp "$last" {folder}/task.yaml\n'
+        "exit 0\n"
+    )
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return SkyProgram(str(path))
+
+
+def test_up_hands_the_task_to_sky_with_the_names_of_secrets(tmp_path, monkeypatch):
+    monkeypatch.setenv("KEY", "very-secret")
+    job = placed("launch.bucket=s3://mine", "launch.secrets=[KEY]")
+    assert stand_in_sky(tmp_path).launch(job, render(job)) == 0
+    check, launch = (tmp_path / "calls").read_text().splitlines()
+    assert check == "check aws gcp"
+    assert launch.startswith("jobs launch --yes --detach-run --name my-run --secret KEY ")
+    assert "very-secret" not in launch
+    assert yaml.safe_load((tmp_path / "task.yaml").read_text()) == document(job)
+
+
+def test_without_credentials_or_a_secret_nothing_is_launched(tmp_path, monkeypatch):
+    job = placed("launch.bucket=s3://mine")
+    with pytest.raises(ConfigError, match="no credentials"):
+        stand_in_sky(tmp_path, check_code=1).launch(job, render(job))
+    monkeypatch.delenv("KEY", raising=False)
+    job = placed("launch.bucket=s3://mine", "launch.secrets=[KEY]")
+    with pytest.raises(ConfigError, match="launch.secrets=KEY"):
+        stand_in_sky(tmp_path).launch(job, render(job))
+    assert "launch" not in (tmp_path / "calls").read_text()
+
+
+def test_no_sky_is_said_in_one_line(capsys):
+    assert main(["status", "--sky", "no-such-sky"]) == 2
+    assert "skypilot" in capsys.readouterr().err
