@@ -69,7 +69,7 @@ def render(job: Job) -> str:
     return _heading(job) + text
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
     """Writes scripts as they are read: line by line."""
 
 
