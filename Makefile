@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Every GPU there is, or two processes on a CPU.
 NPROC  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 2)
 
-.PHONY: train test test-matrix chaos lint install benchmark clean
+.PHONY: train test test-matrix test-sky chaos lint install benchmark clean
 
 train: install  ## The main job: learn to write Python from the standard library's source
 	$(BIN)/python -m trainer experiment=stdlib nproc=$(NPROC)
@@ -18,6 +18,13 @@ test-matrix: install  ## Every strategy at 1 to 4 ranks, resumed from every othe
 
 chaos: install  ## Hundreds of kills, stops and damages, from a seed; writes a page about them
 	$(BIN)/python -m tests.chaos
+
+SKY_VENV ?= .sky-venv
+test-sky: install  ## The real SkyPilot, in an environment of its own, with random price lists
+	test -x $(SKY_VENV)/bin/sky || { $(PYTHON) -m venv $(SKY_VENV) && \
+	  $(SKY_VENV)/bin/python -m pip install --quiet 'skypilot[aws,gcp]==0.14.1'; }
+	SPOTFORGE_SKY_PYTHON=$(abspath $(SKY_VENV))/bin/python $(BIN)/python -m pytest -m sky \
+	  tests/launch/place/test_sky.py
 
 lint: install
 	$(BIN)/ruff check .

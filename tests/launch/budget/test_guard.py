@@ -240,7 +240,7 @@ def test_a_real_run_is_saved_at_the_budget_and_goes_on_with_more(site, small):
 
     def until_it_is_saved_after(step, budget_usd):
         while True:  # starting takes as long as the machine is slow
-            guard = site.guard("--budget-usd", budget_usd, "--stop-s", 2, command=command)
+            guard = site.guard("--budget-usd", budget_usd, "--stop-s", 15, command=command)
             code, said = end(guard, 240)
             assert code == 2, said
             account = read_account(site.ledger)
@@ -252,8 +252,8 @@ def test_a_real_run_is_saved_at_the_budget_and_goes_on_with_more(site, small):
             assert budget_usd < 300, said
             budget_usd *= 2
 
-    step, account, said = until_it_is_saved_after(0, 12)
-    assert f"the run is saved at step {step};" in said
-    more, account, said = until_it_is_saved_after(step, account.spent_usd + 12)
+    step, account, said = until_it_is_saved_after(0, 30)
+    assert f"the run is saved at step {step};" in said, said
+    more, account, said = until_it_is_saved_after(step, account.spent_usd + 30)
     assert f"resuming after step {step}" in said or more > step
     assert account.tokens >= more * 8 * 32 * 0.5
