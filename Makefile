@@ -5,13 +5,16 @@ BIN    := $(VENV)/bin
 # Every GPU there is, or two processes on a CPU.
 NPROC  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 2)
 
-.PHONY: train test test-matrix test-sky chaos lint install benchmark clean
+.PHONY: train test test-long test-matrix test-sky chaos lint install benchmark clean
 
 train: install  ## The main job: learn to write Python from the standard library's source
 	$(BIN)/python -m trainer experiment=stdlib nproc=$(NPROC)
 
 test: install lint  ## What CI runs: lint, types, tests
 	$(BIN)/python -m pytest
+
+test-long: install  ## The tests that take over 15 s each
+	$(BIN)/python -m pytest -m long
 
 test-matrix: install  ## Every strategy at 1 to 4 ranks, resumed from every other
 	$(BIN)/python -m pytest -m matrix tests/trainer/test_matrix.py

@@ -26,6 +26,15 @@ class Stage(Enum):
     release = "release"
 
 
+class Target(Enum):
+    """Where `up` and `render` place a job."""
+
+    local = "local"
+    sky = "sky"
+    slurm = "slurm"
+    kubernetes = "kubernetes"
+
+
 class Spot(Enum):
     """Which prices count."""
 
@@ -71,10 +80,50 @@ class PoolConfig:
 
 
 @dataclass
+class SlurmConfig:
+    """`launch.slurm.*`, for `launch.target=slurm`.
+
+    Attributes:
+        partition: Null: the cluster's default.
+        account: Who pays; null: the user's default.
+        time_limit: Of one allocation; a job that is stopped by it is queued again.
+        save_minutes: Before the end of an allocation in which the job is told to save.
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    time_limit: str = "24h"
+    save_minutes: int = 10
+
+
+@dataclass
+class KubernetesConfig:
+    """`launch.kubernetes.*`, for `launch.target=kubernetes`; its image is `launch.image`.
+
+    Attributes:
+        namespace: Where the job is made.
+        volume_claim: A PersistentVolumeClaim on which the run directory is; of several nodes
+            ReadWriteMany.
+        queue: A Kueue local queue; null: none.
+        node_labels: Only machines with these labels, e.g. of a spot pool; taints of the same names
+            are tolerated.
+        secret: The Secret that has the values of `launch.secrets`, by their names.
+    """
+
+    namespace: str = "default"
+    volume_claim: str | None = None
+    queue: str | None = None
+    node_labels: dict[str, str] = field(default_factory=dict)
+    secret: str = "spotforge"
+
+
+@dataclass
 class LaunchConfig:
     """`launch.*`.
 
     Attributes:
+        target: Where `up` and `render` place the job: on this machine, by SkyPilot on what is
+            rented, or on an owned pool that Slurm or Kubernetes runs.
         stages: What `pipeline` runs, one after another.
         deadline: By when it must be done, from now: `36h`, `10d`; null: any time.
         budget_usd: What it may cost in all; null: no limit.
@@ -109,18 +158,23 @@ class LaunchConfig:
         storage_usd_per_gb_month: Of the checkpoints' bucket.
         name: Of the job, where it is placed; null: the last part of `run.dir`.
         candidates: How many places of the ranking a placed job may fall back on.
-        bucket: `s3://name`, `gs://name` or `r2://name`: where checkpoints and the ledger are kept;
-            null is refused on spot. Made where it is not there yet.
-        shared_dir: A folder that all nodes of a job share; null is refused for several nodes.
-        workdir: Folder that is sent along; null: the image has the project.
-        setup: Shell lines that run once on each node.
-        image: Docker image; null: the cloud's default machine image.
+        sky: SkyPilot's program: its name or path.
+        bucket: `s3://name`, `gs://name` or `r2://name`: where SkyPilot's machines keep checkpoints
+            and the ledger; null is refused on spot. Made where it is not there yet.
+        shared_dir: A folder that all of SkyPilot's nodes share; null is refused for several.
+        workdir: Folder that SkyPilot sends along; null: the image has the project.
+        setup: Shell lines that run once on each node before the job; null: the target's default,
+            which installs the workdir on SkyPilot's machines and does nothing elsewhere.
+        image: Docker image; null: the cloud's default machine image, and refused by Kubernetes.
         env: Environment variables of the job.
         secrets: Names of environment variables whose values are taken from this machine's
             environment when the job is placed; they are written to no file.
-        autostop_minutes: Idle minutes after which a cluster that is no managed job goes down.
+        autostop_minutes: Idle minutes after which a cluster of SkyPilot's goes down.
+        slurm: For that target.
+        kubernetes: For that target.
     """
 
+    target: Target = Target.sky
     stages: list[Stage] = field(default_factory=lambda: [Stage.train])
     deadline: str | None = None
     budget_usd: float | None = None
@@ -151,14 +205,17 @@ class LaunchConfig:
     storage_usd_per_gb_month: float = 0.023
     name: str | None = None
     candidates: int = 8
+    sky: str = "sky"
     bucket: str | None = None
     shared_dir: str | None = None
     workdir: str | None = "."
-    setup: str = "pip install -c constraints.txt ."
+    setup: str | None = None
     image: str | None = None
     env: dict[str, str] = field(default_factory=dict)
     secrets: list[str] = field(default_factory=list)
     autostop_minutes: int = 10
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
 
     @property
     def deadline_h(self) -> float:
@@ -167,6 +224,7 @@ class LaunchConfig:
 
     def __post_init__(self) -> None:
         hours("launch.max_price_age", self.max_price_age)
+        hours("launch.slurm.time_limit", self.slurm.time_limit)
         self._check_above_zero()
         self._check_shares()
         if not self.stages or len(set(self.stages)) != len(self.stages):
@@ -181,6 +239,7 @@ class LaunchConfig:
             "launch.network_gbit": self.network_gbit,
             "launch.candidates": self.candidates,
             "launch.autostop_minutes": self.autostop_minutes,
+            "launch.slurm.save_minutes": self.slurm.save_minutes,
             "launch.nodes": min(self.nodes, default=0),
         }
         values |= {f"launch.preemption_hours.{k}": v for k, v in self.preemption_hours.items()}

@@ -20,7 +20,9 @@ from trainer.schemas import refuse_unknown_keys, register_schemas
 
 _OF_LAUNCH = re.compile(r"[+~]*launch[.=]")
 # Keys whose own keys are the user's: Hydra wants to be told that they are new.
-_OPEN = re.compile(r"launch\.(countries|discounts|env|pools|preemption_hours|quotas)[.=]")
+_OPEN = re.compile(
+    r"launch\.(countries|discounts|env|kubernetes\.node_labels|pools|preemption_hours|quotas)[.=]"
+)
 
 
 class RefusedByHydra(SpotforgeError):

@@ -13,7 +13,7 @@ from launch.catalog.offer import Offer
 from launch.catalog.regions import check_regions
 from launch.catalog.skypilot import read_skypilot
 from launch.catalog.snapshot import Snapshot, digest_of, read_snapshot
-from launch.config import LaunchConfig, PoolConfig, hours
+from launch.config import LaunchConfig, PoolConfig, PoolKind, hours
 from monitoring.errors import ConfigError
 
 _SHIPPED = Path(__file__).parent
@@ -75,9 +75,31 @@ def load_catalog(launch: LaunchConfig, date: datetime.date) -> Catalog:
         raise ConfigError("--today", date, rule, "correct the date")
     _check_names(launch, snapshot.offers)
     rented = (_as_the_users(launch, offer) for offer in snapshot.offers)
-    owned = (_pool(name, pool) for name, pool in sorted(launch.pools.items()))
-    offers = tuple([*rented, *owned])
+    offers = (*rented, *_owned(launch))
     return Catalog(snapshot.source, snapshot.date, age_days, snapshot.digest, offers)
+
+
+def owned_catalog(launch: LaunchConfig, kind: PoolKind, date: datetime.date) -> Catalog:
+    """The user's own pools of a kind only, whose prices have no age.
+
+    Args:
+        launch: What the user has set.
+        kind: Of the pools.
+        date: Of the plan.
+
+    Raises:
+        ConfigError: There is no such pool, or one is described wrongly.
+    """
+    offers = tuple(offer for offer in _owned(launch) if offer.cloud == kind.value)
+    if not offers:
+        example = f"{{hpc:{{kind:{kind.value},gpu:A100-80GB,gpus_per_node:8,nodes:2}}}}"
+        rule = "launch.pools has no pool of that kind"
+        raise ConfigError("launch.target", kind.value, rule, f"say launch.pools={example}")
+    return Catalog("launch.pools", date, 0, digest_of(offers), offers)
+
+
+def _owned(launch: LaunchConfig) -> tuple[Offer, ...]:
+    return tuple(_pool(name, pool) for name, pool in sorted(launch.pools.items()))
 
 
 def _read(catalog: str | None) -> Snapshot:

@@ -27,7 +27,6 @@ from launch.elastic.signals import call_on_stop, hold
 from monitoring.errors import ConfigError, ExitCode, SpotforgeError
 
 _POLL_S = 0.1
-_RETRY_S = 300.0  # the supervisor may be started again, or later than this machine
 _MAX_BACKOFF_S = 10.0
 
 
@@ -40,6 +39,7 @@ class Membership:
     command: Sequence[str]
     nproc: int | None
     grace_s: float
+    wait_s: float
 
 
 class Agent:
@@ -76,7 +76,8 @@ class Agent:
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
         """Connects, with patience; None if a signal came."""
         host, port = self._membership.host, self._membership.port
-        deadline, wait_s = time.monotonic() + _RETRY_S, 0.25
+        wait_s = self._membership.wait_s
+        deadline, backoff_s = time.monotonic() + wait_s, 0.25
         while self._stop is None:
             try:
                 opening = asyncio.open_connection(host, port, limit=MAX_LINE_BYTES)
@@ -84,13 +85,13 @@ class Agent:
             except (OSError, TimeoutError) as e:
                 if time.monotonic() > deadline:
                     raise SpotforgeError(
-                        f"no supervisor at {host}:{port} for {_RETRY_S:.0f} s: {e}"
+                        f"no supervisor at {host}:{port} for {wait_s:.0f} s: {e}"
                     ) from e
-                if wait_s == 0.25:
-                    self._say(f"no supervisor at {host}:{port} yet; trying for {_RETRY_S:.0f} s")
-            wait_s = min(_MAX_BACKOFF_S, 2 * wait_s)
+                if backoff_s == 0.25:
+                    self._say(f"no supervisor at {host}:{port} yet; trying for {wait_s:.0f} s")
+            backoff_s = min(_MAX_BACKOFF_S, 2 * backoff_s)
             try:
-                await asyncio.wait_for(self._changed.wait(), wait_s * random.uniform(0.5, 1.5))
+                await asyncio.wait_for(self._changed.wait(), backoff_s * random.uniform(0.5, 1.5))
             except TimeoutError:
                 pass
         return None

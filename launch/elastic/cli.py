@@ -38,7 +38,7 @@ example:
 
 COMMAND must be the supervisor's, word for word: it is never sent, only its digest is compared.
 
-exit codes: the supervisor's; 33 where this machine left; 1 where none answered for 5 minutes
+exit codes: the supervisor's; 33 where this machine left; 1 where none answered in time
 """
 
 
@@ -112,6 +112,13 @@ def add_verbs(commands: Any) -> None:
         default=600.0,
         help="seconds after SIGTERM by which this machine is to have left (default: 600)",
     )
+    join.add_argument(
+        "--wait",
+        metavar="S",
+        type=_seconds,
+        default=300.0,
+        help="seconds for a supervisor that is not there, yet or any more (default: 300)",
+    )
 
 
 def _add_nproc(parser: argparse.ArgumentParser, more: str, least: int) -> None:
@@ -163,7 +170,8 @@ def _join(options: argparse.Namespace, command: Sequence[str]) -> int:
 
     async def run() -> int:
         host, port = options.supervisor
-        return await Agent(Membership(host, port, command, options.nproc, options.grace)).run()
+        membership = Membership(host, port, command, options.nproc, options.grace, options.wait)
+        return await Agent(membership).run()
 
     return asyncio.run(run())
 

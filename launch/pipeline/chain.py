@@ -67,6 +67,19 @@ class Chain:
                 return ExitCode.START_AGAIN  # the signal came too late for that stage
         return ExitCode.FINISHED
 
+    def record(self, name: str) -> None:
+        """Writes down that a stage is done which was run by other means.
+
+        Args:
+            name: Of the stage.
+
+        Raises:
+            SpotforgeError: It has left nothing.
+        """
+        for stage in self._stages:
+            if stage.name == name:
+                self._note(stage)
+
     def _is_done(self, stage: Stage) -> bool:
         record = self._done.get(stage.name)
         if record is None or record["arguments"] != list(stage.arguments):
@@ -115,8 +128,7 @@ class Chain:
         if stage.output is not None:
             self._manifests.pop(stage.output, None)
             if not stage.output.exists():
-                rule = "ended with exit code 0 and left no"
-                raise SpotforgeError(f"{stage.name} {rule} {stage.output}")
+                raise SpotforgeError(f"{stage.name} is done and left no {stage.output}")
         self._done[stage.name] = {
             "name": stage.name,
             "arguments": list(stage.arguments),

@@ -1,7 +1,6 @@
 """`python -m launch pipeline`: what it takes."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,22 +32,27 @@ def add_verbs(commands: Any) -> None:
     parser.set_defaults(run=_pipeline)
     parser.add_argument("words", metavar="key=value", nargs="*", help="settings of the job")
     parser.add_argument("--config-dir", metavar="DIR", type=Path, help="a folder with more options")
-    parser.add_argument("--only", metavar="STAGE", help="run this stage only")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--only", metavar="STAGE", help="run this stage only")
+    one.add_argument(
+        "--record", metavar="STAGE", help="run none; this one was run by other means and is done"
+    )
 
 
 def _pipeline(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from launch.budget.guard import run_beside
     from launch.pipeline.chain import Chain
     from launch.pipeline.stages import stages_of
     from launch.settings import compose_settings
-    from monitoring.errors import ConfigError
+    from monitoring.errors import ConfigError, ExitCode
 
     settings = compose_settings(options.words, options.config_dir)
     stages = stages_of(settings, options.config_dir)
     names = [stage.name for stage in stages]
-    if options.only is not None and options.only not in names:
-        fix = f"use one of {', '.join(names)}"
-        raise ConfigError("--only", options.only, "is not in launch.stages", fix)
-    if options.only is not None and int(os.environ.get("SKYPILOT_NODE_RANK", 0)) > 0:
-        return run_beside(stages[names.index(options.only)].command)
-    return Chain(stages, settings.trainer.run_dir / "pipeline.json").run(options.only)
+    for option, name in (("--only", options.only), ("--record", options.record)):
+        if name is not None and name not in names:
+            raise ConfigError(option, name, "not in launch.stages", f"one of {', '.join(names)}")
+    chain = Chain(stages, settings.trainer.run_dir / "pipeline.json")
+    if options.record is not None:
+        chain.record(options.record)
+        return ExitCode.FINISHED
+    return chain.run(options.only)

@@ -40,6 +40,30 @@ class Stage:
         return [sys.executable, *self.arguments]
 
 
+def check_stages(settings: Settings) -> None:
+    """Refuses stages that cannot be run anywhere.
+
+    Args:
+        settings: Of the job.
+
+    Raises:
+        ConfigError: They are out of order, not in this version, or the first hands nothing on.
+    """
+    names = settings.launch.stages
+    shown = _shown(names)
+    in_order = [name for name in StageName if name in names]
+    if names != in_order:
+        rule = "is not the order in which they run"
+        raise ConfigError("launch.stages", shown, rule, f"use {_shown(in_order)}")
+    for name in names:
+        if not _is_there(_PACKAGES[name]):
+            rule = f"this version has no python -m {_PACKAGES[name]}"
+            raise ConfigError("launch.stages", shown, rule, f"leave out {name.value}")
+    if StageName.train in names and len(names) > 1 and not settings.trainer.export.at_end:
+        rule = f"{names[1].value} reads the export"
+        raise ConfigError("export.at_end", False, rule, "set it to true")
+
+
 def stages_of(settings: Settings, config_dir: Path | None = None) -> list[Stage]:
     """The stages in order.
 
@@ -50,21 +74,8 @@ def stages_of(settings: Settings, config_dir: Path | None = None) -> list[Stage]
     Raises:
         ConfigError: One cannot be run: out of order, not in this version, or without its input.
     """
-    names = settings.launch.stages
-    shown = f"[{','.join(name.value for name in names)}]"
-    in_order = [name for name in StageName if name in names]
-    if names != in_order:
-        fix = f"use [{','.join(name.value for name in in_order)}]"
-        raise ConfigError("launch.stages", shown, "is not the order in which they run", fix)
-    for name in names:
-        if not _is_there(_PACKAGES[name]):
-            rule = f"this version has no python -m {_PACKAGES[name]}"
-            raise ConfigError("launch.stages", shown, rule, f"leave out {name.value}")
-    trainer = settings.trainer
-    if StageName.train in names and len(names) > 1 and not trainer.export.at_end:
-        rule = f"{names[1].value} reads the export"
-        raise ConfigError("export.at_end", False, rule, "set it to true")
-
+    check_stages(settings)
+    names, trainer = settings.launch.stages, settings.trainer
     run_dir = trainer.run_dir
     words: Sequence[str] = settings.overrides
     if config_dir is not None:
@@ -88,30 +99,12 @@ def stages_of(settings: Settings, config_dir: Path | None = None) -> list[Stage]
     first = stages[0].input
     if first is not None and not first.exists():
         rule = f"{first} is not there"
-        raise ConfigError("launch.stages", shown, rule, "train first: [train,...]")
+        raise ConfigError("launch.stages", _shown(names), rule, "train first: [train,...]")
     return stages
 
 
-def commands_elsewhere(
-    settings: Settings, config_dir: Path | None = None
-) -> list[tuple[str, list[str]]]:
-    """The stages as jobs on other machines, which all see the run directory: a SkyPilot pipeline.
-
-    Each runs one stage, with the checks that a chain on one machine makes.
-
-    Args:
-        settings: Of the job; `run.dir` is as the machines see it.
-        config_dir: As the machines see it.
-
-    Returns:
-        Name and command of each stage.
-    """
-    names = [name.value for name in settings.launch.stages]
-    words = [*settings.overrides, f"launch.stages=[{','.join(names)}]"]
-    if config_dir is not None:
-        words = [f"--config-dir={config_dir}", *words]
-    start = ["python", "-m", "launch", "pipeline", "--only"]
-    return [(name, [*start, name, *words]) for name in names]
+def _shown(names: Sequence[StageName]) -> str:
+    return f"[{','.join(name.value for name in names)}]"
 
 
 def _is_there(package: str) -> bool:

@@ -9,16 +9,21 @@ from typing import Any
 from monitoring.errors import ConfigError, ExitCode
 
 _UP = """\
-Plans the job, writes it as a SkyPilot task with the best places in order, and (up) starts it as a
-managed job: started again elsewhere when its machines are lost, and not when it fails. SkyPilot is
-a program of its own environment: pip install 'skypilot[aws,gcp]==0.14.1' there; --sky or PATH."""
+Plans the job and writes it in the language of launch.target: a SkyPilot task with the best places
+in order (sky), a batch script (slurm), a JobSet (kubernetes), a command (local). `up` then starts
+it: on SkyPilot as a managed job, started again elsewhere when its machines are lost, and not when
+it fails. SkyPilot is a program of its own environment: pip install 'skypilot[aws,gcp]==0.14.1'
+there, and have it in PATH or named by launch.sky."""
 
 _EXAMPLES = """\
 example:
   python -m launch render experiment=mine launch.bucket=s3://mine -o job.yaml
   python -m launch up experiment=mine launch.bucket=s3://mine launch.budget_usd=200
+  python -m launch up experiment=mine launch.target=slurm \\
+      'launch.pools={hpc:{kind:slurm,gpu:A100-80GB,gpus_per_node:8,nodes:2,usd_per_h:3}}'
+  python -m launch logs mine launch.target=slurm
 
-exit codes: 0 done; 2 refused, nothing was started; 1 SkyPilot failed
+exit codes: 0 done; 2 refused, nothing was started; 1 the place's own program failed
 """
 
 
@@ -29,7 +34,7 @@ def add_verbs(commands: Any) -> None:
         commands: What `add_subparsers` returned.
     """
     render = commands.add_parser(
-        "render", help="write the job as a SkyPilot task", description=_UP, epilog=_EXAMPLES
+        "render", help="write the job as the place takes it", description=_UP, epilog=_EXAMPLES
     )
     render.set_defaults(run=_render)
     render.add_argument("-o", "--output", metavar="FILE", type=Path, help="default: print it")
@@ -40,37 +45,70 @@ def add_verbs(commands: Any) -> None:
     for parser in (render, up):
         parser.add_argument("words", metavar="key=value", nargs="*", help="the job and launch.*")
         parser.add_argument("--config-dir", metavar="DIR", type=Path, help="a folder with options")
-    status = commands.add_parser("status", help="the jobs that were started, as SkyPilot has them")
-    status.set_defaults(run=_status)
+    status = commands.add_parser("status", help="the jobs that were started, as their place says")
     logs = commands.add_parser("logs", help="what a job prints")
-    logs.set_defaults(run=_logs)
     down = commands.add_parser("down", help="end a job and its machines")
-    down.set_defaults(run=_down)
     for parser in (logs, down):
         parser.add_argument("name", help="of the job: launch.name")
-    for parser in (up, status, logs, down):
-        parser.add_argument("--sky", metavar="PROGRAM", default="sky", help="default: sky")
+    for parser, run in ((status, _status), (logs, _logs), (down, _down)):
+        parser.set_defaults(run=run)
+        parser.add_argument(
+            "words", metavar="key=value", nargs="*", help="of launch.*: target=slurm, ..."
+        )
 
 
-def _job(options: argparse.Namespace, planned: float | None) -> Any:
-    from launch.catalog.catalog import load_catalog, today
-    from launch.place.job import job_of
-    from launch.place.skypilot import usable
-    from launch.plan.planner import make_plan
+def _settings(options: argparse.Namespace) -> Any:
     from launch.settings import compose_settings
 
+    return compose_settings(options.words, getattr(options, "config_dir", None))
+
+
+def _job(options: argparse.Namespace, settings: Any, planned: float | None) -> Any:
+    """The place, and the job for it."""
+    from launch.catalog.catalog import load_catalog, owned_catalog, today
+    from launch.config import PoolKind, Target
+    from launch.place.place import job_of, place_of
+    from launch.plan.planner import make_plan
+
+    place = place_of(settings.launch)
     if options.config_dir is not None and options.config_dir.is_absolute():
         rule = "is not on the job's machines"
         raise ConfigError("--config-dir", options.config_dir, rule, "name it within the workdir")
-    settings = compose_settings(options.words, options.config_dir)
-    plan = make_plan(settings, load_catalog(settings.launch, today()))
-    return job_of(plan, usable(plan), options.config_dir, planned)
+    launch = settings.launch
+    if launch.target is Target.sky:
+        catalog = load_catalog(launch, today())
+    else:
+        catalog = owned_catalog(launch, PoolKind[launch.target.value], today())
+    plan = make_plan(settings, catalog)
+    return place, job_of(plan, place, options.config_dir, planned)
+
+
+def _here(settings: Any, options: argparse.Namespace) -> list[str] | None:
+    """The words of `pipeline`, where the job is to run on this machine."""
+    from launch.config import Target
+
+    if settings.launch.target is not Target.local:
+        return None
+    if settings.launch.budget_usd is not None:
+        rule = "an hour of this machine has no price"
+        fix = "say one: python -m launch guard --usd-per-h X --budget-usd Y -- COMMAND"
+        raise ConfigError("launch.budget_usd", settings.launch.budget_usd, rule, fix)
+    folder = [] if options.config_dir is None else [f"--config-dir={options.config_dir}"]
+    return ["pipeline", *folder, *(word for word in options.words if word != _LOCAL)]
+
+
+_LOCAL = "launch.target=local"
 
 
 def _render(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from launch.place.skypilot import render
+    from launch.place.job import shell
 
-    text = render(_job(options, None))
+    settings = _settings(options)
+    if (words := _here(settings, options)) is not None:
+        text = shell(["python", "-m", "launch", *words]) + "\n"
+    else:
+        place, job = _job(options, settings, None)
+        text = place.render(job)
     if options.output is None:
         print(text, end="")
         return ExitCode.FINISHED
@@ -82,27 +120,29 @@ def _render(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _up(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from launch.place.sky_program import SkyProgram
-    from launch.place.skypilot import render
+    settings = _settings(options)
+    if (words := _here(settings, options)) is not None:
+        from launch.__main__ import main
 
-    sky = SkyProgram(options.sky)
-    job = _job(options, round(time.time()))
-    return sky.launch(job, render(job))
+        return main(words)
+    place, job = _job(options, settings, round(time.time()))
+    code: int = place.start(job, place.render(job))
+    return code
 
 
 def _status(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from launch.place.sky_program import SkyProgram
+    from launch.place.place import place_of
 
-    return SkyProgram(options.sky).run("jobs", "queue")
+    return place_of(_settings(options).launch).status()
 
 
 def _logs(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from launch.place.sky_program import SkyProgram
+    from launch.place.place import place_of
 
-    return SkyProgram(options.sky).run("jobs", "logs", "--name", options.name)
+    return place_of(_settings(options).launch).logs(options.name)
 
 
 def _down(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from launch.place.sky_program import SkyProgram
+    from launch.place.place import place_of
 
-    return SkyProgram(options.sky).run("jobs", "cancel", "--yes", "--name", options.name)
+    return place_of(_settings(options).launch).down(options.name)

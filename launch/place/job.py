@@ -1,20 +1,19 @@
 """A job as it is handed to whoever runs it: its command, and the places where it may run."""
 
 import json
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from launch.config import LaunchConfig, Stage
 from launch.plan.candidate import Candidate
-from launch.plan.planner import Plan
-from monitoring.errors import ConfigError
 
 PORT = 29400
 MOUNT = "/spotforge"
-_NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,8 @@ class Job:
         name: Lower-case letters, digits and dashes.
         candidates: Where it may run, best first, each of the same number of nodes.
         run_dir: Of the trainer, as the machines see it.
+        kept_at: A folder to which checkpoints and the ledger are copied, and which outlives the
+            machines; None: `run_dir` does.
         overrides: Of the trainer.
         launch: Its settings.
         total_tokens: To be trained on.
@@ -36,6 +37,7 @@ class Job:
     name: str
     candidates: tuple[Candidate, ...]
     run_dir: Path
+    kept_at: str | None
     overrides: tuple[str, ...]
     launch: LaunchConfig
     total_tokens: int
@@ -47,21 +49,30 @@ class Job:
         """Of every candidate."""
         return self.candidates[0].num_nodes
 
-    @property
-    def kept_at(self) -> str | None:
-        """The folder of the bucket in which this job's checkpoints and ledger are."""
-        return None if self.launch.bucket is None else f"{MOUNT}/{self.name}"
-
     def trainer_command(self) -> list[str]:
         """What each rank runs."""
+        return ["python", "-m", "trainer", *self._words()]
+
+    def pipeline_command(self, option: str, stage: Stage) -> list[str]:
+        """`pipeline --only STAGE` or `--record STAGE`, on a machine that has the run directory."""
+        stages = ",".join(stage.value for stage in self.launch.stages)
+        words = [*self._words(), f"launch.stages=[{stages}]"]
+        return ["python", "-m", "launch", "pipeline", option, stage.value, *words]
+
+    def _words(self) -> list[str]:
         words = [w for w in self.overrides if not w.lstrip("+").startswith("run.dir=")]
         if self.kept_at is not None and not any("checkpoint.upload=" in w for w in words):
             words.append(f"checkpoint.upload=file://{self.kept_at}/checkpoints")
         folder = [] if self.config_dir is None else [f"--config-dir={self.config_dir}"]
-        return ["python", "-m", "trainer", *folder, *words, f"run.dir={self.run_dir}"]
+        return [*folder, *words, f"run.dir={self.run_dir}"]
 
-    def guard_command(self, command: Sequence[str]) -> list[str]:
-        """The command under the guard that pays for it and stops it at the budget."""
+    def guard_command(self, command: Sequence[str], price: Sequence[str]) -> list[str]:
+        """The command under the guard that pays for it and stops it at the budget.
+
+        Args:
+            command: To be guarded.
+            price: The guard's options that say what a node costs.
+        """
         best, launch = self.candidates[0], self.launch
         estimate = {
             "usd": round(best.costs.total_usd, 2),
@@ -71,7 +82,7 @@ class Job:
         }
         if self.time is not None:
             estimate["time"] = self.time
-        words = ["python", "-m", "launch", "guard", "--since-boot"]
+        words = ["python", "-m", "launch", "guard", *price]
         words += ["--ledger", f"{self.kept_at or self.run_dir}/ledger"]
         words += ["--run-dir", str(self.run_dir), "--estimate", json.dumps(estimate)]
         if launch.budget_usd is not None:
@@ -79,6 +90,11 @@ class Job:
         if launch.deadline is not None:
             words += ["--deadline-h", f"{launch.deadline_h:g}"]
         return [*words, "--", *command]
+
+    def own_price(self) -> list[str]:
+        """The guard's options, on machines that do not say where they are."""
+        offer = self.candidates[0].offer
+        return ["--usd-per-h", f"{offer.usd_per_h:g}", "--nodes", str(self.num_nodes)]
 
     def prices(self) -> str:
         """Of a node at each candidate, for the guard: JSON."""
@@ -97,57 +113,38 @@ class Job:
         )
 
 
-def job_of(
-    plan: Plan,
-    usable: Sequence[Candidate],
-    config_dir: Path | None = None,
-    time: float | None = None,
-) -> Job:
-    """The job that a plan comes to.
-
-    Args:
-        plan: Of the job.
-        usable: Those of its candidates that the target can take, best first; at least one.
-        config_dir: See `Job`.
-        time: See `Job`.
-
-    Raises:
-        ConfigError: It cannot be placed as it is: its name, or nowhere to keep its checkpoints.
-    """
-    launch, trainer = plan.settings.launch, plan.settings.trainer
-    if launch.stages != [Stage.train]:
-        shown = f"[{','.join(stage.value for stage in launch.stages)}]"
-        rule = "only training is placed elsewhere so far"
-        raise ConfigError("launch.stages", shown, rule, "use [train], and `pipeline` for the rest")
-    name = launch.name or re.sub(r"[^a-z0-9]+", "-", trainer.run_dir.name.lower()).strip("-")
-    if not _NAME.fullmatch(name):
-        rule = "is no name: up to 40 of a-z, 0-9 and -, a letter first"
-        raise ConfigError("launch.name", name, rule, "set launch.name")
-    num_nodes = usable[0].num_nodes
-    ways = [way for way in usable if way.num_nodes == num_nodes][: launch.candidates]
-    if launch.bucket is None and any(way.offer.is_spot for way in ways):
-        rule = "a spot machine takes its checkpoints with it"
-        fix = "set launch.bucket=s3://name (gs://, r2://), or launch.spot=never"
-        raise ConfigError("launch.bucket", None, rule, fix)
-    if num_nodes > 1 and launch.shared_dir is None:
-        rule = f"{num_nodes} nodes write one checkpoint together, to a folder that all of them see"
-        fix = "name one (NFS, FSx, Filestore), or set launch.nodes=[1]"
-        raise ConfigError("launch.shared_dir", None, rule, fix)
-    run_dir = Path(trainer.run.dir)
-    if launch.shared_dir is not None:
-        run_dir = Path(launch.shared_dir) / name
-    return Job(
-        name=name,
-        candidates=tuple(ways),
-        run_dir=run_dir,
-        overrides=plan.settings.overrides,
-        launch=launch,
-        total_tokens=plan.workload.total_tokens,
-        config_dir=config_dir,
-        time=time,
-    )
-
-
 def shell(words: Sequence[str]) -> str:
     """A line for a shell, which quotes what has to be quoted."""
     return shlex.join(words)
+
+
+def heading(job: Job, usage: str) -> str:
+    """Comment lines: where the job may run, and how the file is used."""
+    lines = [
+        f"# {way.num_nodes} x {way.offer.gpus_per_node} {way.offer.gpu}, {way.offer.place}"
+        f"{' spot' if way.offer.is_spot else ''}: ${way.costs.total_usd:,.2f} expected, "
+        f"done in {way.p50_h:.1f} to {way.p95_h:.1f} h"
+        for way in job.candidates
+    ]
+    return "\n".join([*lines, f"#   {usage}"])
+
+
+def to_yaml(*documents: Any) -> str:
+    """Documents as a person reads them: keys in their order, scripts line by line."""
+    text: str = yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=100)
+    return text
+
+
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
+    """Writes scripts line by line."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: _Dumper, text: str) -> Any:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)

@@ -302,12 +302,14 @@ def subset(tmp_path_factory):
     return {case.name: [pair for pair in pairs if pair.case == case.name] for case in cases}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)  # whichever comes first trains for all
 @pytest.mark.parametrize("name", ["global batch 12", "global batch 13"])
 def test_any_strategy_on_any_ranks_resumes_any_other(subset, name):
     assert_passed(subset[name])
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_dropout_is_repeated(subset):
     """Its generators are seeded by step and rank, so nothing of them needs saving."""

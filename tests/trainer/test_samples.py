@@ -115,6 +115,7 @@ def runs(tmp_path_factory):
     return {name: (folder / name, codes[name], sorted(samples[name])) for name in codes}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("global_batch_size", GLOBAL_BATCH_SIZES)
 def test_interrupted_runs_see_the_samples_of_an_uninterrupted_one(runs, global_batch_size):
     whole_dir, codes, whole = runs[f"whole-{global_batch_size}"]
@@ -133,6 +134,7 @@ def test_interrupted_runs_see_the_samples_of_an_uninterrupted_one(runs, global_b
     assert parts == whole, "a sample was lost, repeated, moved or changed"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("global_batch_size", GLOBAL_BATCH_SIZES)
 def test_no_step_is_lost_or_repeated(runs, global_batch_size):
     whole, parts = (

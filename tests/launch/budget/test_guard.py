@@ -233,6 +233,7 @@ def test_what_is_wrong_is_said_in_one_line(options, said, tmp_path, monkeypatch,
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.long
 def test_a_real_run_is_saved_at_the_budget_and_goes_on_with_more(site, small):
     small = [word for word in small if not word.startswith(("run.dir", "stop.steps"))]
     command = [sys.executable, "-m", "trainer", *small, f"run.dir={site.run_dir}"]

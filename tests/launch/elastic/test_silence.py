@@ -37,7 +37,6 @@ def test_a_silent_machine_is_lost(monkeypatch):
 
 def test_a_silent_supervisor_is_lost(monkeypatch, capsys):
     monkeypatch.setattr("launch.elastic.agent.SUPERVISOR_SILENCE_S", SILENCE_S)
-    monkeypatch.setattr("launch.elastic.agent._RETRY_S", 0.0)
     # The signals of this process are pytest's.
     monkeypatch.setattr("launch.elastic.agent.call_on_stop", lambda stop: None)
     monkeypatch.setattr("launch.elastic.agent.hold", lambda: None)
@@ -53,7 +52,7 @@ def test_a_silent_supervisor_is_lost(monkeypatch, capsys):
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         with pytest.raises(SpotforgeError, match=f"no supervisor at 127.0.0.1:{port}"):
-            await Agent(Membership("127.0.0.1", port, COMMAND, 2, 1.0)).run()
+            await Agent(Membership("127.0.0.1", port, COMMAND, 2, 1.0, 0.0)).run()
 
     asyncio.run(welcome_and_say_no_more())
     assert "lost the supervisor: silent for" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import pytest
 from launch.config import Stage as StageName
 from launch.pipeline.chain import Chain
 from launch.pipeline.manifest import first_difference, manifest_of
-from launch.pipeline.stages import Stage, commands_elsewhere, stages_of
+from launch.pipeline.stages import Stage, stages_of
 from launch.settings import compose_settings
 from monitoring.errors import ConfigError, DamagedError, SpotforgeError
 
@@ -46,8 +46,11 @@ class Site:
             before = out
         return stages
 
+    def chain(self, **words):
+        return Chain(self.stages(**words), self.run_dir / "pipeline.json")
+
     def run(self, only=None, **words):
-        return Chain(self.stages(**words), self.run_dir / "pipeline.json").run(only)
+        return self.chain(**words).run(only)
 
     def starts(self):
         """How often each was started."""
@@ -125,7 +128,7 @@ def test_one_stage_alone(site):
 
 def test_a_stage_without_a_result_has_failed(site):
     stage = Stage("train", ("-c", "pass"), None, site.run_dir / "export")
-    with pytest.raises(SpotforgeError, match="ended with exit code 0 and left no"):
+    with pytest.raises(SpotforgeError, match="is done and left no"):
         Chain([stage], site.run_dir / "pipeline.json").run()
 
 
@@ -206,27 +209,25 @@ def test_stages_follow_one_another(tmp_path, monkeypatch):
             stages_of(compose_settings([*words, *more]))
 
 
-def test_the_stages_as_jobs_elsewhere_say_which_one_they_are(tmp_path):
-    words = ["run.dir=/ckpt/run", "stop.steps=3", "launch.stages=[train,release]"]
-    (train, first), (release, second) = commands_elsewhere(compose_settings(words), tmp_path)
-    assert (train, release) == ("train", "release")
-    pipeline = ["python", "-m", "launch", "pipeline", "--only"]
-    assert first == [*pipeline, "train", f"--config-dir={tmp_path}", *words]
-    assert second == [*pipeline, "release", *first[6:]]
+def test_a_stage_that_was_run_by_other_means_is_recorded(site):
+    with pytest.raises(SpotforgeError, match="train is done and left no"):
+        site.chain().record("train")
+    (site.run_dir / "export").mkdir(parents=True)
+    (site.run_dir / "export" / "result").write_text("of a job elsewhere")
+    site.chain().record("train")
+    assert site.run(only="compress") == 0
+    assert site.starts() == [0, 1, 0]
+    (site.run_dir / "export" / "result").write_text("other")
+    with pytest.raises(DamagedError, match="result was changed"):
+        site.run(only="compress")
 
 
-def test_other_nodes_only_train(small, tmp_path, monkeypatch):
-    """What is done is the first node's to write down."""
+@pytest.mark.parametrize("option", ["--only", "--record"])
+def test_a_stage_that_is_not_named_is_refused(small, option, capsys):
     from launch.__main__ import main
 
-    ran = []
-    monkeypatch.setenv("SKYPILOT_NODE_RANK", "1")
-    monkeypatch.setattr("launch.budget.guard.run_beside", lambda command: ran.append(command) or 0)
-    assert main(["pipeline", "--only", "train", *small]) == 0
-    assert ran == [[sys.executable, "-m", "trainer", *small]]
-    with pytest.raises(SystemExit):
-        main(["pipeline", "--only"])
-    assert main(["pipeline", "--only", "compress", *small]) == 2
+    assert main(["pipeline", option, "compress", *small]) == 2
+    assert f"{option}=compress: not in launch.stages" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [StageName.compress, StageName.release])

@@ -10,9 +10,8 @@ import yaml
 
 from launch.__main__ import main
 from launch.catalog.catalog import Catalog
-from launch.place.job import job_of
-from launch.place.sky_program import SkyProgram
-from launch.place.skypilot import document, render, usable
+from launch.place.place import job_of, place_of
+from launch.place.sky_task import documents, render
 from launch.plan.planner import make_plan
 from launch.settings import compose_settings
 from monitoring.errors import ConfigError
@@ -38,7 +37,12 @@ def placed(*words, offers=SPOT):
     settings = compose_settings([*JOB, "launch.nodes=[1]", *words])
     catalog = Catalog("test", datetime.date(2026, 5, 24), 0, "sha256:0", tuple(offers))
     plan = make_plan(settings, catalog)
-    return job_of(plan, usable(plan))
+    return job_of(plan, place_of(settings.launch))
+
+
+def document(job):
+    [task] = documents(job)
+    return task
 
 
 def guard_words(job):
@@ -117,6 +121,29 @@ def test_what_cannot_be_placed_is_refused(words, key):
     assert str(error.value).startswith(f"{key}=") and error.value.exit_code == 2
 
 
+def test_stages_are_tasks_one_after_another(monkeypatch):
+    monkeypatch.setattr("launch.pipeline.stages._is_there", lambda package: True)
+    words = ("launch.nodes=[2]", "launch.bucket=s3://mine", "launch.shared_dir=/shared")
+    job = placed("launch.stages=[train,compress,release]", *words)
+    name, train, compress, release = list(yaml.safe_load_all(render(job)))
+    assert name == {"name": "my-run"}
+    assert [t["name"] for t in (train, compress)] == ["my-run-train", "my-run-compress"]
+    assert [t["num_nodes"] for t in (train, compress, release)] == [2, 1, 1]
+    assert "launch pipeline --record train" in train["run"]
+    assert "launch pipeline --only compress" in compress["run"]
+    [line] = [line for line in release["run"].splitlines() if "guard" in line]
+    stage = shlex.split(line)
+    assert stage[-1] == "launch.stages=[train,compress,release]"
+    assert "run.dir=/shared/my-run" in stage and "cp -r" not in release["run"]
+
+    job = placed("launch.stages=[train,compress]", "launch.bucket=s3://mine")
+    _, train, compress = documents(job)
+    assert "cp -r runs/My_Run/. /spotforge/my-run/run" in train["run"]
+    assert compress["run"].startswith(
+        "mkdir -p runs/My_Run && cp -r /spotforge/my-run/run/. runs/My_Run || exit 1\n"
+    )
+
+
 def stand_in_sky(folder, check_code=0):
     """A `sky` that writes down how it was called."""
     path = folder / "sky"
@@ -127,13 +154,18 @@ def stand_in_sky(folder, check_code=0):
         "exit 0\n"
     )
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return SkyProgram(str(path))
+    return f"launch.sky={path}"
+
+
+def start(job):
+    return place_of(job.launch).start(job, render(job))
 
 
 def test_up_hands_the_task_to_sky_with_the_names_of_secrets(tmp_path, monkeypatch):
     monkeypatch.setenv("KEY", "very-secret")
-    job = placed("launch.bucket=s3://mine", "launch.secrets=[KEY]")
-    assert stand_in_sky(tmp_path).launch(job, render(job)) == 0
+    sky = stand_in_sky(tmp_path)
+    job = placed("launch.bucket=s3://mine", "launch.secrets=[KEY]", sky)
+    assert start(job) == 0
     check, launch = (tmp_path / "calls").read_text().splitlines()
     assert check == "check aws gcp"
     assert launch.startswith("jobs launch --yes --detach-run --name my-run --secret KEY ")
@@ -142,16 +174,15 @@ def test_up_hands_the_task_to_sky_with_the_names_of_secrets(tmp_path, monkeypatc
 
 
 def test_without_credentials_or_a_secret_nothing_is_launched(tmp_path, monkeypatch):
-    job = placed("launch.bucket=s3://mine")
+    sky = stand_in_sky(tmp_path, check_code=1)
     with pytest.raises(ConfigError, match="no credentials"):
-        stand_in_sky(tmp_path, check_code=1).launch(job, render(job))
+        start(placed("launch.bucket=s3://mine", sky))
     monkeypatch.delenv("KEY", raising=False)
-    job = placed("launch.bucket=s3://mine", "launch.secrets=[KEY]")
     with pytest.raises(ConfigError, match="launch.secrets=KEY"):
-        stand_in_sky(tmp_path).launch(job, render(job))
+        start(placed("launch.bucket=s3://mine", "launch.secrets=[KEY]", sky))
     assert "launch" not in (tmp_path / "calls").read_text()
 
 
 def test_no_sky_is_said_in_one_line(capsys):
-    assert main(["status", "--sky", "no-such-sky"]) == 2
+    assert main(["status", "launch.sky=no-such-sky"]) == 2
     assert "skypilot" in capsys.readouterr().err

@@ -1,0 +1,43 @@
+"""A program of someone else's that places jobs: SkyPilot's, Slurm's, Kubernetes'."""
+
+import shutil
+import subprocess
+
+from monitoring.errors import ConfigError, ExitCode
+
+
+class Program:
+    """Runs it, with its output on this terminal.
+
+    Args:
+        name: Its name or path.
+        key: The setting that asks for it.
+        value: Its value.
+        fix: How one gets it.
+
+    Raises:
+        ConfigError: There is no such program.
+    """
+
+    def __init__(self, name: str, key: str, value: str, fix: str) -> None:
+        path = shutil.which(name)
+        if path is None:
+            raise ConfigError(key, value, f"there is no program {name} here", fix)
+        self.path = path
+
+    def run(self, *words: str, text: str | None = None) -> int:
+        """Runs it.
+
+        Args:
+            words: After its name.
+            text: What it reads; None: nothing.
+
+        Returns:
+            0, or 1 where it failed.
+        """
+        done = subprocess.run([self.path, *words], input=text or "", encoding="utf-8")
+        return ExitCode.FINISHED if done.returncode == 0 else ExitCode.FAILED
+
+    def is_fine(self, *words: str) -> bool:
+        """Whether it ends with 0; what it prints is not shown."""
+        return subprocess.run([self.path, *words], capture_output=True).returncode == 0

@@ -1,0 +1,137 @@
+"""Slurm: a job as a batch script, queued again when its machines or its time are taken away.
+
+docs: https://slurm.schedmd.com/sbatch.html
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.config import LaunchConfig, hours
+from launch.place.job import Job, heading, shell
+from launch.place.place import Storage, check_secrets, of_one_pool, refuse_bucket
+from launch.place.program import Program
+from launch.plan.candidate import Candidate
+from launch.plan.planner import Plan
+from launch.settings import Settings
+from monitoring.errors import ConfigError, ExitCode
+
+# The last words are one shell function, since every node of the step runs it.
+_SCRIPT = """\
+#!/bin/bash
+{heading}
+{options}
+set -u
+{environment}\
+# The environment that calls sbatch goes along, and the folder it is called in is on every node.
+head=$(hostname)  # the first node, on which this script runs
+port=$((20000 + SLURM_JOB_ID % 40000))
+export head port
+
+node() {{
+  trap : TERM USR1  # they are for the programs, whose exit code this shell is to see
+  if [ "$SLURM_NODEID" -gt 0 ]; then
+    {join}
+    code=$?
+    # the first node says whether the job is started again
+    if [ $code -eq {again} ]; then code=0; fi
+    exit $code
+  fi
+  {guard}
+  code=$?
+  # a job that is cancelled is stopped, too, and not to come back
+  if [ $code -eq {again} ] && [ "$(squeue --noheader -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+  exit $code
+}}
+export -f node
+srun --kill-on-bad-exit=1 --cpu-bind=none bash -c node
+"""
+_PLAIN = re.compile(r"[-.\w]+")
+
+
+class Slurm:
+    """Submits batch jobs. The folder that `sbatch` is called in has to be on every node."""
+
+    def __init__(self, launch: LaunchConfig) -> None:
+        self._launch = launch
+        slurm = launch.slurm
+        for key, name in (("partition", slurm.partition), ("account", slurm.account)):
+            if name is not None and not _PLAIN.fullmatch(name):
+                rule = "is no name of Slurm's"
+                raise ConfigError(f"launch.slurm.{key}", name, rule, "use letters, digits, - and _")
+
+    def usable(self, plan: Plan) -> list[Candidate]:
+        """See `Place`."""
+        return of_one_pool(plan)
+
+    def storage(self, name: str, settings: Settings, ways: Sequence[Candidate]) -> Storage:
+        """See `Place`: where the run directory is here, it is on every node."""
+        refuse_bucket(self._launch)
+        return Storage(Path(settings.trainer.run.dir).absolute())
+
+    def render(self, job: Job) -> str:
+        """See `Place`."""
+        slurm, offer = self._launch.slurm, job.candidates[0].offer
+        options = {
+            "job-name": job.name,
+            "nodes": job.num_nodes,
+            "ntasks-per-node": 1,
+            "gpus-per-node": offer.gpus_per_node,
+            "exclusive": None,
+            "mem": 0,
+            "time": _minutes(slurm.time_limit),
+            "signal": f"TERM@{60 * slurm.save_minutes}",
+            "requeue": None,
+            "open-mode": "append",
+            "output": f"{job.name}.out",
+            "partition": slurm.partition,
+            "account": slurm.account,
+        }
+        given = {k: v for k, v in options.items() if v is not None or k in ("exclusive", "requeue")}
+        command = job.trainer_command()
+        supervise = ["python", "-m", "launch", "supervise"]
+        join = ":"
+        if job.num_nodes > 1:
+            supervise += ["--listen", "PORT", "--nodes", str(job.num_nodes)]
+            join = f'python -m launch join "$head:$port" -- {shell(command)}'
+        guard = shell(job.guard_command([*supervise, "--", *command], job.own_price()))
+        environment = [f"export {shell([f'{k}={v}'])}" for k, v in sorted(self._launch.env.items())]
+        environment += [self._launch.setup] if self._launch.setup else []
+        return _SCRIPT.format(
+            heading=heading(job, "sbatch FILE"),
+            options="\n".join(
+                f"#SBATCH --{name}" + ("" if value is None else f"={value}")
+                for name, value in given.items()
+            ),
+            environment="".join(f"{line}\n" for line in environment),
+            join=join,
+            guard=guard.replace("--listen PORT", '--listen "$port"', 1),
+            again=int(ExitCode.START_AGAIN),
+        )
+
+    def start(self, job: Job, text: str) -> int:
+        """See `Place`."""
+        check_secrets(self._launch)  # the environment goes along
+        return _program("sbatch").run(text=text)
+
+    def status(self) -> int:
+        """See `Place`."""
+        return _program("squeue").run("--me")
+
+    def logs(self, name: str) -> int:
+        """See `Place`: of the folder in which it was submitted."""
+        return _program("tail").run("-n", "+1", "-F", f"{name}.out")
+
+    def down(self, name: str) -> int:
+        """See `Place`."""
+        return _program("scancel").run("--me", "--name", name)
+
+
+def _minutes(time_limit: str) -> int:
+    return max(1, round(60 * hours("launch.slurm.time_limit", time_limit)))
+
+
+def _program(name: str) -> Program:
+    return Program(name, "launch.target", "slurm", "use a machine with Slurm's programs")

@@ -1,0 +1,117 @@
+"""A plan becomes a JobSet that the field's own schemas take, and whose scripts train."""
+
+import os
+import signal
+import subprocess
+import time
+
+import kubernetes_validate
+import pytest
+import yaml
+from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
+
+from launch.__main__ import main
+
+POOL = "launch.pools={mine:{kind:kubernetes,gpu:H100,gpus_per_node:2,nodes:2,usd_per_h:16}}"
+CLUSTER = (
+    "launch.target=kubernetes",
+    POOL,
+    "launch.name=mine",
+    "launch.kubernetes.volume_claim=runs",
+    "launch.image=me/it:1",
+)
+SPOT = 'launch.kubernetes.node_labels={cloud.google.com/gke-spot:"true",karpenter.sh/pool:a}'
+
+
+def job_set(capsys, *words):
+    assert main(["render", *words]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def pods_of(document):
+    [replicated] = document["spec"]["replicatedJobs"]
+    return replicated["template"]["spec"]
+
+
+def test_schemas_of_kubernetes_and_jobset_take_it(small, capsys):
+    words = ("launch.nodes=[2]", "launch.kubernetes.queue=gpus", SPOT)
+    more = ("launch.env={A: b}", "launch.secrets=[WANDB_API_KEY]")
+    document = job_set(capsys, *small, *CLUSTER, *words, *more)
+    # a field that the schema does not know would be lost on the way
+    assert JobsetV1alpha2JobSet.from_dict(document).to_dict() == document
+    metadata = {"name": "mine-node-0"}
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata}
+    kubernetes_validate.validate(job | {"spec": pods_of(document)}, "1.31", strict=True)
+    assert document["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "gpus"}
+
+
+def test_33_and_a_lost_machine_make_a_pod_again_and_a_failure_ends_the_job(small, capsys):
+    rules = pods_of(job_set(capsys, *small, *CLUSTER))["podFailurePolicy"]["rules"]
+    on_exit = {
+        code: r["action"] for r in rules for code in r.get("onExitCodes", {}).get("values", [])
+    }
+    assert on_exit == {33: "Ignore", 1: "FailJob", 2: "FailJob"}
+    lost = [r["action"] for r in rules if "onPodConditions" in r]
+    assert lost == ["Ignore"]
+
+
+def test_spot_machines_are_asked_for_and_their_taints_tolerated(small, capsys):
+    pod = pods_of(job_set(capsys, *small, *CLUSTER, SPOT))["template"]["spec"]
+    assert pod["nodeSelector"] == {"cloud.google.com/gke-spot": "true", "karpenter.sh/pool": "a"}
+    tolerated = {toleration["key"] for toleration in pod["tolerations"]}
+    assert {"kubernetes.azure.com/scalesetpriority", *pod["nodeSelector"]} <= tolerated
+    assert pod["containers"][0]["resources"] == {"limits": {"nvidia.com/gpu": 2}}
+
+
+def test_secrets_are_named_only(small, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "very-secret")
+    document = job_set(capsys, *small, *CLUSTER, "launch.secrets=[WANDB_API_KEY]")
+    assert "very-secret" not in str(document)
+    [env] = pods_of(document)["template"]["spec"]["containers"][0]["env"]
+    assert env["valueFrom"] == {"secretKeyRef": {"name": "spotforge", "key": "WANDB_API_KEY"}}
+
+
+@pytest.mark.parametrize("missing", ["launch.kubernetes.volume_claim", "launch.image"])
+def test_what_a_pod_cannot_do_without_is_asked_for(small, missing, capsys):
+    words = [word for word in CLUSTER if not word.startswith(missing)]
+    assert main(["render", *small, *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"{missing}=None: a pod") and captured.out == ""
+
+
+@pytest.mark.long
+def test_pods_train_and_one_that_is_lost_comes_back(small, capsys, tmp_path):
+    words = ["stop.steps=2500", "log.every_steps=50", "launch.nodes=[2]"]
+    document = job_set(capsys, *small, *words, *CLUSTER)
+    script = pods_of(document)["template"]["spec"]["containers"][0]["command"][2]
+    # what the cluster provides: a name, a volume
+    script = script.replace("mine-node-0-0.mine", "127.0.0.1").replace("/spotforge", str(tmp_path))
+    output = tmp_path / "output"
+
+    def pod(index):
+        environment = os.environ | {"JOB_COMPLETION_INDEX": str(index), "OMP_NUM_THREADS": "1"}
+        with output.open("a") as file:
+            return subprocess.Popen(
+                ["bash", "-c", script], env=environment, stdout=file, stderr=file
+            )
+
+    def wait_for(text):
+        deadline = time.monotonic() + 90
+        while text not in output.read_text():
+            assert time.monotonic() < deadline, output.read_text()
+            time.sleep(0.05)
+
+    pods = [pod(0), pod(1)]
+    try:
+        wait_for("step 100/2500")
+        pods[1].send_signal(signal.SIGTERM)  # `exec`: it reaches the program
+        assert pods[1].wait(60) == 33
+        pods[1] = pod(1)
+        wait_for("resuming after step")
+        assert [process.wait(120) for process in pods] == [0, 0]
+    finally:
+        for process in pods:
+            process.kill()
+            process.wait()
+    checkpoints = tmp_path / "mine" / "checkpoints"
+    assert (checkpoints / "step-00002500" / "manifest.json").is_file()
