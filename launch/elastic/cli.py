@@ -13,7 +13,8 @@ _SUPERVISE = """\
 Starts COMMAND once for each rank, on this machine and on those that join it, and starts all of them
 again when one fails, hangs or is lost, when a machine goes away and when one comes. COMMAND finds
 its place in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ... as under torchrun, and goes on from its
-last checkpoint by itself."""
+last checkpoint by itself. Several --nodes without --listen are process groups on this machine: a
+cloud to try things out on, where `kill -TERM -PGID` is a notice and `kill -KILL -PGID` a loss."""
 
 _SUPERVISE_EXAMPLES = """\
 two ranks here:
@@ -22,6 +23,10 @@ two ranks here:
 all GPUs of this machine and of each that joins, from the second machine on:
   python -m launch supervise --listen 29400 --nodes 2 -- python -m trainer experiment=stdlib
   python -m launch join 10.0.0.1:29400 -- python -m trainer experiment=stdlib
+
+a cloud on this machine, whose two nodes last two minutes on average and have 30 s of notice:
+  python -m launch supervise --nodes 2 --interrupt-every 120 --notice 30 -- \\
+      python -m trainer experiment=stdlib
 
 Anyone who reaches the port can join: listen on a private network only.
 
@@ -95,6 +100,25 @@ def add_verbs(commands: Any) -> None:
         type=Path,
         help="append what happens to FILE, as JSON lines, once its folder is there",
     )
+    cloud = supervise.add_argument_group("the cloud on this machine: --nodes without --listen")
+    cloud.add_argument(
+        "--interrupt-every",
+        metavar="S",
+        type=_seconds,
+        help="mean seconds after which a node is taken away (default: never)",
+    )
+    for name, default_s, what in (
+        ("notice", 0, "from its SIGTERM to SIGKILL; 0: no notice"),
+        ("away", 10, "until another takes its place"),
+    ):
+        cloud.add_argument(
+            f"--{name}",
+            metavar="S",
+            type=_seconds_or_none,
+            default=float(default_s),
+            help=f"seconds {what} (default: {default_s})",
+        )
+    cloud.add_argument("--seed", metavar="N", type=int, default=0, help="of the times (default: 0)")
     join = commands.add_parser(
         "join",
         help="run ranks here for a supervisor elsewhere",
@@ -137,29 +161,56 @@ def _add_nproc(parser: argparse.ArgumentParser, more: str, least: int) -> None:
 def _supervise(options: argparse.Namespace, command: Sequence[str]) -> int:
     if options.listen is None and options.nproc == 0:
         options.refuse("--nproc 0 without --listen leaves no machine to run on")
-    if options.listen is None and options.nodes > 1:
-        options.refuse(f"--nodes {options.nodes} without --listen: no machine can join")
+    is_local_cloud = options.listen is None and options.nodes > 1
+    if options.interrupt_every is not None and not is_local_cloud:
+        options.refuse("--interrupt-every is for --nodes 2 or more, without --listen")
     _check(options, command)
     import asyncio  # here, and what needs it: --help comes at once
 
+    from launch.elastic.local_cloud import free_port
     from launch.elastic.supervisor import Settings, Supervisor
 
-    async def run() -> int:
-        return await Supervisor(
-            Settings(
-                command=command,
-                nproc=options.nproc,
-                listen=options.listen,
-                nodes=options.nodes,
-                multiple_of=options.multiple_of,
-                hang_timeout_s=options.hang_timeout,
-                startup_timeout_s=options.startup_timeout,
-                grace_s=options.grace,
-                events=options.events,
-            )
-        ).run()
+    settings = Settings(
+        command=command,
+        nproc=0 if is_local_cloud else options.nproc,
+        listen=("127.0.0.1", free_port()) if is_local_cloud else options.listen,
+        nodes=options.nodes,
+        multiple_of=options.multiple_of,
+        hang_timeout_s=options.hang_timeout,
+        startup_timeout_s=options.startup_timeout,
+        grace_s=options.grace,
+        events=options.events,
+    )
+    if is_local_cloud:
+        return asyncio.run(_run_cloud(settings, options))
+    return asyncio.run(Supervisor(settings).run())
 
-    return asyncio.run(run())
+
+async def _run_cloud(settings: Any, options: argparse.Namespace) -> int:
+    """The supervisor, and nodes for it on this machine."""
+    import asyncio
+
+    from launch.elastic.local_cloud import Interruptions, LocalCloud
+    from launch.elastic.supervisor import Supervisor
+
+    cloud = LocalCloud(
+        settings.command,
+        settings.nodes,
+        options.nproc or 1,
+        settings.listen[1],
+        Interruptions(options.interrupt_every, options.notice, options.away, options.seed),
+    )
+    supervising = asyncio.create_task(Supervisor(settings).run())
+    keeping_up = asyncio.create_task(cloud.run())
+    try:
+        await asyncio.wait([supervising, keeping_up], return_when=asyncio.FIRST_COMPLETED)
+        if keeping_up.done():  # it never ends but by an error
+            supervising.cancel()
+            await keeping_up
+        return await supervising
+    finally:
+        keeping_up.cancel()
+        await cloud.close()
 
 
 def _join(options: argparse.Namespace, command: Sequence[str]) -> int:
@@ -198,6 +249,10 @@ def _seconds(text: str) -> float:
     if not 0 < seconds < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return seconds
+
+
+def _seconds_or_none(text: str) -> float:
+    return 0.0 if text == "0" else _seconds(text)
 
 
 def _address(text: str) -> tuple[str, int]:

@@ -54,7 +54,10 @@ def test_each_command_explains_itself(verb, capsys):
         (["supervise", "true"], "unrecognized arguments: true"),
         (["supervise", "--nproc", "two", "--", "true"], "'two' is not a number"),
         (["supervise", "--nproc", "0", "--", "true"], "--nproc 0 without --listen"),
-        (["supervise", "--nodes", "2", "--", "true"], "--nodes 2 without --listen"),
+        (
+            ["supervise", "--interrupt-every", "9", "--", "true"],
+            "--interrupt-every is for --nodes 2",
+        ),
         (["supervise", "--nodes", "0", "--", "true"], "'0' is not a number of 1 or more"),
         (["supervise", "--grace", "-1", "--", "true"], "'-1' is not a number of seconds"),
         (["supervise", "--grace", "nan", "--", "true"], "'nan' is not a number of seconds"),
