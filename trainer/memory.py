@@ -3,11 +3,14 @@
 Symbols: N parameters, t tokens of a micro-batch, H hidden size, I MLP size, V vocabulary.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
 
+from monitoring.errors import ConfigError
 from parallel.config import DdpConfig, Dtype, FsdpConfig, ZeroConfig
 from trainer.config import TrainerConfig
-from trainer.shape import ModelShape
+from trainer.shape import ModelShape, model_shape
 
 # Bytes that one token leaves for backward in one decoder block: (of H, of I, of the queries, of the
 # keys), in float32 and under bf16 autocast. Fitted to what transformers 5.23 saves with sdpa
@@ -23,6 +26,7 @@ _SAVED_BYTES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 _LOGITS_NUMEL = 2**26
 # Assumed: the CUDA context, NCCL's buffers, and what the allocator cannot use.
 _OVERHEAD_BYTES = 1.5 * 2**30
+_MARGIN = 1.1  # by which a plan may be wrong: only what is further beyond a GPU is refused
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,72 @@ def plan_memory(config: TrainerConfig, shape: ModelShape, world_size: int) -> Me
         loss=loss,
         overhead=_OVERHEAD_BYTES,
     )
+
+
+def check_memory(config: TrainerConfig, world_size: int, gpu_bytes: int) -> None:
+    """Refuses what cannot fit, before minutes are paid for that end in an out-of-memory error.
+
+    Args:
+        config: The run.
+        world_size: Ranks.
+        gpu_bytes: Memory of the smallest GPU.
+
+    Raises:
+        ConfigError: With the least change after which it fits.
+    """
+    try:
+        shape = model_shape(config)
+    except ConfigError:
+        return  # a family whose size is not known: its GPU will say
+    limit = _MARGIN * gpu_bytes
+    plan = plan_memory(config, shape, world_size)
+    if plan.total <= limit:
+        return
+    parts = {
+        "weights, gradients and optimizer": plan.parameters + plan.gradients + plan.optimizer,
+        "gathered weights": plan.gathered,
+        "activations": plan.activations,
+        "loss": plan.loss,
+        "other": plan.overhead,
+    }
+    shown = ", ".join(f"{name} {_gib(part)}" for name, part in parts.items())
+    rule = f"a rank needs about {_gib(plan.total)} GiB ({shown}), and its GPU has {_gib(gpu_bytes)}"
+    fix = "use a smaller model or a shorter data.max_seq_len"
+    for words, other, num_ranks in _ways_out(config, world_size):
+        if plan_memory(other, shape, num_ranks).total <= gpu_bytes:
+            fix = "use " + " ".join(words)
+            break
+    raise ConfigError("micro_batch_size", config.micro_batch_size, rule, fix)
+
+
+def _ways_out(
+    config: TrainerConfig, world_size: int
+) -> Iterator[tuple[list[str], TrainerConfig, int]]:
+    """Changes that need less memory, the smallest first: words, and what they make."""
+    most_ranks = min(1024, config.global_batch_size)
+    ranks = [world_size, *(2**i for i in range(11) if world_size < 2**i <= most_ranks)]
+    rows = [config.micro_batch_size >> i for i in range(config.micro_batch_size.bit_length())]
+    parallels = [config.parallel, FsdpConfig()]
+    for num_ranks, parallel, checkpointing, batch in product(
+        ranks, parallels, sorted({config.activation_checkpointing, True}), rows
+    ):
+        changes = {
+            f"{num_ranks} GPUs": num_ranks != world_size,
+            "parallel=fsdp": parallel != config.parallel,
+            "activation_checkpointing=true": checkpointing != config.activation_checkpointing,
+            f"micro_batch_size={batch}": batch != config.micro_batch_size,
+        }
+        other = replace(
+            config,
+            parallel=parallel,
+            activation_checkpointing=checkpointing,
+            micro_batch_size=batch,
+        )
+        yield [words for words, is_change in changes.items() if is_change], other, num_ranks
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f}"
 
 
 def _state(

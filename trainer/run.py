@@ -24,6 +24,7 @@ from trainer.data.tokenizer import vocab_size_of
 from trainer.export import export_checkpoint
 from trainer.heartbeat import Heartbeat
 from trainer.loop import TrainingLoop
+from trainer.memory import check_memory
 from trainer.model import Materializer, build_meta_model, hf_config_of, prepare_training
 from trainer.objective import NextTokenLoss
 from trainer.remote import RemoteCheckpoints
@@ -62,6 +63,9 @@ def train_in(
     heartbeat.at("data", 0)
     with world.together():
         check_run_dir(config)
+        if world.device.type == "cuda":
+            gpu = torch.cuda.get_device_properties(world.device)
+            check_memory(config, world.world_size, gpu.total_memory)
         hf_config_of(config.model)  # refused before the data is prepared, if at all
         data = prepare(
             config.data, model_path=getattr(config.model, "path", None), stop_requested=poll

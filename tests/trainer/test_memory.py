@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from monitoring.errors import ConfigError
 from tests.trainer.test_shape import composed
-from trainer.memory import plan_memory
+from trainer.memory import check_memory, plan_memory
 from trainer.model import prepare_training
 from trainer.objective import _CHUNK_NUMEL
 from trainer.shape import model_shape
@@ -114,3 +115,46 @@ def test_a_rank_has_no_more_rows_than_the_global_batch_gives_it():
     shape = model_shape(few)
     one, four = (plan_memory(few, shape, n).activations for n in (1, 4))
     assert one == pytest.approx(4 * four)
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks", "fix"),
+    [
+        (("micro_batch_size=16",), 8, "; use micro_batch_size=1"),
+        (("micro_batch_size=1", "parallel=ddp"), 8, "; use parallel=fsdp"),
+        (
+            ("parallel=ddp",),
+            1,
+            "; use 2 GPUs parallel=fsdp activation_checkpointing=true micro_batch_size=2",
+        ),
+        (
+            ("data.max_seq_len=32768",),
+            8,
+            "; use activation_checkpointing=true micro_batch_size=2",
+        ),
+        (("data.max_seq_len=4000000",), 8, "use a smaller model or a shorter data.max_seq_len"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_what_would(words, ranks, fix):
+    base = ("model=llama_8b", "precision=bf16", "parallel=fsdp", "global_batch_size=64")
+    config = composed(*base, "data.max_seq_len=4096", *words)
+    with pytest.raises(ConfigError) as refused:
+        check_memory(config, ranks, 80 * 2**30)
+    line = str(refused.value)
+    assert line.startswith(f"micro_batch_size={config.micro_batch_size}: a rank needs about ")
+    assert line.endswith(fix), line
+    assert "\n" not in line and refused.value.exit_code == 2
+
+
+def test_the_way_out_fits_and_an_estimate_slightly_beyond_is_tried():
+    words = ("model=llama_8b", "precision=bf16", "parallel=fsdp", "micro_batch_size=8")
+    config = composed(*words, "data.max_seq_len=4096", "global_batch_size=64")
+    needed = plan_memory(config, model_shape(config), 8).total
+    check_memory(config, 8, int(needed / 1.09))
+    with pytest.raises(ConfigError):
+        check_memory(config, 8, int(needed / 1.11))
+
+
+def test_a_family_without_a_plan_is_left_to_its_gpu():
+    config = composed("model.model_type=phi3")
+    check_memory(config, 1, 1)

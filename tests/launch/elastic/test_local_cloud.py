@@ -38,10 +38,10 @@ def test_a_node_that_is_killed_is_replaced(site):
 )
 def test_a_run_outlives_interruptions(site, notice_s, said):
     options = ["--interrupt-every", 1, "--notice", notice_s, "--away", 0.1, "--seed", 5]
-    cloud = site.supervise("--nodes", 2, *options, toy=["--steps", 150])
+    cloud = site.supervise("--nodes", 2, *options, toy=["--steps", 60])
     assert cloud.end() == 0
     assert said in cloud.printed and ("has notice" in cloud.printed) == (notice_s > 0)
-    assert site.checkpoint() == 150
+    assert site.checkpoint() == 60
     wait_until(lambda: not any(map(is_running, pids(site))), lambda: cloud.printed)
 
 
