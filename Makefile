@@ -25,7 +25,8 @@ chaos: install  ## Hundreds of kills, stops and damages, from a seed; writes a p
 SKY_VENV ?= .sky-venv
 test-sky: install  ## The real SkyPilot, in an environment of its own, with random price lists
 	test -x $(SKY_VENV)/bin/sky || { $(PYTHON) -m venv $(SKY_VENV) && \
-	  $(SKY_VENV)/bin/python -m pip install --quiet 'skypilot[aws,gcp]==0.14.1'; }
+	  $(SKY_VENV)/bin/python -m pip install --quiet 'skypilot[aws,gcp]==0.14.1' \
+	    'moto[server]==5.2.5'; }
 	SPOTFORGE_SKY_PYTHON=$(abspath $(SKY_VENV))/bin/python $(BIN)/python -m pytest -m sky \
 	  tests/launch/place/test_sky.py
 

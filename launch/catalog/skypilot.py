@@ -78,6 +78,8 @@ def _read_cloud(path: Path) -> Iterator[Offer]:
             rule = f"has no column {', '.join(missing)}"
             raise ConfigError("launch.catalog", path, rule, "let SkyPilot fetch it again")
         rows = [row for row in reader if row["Region"]]
+    if cloud == "aws":
+        rows = _with_zone_names(path.parent, rows)
     machines = _gcp_machines(path, rows) if cloud == "gcp" else {}
     for row in rows:
         name = gpu_of(row["AcceleratorName"]) if row["AcceleratorName"] else None
@@ -91,6 +93,21 @@ def _read_cloud(path: Path) -> Iterator[Offer]:
                 offer = _offer(path, row, name, is_spot, row, usd_per_h)
             if offer is not None:
                 yield offer
+
+
+def _with_zone_names(folder: Path, rows: list[_Row]) -> list[_Row]:
+    """AWS lists zones by an ID (`use1-az1`), and each account has names of its own for them.
+
+    SkyPilot keeps the account's names beside its list, and so leaves out what the account cannot
+    use; it has none before it has seen credentials, and then the IDs stay.
+    """
+    files = sorted(folder.glob("az_mappings-*.csv"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        return rows
+    with files[-1].open(encoding="utf-8", newline="") as file:
+        names = {z["AvailabilityZone"]: z["AvailabilityZoneName"] for z in csv.DictReader(file)}
+    key = "AvailabilityZone"
+    return [row | {key: names[row[key]]} for row in rows if row.get(key) in names]
 
 
 def _offer(

@@ -38,6 +38,7 @@ class Program:
         done = subprocess.run([self.path, *words], input=text or "", encoding="utf-8")
         return ExitCode.FINISHED if done.returncode == 0 else ExitCode.FAILED
 
-    def is_fine(self, *words: str) -> bool:
-        """Whether it ends with 0; what it prints is not shown."""
-        return subprocess.run([self.path, *words], capture_output=True).returncode == 0
+    def ask(self, *words: str) -> str:
+        """What it prints, which is not shown."""
+        done = subprocess.run([self.path, *words], capture_output=True, encoding="utf-8")
+        return done.stdout

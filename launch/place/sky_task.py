@@ -63,7 +63,7 @@ def _task(job: Job, stage: Stage, name: str) -> dict[str, Any]:
     trains = stage is Stage.train
     task: dict[str, Any] = {"name": name, "num_nodes": job.num_nodes if trains else 1}
     task["resources"] = {
-        "ordered": [_resources(way) for way in job.candidates],
+        "ordered": _ordered(job),
         # An error that is ours would only be repeated on a new machine, for money.
         "job_recovery": {
             "strategy": "FAILOVER",
@@ -146,6 +146,14 @@ def _keep(job: Job) -> list[str]:
     return ["# the machine goes when this ends", f"if [ $code -eq 0 ]; then {copy} || code=1; fi"]
 
 
+def _ordered(job: Job) -> list[dict[str, Any]]:
+    resources: list[dict[str, Any]] = []
+    for way in job.candidates:
+        if (one := _resources(way)) not in resources:  # zones that SkyPilot tries by itself
+            resources.append(one)
+    return resources
+
+
 def _resources(way: Candidate) -> dict[str, Any]:
     offer = way.offer
     return {
@@ -163,7 +171,8 @@ def infra(way: Candidate) -> str:
     cloud = CLOUDS.get(offer.cloud)
     if cloud is None:
         return ""
-    return "/".join(part for part in (cloud, offer.region, offer.zone) if part)
+    zone = "" if re.search(r"-az\d+$", offer.zone) else offer.zone  # AWS takes no zone's ID
+    return "/".join(part for part in (cloud, offer.region, zone) if part)
 
 
 def _bucket(launch: LaunchConfig) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """SkyPilot: rented machines. A program of its own environment, since its pins clash with ours."""
 
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,7 @@ class SkyPilot:
         check_secrets(self._launch)
         sky = self._sky()
         clouds = sorted({infra(way).partition("/")[0] for way in job.candidates})
-        if not sky.is_fine("check", *clouds):
+        if not _enabled(sky.ask("check", "-o", "json", *clouds)):
             rule = f"no credentials for any of {', '.join(clouds)}"
             raise ConfigError("launch.clouds", clouds, rule, f"see: sky check {' '.join(clouds)}")
         with tempfile.TemporaryDirectory() as folder:
@@ -90,3 +91,17 @@ class SkyPilot:
     def _sky(self) -> Program:
         fix = "pip install 'skypilot[aws,gcp]==0.14.1' in an environment of its own"
         return Program(self._launch.sky, "launch.sky", self._launch.sky, fix)
+
+
+def _enabled(checked: str) -> set[str]:
+    """Clouds on which machines can be had, as `sky check -o json` says: its exit code is 0 anyway.
+
+    Args:
+        checked: `{"workspace": {"AWS": ["compute", "storage"]}}`, behind other lines.
+    """
+    try:
+        workspaces = json.loads(checked[checked.index("{") :])
+        found = [clouds.items() for clouds in workspaces.values()]
+    except (ValueError, AttributeError):  # it failed, and has said why, or is of another version
+        return set()
+    return {cloud for clouds in found for cloud, can in clouds if "compute" in can}

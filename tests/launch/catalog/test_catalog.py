@@ -70,6 +70,20 @@ def test_skypilots_catalogs(skypilot):
     assert [o.usd_per_h for o in offers] == pytest.approx([98.32, 30.5, 98.32, 25, 7.5, 3.0, 0.9])
 
 
+def test_aws_zones_have_the_accounts_names(skypilot):
+    """As SkyPilot has them: by ID in the list, and by name beside it, once it knows the account."""
+    path = skypilot / "aws" / "vms.csv"
+    path.write_text(path.read_text().replace("ap-south-1a", "aps1-az3").replace("-1b", "-az9"))
+
+    def zones():
+        return {o.zone for o in read_skypilot_folder(skypilot).offers if o.cloud == "aws"}
+
+    assert zones() == {"aps1-az3", "ap-south-az9"}
+    names = "AvailabilityZoneName,AvailabilityZone\nap-south-1b,aps1-az3\n"
+    (skypilot / "aws" / "az_mappings-0123abcd.csv").write_text(names)
+    assert zones() == {"ap-south-1b"}
+
+
 def test_a_missing_column_and_a_negative_price_are_refused(skypilot):
     csv = skypilot / "aws/vms.csv"
     csv.write_text(AWS_ROWS.replace("SpotPrice", "Spot"))

@@ -65,6 +65,13 @@ def test_places_are_in_our_order_and_only_those_that_skypilot_knows():
     assert resources["job_recovery"]["max_restarts_on_errors"] == 0
 
 
+def test_zones_that_are_known_by_their_id_only_are_left_to_skypilot():
+    zones = [f"aps1-az{n}" for n in (1, 2)]
+    offers = [offer(region="ap-south-1", zone=zone, is_spot=True) for zone in zones]
+    resources = document(placed("launch.bucket=s3://mine", offers=offers))["resources"]
+    assert [r["infra"] for r in resources["ordered"]] == ["aws/ap-south-1"]
+
+
 def test_the_job_is_guarded_keeps_its_checkpoints_and_names_secrets_only(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "very-secret")
     words = ("launch.budget_usd=2000", "launch.deadline=90h", "launch.secrets=[WANDB_API_KEY]")
@@ -144,12 +151,12 @@ def test_stages_are_tasks_one_after_another(monkeypatch):
     )
 
 
-def stand_in_sky(folder, check_code=0):
+def stand_in_sky(folder, checked='{"default": {"AWS": ["compute"]}}'):
     """A `sky` that writes down how it was called."""
     path = folder / "sky"
     path.write_text(
         f'#!/bin/sh\necho "$@" >> {folder}/calls\n'
-        f'[ "$1" = check ] && exit {check_code}\n'
+        f"[ \"$1\" = check ] && echo started && echo '{checked}' && exit 0\n"
         f'[ "$2" = launch ] && for last in "$@"; do :; done && cp "$last" {folder}/task.yaml\n'
         "exit 0\n"
     )
@@ -167,16 +174,17 @@ def test_up_hands_the_task_to_sky_with_the_names_of_secrets(tmp_path, monkeypatc
     job = placed("launch.bucket=s3://mine", "launch.secrets=[KEY]", sky)
     assert start(job) == 0
     check, launch = (tmp_path / "calls").read_text().splitlines()
-    assert check == "check aws gcp"
+    assert check == "check -o json aws gcp"
     assert launch.startswith("jobs launch --yes --detach-run --name my-run --secret KEY ")
     assert "very-secret" not in launch
     assert yaml.safe_load((tmp_path / "task.yaml").read_text()) == document(job)
 
 
 def test_without_credentials_or_a_secret_nothing_is_launched(tmp_path, monkeypatch):
-    sky = stand_in_sky(tmp_path, check_code=1)
-    with pytest.raises(ConfigError, match="no credentials"):
-        start(placed("launch.bucket=s3://mine", sky))
+    for checked in ('{"default": {}}', '{"default": {"AWS": ["storage"]}}', "Error"):
+        sky = stand_in_sky(tmp_path, checked)
+        with pytest.raises(ConfigError, match="no credentials"):
+            start(placed("launch.bucket=s3://mine", sky))
     monkeypatch.delenv("KEY", raising=False)
     with pytest.raises(ConfigError, match="launch.secrets=KEY"):
         start(placed("launch.bucket=s3://mine", "launch.secrets=[KEY]", sky))

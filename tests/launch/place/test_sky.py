@@ -1,13 +1,17 @@
 """Against the real SkyPilot, in an environment of its own: `make test-sky`.
 
-SPOTFORGE_SKY_PYTHON names its Python. Nothing is launched, and nothing but local files is read.
+SPOTFORGE_SKY_PYTHON names its Python. Nothing is launched: AWS is moto, on loopback.
 """
 
 import csv
 import json
 import os
 import random
+import shutil
+import socket
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -110,3 +114,109 @@ def test_our_cheapest_is_skypilots(tmp_path, seed):
     assert of_ours["usd_per_h"] == pytest.approx(of_free["usd_per_h"], abs=1e-3)
     assert (prices[0]["cloud"], prices[0]["region"]) == (of_free["cloud"], of_free["region"])
     assert prices[0]["is_spot"] == of_free["is_spot"]
+
+
+@pytest.fixture
+def account(tmp_path):
+    """An AWS account of moto's, SkyPilot's lists for it, and an environment with both."""
+    sky_bin = Path(os.environ["SPOTFORGE_SKY_PYTHON"]).parent
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    environment = {name: os.environ[name] for name in ("LANG",) if name in os.environ}
+    environment |= {
+        "HOME": str(tmp_path),
+        "PATH": f"{sky_bin}:{os.environ['PATH']}",
+        "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    catalogs = tmp_path / ".sky" / "catalogs" / "v8"
+    write_catalogs(catalogs, "A100", 3)
+    moto = subprocess.Popen(
+        [sky_bin / "moto_server", "-H", "127.0.0.1", "-p", str(port)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for_port(port)
+        yield environment
+    finally:
+        subprocess.run([sky_bin / "sky", "api", "stop"], env=environment, capture_output=True)
+        moto.terminate()
+        moto.wait()
+
+
+def wait_for_port(port, seconds=60):
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port)).close()
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+# What an account has, and moto makes up: names for zones, and images of its own in each region.
+FURNISH = """
+import csv, sys
+from pathlib import Path
+import boto3
+folder = Path(sys.argv[1])
+rows = list(csv.DictReader((folder / "vms.csv").open()))
+ids, images = {}, []
+for region in sorted({row["Region"] for row in rows}):
+    ec2 = boto3.client("ec2", region)
+    zones = ec2.describe_availability_zones()["AvailabilityZones"]
+    ids |= {zone["ZoneName"]: zone["ZoneId"] for zone in zones}
+    image = ec2.register_image(Name="mine", RootDeviceName="/dev/sda1")["ImageId"]
+    for tag in ("skypilot:custom-gpu-ubuntu-cuda13", "skypilot:custom-gpu-ubuntu"):
+        images.append([tag, region, "ubuntu", "22.04", image, "20260101", ""])
+def write(name, header, rows):
+    with (folder / name).open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+known = [row | {"AvailabilityZone": ids[row["AvailabilityZone"]]}
+         for row in rows if row["AvailabilityZone"] in ids]
+write("vms.csv", list(rows[0]), [list(row.values()) for row in known])
+header = ["Tag", "Region", "OS", "OSVersion", "ImageId", "CreationDate", "BaseImageId"]
+write("images.csv", header, images)
+header = ["InstanceType", "Region", "OnDemandInstanceCode", "SpotInstanceCode"]
+write("instance_quota_mapping.csv", header, [])
+"""
+
+
+@pytest.mark.skipif(shutil.which("rsync") is None, reason="SkyPilot wants rsync")
+def test_a_dry_run_begins_at_our_first_place(account, tmp_path):
+    catalogs = tmp_path / ".sky" / "catalogs" / "v8"
+
+    def run(*command, **more):
+        return subprocess.run(
+            command, env=account | more, capture_output=True, text=True, timeout=240
+        )
+
+    words = ["model=llama_1b", "parallel=fsdp", "precision=bf16", "stop.steps=1000"]
+    words += ["run.dir=runs/mine", f"launch.catalog={catalogs}", "launch.bucket=s3://mine"]
+    words += ["launch.nodes=[1]", "launch.clouds=[aws]", "launch.workdir=null", "launch.name=mine"]
+    up = [sys.executable, "-m", "launch", "up", *words]
+
+    refused = run(*up)
+    assert refused.returncode == 2, refused.stderr
+    assert refused.stderr.startswith("launch.clouds=['aws']: no credentials for any of aws; see")
+
+    keys = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
+    furnished = run(os.environ["SPOTFORGE_SKY_PYTHON"], "-c", FURNISH, catalogs / "aws", **keys)
+    assert furnished.returncode == 0, furnished.stderr
+    run("sky", "api", "stop")  # it keeps what it has read
+    checked = run("sky", "check", "-o", "json", "aws", **keys)
+    assert "compute" in checked.stdout, checked.stdout + checked.stderr
+    [names] = (catalogs / "aws").glob("az_mappings-*.csv")  # which `render` reads, too
+    task = tmp_path / "mine.yaml"
+    assert main(["render", *words, "-o", str(task)]) == 0
+    first = yaml.safe_load(task.read_text())["resources"]["ordered"][0]
+    zone = first["infra"].rpartition("/")[2]
+    assert zone in names.read_text()
+
+    dry = run("sky", "launch", "--dryrun", "--yes", str(task), **keys)
+    assert dry.returncode == 0, dry.stdout + dry.stderr
+    [chosen] = [line for line in dry.stdout.splitlines() if "\u2714" in line]
+    assert f"({zone})" in chosen and ("[Spot]" in chosen) == first["use_spot"]
