@@ -52,6 +52,7 @@ def test_a_supervisor_that_is_killed_takes_its_cloud_with_it(site):
     cloud.end()
     everyone = pids(site) + groups(cloud, 0) + groups(cloud, 1)
     wait_until(lambda: not any(map(is_running, everyone)), lambda: cloud.printed)
+    assert len(everyone) == 4  # two ranks, two nodes
 
 
 def test_each_node_has_gpus_of_its_own(site, tmp_path):
