@@ -6,7 +6,9 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 _CONF = """\
@@ -44,7 +46,13 @@ class Cluster:
     """What a user of it types."""
 
     def __init__(self, conf):
-        self.environment = os.environ | {"SLURM_CONF": str(conf), "OMP_NUM_THREADS": "1"}
+        # jobs run in the environment of whoever submits them: `python` is this one
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.environment = os.environ | {
+            "SLURM_CONF": str(conf),
+            "OMP_NUM_THREADS": "1",
+            "PATH": path,
+        }
 
     def ask(self, *command):
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True)

@@ -3,7 +3,9 @@
 import os
 import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import kubernetes_validate
 import pytest
@@ -89,7 +91,9 @@ def test_pods_train_and_one_that_is_lost_comes_back(small, capsys, tmp_path):
     output = tmp_path / "output"
 
     def pod(index):
-        environment = os.environ | {"JOB_COMPLETION_INDEX": str(index), "OMP_NUM_THREADS": "1"}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = os.environ | {"JOB_COMPLETION_INDEX": str(index), "PATH": path}
+        environment["OMP_NUM_THREADS"] = "1"
         with output.open("a") as file:
             return subprocess.Popen(
                 ["bash", "-c", script], env=environment, stdout=file, stderr=file

@@ -4,6 +4,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,7 +34,7 @@ def test_the_script_asks_for_what_the_plan_counts_on(small, capsys):
     assert "export 'A=b c'" in lines and "module load x" in lines
     guard = next(line for line in lines if "launch guard" in line)
     assert "--usd-per-h 3 --nodes 2" in guard and "--budget-usd 9" in guard
-    shell = [shutil.which("shellcheck") or "shellcheck", "--shell=bash", "-"]
+    shell = [Path(sys.executable).with_name("shellcheck"), "--shell=bash", "-"]
     checked = subprocess.run(shell, input=text, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
 
