@@ -83,8 +83,8 @@ def scenes(tuned: Sequence[Path], untouched: Sequence[Path]) -> Iterator[Scene]:
     market = markov_market(1, 20_000, up_h, down_h, 300.0, 1, price_change_h=12.0, num_regions=3)
     yield Scene("prices", "3 regions", market, 1, FULL)
     for name in (TIGHT, GOOD) if tuned else ():
-        zone = read_market(tuned).only([read_market(tuned).zones.index(name)])
-        up, down = spells_h(zone)
+        traces = read_market(tuned)
+        up, down = spells_h(traces.only([traces.zones.index(name)]))
         market = markov_market(1, 20_000, [up], [down], 300.0)
         policies = {**POLICIES, INFORMED: informed(up, down, SPOT_SHARE)}
         yield Scene("known", f"like {name}", market, 1, FULL, policies)

@@ -1,6 +1,7 @@
 """`python -m launch up | render | status | logs | down`: what they take."""
 
 import argparse
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,18 +95,13 @@ def _here(settings: Any, options: argparse.Namespace) -> list[str] | None:
         fix = "say one: python -m launch guard --usd-per-h X --budget-usd Y -- COMMAND"
         raise ConfigError("launch.budget_usd", settings.launch.budget_usd, rule, fix)
     folder = [] if options.config_dir is None else [f"--config-dir={options.config_dir}"]
-    return ["pipeline", *folder, *(word for word in options.words if word != _LOCAL)]
-
-
-_LOCAL = "launch.target=local"
+    return ["pipeline", *folder, *options.words]
 
 
 def _render(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from launch.place.job import shell
-
     settings = _settings(options)
     if (words := _here(settings, options)) is not None:
-        text = shell(["python", "-m", "launch", *words]) + "\n"
+        text = shlex.join(["python", "-m", "launch", *words]) + "\n"
     else:
         place, job = _job(options, settings, None)
         text = place.render(job)

@@ -1,7 +1,6 @@
 """A job as it is handed to whoever runs it: its command, and the places where it may run."""
 
 import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,11 +110,6 @@ class Job:
                 for way in self.candidates
             ]
         )
-
-
-def shell(words: Sequence[str]) -> str:
-    """A line for a shell, which quotes what has to be quoted."""
-    return shlex.join(words)
 
 
 def heading(job: Job, usage: str) -> str:

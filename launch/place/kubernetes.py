@@ -6,13 +6,14 @@ a failure ends the job instead of being repeated for money.
 docs: https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2/
 """
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from launch.config import LaunchConfig
-from launch.place.job import MOUNT, PORT, Job, heading, shell, to_yaml
-from launch.place.place import Storage, of_one_pool, refuse_bucket
+from launch.place.job import MOUNT, PORT, Job, heading, to_yaml
+from launch.place.place import Storage, of_one_pool, refuse_unused
 from launch.place.program import Program
 from launch.plan.candidate import Candidate
 from launch.plan.planner import Plan
@@ -38,7 +39,7 @@ class Kubernetes:
 
     def storage(self, name: str, settings: Settings, ways: Sequence[Candidate]) -> Storage:
         """See `Place`."""
-        refuse_bucket(self._launch)
+        refuse_unused(self._launch, "bucket", "shared_dir")
         if self._launch.kubernetes.volume_claim is None:
             rule = "a pod takes its disk with it"
             fix = "name a PersistentVolumeClaim (for several nodes: ReadWriteMany)"
@@ -131,9 +132,13 @@ class Kubernetes:
             supervise += ["--listen", str(PORT), "--nodes", str(job.num_nodes)]
             head = f"{job.name}-{_REPLICATED}-0-0.{job.name}:{PORT}"
             join = ["python", "-m", "launch", "join", head, "--wait", str(_WAIT_S), "--", *command]
-            lines += ['if [ "$JOB_COMPLETION_INDEX" -gt 0 ]; then', f"  exec {shell(join)}", "fi"]
+            lines += [
+                'if [ "$JOB_COMPLETION_INDEX" -gt 0 ]; then',
+                f"  exec {shlex.join(join)}",
+                "fi",
+            ]
         guard = job.guard_command([*supervise, "--", *command], job.own_price())
-        return "\n".join([*lines, f"exec {shell(guard)}", ""])
+        return "\n".join([*lines, f"exec {shlex.join(guard)}", ""])
 
     def start(self, job: Job, text: str) -> int:
         """See `Place`."""

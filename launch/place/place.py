@@ -145,9 +145,12 @@ def of_one_pool(plan: Plan) -> list[Candidate]:
     return [way for way in plan.candidates if way.offer.pool == best]
 
 
-def refuse_bucket(launch: LaunchConfig) -> None:
-    """Raises ConfigError where a bucket is named that nobody would mount."""
-    if launch.bucket is not None:
-        rule = f"is not mounted by launch.target={launch.target.value}"
-        fix = "leave it out; checkpoint.upload=URL copies checkpoints to a store"
-        raise ConfigError("launch.bucket", launch.bucket, rule, fix)
+def refuse_unused(launch: LaunchConfig, *names: str) -> None:
+    """Raises ConfigError where one of these settings, which the target does not use, is given."""
+    for name in names:
+        if getattr(launch, name) is not None:
+            rule = f"has no meaning for launch.target={launch.target.value}"
+            fix = "leave it out"
+            if name == "bucket":
+                fix += "; checkpoint.upload=URL copies checkpoints to a store"
+            raise ConfigError(f"launch.{name}", getattr(launch, name), rule, fix)

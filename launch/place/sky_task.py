@@ -4,10 +4,11 @@ docs: https://docs.skypilot.co/en/latest/reference/yaml-spec.html
 """
 
 import re
+import shlex
 from typing import Any
 
 from launch.config import LaunchConfig, Stage
-from launch.place.job import MOUNT, PORT, Job, heading, shell, to_yaml
+from launch.place.job import MOUNT, PORT, Job, heading, to_yaml
 from launch.plan.candidate import Candidate
 from monitoring.errors import ConfigError, ExitCode
 
@@ -95,14 +96,14 @@ def _train(job: Job) -> str:
     supervise = ["python", "-m", "launch", "supervise"]
     if job.num_nodes > 1:
         supervise += ["--listen", str(PORT), "--nodes", str(job.num_nodes)]
-    lines = [shell(_guarded(job, [*supervise, "--", *command])), "code=$?"]
+    lines = [shlex.join(_guarded(job, [*supervise, "--", *command])), "code=$?"]
     if len(job.launch.stages) > 1:
-        record = shell(job.pipeline_command("--record", Stage.train))
+        record = shlex.join(job.pipeline_command("--record", Stage.train))
         lines.append(f"if [ $code -eq 0 ]; then {record} || code=1; fi")
     lines += [*_keep(job), "exit $code"]
     if job.num_nodes == 1:
         return "\n".join(lines) + "\n"
-    join = f'python -m launch join "$head:{PORT}" -- {shell(command)}'
+    join = f'python -m launch join "$head:{PORT}" -- {shlex.join(command)}'
     return "\n".join(
         [
             'if [ "$SKYPILOT_NODE_RANK" -gt 0 ]; then',
@@ -122,9 +123,9 @@ def _later(job: Job, stage: Stage) -> str:
     """A stage on a machine of its own, which first fetches what the one before has left."""
     fetch = []
     if _is_copied(job):
-        run_dir = shell([str(job.run_dir)])
+        run_dir = shlex.join([str(job.run_dir)])
         fetch = [f"mkdir -p {run_dir} && cp -r {job.kept_at}/run/. {run_dir} || exit 1"]
-    guard = shell(_guarded(job, job.pipeline_command("--only", stage)))
+    guard = shlex.join(_guarded(job, job.pipeline_command("--only", stage)))
     return "\n".join([*fetch, guard, "code=$?", *_keep(job), "exit $code", ""])
 
 
@@ -141,7 +142,7 @@ def _keep(job: Job) -> list[str]:
     """Lines that copy what a machine has made, which goes when they end."""
     if not _is_copied(job):
         return []
-    run_dir = shell([str(job.run_dir)])
+    run_dir = shlex.join([str(job.run_dir)])
     copy = f"mkdir -p {job.kept_at}/run && cp -r {run_dir}/. {job.kept_at}/run"
     return ["# the machine goes when this ends", f"if [ $code -eq 0 ]; then {copy} || code=1; fi"]
 

@@ -4,12 +4,13 @@ docs: https://slurm.schedmd.com/sbatch.html
 """
 
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from launch.config import LaunchConfig, hours
-from launch.place.job import Job, heading, shell
-from launch.place.place import Storage, check_secrets, of_one_pool, refuse_bucket
+from launch.place.job import Job, heading
+from launch.place.place import Storage, check_secrets, of_one_pool, refuse_unused
 from launch.place.program import Program
 from launch.plan.candidate import Candidate
 from launch.plan.planner import Plan
@@ -68,7 +69,7 @@ class Slurm:
 
     def storage(self, name: str, settings: Settings, ways: Sequence[Candidate]) -> Storage:
         """See `Place`: where the run directory is here, it is on every node."""
-        refuse_bucket(self._launch)
+        refuse_unused(self._launch, "bucket", "shared_dir", "image")
         return Storage(Path(settings.trainer.run.dir).absolute())
 
     def render(self, job: Job) -> str:
@@ -95,9 +96,11 @@ class Slurm:
         join = ":"
         if job.num_nodes > 1:
             supervise += ["--listen", "PORT", "--nodes", str(job.num_nodes)]
-            join = f'python -m launch join "$head:$port" -- {shell(command)}'
-        guard = shell(job.guard_command([*supervise, "--", *command], job.own_price()))
-        environment = [f"export {shell([f'{k}={v}'])}" for k, v in sorted(self._launch.env.items())]
+            join = f'python -m launch join "$head:$port" -- {shlex.join(command)}'
+        guard = shlex.join(job.guard_command([*supervise, "--", *command], job.own_price()))
+        environment = [
+            f"export {shlex.join([f'{k}={v}'])}" for k, v in sorted(self._launch.env.items())
+        ]
         environment += [self._launch.setup] if self._launch.setup else []
         return _SCRIPT.format(
             heading=heading(job, "sbatch FILE"),

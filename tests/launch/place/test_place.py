@@ -194,3 +194,14 @@ def test_without_credentials_or_a_secret_nothing_is_launched(tmp_path, monkeypat
 def test_no_sky_is_said_in_one_line(capsys):
     assert main(["status", "launch.sky=no-such-sky"]) == 2
     assert "skypilot" in capsys.readouterr().err
+
+
+def test_on_this_machine_a_job_is_a_chain_of_its_stages(capsys):
+    words = ["run.dir=runs/mine", "stop.steps=7", "launch.target=local"]
+    assert main(["render", *words]) == 0
+    assert shlex.split(capsys.readouterr().out) == ["python", "-m", "launch", "pipeline", *words]
+    assert main(["up", *words, "launch.budget_usd=3"]) == 2
+    assert "launch.budget_usd=3.0: an hour of this machine has no" in capsys.readouterr().err
+    for verb in (["status"], ["logs", "mine"], ["down", "mine"]):
+        assert main([*verb, "launch.target=local"]) == 2
+        assert "launch.target=local: a job on this machine" in capsys.readouterr().err

@@ -43,7 +43,8 @@ def test_the_script_asks_for_what_the_plan_counts_on(small, capsys):
     ("words", "said"),
     [
         (("launch.target=slurm",), "launch.target=slurm: launch.pools has no pool of"),
-        ((*SLURM, "launch.bucket=s3://mine"), "launch.bucket=s3://mine: is not mounted"),
+        ((*SLURM, "launch.bucket=s3://mine"), "launch.bucket=s3://mine: has no meaning for"),
+        ((*SLURM, "launch.image=a/b"), "launch.image=a/b: has no meaning for"),
         ((*SLURM, "launch.slurm.partition=a b"), "launch.slurm.partition=a b: is no name"),
         ((*SLURM, "launch.slurm.time_limit=5"), "launch.slurm.time_limit=5: is a time"),
         ((*SLURM, "launch.nodes=[2,4]", "launch.name=A"), "launch.name=A: is no name"),
