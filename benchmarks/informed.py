@@ -31,6 +31,7 @@ class Informed:
                 restart=terms.restart,
                 interval=terms.interval,
                 price=price,
+                move=0.0,
                 widths=(math.inf,),
                 leave=(1 - math.exp(-terms.gap_h / up_h),),
                 come=(1 - math.exp(-terms.gap_h / down_h),),

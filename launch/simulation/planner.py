@@ -24,6 +24,7 @@ class Model:
         restart: Ticks of a start.
         interval: Ticks of progress between two checkpoints.
         price: Of spot, as a share of the on-demand price.
+        move: Of what a start on spot costs beside its ticks (egress, say): in on-demand ticks.
         widths: How long each phase of age lasts (K); the last one's is not used.
         leave: Chance in a tick that spot is lost, by its age (K).
         come: Chance in a tick that spot comes back, by the age of the outage (K).
@@ -35,6 +36,7 @@ class Model:
     restart: int
     interval: int
     price: float
+    move: float
     widths: tuple[float, ...]
     leave: tuple[float, ...]
     come: tuple[float, ...]
@@ -68,13 +70,22 @@ class Plan:
         wait: From nowhere: to wait for spot, rather than to start on-demand.
         pause: From on-demand: to wait for spot.
         take: From on-demand: to start on spot that can be had.
-        costs: Of the rest, from spot; by every eighth time left and slack.
+        costs: Of the rest, from spot just started; by every eighth time left and slack.
+        takes: The same from a start on spot.
+        idles: The same from nowhere; by age of the outage as well.
     """
 
     wait: Decision
     pause: Decision
     take: Decision
     costs: Floats
+    takes: Floats
+    idles: Floats
+
+    def cost(self, time_left: int, phase: int, slack: int, chance: float) -> float:
+        """Of the rest, from nowhere, if spot can be had now by that chance: in on-demand ticks."""
+        at = time_left // _COARSE, min(slack // _COARSE, self.takes.shape[1] - 1)
+        return float(chance * self.takes[at] + (1 - chance) * self.idles[at[0], phase, at[1]])
 
     def slack_price(self, time_left: int, slack: int) -> float:
         """What one more tick of slack saves there, in on-demand ticks."""
@@ -118,7 +129,9 @@ def make_plan(model: Model) -> Plan:
     is_spot_safe = left_if_lost > restart  # else the safety net ends it
     left_if_lost = np.maximum(left_if_lost, 0)
     costs = np.zeros((model.deadline // _COARSE + 1, model.slack // _COARSE + 1), np.float32)
-    plan = Plan(Decision(model), Decision(model), Decision(model), costs)
+    idle_costs = np.zeros((len(costs), num_phases, costs.shape[1]), np.float32)
+    decisions = Decision(model), Decision(model), Decision(model)
+    plan = Plan(*decisions, costs, np.zeros_like(costs), idle_costs)
     done = np.zeros((num_phases, num_slacks), np.float32)
     # The values at the last `restart` times left, the nearest first; with no time left all is done.
     spots = [np.zeros((num_phases, model.interval, num_slacks), np.float32)]
@@ -140,9 +153,9 @@ def make_plan(model: Model) -> Plan:
         idle = np.minimum(wait, start)
         on_demand = np.minimum(work, wait)
         if restart == 0:
-            take = spot[0, 0]
+            take = model.move + spot[0, 0]
         elif time_left >= restart:
-            take = restart * model.price + less(spots[restart - 1][0, 0], restart)
+            take = model.move + restart * model.price + less(spots[restart - 1][0, 0], restart)
         else:
             take = np.full(num_slacks, _NEVER, np.float32)
         take = np.minimum(take, start[0])
@@ -153,6 +166,8 @@ def make_plan(model: Model) -> Plan:
         plan.take.set(time_left, take < work)
         if time_left % _COARSE == 0:
             costs[time_left // _COARSE] = spot[0, 0, ::_COARSE]
+            plan.takes[time_left // _COARSE] = take[::_COARSE]
+            plan.idles[time_left // _COARSE] = idle[:, ::_COARSE]
         keep = max(1, restart)
         spots, idles = [spot, *spots][:keep], [idle, *idles][:keep]
         on_demands, takes = [on_demand, *on_demands][:keep], [take, *takes][:keep]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from launch.__main__ import main
-from launch.simulation.deadline_aware import Beliefs, DeadlineAware
+from launch.simulation.beliefs import Beliefs
+from launch.simulation.deadline_aware import DeadlineAware
 from launch.simulation.market import markov_market
 from launch.simulation.planner import Model, make_plan
 from launch.simulation.policies import Eager, Failover, Greedy, OnDemand, UniformProgress
@@ -88,12 +89,12 @@ def test_uniform_progress_follows_the_clock_with_hysteresis():
 
 def test_the_plan_waits_with_slack_and_pays_without():
     steady = dict(widths=(5.0, float("inf")), leave=(0.03, 0.03), come=(0.1, 0.1))
-    plan = make_plan(Model(120, 60, 2, 1, 0.3, replaced=0.0, **steady))
+    plan = make_plan(Model(120, 60, 2, 1, 0.3, 0.0, replaced=0.0, **steady))
     assert all(plan.wait(120, 0, slack) for slack in range(50, 61))
     assert not all(plan.wait(120, 0, slack) for slack in range(2, 12))
     assert plan.take(120, 0, 60) and not plan.take(120, 0, 2)
     assert plan.slack_price(120, 8) > plan.slack_price(120, 50) > 0
-    dear = make_plan(Model(120, 60, 2, 1, 1.0, replaced=0.0, **steady))
+    dear = make_plan(Model(120, 60, 2, 1, 1.0, 0.0, replaced=0.0, **steady))
     assert not any(dear.take(120, 0, slack) for slack in range(61))
 
 
@@ -136,6 +137,26 @@ def test_ours_saves_most_on_a_tight_market():
     policies = {"greedy": Greedy, "uniform": UniformProgress, OURS: DeadlineAware}
     savings = {row.policy: row.saving for row in compare(market, job, 12, policies=policies)}
     assert max(savings["greedy"], savings["uniform"]) < savings[OURS] < savings["oracle"]
+
+
+def test_ours_waits_for_a_better_price_where_prices_change():
+    market = markov_market(1, 6000, [4.0] * 2, [2.0] * 2, 600.0, 1, 12.0, num_regions=2)
+    job = Job(24.0, 24.0 * 1.9, restart_h=0.1, checkpoint_interval_h=0.5, checkpoint_gb=50.0)
+    policies = {"greedy": Greedy, "uniform": UniformProgress, OURS: DeadlineAware}
+    rows = {row.policy: row for row in compare(market, job, 12, policies=policies)}
+    assert rows[OURS].missed == 0
+    assert rows[OURS].idle_h > 2 * rows["greedy"].idle_h
+    assert rows[OURS].cost_usd < 0.93 * min(rows["greedy"].cost_usd, rows["uniform"].cost_usd)
+
+
+def test_beliefs_about_prices():
+    beliefs = Beliefs(TERMS)
+    beliefs.see(view(200, 100))
+    assert set(beliefs.prices) == {0.3}
+    before = beliefs.change.per_tick()[0]
+    beliefs.see(view(199, 100, spot_usd_per_h=[0.3, 0.2, 0.3]))
+    assert beliefs.prices == [0.3, 0.3, 0.3, 0.2]
+    assert beliefs.change.per_tick()[0] > before
 
 
 def test_the_command_prints_what_the_study_finds(capsys, tmp_path):
