@@ -27,7 +27,8 @@ PACKAGES = [name for name in BELOW if (ROOT / name / "__init__.py").exists()]
 LEAVES = {
     "deepspeed": {"parallel/zero.py"},
     "wandb": {"monitoring/wandb_sink.py"},
-    "torchao": set(),
+    "compressed_tensors": {"compression/targets/compressed_tensors.py"},
+    "torchao": {"compression/targets/torchao.py"},
     "mlflow": set(),
 }
 

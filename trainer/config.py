@@ -27,12 +27,12 @@ class ModelConfig:
     """What every kind of model has.
 
     Attributes:
-        attn_implementation: Transformers' name of the attention kernel.
+        attn_implementation: Transformers' name of the attention kernel; null: as it chooses.
         fused_loss: Compute head and cross-entropy together, in chunks, so that the logits of a
             batch are never held. Off: transformers computes the logits.
     """
 
-    attn_implementation: str = "sdpa"
+    attn_implementation: str | None = "sdpa"
     fused_loss: bool = True
 
 

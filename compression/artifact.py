@@ -1,0 +1,105 @@
+"""The folders that a compression leaves, and what is said of where they come from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from compression.config import CompressionConfig
+from compression.source import Source
+from monitoring.environment import describe_environment
+from monitoring.errors import ConfigError
+from trainer.checkpoint import sha256_of
+
+REPORT = "compression.json"
+WORK = ".work"
+
+
+def places(config: CompressionConfig) -> tuple[Path, Path]:
+    """Folder of the parent, and folder for what is made of it.
+
+    Raises:
+        ConfigError: There is no such run or folder, or it was not exported.
+    """
+    recipe = Path("compressed") / config.recipe_name
+    if config.parent.run is not None:
+        given = Path(config.parent.run).expanduser()
+        runs = [path for path in (given, Path("runs") / given) if (path / "config.yaml").is_file()]
+        if not runs:
+            raise ConfigError("run", config.parent.run, "is no run directory", "give runs/<name>")
+        parent, out = runs[0] / "export", runs[0] / recipe
+        if not parent.is_dir():
+            fix = f"run python -m trainer.export run={runs[0]}"
+            raise ConfigError("run", config.parent.run, "has no export", fix)
+    else:
+        parent, out = Path(config.parent.model or "").expanduser(), recipe
+        if not parent.is_dir():
+            fix = "give a Hugging Face folder on this machine"
+            raise ConfigError("model", config.parent.model, "there is no such folder", fix)
+    if config.out is not None:
+        out = Path(config.out).expanduser()
+    return parent.absolute(), out.absolute()
+
+
+def check_replaceable(out: Path) -> None:
+    """Raises ConfigError where `out` holds what no compression has left there."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConfigError("out", out, "is a file", "name a folder")
+    for path in out.iterdir():
+        if path.name != WORK and not (path / REPORT).is_file():
+            rule = f"holds {path.name}, which is of no compression"
+            raise ConfigError("out", out, rule, "choose an empty folder")
+
+
+def weight_bytes(folder: Path) -> int:
+    """Of all safetensors of a folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def layer_bytes(folder: Path, layers: set[str]) -> int:
+    """Of all that is stored for some layers, scales and zero points counted."""
+    size = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                # `layer.weight_scale`, or torchao's `layer._weight_scale`
+                if name.rpartition(".")[0] in layers and "weight" in name.rpartition(".")[2]:
+                    tensor = file.get_tensor(name)
+                    size += tensor.numel() * tensor.itemsize
+    return size
+
+
+def lineage(source: Source, folder: Path, made_from: dict[str, Any]) -> dict[str, Any]:
+    """What `lineage.json` of an artifact says: the next stage refuses files that do not match.
+
+    Args:
+        source: The parent.
+        folder: The artifact, without a lineage.
+        made_from: Recipe and calibration.
+    """
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {
+        "format_version": 1,
+        "code": describe_environment().get("git"),
+        "tokenizer_fingerprint": source.tokenizer_fingerprint,
+        "parent": {"path": str(source.folder), "files": source.digests, "lineage": source.lineage},
+        "compression": made_from,
+        "files": {
+            str(path.relative_to(folder)): {
+                "size_bytes": path.stat().st_size,
+                "sha256": sha256_of(path),
+            }
+            for path in files
+        },
+    }
+
+
+def read_report(artifact: Path) -> dict[str, Any]:
+    """An artifact's `compression.json`."""
+    report: dict[str, Any] = json.loads((artifact / REPORT).read_text(encoding="utf-8"))
+    return report

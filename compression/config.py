@@ -1,0 +1,163 @@
+"""The settings of `python -m compression`. Imports no torch: `--help` reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from compression.recipe import Step
+from monitoring.errors import ConfigError
+from parallel.config import Dtype
+
+
+class Target(Enum):
+    """How a result is packed.
+
+    `huggingface`: dense weights (pruned models). `torchao`: torchao's tensors in a Hugging Face
+    folder. `compressed_tensors`: what transformers and vLLM load.
+    """
+
+    huggingface = "huggingface"
+    torchao = "torchao"
+    compressed_tensors = "compressed_tensors"
+
+
+@dataclass
+class ParentConfig:
+    """What is compressed: exactly one of the two. `run=` and `model=` are short for them.
+
+    Attributes:
+        run: Run directory whose export is compressed, and whose data is the default.
+        model: A Hugging Face folder.
+    """
+
+    run: str | None = None
+    model: str | None = None
+
+
+@dataclass
+class LayersConfig:
+    """Which linear layers of the decoder blocks a recipe is for; the head is never among them.
+
+    Attributes:
+        include: Patterns of names, as `*.mlp.*`.
+        exclude: Patterns of those that stay as they are.
+    """
+
+    include: list[str] = field(default_factory=lambda: ["*"])
+    exclude: list[str] = field(default_factory=list)
+
+
+@dataclass
+class CalibrationConfig:
+    """What methods that look at data are shown: samples of `data`'s training split.
+
+    Attributes:
+        num_samples: Of `data.max_seq_len` tokens.
+        min_tokens: Fewer in all are refused.
+    """
+
+    num_samples: int = 128
+    min_tokens: int = 4096
+
+
+@dataclass
+class EvaluationConfig:
+    """What parent and child are compared on: samples of `data`'s held-out split.
+
+    Attributes:
+        num_samples: Of `data.max_seq_len` tokens.
+        speed: Measure tokens/s of both, in turn, on this machine.
+        prompt_tokens: Of the prompt that is timed.
+        new_tokens: That are generated after it.
+        rounds: How often each is timed.
+    """
+
+    num_samples: int = 32
+    speed: bool = True
+    prompt_tokens: int = 128
+    new_tokens: int = 32
+    rounds: int = 3
+
+
+@dataclass
+class CompressionConfig:
+    """`python -m compression run=... | model=... recipe=...`.
+
+    Attributes:
+        parent: See `ParentConfig`.
+        out: Folder to write, one below it a target; null: `compressed/<recipe>` in the run
+            directory, or here.
+        target: Packings, one or a list; null: huggingface for a dense result, else
+            compressed_tensors.
+        dtype: Of scales and of all that is not quantized.
+        seed: Of the order of samples.
+        layers: See `LayersConfig`.
+        calibration: See `CalibrationConfig`.
+        evaluation: See `EvaluationConfig`.
+        data: Any data of the trainer; null: the run's.
+        recipe: Steps in order, by name.
+    """
+
+    parent: ParentConfig = field(default_factory=ParentConfig)
+    out: str | None = None
+    target: Any = None
+    dtype: Dtype = Dtype.bfloat16
+    seed: int = 0
+    layers: LayersConfig = field(default_factory=LayersConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    data: Any = None
+    recipe: Any = MISSING
+
+    @property
+    def recipe_name(self) -> str:
+        """As `prune_wanda+int4_gptq`."""
+        return "+".join(self.recipe)
+
+    @property
+    def targets(self) -> list[Target]:
+        """The packings that are wanted, each once."""
+        if self.target is None:
+            is_dense = not any(step.quantizes for step in self.recipe.values())
+            return [Target.huggingface if is_dense else Target.compressed_tensors]
+        names = self.target if isinstance(self.target, list) else [self.target]
+        known = ", ".join(target.value for target in Target)
+        for name in names:
+            if name not in Target.__members__:
+                raise ConfigError("target", name, "is no target", f"there are: {known}")
+        if not names:
+            raise ConfigError("target", "[]", "names no target", f"there are: {known}")
+        return list(dict.fromkeys(Target[name] for name in names))
+
+    def check(self) -> None:
+        """Raises ConfigError for settings that cannot hold together."""
+        if (self.parent.run is None) == (self.parent.model is None):
+            rule = "exactly one of run and model says what to compress"
+            fix = "give run=runs/<name>, or model=<Hugging Face folder>"
+            raise ConfigError("run", self.parent.run, rule, fix)
+        positive = {
+            "calibration.num_samples": self.calibration.num_samples,
+            "calibration.min_tokens": self.calibration.min_tokens,
+            "evaluation.num_samples": self.evaluation.num_samples,
+            "evaluation.prompt_tokens": self.evaluation.prompt_tokens,
+            "evaluation.new_tokens": self.evaluation.new_tokens,
+            "evaluation.rounds": self.evaluation.rounds,
+        }
+        for key, value in positive.items():
+            if value < 1:
+                raise ConfigError(key, value, "must be above 0", "give a positive number")
+        if self.seed < 0:
+            raise ConfigError("seed", self.seed, "must not be below 0", "use 0")
+        steps: list[tuple[str, Step]] = list(self.recipe.items())
+        if not steps:
+            raise ConfigError("recipe", "{}", "has no step", "choose one: recipe=int8_weight_only")
+        for name, step in steps:
+            step.build(f"recipe.{name}")
+        for (name, step), (following, _) in zip(steps, steps[1:], strict=False):
+            if step.quantizes:
+                rule = f"{name} leaves codes, which {following} cannot change"
+                raise ConfigError("recipe", self.recipe_name, rule, "quantize last, and once")

@@ -1,0 +1,149 @@
+"""How much of the parent is left in the child.
+
+Both run a block at a time, so that a model that does not fit into memory can be compared, too.
+
+Shapes: N samples of T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compression.hidden import Hidden, embed
+from compression.stream import BlockStream
+
+_Z = 1.96  # of a two-sided 95% interval
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean, and the 95% interval that the samples' scatter leaves (normal, samples as units)."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> Interval:
+        """Of one value a sample (N,)."""
+        mean = float(values.mean())
+        error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+        return cls(mean, mean - _Z * error, mean + _Z * error)
+
+    def exp(self) -> Interval:
+        """Of the exponential."""
+        low, high = math.exp(self.low), math.exp(min(self.high, 700.0))
+        return Interval(math.exp(self.mean), low, high)
+
+    def describe(self) -> dict[str, float | None]:
+        """JSON types only; null where one sample says nothing of the scatter."""
+        values = {"mean": self.mean, "low": self.low, "high": self.high}
+        return {key: value if math.isfinite(value) else None for key, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Child against parent on the same tokens.
+
+    Attributes:
+        parent_perplexity: Of the parent.
+        child_perplexity: Of the child.
+        perplexity_ratio: Child's over parent's, with the interval of the paired difference.
+        kl_nats: KL(parent || child) a token.
+        greedy_agreement: Share of tokens at which both find the same next token likeliest.
+        num_tokens: That were predicted.
+    """
+
+    parent_perplexity: float
+    child_perplexity: float
+    perplexity_ratio: Interval
+    kl_nats: Interval
+    greedy_agreement: Interval
+    num_tokens: int
+
+    def describe(self) -> dict[str, object]:
+        """JSON types only."""
+        return {
+            "parent_perplexity": self.parent_perplexity,
+            "child_perplexity": self.child_perplexity,
+            "perplexity_ratio": self.perplexity_ratio.describe(),
+            "kl_nats": self.kl_nats.describe(),
+            "greedy_agreement": self.greedy_agreement.describe(),
+            "num_tokens": self.num_tokens,
+        }
+
+
+def final_hidden(
+    stream: BlockStream, input_ids: Tensor, folder: Path, advance: Callable[[], None]
+) -> Hidden:
+    """What a model's last block makes of token ids; its head is loaded afterwards.
+
+    Args:
+        stream: Of the model, of which no block was read yet.
+        input_ids: (N, T) int64.
+        folder: For files between blocks; the last one stays.
+        advance: Told of each block.
+    """
+    stream.load_embedding()
+    width = stream.model.config.get_text_config().hidden_size
+    hidden = embed(input_ids, stream.embed, folder / "hidden-0.bin", width)
+    for index in range(len(stream.blocks)):
+        stream.load(index)
+        following = hidden.map(partial(stream.run, index), folder / f"hidden-{index + 1}.bin")
+        stream.release(index)
+        hidden.path.unlink()
+        hidden = following
+        advance()
+    stream.load_head()
+    return hidden
+
+
+@torch.no_grad()
+def compare(
+    parent: BlockStream,
+    parent_hidden: Hidden,
+    child: BlockStream,
+    child_hidden: Hidden,
+    input_ids: Tensor,
+) -> Quality:
+    """Compares the next-token distributions of two models.
+
+    Args:
+        parent: With its head loaded.
+        parent_hidden: See `final_hidden`.
+        child: With its head loaded.
+        child_hidden: See `final_hidden`.
+        input_ids: (N, T) int64.
+    """
+    parent_loss, child_loss, kl, agree = [], [], [], []
+    rows = zip(_rows(parent_hidden), _rows(child_hidden), input_ids, strict=True)
+    for before, after, ids in rows:
+        targets = ids[1:]
+        log_p = parent.logits(before)[0, :-1].log_softmax(-1)  # (T - 1, V)
+        log_q = child.logits(after)[0, :-1].log_softmax(-1)
+        parent_loss.append(F.nll_loss(log_p, targets))
+        child_loss.append(F.nll_loss(log_q, targets))
+        agree.append((log_p.argmax(-1) == log_q.argmax(-1)).float().mean())
+        kl.append(F.kl_div(log_q, log_p, reduction="batchmean", log_target=True))
+    parent_losses, child_losses = torch.stack(parent_loss), torch.stack(child_loss)
+    return Quality(
+        math.exp(float(parent_losses.mean())),
+        math.exp(min(float(child_losses.mean()), 700.0)),
+        Interval.of(child_losses - parent_losses).exp(),
+        Interval.of(torch.stack(kl)),
+        Interval.of(torch.stack(agree)),
+        input_ids[:, 1:].numel(),
+    )
+
+
+def _rows(hidden: Hidden) -> Iterator[Tensor]:
+    for batch in hidden.batches():
+        yield from batch.split(1)

@@ -1,0 +1,172 @@
+"""AWQ and SmoothQuant: inputs are scaled so that weights (or activations) round well.
+
+An input that is divided by `s` where it is made, and multiplied by `s` in the layers that read it,
+changes nothing but how both are rounded. It is made by a norm, or by the layer before (`up_proj`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compression.block import Block, Inputs, output_error, watch_inputs
+from compression.grid import fit_grid
+from compression.methods.clipping import clipped_grid
+from compression.scheme import Scheme
+
+_TOLERANCE = 1e-3  # of the block's output, relative: how exact an equalized block has to be
+_RATIOS = tuple(step / 20 for step in range(20))
+# Where an activation is a product, its linear factor can take the scale.
+_FACTOR_OF = {"down_proj": "up_proj", "w2": "w3"}
+
+
+@dataclass(frozen=True)
+class Awq:
+    """AWQ (Lin et al., arXiv 2306.00978): salient inputs are scaled up, ranges clipped.
+
+    The scale is `mean(|x|) ** ratio`; the ratio is that of the least output error, and 0 (which is
+    rounding) is among those tried.
+
+    Attributes:
+        scheme: Of the grid.
+    """
+
+    scheme: Scheme
+    needs_data = True
+
+    def apply(self, block: Block) -> None:
+        """Quantizes the block's layers."""
+        grams: dict[str, Tensor] = {}
+        ratios: dict[str, float] = {}
+        for inputs in watch_inputs(block):
+            gram, ratio, fold = inputs.gram, 0.0, _fold(block, inputs)
+            if fold is not None:
+                layers = [block.layers[name] for name in inputs.names]
+                ratio, scale = self._best_scale(layers, inputs, block.dtype)
+                scale = fold(scale)
+                gram = gram / (scale.unsqueeze(1) * scale)
+            grams |= dict.fromkeys(inputs.names, gram)
+            ratios |= dict.fromkeys(inputs.names, ratio)
+        for name, layer in block.layers.items():  # only now: a scale goes into a layer before
+            weight = layer.weight.data
+            rounded = fit_grid(weight, self.scheme, block.dtype).quantize(weight)
+            if name not in grams:  # saw no token
+                block.put(name, rounded, method="rounding")
+                continue
+            gram = grams[name]
+            grid = clipped_grid(weight, gram.diagonal(), self.scheme, block.dtype)
+            clipped = grid.quantize(weight)
+            errors = [output_error(q.dequantize() - weight, gram) for q in (rounded, clipped)]
+            best = clipped if errors[1] < errors[0] else rounded
+            method = "awq" if ratios[name] or best is clipped else "rounding"
+            block.put(name, best, method=method, ratio=ratios[name], error=min(errors))
+
+    def _best_scale(
+        self, layers: list[nn.Linear], inputs: Inputs, dtype: torch.dtype
+    ) -> tuple[float, Tensor]:
+        least, best = torch.inf, (0.0, torch.ones_like(inputs.mean))
+        for ratio in _RATIOS:
+            scale = inputs.mean.clamp_min(1e-4) ** ratio
+            scale = scale / (scale.max() * scale.min()).sqrt()
+            error = 0.0
+            for layer in layers:
+                weight = layer.weight.data
+                grid = fit_grid(weight * scale, self.scheme, dtype)
+                change = grid.quantize(weight * scale).dequantize() / scale - weight
+                error += output_error(change, inputs.gram) * len(weight)
+            if error < least:
+                least, best = error, (ratio, scale)
+        return best
+
+
+@dataclass(frozen=True)
+class SmoothQuant:
+    """SmoothQuant (Xiao et al., arXiv 2211.10438): outliers move from activations into weights.
+
+    Attributes:
+        scheme: Of the grid, with quantized activations.
+        migration: Alpha of the paper: 0 leaves all to the activations, 1 to the weights.
+    """
+
+    scheme: Scheme
+    migration: float
+    needs_data = True
+
+    def apply(self, block: Block) -> None:
+        """Quantizes the block's layers."""
+        for inputs in watch_inputs(block):
+            fold = _fold(block, inputs)
+            if fold is None:
+                continue
+            weights = torch.stack(
+                [block.layers[name].weight.data.abs().amax(0) for name in inputs.names]
+            ).amax(0)
+            largest = inputs.largest.clamp_min(1e-5) ** self.migration
+            fold(largest / weights.clamp_min(1e-5) ** (1 - self.migration))
+        for name, layer in block.layers.items():
+            weight = layer.weight.data
+            block.put(name, fit_grid(weight, self.scheme, block.dtype).quantize(weight))
+
+
+# Takes a scale (I) and returns that which could be had: what divides a norm's weight is rounded.
+Fold = Callable[[Tensor], Tensor]
+
+
+def _fold(block: Block, inputs: Inputs) -> Fold | None:
+    """How to divide an input by a scale and multiply its layers by it; None: it cannot be done.
+
+    Who made it is found by looking, not by name; that dividing it there is exact is tried out on
+    a batch (a norm that adds one to its weight, or a factor that is used elsewhere, is not).
+    """
+    source = _source(block, inputs)
+    if source is None:
+        return None
+    layers = [block.layers[name] for name in inputs.names]
+
+    def fold(scale: Tensor) -> Tensor:
+        weight = source.weight.data
+        if weight.ndim == 1:  # as the artifact holds it, so that the layers make up for it exactly
+            divided = (weight / scale).to(block.dtype).float()
+            scale = torch.where(divided == 0, scale, weight / divided)
+            source.weight.data = divided
+        else:
+            source.weight.data = weight / scale.unsqueeze(1)
+        if getattr(source, "bias", None) is not None:
+            source.bias.data = source.bias.data / scale
+        for layer in layers:
+            layer.weight.data = layer.weight.data * scale
+        return scale
+
+    return fold if _is_exact(block, fold, len(inputs.mean)) else None
+
+
+def _source(block: Block, inputs: Inputs) -> Any:
+    """The norm or linear layer that makes an input."""
+    modules = dict(block.module.named_modules())
+    if inputs.feeder is not None:
+        source = modules[inputs.feeder]
+        weight = getattr(source, "weight", None)
+        is_norm = isinstance(weight, Tensor) and weight.shape == inputs.mean.shape
+        return source if is_norm else None
+    if len(inputs.names) == 1:
+        path, _, last = inputs.names[0].removeprefix(f"{block.name}.").rpartition(".")
+        factor = modules.get(f"{path}.{_FACTOR_OF.get(last, '')}")
+        return factor if isinstance(factor, nn.Linear) else None
+    return None
+
+
+@torch.no_grad()
+def _is_exact(block: Block, fold: Fold, num_inputs: int) -> bool:
+    batch = next(iter(block.inputs()))
+    before = block.run(batch)
+    kept = {name: p.data for name, p in block.module.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    fold(torch.rand(num_inputs, generator=generator) + 0.5)
+    after = block.run(batch)
+    for name, parameter in block.module.named_parameters():
+        parameter.data = kept[name]
+    return bool((after - before).norm() <= _TOLERANCE * before.norm())

@@ -1,0 +1,105 @@
+"""Weights that become zero: by magnitude, Wanda or SparseGPT. The model keeps its shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compression.block import Block, watch_inputs
+from compression.methods.gptq import inverse_factor
+from compression.recipe import Criterion, Pattern
+
+_BLOCK = 128  # columns that SparseGPT decides on at once
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Zeroes a share of each layer's weights.
+
+    Attributes:
+        criterion: Which ones.
+        sparsity: Share of the weights.
+        pattern: Where they may be.
+        damping: As in GPTQ; for SparseGPT.
+    """
+
+    criterion: Criterion
+    sparsity: float
+    pattern: Pattern
+    damping: float
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it has to see inputs."""
+        return self.criterion is not Criterion.magnitude
+
+    def apply(self, block: Block) -> None:
+        """Prunes the block's layers."""
+        if self.criterion is Criterion.magnitude:
+            for name, layer in block.layers.items():
+                self._keep(block, name, ~self._is_least(layer.weight.data.abs(), per_row=False))
+            return
+        for inputs in watch_inputs(block):
+            norm = inputs.gram.diagonal().sqrt()
+            for name in inputs.names:
+                weight = block.layers[name].weight.data
+                if self.criterion is Criterion.sparsegpt:
+                    block.layers[name].weight.data = self._sparsegpt(weight, inputs.gram)
+                    block.notes.setdefault(name, {})["sparsity"] = self.sparsity
+                else:
+                    self._keep(block, name, ~self._is_least(weight.abs() * norm, per_row=True))
+
+    def _keep(self, block: Block, name: str, mask: Tensor) -> None:
+        block.layers[name].weight.data = block.layers[name].weight.data * mask
+        block.notes.setdefault(name, {})["sparsity"] = self.sparsity
+
+    def _is_least(self, score: Tensor, per_row: bool) -> Tensor:
+        """Which weights go, by their score (O, I): in each row, or in the whole matrix."""
+        if self.pattern is not Pattern.unstructured:
+            kept, size = self.pattern.kept_of
+            grouped = score.unflatten(1, (-1, size))
+            least = grouped.argsort(stable=True, dim=-1)[..., : size - kept]
+            return torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, least, True).flatten(1)
+        rows = score if per_row else score.reshape(1, -1)
+        least = rows.argsort(stable=True, dim=-1)[:, : int(rows.shape[1] * self.sparsity)]
+        is_least = torch.zeros_like(rows, dtype=torch.bool).scatter_(-1, least, True)
+        return is_least.view_as(score)
+
+    def _sparsegpt(self, weight: Tensor, gram: Tensor) -> Tensor:
+        """SparseGPT (Frantar and Alistarh, arXiv 2301.00774): later weights make up for lost ones.
+
+        Where the Gram matrix cannot be inverted, Wanda's choice.
+        """
+        inverse = inverse_factor(gram, self.damping)
+        if inverse is None:
+            score = weight.abs() * gram.diagonal().sqrt()
+            return weight * ~self._is_least(score, per_row=True)
+        left = weight.clone()
+        num_inputs = weight.shape[1]
+        for start in range(0, num_inputs, _BLOCK):
+            stop = min(start + _BLOCK, num_inputs)
+            diagonal = inverse.diagonal()[start:stop]
+            goes = self._goes(left[:, start:stop], diagonal)
+            errors = torch.empty(len(left), stop - start)
+            for i in range(start, stop):
+                if self.pattern is not Pattern.unstructured:
+                    _, size = self.pattern.kept_of
+                    if (i - start) % size == 0:  # with what was made up for so far
+                        part = slice(i - start, i - start + size)
+                        score = (left[:, i : i + size] / diagonal[part]).square()
+                        goes[:, part] = self._is_least(score, per_row=True)
+                error = left[:, i].masked_fill(~goes[:, i - start], 0.0) / inverse[i, i]
+                left[:, i:stop] -= error.unsqueeze(1) * inverse[i, i:stop]
+                left[:, i].masked_fill_(goes[:, i - start], 0.0)
+                errors[:, i - start] = error
+            left[:, stop:] -= errors @ inverse[start:stop, stop:]
+        return left
+
+    def _goes(self, weight: Tensor, diagonal: Tensor) -> Tensor:
+        if self.pattern is not Pattern.unstructured:
+            return torch.zeros_like(weight, dtype=torch.bool)
+        score = (weight / diagonal).square().flatten()
+        least = score.argsort(stable=True)[: int(score.numel() * self.sparsity)]
+        return torch.zeros_like(score, dtype=torch.bool).scatter_(0, least, True).view_as(weight)

@@ -1,0 +1,34 @@
+"""How far a long walk over blocks is: a bar for a person, a line a tenth for a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@contextmanager
+def bar(task: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields what is to be called with the blocks that are done, and all of them."""
+    columns = (TextColumn(task), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as shown:
+        row = shown.add_task(task)
+        began, first, told = time.monotonic(), -1, -1
+
+        def advance(done: int, total: int) -> None:
+            nonlocal began, first, told
+            shown.update(row, total=total, completed=done)
+            if first < 0:
+                began, first = time.monotonic(), done
+                if done and shown.disable:
+                    print(f"{task}: going on after block {done} of {total}", file=sys.stderr)
+            elif shown.disable and (done * 10 // total > told or done == total):
+                told = done * 10 // total
+                left_s = (time.monotonic() - began) / (done - first) * (total - done)
+                print(f"{task}: block {done} of {total}, {left_s:.0f} s left", file=sys.stderr)
+
+        yield advance

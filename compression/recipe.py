@@ -1,0 +1,200 @@
+"""The steps of a recipe, as a user sets them. Imports no torch: `--help` reads it.
+
+`build()` imports the method that a step stands for; nothing else maps the one to the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from compression.scheme import Activation, Number, Scheme
+from monitoring.errors import ConfigError
+
+if TYPE_CHECKING:
+    from compression.block import Block
+
+
+class Method(Protocol):
+    """What a step does with one decoder block after another.
+
+    Attributes:
+        needs_data: Whether it looks at what flows through the block.
+    """
+
+    @property
+    def needs_data(self) -> bool: ...
+
+    def apply(self, block: Block) -> None:
+        """Changes the block's layers in place."""
+        ...
+
+
+class Criterion(Enum):
+    """By what a weight is judged; wanda and sparsegpt look at its input as well."""
+
+    magnitude = "magnitude"
+    wanda = "wanda"
+    sparsegpt = "sparsegpt"
+
+
+class Pattern(Enum):
+    """Where zeros may be: anywhere, or so many in each run of inputs."""
+
+    unstructured = "unstructured"
+    two_of_four = "two_of_four"
+    four_of_eight = "four_of_eight"
+
+    @property
+    def kept_of(self) -> tuple[int, int]:
+        """Weights that stay in a run, and its length."""
+        return {Pattern.two_of_four: (2, 4), Pattern.four_of_eight: (4, 8)}[self]
+
+
+@dataclass
+class StepConfig:
+    """What every quantizing step has.
+
+    Attributes:
+        bits: Of a weight.
+        group_size: Consecutive inputs that share a scale; null: all of a row.
+        symmetric: Without zero points; every engine reads that.
+    """
+
+    bits: int = 8
+    group_size: int | None = None
+    symmetric: bool = True
+    quantizes: ClassVar[bool] = True
+
+    def scheme(self, key: str) -> Scheme:
+        """What a weight becomes.
+
+        Args:
+            key: The step's, for its errors.
+        """
+        scheme = Scheme(Number.int, self.bits, self.group_size, self.symmetric)
+        scheme.check(key)
+        return scheme
+
+
+@dataclass
+class RoundConfig(StepConfig):
+    """Round to nearest; needs no data.
+
+    Attributes:
+        number: `int`, or `float8` (e4m3).
+        activation: In which numbers a layer's input is rounded when the model runs.
+    """
+
+    number: Number = Number.int
+    activation: Activation = Activation.none
+
+    def scheme(self, key: str) -> Scheme:
+        scheme = Scheme(self.number, self.bits, self.group_size, self.symmetric, self.activation)
+        scheme.check(key)
+        return scheme
+
+    def build(self, key: str) -> Method:
+        """The method."""
+        from compression.methods.rounding import RoundToNearest
+
+        return RoundToNearest(self.scheme(key))
+
+
+@dataclass
+class GptqConfig(StepConfig):
+    """GPTQ.
+
+    Attributes:
+        damping: Share of the mean squared input that is added to each input's.
+    """
+
+    bits: int = 4
+    group_size: int | None = 128
+    damping: float = 0.01
+
+    def build(self, key: str) -> Method:
+        """The method."""
+        from compression.methods.gptq import Gptq
+
+        _check_damping(key, self.damping)
+        return Gptq(self.scheme(key), self.damping)
+
+
+@dataclass
+class AwqConfig(StepConfig):
+    """AWQ."""
+
+    bits: int = 4
+    group_size: int | None = 128
+
+    def build(self, key: str) -> Method:
+        """The method."""
+        from compression.methods.equalizing import Awq
+
+        return Awq(self.scheme(key))
+
+
+@dataclass
+class SmoothQuantConfig(StepConfig):
+    """SmoothQuant: int8 weights and int8 inputs.
+
+    Attributes:
+        migration: How much of an outlier moves from inputs (0) into weights (1).
+    """
+
+    migration: float = 0.5
+
+    def scheme(self, key: str) -> Scheme:
+        if not 0 <= self.migration <= 1:
+            rule = "is not from 0 to 1"
+            raise ConfigError(f"{key}.migration", self.migration, rule, "use 0.5")
+        scheme = Scheme(Number.int, self.bits, self.group_size, self.symmetric, Activation.int8)
+        scheme.check(key)
+        return scheme
+
+    def build(self, key: str) -> Method:
+        """The method."""
+        from compression.methods.equalizing import SmoothQuant
+
+        return SmoothQuant(self.scheme(key), self.migration)
+
+
+@dataclass
+class PruneConfig:
+    """Zeroes weights; the model keeps its shape, and no common kernel is faster for it.
+
+    Attributes:
+        criterion: Which weights go.
+        sparsity: Share of each layer's weights; two_of_four and four_of_eight are half.
+        pattern: Where the zeros may be.
+        damping: As in GPTQ; for sparsegpt.
+    """
+
+    criterion: Criterion = Criterion.wanda
+    sparsity: float = 0.5
+    pattern: Pattern = Pattern.unstructured
+    damping: float = 0.01
+    quantizes: ClassVar[bool] = False
+
+    def build(self, key: str) -> Method:
+        """The method."""
+        from compression.methods.pruning import Prune
+
+        _check_damping(key, self.damping)
+        if not 0 < self.sparsity < 1:
+            rule = "is not between 0 and 1"
+            raise ConfigError(f"{key}.sparsity", self.sparsity, rule, "use 0.5")
+        if self.pattern is not Pattern.unstructured and self.sparsity != 0.5:
+            rule = f"{self.pattern.value} is half"
+            raise ConfigError(f"{key}.sparsity", self.sparsity, rule, "use 0.5")
+        return Prune(self.criterion, self.sparsity, self.pattern, self.damping)
+
+
+Step = RoundConfig | GptqConfig | AwqConfig | SmoothQuantConfig | PruneConfig
+
+
+def _check_damping(key: str, damping: float) -> None:
+    if not 0 < damping < 1:
+        raise ConfigError(f"{key}.damping", damping, "is not between 0 and 1", "use 0.01")

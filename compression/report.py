@@ -1,0 +1,102 @@
+"""What a compression says at its end, and a plot of several."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from rich.console import Console
+from rich.table import Table
+
+
+def print_report(artifact: Path, report: dict[str, Any]) -> None:
+    """The table of one artifact: parent, child, and what lies between."""
+    table = Table(title=f"{report['recipe']} as {report['target']}", title_justify="left")
+    for column in ("", "parent", "child", ""):
+        table.add_column(column, justify="left" if column == "" else "right")
+    for row in _rows(report):
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    console.print(f"{artifact}", soft_wrap=True)
+
+
+def _rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    quality = report["evaluation"]
+    parent_bytes, child_bytes = report["parent_weight_bytes"], report["weight_bytes"]
+    rows = [
+        (
+            "MB on disk",
+            f"{parent_bytes / 1e6:.1f}",
+            f"{child_bytes / 1e6:.1f}",
+            f"{child_bytes / parent_bytes:.3f} x",
+        ),
+        (
+            "perplexity",
+            f"{quality['parent_perplexity']:.4f}",
+            f"{quality['child_perplexity']:.4f}",
+            f"{_interval(quality['perplexity_ratio'], '.4f')} x",
+        ),
+        ("KL to the parent, nats/token", "", _interval(quality["kl_nats"], ".4f"), ""),
+        ("same greedy token", "", _interval(quality["greedy_agreement"], ".3f"), ""),
+    ]
+    speed = report["speed"]
+    for key, name, pattern in (
+        ("memory_bytes", "MB in memory", ".1f"),
+        ("prefill_tokens_per_s", "prefill, tokens/s", ".1f"),
+        ("decode_tokens_per_s", "decode, tokens/s", ".1f"),
+        ("decode_cpu_ms_per_token", "decode, CPU-ms/token", ".1f"),
+    ):
+        if not speed:
+            continue
+        scale = 1e6 if key == "memory_bytes" else 1.0
+        before, after = speed["parent"][key] / scale, speed["child"][key] / scale
+        ratio = f"{after / before:.2f} x" if before else ""
+        rows.append((name, f"{before:{pattern}}", f"{after:{pattern}}", ratio))
+    return rows
+
+
+def _interval(described: dict[str, float | None], pattern: str) -> str:
+    text = f"{described['mean']:{pattern}}"
+    if described["low"] is not None and described["high"] is not None:
+        text += f" [{described['low']:{pattern}}, {described['high']:{pattern}}]"
+    return text
+
+
+def plot_pareto(folder: Path) -> Path | None:
+    """Draws all compressions below a folder: KL over bytes on disk; None where there is but one.
+
+    Args:
+        folder: `compressed/`, with a folder a recipe.
+    """
+    files = sorted(folder.glob("*/*/compression.json"))
+    if len(files) < 2:
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(7, 4.5))
+    points = []
+    for path in files:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        kl = report["evaluation"]["kl_nats"]
+        x, y = report["weight_bytes"] / 1e6, max(kl["mean"], 1e-6)
+        low = y if kl["low"] is None else max(kl["low"], 1e-7)
+        high = y if kl["high"] is None else kl["high"]
+        label = f"{report['recipe']} ({report['target']})"
+        points.append((x, y))
+        ax.errorbar(x, y, yerr=[[max(y - low, 0)], [max(high - y, 0)]], marker="o", label=label)
+    best = [p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)]
+    ax.plot(*zip(*sorted(best), strict=True), linestyle=":", color="gray", zorder=0)
+    ax.set_yscale("log")
+    ax.set_xlabel("weights on disk, MB")
+    ax.set_ylabel("KL to the parent, nats/token")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    figure.tight_layout()
+    out = folder / "pareto.png"
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+    return out

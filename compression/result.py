@@ -1,0 +1,157 @@
+"""A compressed model before it is packed: a folder of safetensors, a file a decoder block.
+
+block-00000.safetensors   <layer>.weight.codes, .scales, .zero_points; other tensors as they are
+rest.safetensors          what is outside the blocks
+result.json               schemes, notes, and the digest of what it was made from and how
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from compression.block import Block
+from compression.grid import Quantized, round_activation
+from compression.scheme import Activation, Scheme
+
+REST = "rest.safetensors"
+_INDEX = "result.json"
+_CODES, _SCALES, _ZERO_POINTS = ".codes", ".scales", ".zero_points"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A folder as above.
+
+    Attributes:
+        folder: Where.
+        dtype: Of what is not quantized.
+    """
+
+    folder: Path
+    dtype: torch.dtype
+
+    def block_file(self, index: int) -> Path:
+        """Of a block; it is there only when it is whole."""
+        return self.folder / f"block-{index:05d}.safetensors"
+
+    def num_done(self) -> int:
+        """Blocks from the first on that are whole."""
+        index = 0
+        while self.block_file(index).exists():
+            index += 1
+        return index
+
+    def write_block(self, index: int, block: Block) -> None:
+        """Writes a block, and what is noted of it, at once."""
+        tensors: dict[str, Tensor] = {}
+        metadata = {"notes": json.dumps(block.notes), "schemes": "{}"}
+        schemes = {}
+        for local, parameter in block.module.named_parameters():
+            name = f"{block.name}.{local}"
+            quantized = block.quantized.get(name.removesuffix(".weight"))
+            if quantized is None or not local.endswith(".weight"):
+                tensors[name] = parameter.data.to(self.dtype).contiguous()
+                continue
+            schemes[name.removesuffix(".weight")] = quantized.scheme.describe()
+            tensors[name + _CODES] = quantized.codes.contiguous()
+            tensors[name + _SCALES] = quantized.scales.contiguous()
+            if quantized.zero_points is not None:
+                tensors[name + _ZERO_POINTS] = quantized.zero_points.contiguous()
+        metadata["schemes"] = json.dumps(schemes)
+        self._write(self.block_file(index), tensors, metadata)
+
+    def write_rest(self, tensors: dict[str, Tensor]) -> None:
+        """Writes what is outside the blocks."""
+        cast = {name: tensor.to(self.dtype).contiguous() for name, tensor in tensors.items()}
+        self._write(self.folder / REST, cast, {})
+
+    def finish(self, described: dict[str, Any]) -> None:
+        """Says what it is; with this it is whole."""
+        (self.folder / _INDEX).write_text(json.dumps(described, indent=1) + "\n")
+
+    def files(self) -> list[Path]:
+        """Of all tensors, the blocks in order, then the rest."""
+        return [*(self.block_file(i) for i in range(self.num_done())), self.folder / REST]
+
+    def schemes(self) -> dict[str, Scheme]:
+        """Of each quantized layer."""
+        found: dict[str, Scheme] = {}
+        for path in self.files()[:-1]:
+            for name, described in _metadata(path, "schemes").items():
+                found[name] = Scheme.parse(described)
+        return found
+
+    def notes(self) -> dict[str, dict[str, object]]:
+        """What methods noted of each layer."""
+        found: dict[str, dict[str, object]] = {}
+        for path in self.files()[:-1]:
+            found |= _metadata(path, "notes")
+        return found
+
+    def read(self, path: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
+        """What is in one of its files: `name.weight` with its tensor, or with its codes."""
+        schemes = _metadata(path, "schemes")
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            for name in sorted(names):
+                if name.endswith(_CODES):
+                    weight = name.removesuffix(_CODES)
+                    zeros = weight + _ZERO_POINTS
+                    yield (
+                        weight,
+                        Quantized(
+                            Scheme.parse(schemes[weight.removesuffix(".weight")]),
+                            file.get_tensor(name),
+                            file.get_tensor(weight + _SCALES),
+                            file.get_tensor(zeros) if zeros in names else None,
+                        ),
+                    )
+                elif not name.endswith((_SCALES, _ZERO_POINTS)):
+                    yield name, file.get_tensor(name)
+
+    def put_into(self, name: str, part: nn.Module) -> None:
+        """Gives a part of the dense model the weights of this one, and rounds what it is given."""
+        parameters = {f"{name}.{local}": p for local, p in part.named_parameters()}
+        modules = {f"{name}.{local}" if local else name: m for local, m in part.named_modules()}
+        for path in self.files():
+            if not parameters.keys() & _stored(path):
+                continue
+            for weight, value in self.read(path):
+                if weight not in parameters:
+                    continue
+                if isinstance(value, Quantized):
+                    parameters[weight].data = value.dequantize()
+                    round_inputs(modules[weight.removesuffix(".weight")], value.scheme.activation)
+                else:
+                    parameters[weight].data = value.float()
+
+    def _write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        staged = path.with_name(f".staging-{path.name}")
+        save_file(tensors, staged, {"format": "pt", **metadata})
+        staged.replace(path)
+
+
+def round_inputs(layer: nn.Module, activation: Activation) -> None:
+    """From now on a layer is given its input as the artifact's kernel sees it."""
+    if activation is not Activation.none:
+        layer.register_forward_pre_hook(lambda _, args: (round_activation(args[0], activation),))
+
+
+def _metadata(path: Path, key: str) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        found: dict[str, Any] = json.loads((file.metadata() or {}).get(key, "{}"))
+        return found
+
+
+def _stored(path: Path) -> set[str]:
+    with safe_open(path, framework="pt") as file:
+        return {name.removesuffix(_CODES) for name in file.keys()}

@@ -1,0 +1,146 @@
+"""Token ids to calibrate with and to compare on, from any data of the trainer.
+
+Shapes: N samples of T tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from compression.config import CompressionConfig
+from monitoring.errors import ConfigError
+from trainer.data.config import DataConfig, MixtureDataConfig, PreparationConfig, SingleDataConfig
+from trainer.data.loader import TrainLoader, validation_batches
+from trainer.data.prepare import PreparedData, prepare
+
+_WINDOW = 32  # tokens in a row that two texts do not share by chance
+_MOST_SHARED = 0.01
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is shown to methods, and what parent and child are compared on.
+
+    Attributes:
+        calibration: (N, T) int64.
+        evaluation: (N, T) int64; no text of it is in the calibration.
+        digest: Of the prepared data.
+    """
+
+    calibration: Tensor
+    evaluation: Tensor
+    digest: str
+
+
+def draw_samples(
+    config: CompressionConfig, model: Path, stop_requested: Callable[[], bool]
+) -> Samples:
+    """Prepares the data as the trainer does, with the model's tokenizer, and draws samples.
+
+    Calibration comes from the training split, in the trainer's seeded order; evaluation from the
+    documents that are held out of it.
+
+    Args:
+        config: Of the compression; `data` or a `run` with data.
+        model: Folder of the parent.
+        stop_requested: Polled.
+
+    Raises:
+        ConfigError: There is no data, too little, or the two share text.
+    """
+    data = data_config(config)
+    prepared = prepare(data, model_path=str(model), stop_requested=stop_requested)
+    max_seq_len = data.max_seq_len
+    calibration = _calibration(config, prepared, max_seq_len, data.mask_documents)
+    evaluation = torch.cat(
+        [
+            batch.input_ids
+            for batch in validation_batches(
+                prepared,
+                max_seq_len=max_seq_len,
+                mask_documents=False,
+                batch_size=1,
+                rank=0,
+                world_size=1,
+                max_samples=config.evaluation.num_samples,
+            )
+        ]
+    )
+    check_no_overlap(calibration, evaluation)
+    return Samples(calibration, evaluation, prepared.digest)
+
+
+def data_config(config: CompressionConfig) -> DataConfig:
+    """The data of the command line, else of the run."""
+    if config.data is not None:
+        data: DataConfig = config.data
+        return data
+    if config.parent.run is None:
+        rule = "nothing says on which text parent and child are compared"
+        raise ConfigError("data", "null", rule, "give data=text data.path=notes.txt, or the like")
+    saved: Any = OmegaConf.load(Path(config.parent.run).expanduser() / "config.yaml")
+    schema = MixtureDataConfig if "sources" in saved.data else SingleDataConfig
+    found: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), saved.data))
+    # The tokenizer is the export's own, however it was come by.
+    vocab_size = PreparationConfig.tokenizer_vocab_size
+    run_data: DataConfig = dataclasses.replace(
+        found, tokenizer="auto", tokenizer_vocab_size=vocab_size
+    )
+    return run_data
+
+
+def check_no_overlap(calibration: Tensor, evaluation: Tensor) -> None:
+    """Raises ConfigError where text to compare on was calibrated with.
+
+    Args:
+        calibration: (N, T).
+        evaluation: (M, T).
+    """
+    size = min(_WINDOW, calibration.shape[1])
+    seen = {tuple(w) for row in calibration for w in row.unfold(0, size, 1).tolist()}
+    windows = [tuple(w) for row in evaluation for w in row.unfold(0, size, size).tolist()]
+    shared = sum(window in seen for window in windows) / max(1, len(windows))
+    if shared > _MOST_SHARED:
+        raise ConfigError(
+            "data",
+            f"{shared:.0%} shared",
+            f"that much of the held-out text is in the calibration, {size} tokens in a row",
+            "remove repeated documents from the data",
+        )
+
+
+def _calibration(
+    config: CompressionConfig, prepared: PreparedData, max_seq_len: int, mask_documents: bool
+) -> Tensor:
+    num_samples = config.calibration.num_samples
+    available = sum((dataset.num_tokens - 1) // max_seq_len for dataset in prepared.sources)
+    num_samples = min(num_samples, available)  # a second epoch would teach nothing
+    if num_samples * max_seq_len < config.calibration.min_tokens:
+        raise ConfigError(
+            "calibration.min_tokens",
+            config.calibration.min_tokens,
+            f"the data has {num_samples * max_seq_len} tokens to calibrate with, in "
+            f"{num_samples} samples of {max_seq_len}",
+            "add data, raise calibration.num_samples, or lower calibration.min_tokens",
+        )
+    with TrainLoader(
+        prepared,
+        max_seq_len=max_seq_len,
+        mask_documents=mask_documents,
+        seed=config.seed,
+        global_batch_size=num_samples,
+        micro_batch_size=1,
+        rank=0,
+        world_size=1,
+        first_sample=0,
+        pin=False,
+    ) as loader:
+        return torch.cat([batch.input_ids for batch in next(loader)])

@@ -1,0 +1,141 @@
+"""What is compressed: a Hugging Face folder, checked before any work."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from compression.recipe import Pattern, PruneConfig, Step
+from compression.stream import BlockStream
+from monitoring.errors import ConfigError, DamagedError
+from trainer.checkpoint import sha256_of
+from trainer.data.tokenizer import fingerprint, load_tokenizer
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder of a dense causal language model.
+
+    Attributes:
+        folder: Where.
+        lineage: What its `lineage.json` says; None where it is not an export of ours.
+        digests: SHA-256 of each of its files that decide what the model computes.
+    """
+
+    folder: Path
+    lineage: dict[str, Any] | None
+    digests: dict[str, str]
+
+    @classmethod
+    def open(cls, folder: Path) -> Source:
+        """Reads and checks a folder.
+
+        Raises:
+            ConfigError: It is no model's folder, or one of a model that is quantized already.
+            DamagedError: Its files are not those that its lineage lists.
+        """
+        config_file = folder / "config.json"
+        if not config_file.is_file():
+            fix = "give a Hugging Face folder, or run=runs/<name> after an export"
+            raise ConfigError("model", folder, "has no config.json", fix)
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+            quantization = config.get("quantization_config")
+        except (ValueError, AttributeError) as e:
+            raise ConfigError("model", config_file, "is not JSON", "save the model again") from e
+        if quantization is not None:
+            method = quantization.get("quant_method", "unknown")
+            fix = "compress the model that it was made from"
+            raise ConfigError("model", folder, f"is quantized already ({method})", fix)
+        files = [p for pattern in (*_WEIGHTS, "config.json") for p in folder.glob(pattern)]
+        digests = {path.name: sha256_of(path) for path in sorted(files)}
+        lineage = None
+        if (folder / "lineage.json").is_file():
+            lineage = json.loads((folder / "lineage.json").read_text(encoding="utf-8"))
+            for name, digest in digests.items():
+                listed = lineage["files"].get(name)
+                if listed is None or listed["sha256"] != digest:
+                    rule = f"{name} is not as lineage.json lists it"
+                    raise DamagedError("model", folder, rule, "export it again")
+        return cls(folder, lineage, digests)
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Of its own tokenizer."""
+        return fingerprint(load_tokenizer(str(self.folder)))
+
+
+def choose_layers(stream: BlockStream, include: list[str], exclude: list[str]) -> dict[str, int]:
+    """Linear layers of decoder blocks, by full name, with the number of their block.
+
+    Args:
+        stream: Of the model.
+        include: Patterns of names (`*.mlp.*`); a layer that matches one is chosen ...
+        exclude: ... unless it matches one of these.
+
+    Raises:
+        ConfigError: A pattern matches nothing, or nothing is left.
+    """
+    found = {
+        f"{stream.names[index]}.{name}": index
+        for index, block in enumerate(stream.blocks)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    if not found:
+        rule = f"{type(stream.model).__name__} has no linear layers in its decoder blocks"
+        raise ConfigError("model", stream.model.config.model_type, rule, "choose another model")
+    for key, patterns in (("layers.include", include), ("layers.exclude", exclude)):
+        for pattern in patterns:
+            if not fnmatch.filter(found, pattern):
+                near = difflib.get_close_matches(pattern, found, n=1, cutoff=0.0)
+                rule = "matches no linear layer of a decoder block"
+                raise ConfigError(key, pattern, rule, f"there is {near[0]}, for one")
+    chosen = {
+        name: index
+        for name, index in found.items()
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in include)
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
+    }
+    if not chosen:
+        raise ConfigError("layers.exclude", exclude, "leaves no layer", "exclude less")
+    return chosen
+
+
+def check_shapes(stream: BlockStream, layers: dict[str, int], key: str, step: Step) -> None:
+    """Raises ConfigError for a layer whose inputs a step cannot part into its groups.
+
+    Args:
+        stream: Of the model.
+        layers: Those that the step is for.
+        key: The step's.
+        step: Its settings.
+    """
+    if isinstance(step, PruneConfig):
+        if step.pattern is Pattern.unstructured:
+            return
+        size, setting = step.pattern.kept_of[1], f"{key}.pattern"
+    elif step.group_size is None:
+        return
+    else:
+        size, setting = step.group_size, f"{key}.group_size"
+    modules = dict(stream.model.named_modules())
+    widths = {name: modules[name].in_features for name in layers}
+    odd = next((name for name, width in widths.items() if width % size), None)
+    if odd is None:
+        return
+    fit = [s for s in (256, 128, 64, 32, 16, 8) if not any(w % s for w in widths.values())]
+    pattern = "*." + odd.rpartition(".")[2]
+    fix = f"leave it out with layers.exclude=['{pattern}']"
+    if fit and setting.endswith("group_size"):
+        fix = f"use {fit[0]}, or {fix}"
+    rule = f"does not divide the {widths[odd]} inputs of {odd}"
+    raise ConfigError(setting, size, rule, fix)

@@ -1,0 +1,157 @@
+"""A model of which one decoder block is in memory at a time.
+
+The whole model is on the meta device. What is outside the blocks runs as transformers wrote it
+(masks, rotary embeddings, soft-capping), for every architecture alike; the blocks but one pass on
+what they are given.
+
+Shapes: B sequences of T tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from monitoring.errors import ConfigError
+from parallel.strategy import decoder_blocks
+from trainer.config import PathModelConfig
+from trainer.model import Materializer, build_meta_model
+
+Overwrite = Callable[[str, nn.Module], None]
+_CPU = torch.device("cpu")
+
+
+class BlockStream:
+    """Reads the safetensors of a Hugging Face folder, a block at a time; float32, on the CPU.
+
+    Attributes:
+        model: On the meta device, but for the small parts outside blocks, embedding and head.
+        blocks: Its decoder blocks.
+        names: Theirs, as `model.layers.0`.
+
+    Args:
+        folder: config.json and safetensors.
+        overwrite: Given each part's name and the part once it is read: puts a compressed model's
+            weights there.
+
+    Raises:
+        ConfigError: No causal language model with decoder blocks, or its weights do not fit.
+    """
+
+    def __init__(self, folder: Path, overwrite: Overwrite = lambda name, part: None) -> None:
+        config = PathModelConfig(path=str(folder), attn_implementation=None)
+        self.model: Any = build_meta_model(config, tokenizer_size=1).eval()
+        self.blocks = decoder_blocks(self.model)
+        if not self.blocks:
+            rule = f"{type(self.model).__name__} names no decoder blocks"
+            raise ConfigError("model", folder, rule, "choose a decoder-only architecture")
+        of_module = {module: name for name, module in self.model.named_modules()}
+        self.names = [of_module[block] for block in self.blocks]
+        self._of_module: dict[nn.Module, str] = of_module
+        self._overwrite = overwrite
+        self._read = Materializer(self.model, self.model, config, 0, _CPU)
+        self._embedding = self.model.get_input_embeddings()
+        self._head = self.model.get_output_embeddings()
+        self.is_tied = self._embedding.weight is self._head.weight
+        for module in self.rest():
+            if module not in (self._embedding, self._head):
+                self._load(module)
+        self._inject: Tensor | None = None
+        self._wraps = False  # whether a block returns a tuple
+        for block in self.blocks:
+            block.forward = self._pass_on
+
+    def rest(self) -> Iterator[nn.Module]:
+        """The modules outside the blocks that have weights or buffers of their own."""
+        inside = {module for block in self.blocks for module in block.modules()}
+        for module in self.model.modules():
+            own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            if module not in inside and own:
+                yield module
+
+    def name_of(self, module: nn.Module) -> str:
+        """As `model.layers.0.mlp.up_proj`."""
+        return self._of_module[module]
+
+    def load(self, index: int) -> nn.Module:
+        """Reads a block; `release` it before the next, for the sake of memory."""
+        return self._load(self.blocks[index])
+
+    def release(self, index: int) -> None:
+        """Forgets a block's weights; it is not read again."""
+        self.blocks[index].to("meta")
+
+    def load_embedding(self) -> nn.Module:
+        """Reads the input embedding."""
+        return self._load(self._embedding)
+
+    def load_head(self) -> Any:
+        """Reads the output head, or the embedding that it shares."""
+        if not self.is_tied:
+            return self._load(self._head)
+        self._head.weight = self.load_embedding().weight
+        return self._head
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """What the first block is given, for (B, T) token ids: (B, T, H)."""
+        return self._run(0, None, input_ids=input_ids)
+
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """A loaded block's output for its input: (B, T, H) each."""
+        return self._run(index, hidden, inputs_embeds=_nothing_like(hidden))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the model makes of the last block's output (B, T, H): (B, T, V) float32."""
+        self._inject = hidden
+        result: Tensor = self.model(inputs_embeds=_nothing_like(hidden), use_cache=False).logits
+        self._inject = None
+        return result.float()
+
+    @torch.no_grad()
+    def _run(self, index: int, hidden: Tensor | None, **inputs: Tensor) -> Tensor:
+        block = self.blocks[index]
+
+        def reach(*args: Any, **kwargs: Any) -> None:
+            if hidden is None:
+                raise _Reached(args[0] if args else kwargs["hidden_states"])
+            if not args:
+                kwargs.pop("hidden_states")
+            output = type(block).forward(block, hidden, *args[1:], **kwargs)
+            self._wraps = isinstance(output, tuple)
+            raise _Reached(output[0] if self._wraps else output)
+
+        block.forward = reach
+        try:
+            self.model.base_model(**inputs, use_cache=False)
+        except _Reached as reached:
+            return reached.hidden
+        finally:
+            block.forward = self._pass_on
+        raise AssertionError(f"{self.names[index]} was not called")
+
+    def _pass_on(self, *args: Any, **kwargs: Any) -> Any:
+        given = args[0] if args else kwargs["hidden_states"]
+        hidden = given if self._inject is None else self._inject
+        return (hidden,) if self._wraps else hidden
+
+    def _load(self, part: nn.Module) -> nn.Module:
+        self._read(part)
+        self._overwrite(self._of_module[part], part)
+        return part
+
+
+class _Reached(Exception):
+    """Leaves transformers' forward with what was wanted of it."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+def _nothing_like(hidden: Tensor) -> Tensor:
+    """An input of the same shape that takes no memory: its values are not looked at."""
+    return hidden.new_zeros(1).expand(hidden.shape)

@@ -1,0 +1,118 @@
+"""compressed-tensors: the format that transformers and vLLM both load as it stands.
+
+Codes are stored as they were chosen; the library packs them and describes them in config.json.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compression.grid import Quantized
+from compression.result import Result
+from compression.scheme import Activation, Number, Scheme
+from compression.targets.packing import kept_matrices, write_folder
+from monitoring.errors import ConfigError, MissingExtraError
+
+_INSTALL = "pip install 'spotforge[compression]'"
+
+
+def check(schemes: set[Scheme], key: str) -> None:
+    """Raises ConfigError for what the format, or who reads it, does not have."""
+    try:
+        import compressed_tensors  # noqa: F401
+    except ImportError as e:
+        rule = "compressed-tensors is not installed"
+        raise MissingExtraError(key, "compressed_tensors", rule, _INSTALL) from e
+    if not schemes:
+        rule = "a result without codes has nothing for it to pack"
+        raise ConfigError(key, "compressed_tensors", rule, "use target=huggingface")
+    for scheme in schemes:
+        if scheme.activation is not Activation.none and scheme.group_size is not None:
+            rule = "engines that round inputs take one scale a row, no groups"
+            raise ConfigError(key, "compressed_tensors", rule, "set group_size=null")
+        if scheme.activation is Activation.int8 and (scheme.bits != 8 or not scheme.symmetric):
+            rule = "engines that round inputs to int8 take symmetric weights of 8 bits"
+            raise ConfigError(key, "compressed_tensors", rule, "set bits=8 symmetric=true")
+        if (scheme.activation is Activation.float8) != (scheme.number is Number.float8):
+            rule = "float8 weights go with float8 inputs"
+            raise ConfigError(key, "compressed_tensors", rule, "set number and activation alike")
+
+
+def pack(result: Result, source: Path, out: Path) -> None:
+    """Writes the folder `out`."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    def packed(name: str, value: Tensor | Quantized) -> tuple[dict[str, Tensor], dict[str, str]]:
+        if not isinstance(value, Quantized):
+            return {name: value}, {}
+        scales = value.scales.to(result.dtype)
+        if not _is_packed(value.scheme):
+            return {name: value.codes, f"{name}_scale": scales}, {}
+        bits = value.scheme.bits
+        stored = {
+            f"{name}_packed": pack_to_int32(value.codes, bits).contiguous(),
+            f"{name}_scale": scales,
+            f"{name}_shape": torch.tensor(value.codes.shape),
+        }
+        if value.zero_points is not None:
+            zero_points = pack_to_int32(value.zero_points, bits, packed_dim=0)
+            stored[f"{name}_zero_point"] = zero_points.contiguous()
+        return stored, {}
+
+    write_folder(result, source, out, packed, _quantization_config(result))
+
+
+def _is_packed(scheme: Scheme) -> bool:
+    return scheme.activation is Activation.none
+
+
+def _quantization_config(result: Result) -> dict[str, Any]:
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+    )
+
+    layers = result.schemes()
+    is_uniform = len(set(layers.values())) == 1
+    groups = {}
+    for index, scheme in enumerate(dict.fromkeys(layers.values())):
+        names = sorted(name for name, s in layers.items() if s == scheme)
+        weights = QuantizationArgs(
+            num_bits=scheme.bits,
+            type="float" if scheme.number is Number.float8 else "int",
+            symmetric=scheme.symmetric,
+            strategy="channel" if scheme.group_size is None else "group",
+            group_size=scheme.group_size,
+        )
+        inputs = None
+        if scheme.activation is not Activation.none:
+            kind = "float" if scheme.activation is Activation.float8 else "int"
+            inputs = QuantizationArgs(
+                num_bits=8, type=kind, symmetric=True, strategy="token", dynamic=True
+            )
+        groups[f"group_{index}"] = QuantizationScheme(
+            targets=["Linear"] if is_uniform else names,
+            weights=weights,
+            input_activations=inputs,
+            format=_format(scheme),
+        )
+    formats = {_format(scheme) for scheme in layers.values()}
+    config = QuantizationConfig(
+        config_groups=groups,
+        format=formats.pop() if len(formats) == 1 else "mixed-precision",
+        quantization_status="compressed",
+        ignore=kept_matrices(result),
+    )
+    described: dict[str, Any] = config.model_dump(mode="json")
+    return described
+
+
+def _format(scheme: Scheme) -> str:
+    if _is_packed(scheme):
+        return "pack-quantized"
+    return "float-quantized" if scheme.number is Number.float8 else "int-quantized"

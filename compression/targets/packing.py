@@ -1,0 +1,88 @@
+"""From a result to a Hugging Face folder: what all targets of that kind share."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compression.grid import Quantized
+from compression.result import Result
+
+_SHARD_BYTES = 256 * 2**20  # bounds memory; a block of more than that has a file to itself
+_NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", "config.json", "lineage.json", "*.bin")
+
+# A tensor or codes by name -> what is stored for it, and what is said of it in the file.
+Pack = Callable[[str, Tensor | Quantized], tuple[dict[str, Tensor], dict[str, str]]]
+
+
+def write_folder(
+    result: Result, source: Path, out: Path, pack: Pack, quantization_config: dict[str, Any] | None
+) -> None:
+    """Writes weights, config, tokenizer: all that transformers loads.
+
+    Args:
+        result: What to pack.
+        source: Folder of the dense model, for its tokenizer and configs.
+        out: An empty folder.
+        pack: Of each tensor.
+        quantization_config: Goes into config.json.
+    """
+    shutil.copytree(source, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["dtype"] = str(result.dtype).removeprefix("torch.")
+    config.pop("torch_dtype", None)
+    if quantization_config is not None:
+        config["quantization_config"] = quantization_config
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    weight_map: dict[str, str] = {}
+    size = 0
+    shards: list[Path] = []
+    for tensors, metadata in _shards(result, pack):
+        shards.append(out / f"model-{len(shards) + 1:05d}.safetensors")
+        save_file(tensors, shards[-1], {"format": "pt", **metadata})
+        weight_map |= dict.fromkeys(tensors, shards[-1].name)
+        size += sum(t.numel() * t.itemsize for t in tensors.values())
+    names = {p.name: f"{p.stem}-of-{len(shards):05d}.safetensors" for p in shards}
+    if len(shards) == 1:
+        names = {shards[0].name: "model.safetensors"}
+    for path in shards:
+        path.rename(out / names[path.name])
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": size},
+            "weight_map": {name: names[file] for name, file in weight_map.items()},
+        }
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def kept_matrices(result: Result) -> list[str]:
+    """Names of the modules whose matrices are not in codes, the head always among them."""
+    kept = {
+        name.removesuffix(".weight")
+        for path in result.files()
+        for name, value in result.read(path)
+        if isinstance(value, Tensor) and value.ndim == 2 and name.endswith(".weight")
+    }
+    return sorted(kept | {"lm_head"})
+
+
+def _shards(result: Result, pack: Pack) -> Iterator[tuple[dict[str, Tensor], dict[str, str]]]:
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    size = 0
+    for path in result.files():
+        if tensors and size + path.stat().st_size > _SHARD_BYTES:
+            yield tensors, metadata
+            tensors, metadata, size = {}, {}, 0
+        size += path.stat().st_size
+        for name, value in result.read(path):
+            stored, said = pack(name, value)
+            tensors |= stored
+            metadata |= said
+    yield tensors, metadata

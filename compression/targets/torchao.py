@@ -1,0 +1,101 @@
+"""torchao's tensors in a Hugging Face folder, with the codes that were chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compression.grid import Quantized
+from compression.result import Result
+from compression.scheme import Activation, Number, Scheme
+from compression.targets.packing import kept_matrices, write_folder
+from monitoring.errors import ConfigError, MissingExtraError
+
+
+def check(schemes: set[Scheme], key: str) -> None:
+    """Raises ConfigError for what torchao cannot store or run on every device."""
+    try:
+        import torchao  # noqa: F401
+    except ImportError as e:
+        fix = "pip install 'spotforge[compression]'"
+        raise MissingExtraError(key, "torchao", "torchao is not installed", fix) from e
+    if not schemes:
+        rule = "a result without codes has nothing for it to pack"
+        raise ConfigError(key, "torchao", rule, "use target=huggingface")
+    if len(schemes) > 1:
+        rule = "its config in a Hugging Face folder names one scheme"
+        raise ConfigError(key, "torchao", rule, "use target=compressed_tensors")
+    (scheme,) = schemes
+    if scheme.bits != 8 or scheme.group_size is not None or not scheme.symmetric:
+        rule = "torchao 0.18 packs int4 with CUDA kernels only, and stores it as int8 elsewhere"
+        raise ConfigError(key, "torchao", rule, "use target=compressed_tensors")
+
+
+def pack(result: Result, source: Path, out: Path) -> None:
+    """Writes the folder `out`."""
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    scheme = next(iter(result.schemes().values()))
+    wrap = _wrapper(scheme, result)
+
+    def packed(name: str, value: Tensor | Quantized) -> tuple[dict[str, Tensor], dict[str, str]]:
+        if not isinstance(value, Quantized):
+            return {name: value}, {}
+        stored, said = flatten_tensor_state_dict({name: wrap(value)})
+        return stored, said
+
+    write_folder(result, source, out, packed, _quantization_config(scheme, result))
+
+
+def _config(scheme: Scheme) -> Any:
+    """The torchao config by which quantizing the dense model would give these tensors' kind."""
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Float8WeightOnlyConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        PerRow,
+    )
+
+    if scheme.number is Number.float8:
+        if scheme.activation is Activation.none:
+            return Float8WeightOnlyConfig()
+        return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    if scheme.activation is Activation.none:
+        return Int8WeightOnlyConfig()
+    return Int8DynamicActivationInt8WeightConfig()
+
+
+def _wrapper(scheme: Scheme, result: Result) -> Callable[[Quantized], Tensor]:
+    """A function from codes to torchao's tensor.
+
+    torchao quantizes a matrix of its own by the config; then its codes and scales are replaced.
+    """
+    from torch import nn
+    from torchao.quantization import quantize_
+
+    def wrap(value: Quantized) -> Tensor:
+        outputs, inputs = value.codes.shape
+        layer = nn.Linear(inputs, outputs, bias=False, dtype=result.dtype)
+        layer.weight.data = value.dequantize().to(result.dtype)
+        quantize_(layer, _config(scheme))
+        tensor: Any = layer.weight.data
+        tensor.qdata.copy_(value.codes)
+        tensor.scale.copy_(value.scales.view_as(tensor.scale).to(tensor.scale.dtype))
+        packed: Tensor = tensor
+        return packed
+
+    return wrap
+
+
+def _quantization_config(scheme: Scheme, result: Result) -> dict[str, Any]:
+    from transformers import TorchAoConfig
+
+    kept = kept_matrices(result)
+    described: dict[str, Any] = TorchAoConfig(
+        _config(scheme), modules_to_not_convert=kept
+    ).to_dict()
+    return described
