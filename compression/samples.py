@@ -21,8 +21,8 @@ from trainer.data.config import DataConfig, MixtureDataConfig, PreparationConfig
 from trainer.data.loader import TrainLoader, validation_batches
 from trainer.data.prepare import PreparedData, prepare
 
-_WINDOW = 32  # tokens in a row that two texts do not share by chance
-_MOST_SHARED = 0.01
+_WINDOW = 64  # tokens in a row that two texts do not share by chance
+_MOST_SHARED = 0.05  # what licences and headings may
 
 
 @dataclass(frozen=True)

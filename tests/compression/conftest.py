@@ -1,0 +1,55 @@
+"""Small models with a tokenizer, made here."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trainer.data.tokenizer import train_tokenizer
+
+WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "ate", "fish", "while", "dogs", "ran", "far")
+
+
+def sentences(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(len(WORDS), (count, 8), generator=generator).tolist()
+    return [" ".join(WORDS[i] for i in row) + ".\n" for row in draws]
+
+
+def save_model(folder, model_type="llama", seed=0, **fields):
+    sizes = dict(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=320,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(model_type, **{**sizes, **fields})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # larger than at random, so that logits say something
+            parameter.mul_(4.0 if parameter.ndim == 2 else 1.0)
+    model.save_pretrained(folder)
+    train_tokenizer(sentences(200), 300).save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="session")
+def parent(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "parent"
+    save_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text(
+        "".join(f'{{"text": "{s.strip()} {i}"}}\n' for i, s in enumerate(sentences(600)))
+    )
+    return path
