@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -21,6 +21,7 @@ from parallel.strategy import (
     ReadTensors,
     Strategy,
     decoder_blocks,
+    frozen_children,
     torch_dtype,
 )
 from parallel.world import World
@@ -31,6 +32,7 @@ class FsdpStrategy(Strategy):
 
     def __init__(self, config: FsdpConfig, world: World, precision: PrecisionConfig) -> None:
         self._config, self._world, self._precision = config, world, precision
+        self._mesh: DeviceMesh
         self._module: FSDPModule
         self._optimizer: Optimizer
         self._parameters: dict[str, nn.Parameter]
@@ -43,26 +45,36 @@ class FsdpStrategy(Strategy):
         mesh = init_device_mesh(
             self._world.device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard")
         )
-        options: dict[str, Any] = {
-            "mesh": mesh if replicas > 1 else mesh["dp_shard"],
-            "mp_policy": MixedPrecisionPolicy(
-                param_dtype=torch_dtype(self._precision.param_dtype.value),
-                reduce_dtype=torch_dtype(self._precision.reduce_dtype.value),
-            ),
-        }
-        model = module.get_submodule("model")
-        for block in decoder_blocks(model):
-            materialize(block)  # one block in full at a time: sharding frees what others hold
-            fully_shard(block, reshard_after_forward=self._config.reshard_after_forward, **options)
-        materialize(module)
-        # The root's parameters (embedding, head) are needed again as soon as backward begins.
-        self._module = fully_shard(module, reshard_after_forward=False, **options)
+        self._mesh = mesh if replicas > 1 else mesh["dp_shard"]
+        for frozen in frozen_children(module):  # before the root, which would take what is left
+            self._shard(frozen, materialize, True, MixedPrecisionPolicy())
+        precision = MixedPrecisionPolicy(
+            param_dtype=torch_dtype(self._precision.param_dtype.value),
+            reduce_dtype=torch_dtype(self._precision.reduce_dtype.value),
+        )
+        reshards = self._config.reshard_after_forward
+        self._module = self._shard(module, materialize, reshards, precision)
         for part in module.modules():
             if isinstance(part, FSDPModule):
                 part.set_gradient_divide_factor(1.0)  # sum, not mean,
                 part.set_force_sum_reduction_for_comms(True)  # without NCCL's pre-multiplied sum
-        self._parameters = dict(model.named_parameters())
+        self._parameters = dict(module.get_submodule("model").named_parameters())
         self._optimizer = build_optimizer(self._parameters)
+
+    def _shard(
+        self,
+        module: nn.Module,
+        materialize: Materialize,
+        reshards: bool,
+        precision: MixedPrecisionPolicy,
+    ) -> FSDPModule:
+        options: dict[str, Any] = {"mesh": self._mesh, "mp_policy": precision}
+        for block in decoder_blocks(module.get_submodule("model")):
+            materialize(block)  # one block in full at a time: sharding frees what others hold
+            fully_shard(block, reshard_after_forward=reshards, **options)
+        materialize(module)
+        # The root's parameters (embedding, head) are needed again as soon as backward begins.
+        return fully_shard(module, reshard_after_forward=False, **options)
 
     def forward(self, **inputs: Any) -> Tensor:
         assert isinstance(self._module, nn.Module)

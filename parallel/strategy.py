@@ -30,7 +30,9 @@ class Strategy(ABC):
     """Data parallelism of one kind over all ranks.
 
     The module given to `setup` holds the Hugging Face model as `module.model`, and its forward
-    returns the summed loss.
+    returns the summed loss. Its other children are frozen (a teacher): each holds a model as
+    `child.model` in the same way, keeps the type that it has, and has no gradients, no optimizer
+    state and no place in `state()`. A strategy that shards parameters shards theirs too.
     """
 
     @abstractmethod
@@ -93,6 +95,11 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [m for m in model.modules() if type(m).__name__ in names]
+
+
+def frozen_children(module: nn.Module) -> list[nn.Module]:
+    """What the module given to `setup` holds beside the model that is trained."""
+    return [child for name, child in module.named_children() if name != "model"]
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -27,9 +27,12 @@ from parallel.strategy import (
     ReadTensors,
     Strategy,
     decoder_blocks,
+    frozen_children,
 )
 from parallel.world import World
 
+# Attribute of a parameter (PARAM_COMM_DTYPE_ATTR_NAME of deepspeed/runtime/torch_autocast.py).
+_GATHERED_TYPE = "comm_dtype"
 _CHUNK_NUMEL = 64 * 1024 * 1024  # elements of a checkpoint that are held in full at once
 
 
@@ -47,11 +50,12 @@ class ZeroStrategy(Strategy):
         self, module: nn.Module, materialize: Materialize, build_optimizer: BuildOptimizer
     ) -> None:
         if self._config.stage == 3:
-            for block in decoder_blocks(module.get_submodule("model")):
-                materialize(block)
-                self._partition(block)
-            materialize(module)
-            self._partition(module)
+            for part in (*frozen_children(module), module):
+                for block in decoder_blocks(part.get_submodule("model")):
+                    materialize(block)
+                    self._partition(block)
+                materialize(part)
+                self._partition(part)
         else:
             materialize(module)
         self._parameters = dict(module.get_submodule("model").named_parameters())
@@ -61,6 +65,9 @@ class ZeroStrategy(Strategy):
             config=self._deepspeed_config(),
             dist_init_required=False,
         )
+        for frozen in frozen_children(module):
+            for parameter in frozen.parameters():  # else gathered in the type of autocast
+                vars(parameter).pop(_GATHERED_TYPE, None)
         self._create_moments()
 
     def forward(self, **inputs: Any) -> Tensor:

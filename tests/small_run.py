@@ -6,9 +6,8 @@ import torch
 import torch.distributed as dist
 
 from parallel.config import PrecisionConfig
-from trainer.config import NamedModelConfig
+from trainer.config import NamedModelConfig, PretrainConfig
 from trainer.model import Materializer, build_meta_model, prepare_training
-from trainer.objective import NextTokenLoss
 from trainer.optim import AdamWConfig
 
 GLOBAL_BATCH, SEQ_LEN, VOCAB = 16, 32, 128
@@ -26,20 +25,31 @@ MODEL = NamedModelConfig(
     },
 )
 
+PRETRAIN = PretrainConfig()
+
 
 class SmallRun:
     """Two micro-batches a step on every rank, clipping at 0.5."""
 
-    def __init__(self, parallel, world, model=MODEL, precision=None, checkpointing=False):
+    def __init__(
+        self,
+        parallel,
+        world,
+        model=MODEL,
+        precision=None,
+        checkpointing=False,
+        objective=PRETRAIN,
+    ):
         self.world = world
         self.model = build_meta_model(model, VOCAB)
-        self.module = NextTokenLoss(self.model, fused=True)
+        self.module = objective.build(self.model, model, tokenizer_fingerprint="")
         prepare_training(self.model, compile=False, checkpointing=checkpointing)
         matrices = {n for n, p in self.model.named_parameters() if p.ndim >= 2}
         self.strategy = parallel.build(world, precision or PrecisionConfig())
+        weights = Materializer(self.module, self.model, model, seed=3, device=world.device)
         self.strategy.setup(
             self.module,
-            Materializer(self.module, self.model, model, seed=3, device=world.device),
+            self.module.materializer(weights, world.device),
             partial(AdamWConfig(lr=3e-3, max_norm=0.5).build, decayed=matrices),
         )
         self.step = 0

@@ -8,10 +8,11 @@ leaf behind it has `build()`. `schemas.py` tells Hydra about them.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
@@ -20,6 +21,11 @@ from parallel.config import Dtype, ZeroConfig
 from trainer.anomaly import AnomalyConfig
 from trainer.interval import Interval
 from trainer.preemption import PreemptionConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from trainer.objective import Objective
 
 
 @dataclass
@@ -64,6 +70,58 @@ class PathModelConfig(ModelConfig):
     path: str = MISSING
     revision: str | None = None
     weights: bool = True
+
+
+@dataclass
+class PretrainConfig:
+    """Predict the next token of the data."""
+
+    def build(
+        self, model: PreTrainedModel, config: ModelConfig, tokenizer_fingerprint: str
+    ) -> Objective:
+        from trainer.objective import NextTokenLoss
+
+        return NextTokenLoss(model, config.fused_loss)
+
+
+@dataclass
+class DistillConfig:
+    """Predict what a larger model, the teacher, predicts (Hinton et al., arXiv 1503.02531).
+
+    Minitron (arXiv 2407.14679) finds the divergence alone, at temperature 1, best for healing a
+    pruned language model: so are the defaults.
+
+    Attributes:
+        teacher: Hugging Face folder or hub name of a model with the student's vocabulary.
+        revision: Commit, tag or branch of a hub repository.
+        temperature: Logits of both are divided by it.
+        weight: Of the divergence from the teacher; the rest, to 1, is cross-entropy with the data.
+        teacher_dtype: Type in which the teacher is held and computes.
+    """
+
+    teacher: str = MISSING
+    revision: str | None = None
+    temperature: float = 1.0
+    weight: float = 1.0
+    teacher_dtype: Dtype = Dtype.float32
+
+    def __post_init__(self) -> None:
+        # Written so that NaN fails too.
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError("objective.temperature", self.temperature, "must be above 0", "try 1")
+        if not 0 <= self.weight <= 1:
+            raise ConfigError("objective.weight", self.weight, "must be in [0, 1]", "try 1")
+
+    def build(
+        self, model: PreTrainedModel, config: ModelConfig, tokenizer_fingerprint: str
+    ) -> Objective:
+        from trainer.distillation import DistillationLoss
+        from trainer.teacher import build_teacher
+
+        teacher = build_teacher(self, model, config, tokenizer_fingerprint)
+        return DistillationLoss(
+            model, teacher, config.fused_loss, temperature=self.temperature, weight=self.weight
+        )
 
 
 @dataclass
@@ -208,6 +266,7 @@ class TrainerConfig:
     preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
     anomaly: AnomalyConfig = field(default_factory=AnomalyConfig)
     model: Any = MISSING
+    objective: Any = MISSING
     data: Any = MISSING
     parallel: Any = MISSING
     optim: Any = MISSING

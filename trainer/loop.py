@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from monitoring.errors import DivergedError, ExitCode
 from monitoring.throughput import Throughput
@@ -23,6 +23,7 @@ from trainer.data.prepare import PreparedData
 from trainer.evaluation import evaluate, generate, held_out_batches
 from trainer.heartbeat import Heartbeat
 from trainer.interval import Interval, SaveSchedule, expected_mtbf_s
+from trainer.objective import Objective
 from trainer.reporter import Reporter, count_losses, save_costs_s
 from trainer.resume import find_checkpoint
 from trainer.saving import Checkpointer
@@ -41,7 +42,7 @@ class TrainingLoop:
         config: TrainerConfig,
         world: World,
         data: PreparedData,
-        module: nn.Module,
+        module: Objective,
         strategy: Strategy,
         checkpointer: Checkpointer,
         reporter: Reporter,
@@ -136,7 +137,7 @@ class TrainingLoop:
                     self._refuse_divergence(state, loss.value(), grad_norm.item())
                     record = {
                         "step": state.step,
-                        "loss": loss.value(),
+                        **loss.means(),
                         "grad_norm": grad_norm.item(),
                         "lr": lr,
                         "num_tokens": state.num_tokens,
@@ -171,7 +172,7 @@ class TrainingLoop:
         the same gradient.
         """
         config, world, strategy = self.config, self.world, self.strategy
-        loss = _StepLoss(world.device, num_targets)
+        loss = _StepLoss(num_targets)
         anomaly = None
         torch.manual_seed(_step_seed(config.seed, step, world.rank))  # dropout
         for i, batch in enumerate(batches):
@@ -183,7 +184,7 @@ class TrainingLoop:
                     targets=on_device.targets,
                     position_ids=on_device.position_ids,
                 )
-                loss.add(loss_sum.detach())
+                loss.add({"loss": loss_sum.detach(), **self.module.parts})
                 if last and self.judges_every_loss:
                     anomaly = self.loss_watch.verdict(loss.value())
                 # A gradient that is not finite is thrown away by every strategy: the one way to
@@ -287,22 +288,32 @@ class TrainingLoop:
 
 
 class _StepLoss:
-    """The loss of a step, which is summed over ranks and read when somebody asks for it."""
+    """The loss of a step and its parts, summed over ranks and read when somebody asks for them."""
 
-    def __init__(self, device: torch.device, num_targets: float) -> None:
-        self._sum, self._num_targets = torch.zeros((), device=device), num_targets
-        self._value: float | None = None
+    def __init__(self, num_targets: float) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._num_targets = num_targets
+        self._means: dict[str, float] | None = None
 
-    def add(self, loss_sum: Tensor) -> None:
+    def add(self, sums: dict[str, Tensor]) -> None:
         """Counts a micro-batch of this rank."""
-        self._sum += loss_sum
+        for name, value in sums.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def means(self) -> dict[str, float]:
+        """Over all ranks' targets. Collective the first time, and waits for the device."""
+        if self._means is None:
+            total = torch.stack([*self._sums.values()])
+            dist.all_reduce(total)
+            self._means = {
+                name: value / self._num_targets
+                for name, value in zip(self._sums, total.tolist(), strict=True)
+            }
+        return self._means
 
     def value(self) -> float:
-        """Nats a token over all ranks. Collective the first time, and waits for the device."""
-        if self._value is None:
-            dist.all_reduce(self._sum)
-            self._value = self._sum.item() / self._num_targets
-        return self._value
+        """Nats a token of what is trained for; as `means`."""
+        return self.means()["loss"]
 
 
 def _due(step: int, every_steps: int | None) -> bool:

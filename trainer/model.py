@@ -72,9 +72,11 @@ def hf_config_of(config: NamedModelConfig | PathModelConfig) -> Any:
 
 
 def build_meta_model(
-    config: NamedModelConfig | PathModelConfig, tokenizer_size: int
+    config: NamedModelConfig | PathModelConfig,
+    tokenizer_size: int,
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """The architecture in float32 on the meta device: shapes, no memory.
+    """The architecture on the meta device: shapes, no memory.
 
     Raises:
         ConfigError: If the architecture is unknown, a field of it is misspelt, or the tokenizer has
@@ -104,7 +106,7 @@ def build_meta_model(
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                hf_config, dtype=torch.float32, attn_implementation=config.attn_implementation
+                hf_config, dtype=dtype, attn_implementation=config.attn_implementation
             )
     except (ValueError, ImportError) as e:
         raise ConfigError(
@@ -140,7 +142,7 @@ class Materializer:
         self._names = {m: name for name, m in model.named_modules()}
         self._read: Callable[[str], Tensor] | None = None
         if isinstance(config, PathModelConfig) and config.weights:
-            self._read = _weights_reader(config, model)
+            self._read = weights_reader(config, model)
         self._done: set[nn.Module] = {m for m in module.modules() if m not in self._names}
 
     @torch.no_grad()
@@ -192,7 +194,7 @@ def prepare_training(model: PreTrainedModel, *, compile: bool, checkpointing: bo
             block.compile()
 
 
-def _weights_reader(config: PathModelConfig, model: PreTrainedModel) -> Callable[[str], Tensor]:
+def weights_reader(config: PathModelConfig, model: PreTrainedModel) -> Callable[[str], Tensor]:
     """A function that reads one parameter by its name in `model`.
 
     Raises:
@@ -232,29 +234,27 @@ def _weights_reader(config: PathModelConfig, model: PreTrainedModel) -> Callable
     return read
 
 
+def find_file(config: PathModelConfig, name: str) -> str | None:
+    """Path of a file of the folder or hub repository; None where it has none of that name."""
+    path: str | None = cached_file(
+        config.path, name, revision=config.revision, _raise_exceptions_for_missing_entries=False
+    )
+    return path
+
+
 def _weight_files(config: PathModelConfig) -> dict[str, str]:
     """File of each stored tensor."""
-
-    def find(name: str) -> str | None:
-        path: str | None = cached_file(
-            config.path,
-            name,
-            revision=config.revision,
-            _raise_exceptions_for_missing_entries=False,
-        )
-        return path
-
-    index = find(_INDEX)
+    index = find_file(config, _INDEX)
     if index is not None:
         weight_map: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
-        paths = {file: find(file) for file in set(weight_map.values())}
+        paths = {file: find_file(config, file) for file in set(weight_map.values())}
         missing = [file for file, path in paths.items() if path is None]
         if missing:
             raise ConfigError(
                 "model.path", config.path, f"{missing[0]} is missing", "download it again"
             )
         return {name: str(paths[file]) for name, file in weight_map.items()}
-    single = find(_SINGLE)
+    single = find_file(config, _SINGLE)
     if single is None:
         raise ConfigError(
             "model.path",

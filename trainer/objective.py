@@ -1,8 +1,9 @@
-"""Next-token prediction: the model and its loss in one module.
+"""What is trained for: the model and its loss in one module. Here: next-token prediction.
 
 Shapes: B sequences of T tokens, N = B x T, H hidden size, V vocabulary.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monitoring.errors import ConfigError
+from parallel.strategy import Materialize
 from trainer.data.loader import IGNORE_INDEX
 
 # Logits held at once, in elements: they stay in the cache of a CPU, and keep a GPU busy.
@@ -19,20 +21,23 @@ _CHUNK_NUMEL = {"cpu": 2**22, "cuda": 2**26}
 _LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
-class NextTokenLoss(nn.Module):
-    """Summed cross-entropy of a Hugging Face causal LM on packed samples.
+class Objective(nn.Module, ABC):
+    """A Hugging Face causal LM, `model`, and the loss that it is trained for.
 
     Head and loss are inside forward so that a strategy which gathers parameters around forward has
     the head's weight there.
+
+    Attributes:
+        parts: What the loss of the last forward in training is made of, by the name of its metric:
+            sums over targets, float32 scalars without a gradient. Empty where it is of one piece.
     """
 
-    def __init__(self, model: nn.Module, fused: bool) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model: Any = model
-        self.fused = fused
-        if fused:
-            _check_plain_logits(self.model)
+        self.parts: dict[str, Tensor] = {}
 
+    @abstractmethod
     def forward(
         self,
         input_ids: Tensor,
@@ -47,25 +52,73 @@ class NextTokenLoss(nn.Module):
             position_ids: (B, T) int64, restarting at 0 with each document; None counts up.
 
         Returns:
-            The loss summed over targets, a float32 scalar; or (B, V) logits after the last
+            The loss summed over targets, a float32 scalar: the objective's in training, plain
+            cross-entropy in evaluation, so that objectives compare; or (B, V) logits after the last
             position.
         """
-        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
-        if targets is None:
-            last: Tensor = self.model(**inputs, logits_to_keep=1).logits[:, -1]  # (B, V)
-            return last
-        if not self.fused:
-            logits = self.model(**inputs).logits.float()  # (B, T, V)
-            return F.cross_entropy(
-                logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-            )
-        hidden = self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)  # (N, H)
-        head = self.model.get_output_embeddings()
-        weight, bias = head.weight, head.bias
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-        return fused_linear_cross_entropy(hidden, weight, bias, targets.flatten())
+
+    @abstractmethod
+    def materializer(self, model: Materialize, device: torch.device) -> Materialize:
+        """What fills all of this module part by part, given what fills the parts of `model`."""
+
+
+class NextTokenLoss(Objective):
+    """Summed cross-entropy on packed samples."""
+
+    def __init__(self, model: nn.Module, fused: bool) -> None:
+        super().__init__(model)
+        self.fused = fused
+        if fused:
+            check_plain_logits(self.model)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        return next_token(self.model, self.fused, input_ids, targets, position_ids)
+
+    def materializer(self, model: Materialize, device: torch.device) -> Materialize:
+        return model
+
+
+def next_token(
+    model: Any,
+    fused: bool,
+    input_ids: Tensor,
+    targets: Tensor | None,
+    position_ids: Tensor | None,
+) -> Tensor:
+    """Summed cross-entropy, or logits after the last position: as `Objective.forward` says."""
+    inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+    if targets is None:
+        last: Tensor = model(**inputs, logits_to_keep=1).logits[:, -1]  # (B, V)
+        return last
+    if not fused:
+        logits = model(**inputs).logits.float()  # (B, T, V)
+        return F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+    hidden, weight, bias = hidden_and_head(model, input_ids, position_ids)
+    return fused_linear_cross_entropy(hidden, weight, bias, targets.flatten())
+
+
+def hidden_and_head(
+    model: Any, input_ids: Tensor, position_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What logits are the product of: (N, H) hidden states, the head's (V, H) weight, its bias.
+
+    The first two are of autocast's type where it is on.
+    """
+    inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+    hidden = model.base_model(**inputs).last_hidden_state.flatten(0, 1)  # (N, H)
+    head = model.get_output_embeddings()
+    weight, bias = head.weight, head.bias
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    return hidden, weight, bias
 
 
 def fused_linear_cross_entropy(
@@ -97,38 +150,22 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     ) -> Tensor:
-        wants = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if any(wants) else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants[1] else None
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        grads = HeadGradients(hidden, weight, bias, ctx.needs_input_grad)
         total = hidden.new_zeros((), dtype=torch.float32)
-        for rows in _chunks(hidden, weight):
-            chunk, target = hidden[rows], targets[rows]
-            logits = F.linear(chunk, weight, bias).float()  # (n, V)
+        for rows in chunks(hidden, weight):
+            target = targets[rows]
+            logits = F.linear(hidden[rows], weight, bias).float()  # (n, V)
             counted = target != IGNORE_INDEX
             index = target.clamp_min(0).unsqueeze(1)  # (n, 1)
             log_norm = logits.logsumexp(1, keepdim=True)
             losses = (log_norm - logits.gather(1, index)).squeeze(1)
             total += losses.masked_fill_(~counted, 0.0).sum()
-            if grad_hidden is None:
+            if not grads.wanted:
                 continue
             grad = logits.sub_(log_norm).exp_()  # softmax, in the logits' memory
             grad.scatter_add_(1, index, -torch.ones_like(log_norm))
-            grad.mul_(counted.unsqueeze(1))
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
-            torch.mm(grad, weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                if grad.dtype is torch.float32:
-                    grad_weight.addmm_(grad.T, chunk)
-                else:
-                    grad_weight += grad.T @ chunk
-        ctx.grads = (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-        )
+            grads.add(rows, grad.mul_(counted.unsqueeze(1)))
+        ctx.grads = grads.finish()
         return total
 
     @staticmethod
@@ -138,12 +175,57 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         return *(None if g is None else g.mul_(scale) for g in grads), None
 
 
-def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+class HeadGradients:
+    """Gradients of hidden states and head, added up chunk by chunk from those of the logits.
+
+    Args:
+        hidden: (N, H).
+        weight: (V, H).
+        bias: (V) or None.
+        wants: Which of the three need one, first.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wants: tuple[bool, ...]
+    ) -> None:
+        self.wanted = any(wants[:3])
+        self._hidden, self._weight, self._bias = hidden, weight, bias
+        self._of_hidden = torch.empty_like(hidden) if self.wanted else None
+        self._of_weight = torch.zeros_like(weight, dtype=torch.float32) if wants[1] else None
+        self._of_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+
+    def add(self, rows: slice, grad: Tensor) -> None:
+        """Counts a chunk, of whose logits `grad` (n, V), float32, is the gradient."""
+        if self._of_bias is not None:
+            self._of_bias += grad.sum(0)
+        grad = grad.to(self._hidden.dtype)
+        chunk = self._hidden[rows]
+        assert self._of_hidden is not None
+        torch.mm(grad, self._weight, out=self._of_hidden[rows])
+        if self._of_weight is not None:
+            if grad.dtype is torch.float32:
+                self._of_weight.addmm_(grad.T, chunk)
+            else:
+                self._of_weight += grad.T @ chunk
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Those of hidden states, weight and bias, in their types."""
+        weight, bias = self._of_weight, self._of_bias
+        return (
+            self._of_hidden,
+            None if weight is None else weight.to(self._weight.dtype),
+            None if bias is None or self._bias is None else bias.to(self._bias.dtype),
+        )
+
+
+def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Rows of which the logits are held at once."""
     rows = max(1, _CHUNK_NUMEL.get(hidden.device.type, 2**22) // weight.shape[0])
     return [slice(i, i + rows) for i in range(0, hidden.shape[0], rows)]
 
 
-def _check_plain_logits(model: Any) -> None:
+def check_plain_logits(model: Any) -> None:
+    """Raises ConfigError for a model whose logits are no product of hidden states and head."""
     for field in _LOGIT_FIELDS:
         value = getattr(model.config, field, None)
         if value not in (None, 1, 1.0):

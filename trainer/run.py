@@ -26,7 +26,6 @@ from trainer.heartbeat import Heartbeat
 from trainer.loop import TrainingLoop
 from trainer.memory import check_memory
 from trainer.model import Materializer, build_meta_model, hf_config_of, prepare_training
-from trainer.objective import NextTokenLoss
 from trainer.remote import RemoteCheckpoints
 from trainer.reporter import Reporter, check_run_dir
 from trainer.resume import check_same_model, check_same_run, find_checkpoint, set_newer_aside
@@ -76,7 +75,7 @@ def train_in(
     # 2. The model, on the meta device until its strategy knows where each part goes
     with world.together():
         model = build_meta_model(config.model, vocab_size_of(data.tokenizer))
-        module = NextTokenLoss(model, config.model.fused_loss)
+        module = config.objective.build(model, config.model, data.tokenizer_fingerprint)
     resolved = resolve(config)
     reporter = Reporter(config, resolved, data, model, world)
 
@@ -106,9 +105,10 @@ def train_in(
         poll.refuse_to_start()
         with world.together():
             strategy: Strategy = config.parallel.build(world, config.precision)
+            weights = Materializer(module, model, config.model, config.seed, world.device)
             strategy.setup(
                 module,
-                Materializer(module, model, config.model, config.seed, world.device),
+                module.materializer(weights, world.device),
                 partial(config.optim.build, decayed=matrices),
             )
         if checkpoint is not None:

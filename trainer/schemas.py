@@ -14,13 +14,21 @@ from hydra.core.config_store import ConfigStore
 from monitoring.config import MonitoringConfig
 from monitoring.errors import ConfigError
 from parallel.config import DdpConfig, FsdpConfig, PrecisionConfig, ZeroConfig
-from trainer.config import CheckpointConfig, NamedModelConfig, PathModelConfig, TrainerConfig
+from trainer.config import (
+    CheckpointConfig,
+    DistillConfig,
+    NamedModelConfig,
+    PathModelConfig,
+    PretrainConfig,
+    TrainerConfig,
+)
 from trainer.data.config import MixtureDataConfig, SingleDataConfig
 from trainer.optim import AdamWConfig
 from trainer.schedule import ConstantConfig, CosineConfig, WarmupStableDecayConfig
 
 _SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"named": NamedModelConfig, "path": PathModelConfig},
+    "objective": {"pretrain": PretrainConfig, "distill": DistillConfig},
     "data": {"single": SingleDataConfig, "mixture": MixtureDataConfig},
     "parallel": {"ddp": DdpConfig, "fsdp": FsdpConfig, "zero": ZeroConfig},
     "optim": {"adamw": AdamWConfig},

@@ -16,17 +16,18 @@ MIN_VOCAB_SIZE = 257  # every byte, and EOS
 KEY = "data.tokenizer"
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerFast:
     """Load a tokenizer that can end a document.
 
     Args:
         name: A folder (of a tokenizer or of a model) or a name on the hub.
+        revision: Commit, tag or branch on the hub.
 
     Raises:
         ConfigError: Not found, not a fast tokenizer, or without an EOS token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         fix = "give a folder that holds tokenizer.json, a hub name, or train"

@@ -1,0 +1,200 @@
+"""Distillation: the student is trained towards its teacher's distribution.
+
+Shapes: B sequences of T tokens, N = B x T, H hidden size (the teacher has its own), V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel.strategy import Materialize
+from trainer.data.loader import IGNORE_INDEX
+from trainer.objective import (
+    HeadGradients,
+    Objective,
+    check_plain_logits,
+    chunks,
+    hidden_and_head,
+    next_token,
+)
+from trainer.teacher import Teacher
+
+
+class DistillationLoss(Objective):
+    """weight * T^2 * KL(teacher || student) + (1 - weight) * cross-entropy, summed over targets.
+
+    Both distributions are taken at temperature T; T^2 keeps the size of the gradients (Hinton et
+    al., arXiv 1503.02531, section 2).
+    """
+
+    def __init__(
+        self, model: nn.Module, teacher: Teacher, fused: bool, *, temperature: float, weight: float
+    ) -> None:
+        super().__init__(model)
+        self.teacher = teacher
+        self.fused, self.temperature, self.weight = fused, temperature, weight
+        if fused:
+            check_plain_logits(model)
+            check_plain_logits(teacher.model)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        if targets is None or not self.training:
+            return next_token(self.model, self.fused, input_ids, targets, position_ids)
+        taught = self.teacher(input_ids, position_ids, hidden=self.fused)
+        if self.fused:
+            head = self.teacher.model.get_output_embeddings()
+            divergence, entropy, loss = fused_linear_distillation(
+                *hidden_and_head(self.model, input_ids, position_ids),
+                taught.flatten(0, 1),
+                head.weight,
+                head.bias,
+                targets.flatten(),
+                self.temperature,
+                self.weight,
+            )
+        else:
+            inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+            logits = self.model(**inputs).logits.float().flatten(0, 1)  # (N, V)
+            taught = taught.float().flatten(0, 1)
+            divergence = divergence_sum(logits, taught, targets.flatten(), self.temperature)
+            entropy = F.cross_entropy(
+                logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+            )
+            loss = self.weight * divergence + (1 - self.weight) * entropy
+        self.parts = {
+            "distillation_loss": divergence.detach(),
+            "cross_entropy": entropy.detach(),
+        }
+        return loss
+
+    def materializer(self, model: Materialize, device: torch.device) -> Materialize:
+        teacher = self.teacher.materializer(self, device)
+
+        def materialize(part: nn.Module) -> None:
+            model(part)
+            teacher(part)
+
+        return materialize
+
+
+def divergence_sum(student: Tensor, teacher: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """T^2 * KL(teacher || student), summed over rows with a target.
+
+    Args:
+        student: (N, V) logits.
+        teacher: (N, V) logits.
+        targets: (N) int64 with IGNORE_INDEX.
+        temperature: T.
+
+    Returns:
+        Scalar of the logits' type.
+    """
+    log_q = F.log_softmax(student / temperature, dim=1)
+    log_p = F.log_softmax(teacher / temperature, dim=1)
+    rows = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+    return temperature**2 * rows.masked_fill(targets == IGNORE_INDEX, 0.0).sum()
+
+
+def fused_linear_distillation(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    distillation_weight: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`DistillationLoss` from hidden states, the logits of a few rows at a time.
+
+    Gradients are made in forward, as in `fused_linear_cross_entropy`; of the teacher there are
+    none. The teacher's logits are computed in its own type, autocast or not.
+
+    Args:
+        hidden: (N, H), the student's.
+        weight: (V, H), of the dtype of `hidden`.
+        bias: (V) or None.
+        teacher_hidden: (N, H of the teacher).
+        teacher_weight: (V, H of the teacher), of the dtype of `teacher_hidden`.
+        teacher_bias: (V) or None.
+        targets: (N) int64 with IGNORE_INDEX.
+        temperature: T.
+        distillation_weight: Of the divergence; the rest, to 1, is of cross-entropy.
+
+    Returns:
+        T^2 * KL and cross-entropy, both without a gradient, and the loss; float32 scalars.
+    """
+    sums: tuple[Tensor, Tensor, Tensor] = _FusedLinearDistillation.apply(  # type: ignore[no-untyped-call]
+        hidden,
+        weight,
+        bias,
+        (teacher_hidden, teacher_weight, teacher_bias),
+        targets,
+        temperature,
+        distillation_weight,
+    )
+    return sums
+
+
+class _FusedLinearDistillation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        teacher: tuple[Tensor, Tensor, Tensor | None],
+        targets: Tensor,
+        temperature: float,
+        distillation_weight: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grads = HeadGradients(hidden, weight, bias, ctx.needs_input_grad)
+        teacher_hidden, teacher_weight, teacher_bias = teacher
+        divergence = hidden.new_zeros((), dtype=torch.float32)
+        entropy = hidden.new_zeros((), dtype=torch.float32)
+        for rows in chunks(hidden, weight):
+            target = targets[rows]
+            counted = target != IGNORE_INDEX
+            index = target.clamp_min(0).unsqueeze(1)  # (n, 1)
+            logits = F.linear(hidden[rows], weight, bias).float()  # (n, V), as all that follow
+            with torch.autocast(hidden.device.type, enabled=False):
+                taught = F.linear(teacher_hidden[rows], teacher_weight, teacher_bias).float()
+            log_p = _log_softmax_(taught.div_(temperature))
+            log_q = _log_softmax_(logits / temperature)
+            p = log_p.exp()
+            losses = log_p.sub_(log_q).mul_(p).sum(1)
+            divergence += losses.masked_fill_(~counted, 0.0).sum()
+            log_norm = logits.logsumexp(1, keepdim=True)
+            losses = (log_norm - logits.gather(1, index)).squeeze(1)
+            entropy += losses.masked_fill_(~counted, 0.0).sum()
+            if not grads.wanted:
+                continue
+            grad = log_q.exp_().sub_(p).mul_(distillation_weight * temperature)
+            if distillation_weight < 1:
+                hard = logits.sub_(log_norm).exp_()
+                hard.scatter_add_(1, index, -torch.ones_like(log_norm))
+                grad.add_(hard, alpha=1 - distillation_weight)
+            grads.add(rows, grad.mul_(counted.unsqueeze(1)))
+        ctx.grads = grads.finish()
+        divergence *= temperature**2
+        ctx.mark_non_differentiable(divergence, entropy)
+        loss = distillation_weight * divergence + (1 - distillation_weight) * entropy
+        return divergence, entropy, loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        *_, scale = grad_outputs
+        grads, ctx.grads = ctx.grads, ()  # used once: scaled in place
+        return *(None if g is None else g.mul_(scale) for g in grads), None, None, None, None
+
+
+def _log_softmax_(logits: Tensor) -> Tensor:
+    return logits.sub_(logits.logsumexp(1, keepdim=True))

@@ -1,0 +1,127 @@
+"""The teacher of a distillation: a pretrained model that is asked and never trained."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from monitoring.errors import ConfigError
+from parallel.strategy import Materialize, torch_dtype
+from trainer.config import DistillConfig, ModelConfig, PathModelConfig
+from trainer.data.tokenizer import fingerprint, load_tokenizer
+from trainer.model import Materializer, build_meta_model, find_file, weights_reader
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+class Teacher(nn.Module):
+    """A frozen model that computes in its own type, whatever the run's precision.
+
+    It is in evaluation mode for good: without dropout, and drawing no random numbers.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, config: DistillConfig, path: PathModelConfig
+    ) -> None:
+        super().__init__()
+        self.model: Any = model.requires_grad_(False)
+        self._config, self._path = config, path
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stays in evaluation mode, as its parent goes from one to the other."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None, hidden: bool) -> Tensor:
+        """What it makes of a batch.
+
+        Args:
+            input_ids: (B, T) int64.
+            position_ids: (B, T) int64, or None.
+            hidden: Return the last hidden states, which its head makes logits of.
+
+        Returns:
+            (B, T, H) hidden states, or (B, T, V) logits; of its type.
+        """
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        with torch.autocast(input_ids.device.type, enabled=False):
+            states: Tensor = (
+                self.model.base_model(**inputs).last_hidden_state
+                if hidden
+                else self.model(**inputs).logits
+            )
+        return states
+
+    def materializer(self, module: nn.Module, device: torch.device) -> Materialize:
+        """What fills its parts with its weights.
+
+        Args:
+            module: What the parts are given of: it holds this one.
+            device: Where they go.
+        """
+        with _about(self._config):
+            materialize = Materializer(module, self.model, self._path, 0, device)
+
+        def fill(part: nn.Module) -> None:
+            with _about(self._config):
+                materialize(part)
+
+        return fill
+
+
+def build_teacher(
+    config: DistillConfig,
+    student: PreTrainedModel,
+    model_config: ModelConfig,
+    tokenizer_fingerprint: str,
+) -> Teacher:
+    """The teacher on the meta device: its shapes, and files that are known to be there.
+
+    Raises:
+        ConfigError: If there is no such model, it has no weights, or its tokens are not the
+            student's.
+    """
+    path = PathModelConfig(
+        path=config.teacher,
+        revision=config.revision,
+        attn_implementation=model_config.attn_implementation,
+    )
+    with _about(config):
+        model = build_meta_model(path, 0, torch_dtype(config.teacher_dtype.value))
+        weights_reader(path, model)
+        brings_tokenizer = any(find_file(path, name) for name in _TOKENIZER_FILES)
+        tokenizer = load_tokenizer(config.teacher, config.revision) if brings_tokenizer else None
+    rows, wanted = (m.get_output_embeddings().weight.shape[0] for m in (model, student))
+    if rows != wanted:
+        raise ConfigError(
+            "objective.teacher",
+            config.teacher,
+            f"has a vocabulary of {rows}, and the model one of {wanted}",
+            f"choose a teacher of the model's family, or set model.vocab_size={rows}",
+        )
+    if tokenizer is not None and fingerprint(tokenizer) != tokenizer_fingerprint:
+        raise ConfigError(
+            "objective.teacher",
+            config.teacher,
+            "its tokenizer is not the one that the data was prepared with",
+            f"set data.tokenizer={config.teacher}",
+        )
+    return Teacher(model, config, path)
+
+
+@contextmanager
+def _about(config: DistillConfig) -> Iterator[None]:
+    """Has errors about a model name the key that this one is set by."""
+    try:
+        yield
+    except ConfigError as e:
+        raise ConfigError(
+            "objective.teacher",
+            config.teacher,
+            e.rule,
+            "give the folder or hub name of a causal language model with safetensors weights",
+        ) from e
