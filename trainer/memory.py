@@ -10,7 +10,7 @@ from itertools import product
 from monitoring.errors import ConfigError
 from parallel.config import DdpConfig, Dtype, FsdpConfig, ZeroConfig
 from trainer.config import TrainerConfig
-from trainer.shape import ModelShape, model_shape
+from trainer.shape import ModelShape, model_shape, teacher_shape
 
 # Bytes that one token leaves for backward in one decoder block: (of H, of I, of the queries, of the
 # keys), in float32 and under bf16 autocast. Fitted to what transformers 5.23 saves with sdpa
@@ -24,6 +24,9 @@ _SAVED_BYTES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 }
 # Logits that the fused loss holds at a time on a GPU: `_CHUNK_NUMEL` of trainer/objective.py.
 _LOGITS_NUMEL = 2**26
+# As many matrices of that size, float32, are alive at once: logits; of a distillation the student's
+# logits, both distributions and their logarithms (tests/trainer/test_memory.py counts them).
+_LOSS_MATRICES, _DISTILLATION_MATRICES = 1, 4
 # Assumed: the CUDA context, NCCL's buffers, and what the allocator cannot use.
 _OVERHEAD_BYTES = 1.5 * 2**30
 _MARGIN = 1.1  # by which a plan may be wrong: only what is further beyond a GPU is refused
@@ -41,6 +44,7 @@ class MemoryPlan:
             are used; buffers to reduce gradients in.
         activations: What backward needs of one micro-batch.
         loss: Logits at hand, and the gradients that the fused loss makes in forward.
+        teacher: Weights of a distillation's teacher, held and gathered; it has nothing else.
         overhead: Assumed, for what is not the model's.
         host: In host memory (ZeRO's offload).
     """
@@ -51,6 +55,7 @@ class MemoryPlan:
     gathered: float
     activations: float
     loss: float
+    teacher: float
     overhead: float
     host: float = 0.0
 
@@ -64,6 +69,7 @@ class MemoryPlan:
             + self.gathered
             + self.activations
             + self.loss
+            + self.teacher
             + self.overhead
         )
 
@@ -75,22 +81,32 @@ def plan_memory(config: TrainerConfig, shape: ModelShape, world_size: int) -> Me
         config: The run.
         shape: Of its model.
         world_size: Ranks.
+
+    Raises:
+        ConfigError: If the size of a teacher is not known, as in `teacher_shape`.
     """
     is_bf16 = config.precision.param_dtype is Dtype.bfloat16
     rows = min(config.micro_batch_size, -(-config.global_batch_size // world_size))
     tokens = rows * config.data.max_seq_len
     compute_bytes = 2 if is_bf16 else 4
     state = _state(config, shape, world_size, compute_bytes)
+    teacher = teacher_shape(config)
     embedding = shape.vocab_size * shape.hidden_size
     if config.model.fused_loss:
         logits = min(_LOGITS_NUMEL, tokens * shape.vocab_size)
-        loss = 4.0 * logits + 4.0 * embedding + tokens * shape.hidden_size * compute_bytes
-    else:
-        loss = (4.0 + 4.0 + compute_bytes) * tokens * shape.vocab_size
+        matrices = _LOSS_MATRICES if teacher is None else _DISTILLATION_MATRICES
+        loss = 4.0 * matrices * logits + 4.0 * embedding
+        loss += tokens * shape.hidden_size * compute_bytes
+    else:  # and, of a distillation, the teacher's logits, both logarithms and what they make
+        floats = 2 if teacher is None else 6
+        loss = (4.0 * floats + compute_bytes) * tokens * shape.vocab_size
+    on_gpu, on_host = (0.0, 0.0) if teacher is None else _teacher(config, teacher, world_size)
+    state["host"] = state.get("host", 0.0) + on_host
     return MemoryPlan(
         **state,
         activations=_activations(config, shape, tokens, is_bf16),
         loss=loss,
+        teacher=on_gpu,
         overhead=_OVERHEAD_BYTES,
     )
 
@@ -108,10 +124,10 @@ def check_memory(config: TrainerConfig, world_size: int, gpu_bytes: int) -> None
     """
     try:
         shape = model_shape(config)
+        plan = plan_memory(config, shape, world_size)
     except ConfigError:
         return  # a family whose size is not known: its GPU will say
     limit = _MARGIN * gpu_bytes
-    plan = plan_memory(config, shape, world_size)
     if plan.total <= limit:
         return
     parts = {
@@ -119,6 +135,7 @@ def check_memory(config: TrainerConfig, world_size: int, gpu_bytes: int) -> None
         "gathered weights": plan.gathered,
         "activations": plan.activations,
         "loss": plan.loss,
+        **({"teacher": plan.teacher} if plan.teacher else {}),
         "other": plan.overhead,
     }
     shown = ", ".join(f"{name} {_gib(part)}" for name, part in parts.items())
@@ -197,6 +214,23 @@ def _state(
         "gathered": compute_bytes * whole,
         "host": host,
     }
+
+
+def _teacher(config: TrainerConfig, shape: ModelShape, world_size: int) -> tuple[float, float]:
+    """Bytes of its weights on the GPU and on the host: shared out as those that are trained are."""
+    parallel = config.parallel
+    size = 2.0 if config.objective.teacher_dtype is Dtype.bfloat16 else 4.0
+    n, ranks = shape.num_parameters, 1
+    if isinstance(parallel, FsdpConfig):
+        ranks = world_size // parallel.dp_replicate
+    elif isinstance(parallel, ZeroConfig) and parallel.stage == 3:
+        ranks = world_size
+    root = n - shape.num_layers * shape.num_block_parameters
+    gathered = 2 * shape.num_block_parameters + root if ranks > 1 else 0
+    held = size * n / ranks
+    if isinstance(parallel, ZeroConfig) and parallel.offload_parameters:
+        return size * gathered, held
+    return held + size * gathered, 0.0
 
 
 def _activations(config: TrainerConfig, shape: ModelShape, tokens: int, is_bf16: bool) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from monitoring.errors import ConfigError
-from trainer.config import NamedModelConfig, PathModelConfig, TrainerConfig
+from trainer.config import DistillConfig, NamedModelConfig, PathModelConfig, TrainerConfig
 
 # What transformers takes where a config says nothing, by architecture. `bias` names the
 # projections that have one.
@@ -94,14 +94,29 @@ def model_shape(config: TrainerConfig) -> ModelShape:
     """
     model = config.model
     if isinstance(model, NamedModelConfig):
-        family, key = model.model_type, "model.model_type"
         fields = dict(model.config)
         vocab_size = model.vocab_size or _tokenizer_vocab_size(config)
         fields |= {"vocab_size": -(-vocab_size // 64) * 64 if not model.vocab_size else vocab_size}
-    else:
-        assert isinstance(model, PathModelConfig)
-        fields, key = _config_json(model), "model.path"
-        family = str(fields.get("model_type"))
+        return _shape_of(model.model_type, fields, "model.model_type")
+    assert isinstance(model, PathModelConfig)
+    fields = _config_json(model.path, model.revision, "model.path")
+    return _shape_of(str(fields.get("model_type")), fields, "model.path")
+
+
+def teacher_shape(config: TrainerConfig) -> ModelShape | None:
+    """Sizes of the teacher of a distillation; None where there is none.
+
+    Raises:
+        ConfigError: As `model_shape`.
+    """
+    objective, key = config.objective, "objective.teacher"
+    if not isinstance(objective, DistillConfig):
+        return None
+    fields = _config_json(objective.teacher, objective.revision, key)
+    return _shape_of(str(fields.get("model_type")), fields, key)
+
+
+def _shape_of(family: str, fields: dict[str, Any], key: str) -> ModelShape:
     if family not in _DEFAULTS:
         rule = "its size is not known without building it"
         raise ConfigError(key, family, rule, f"known are {', '.join(sorted(_DEFAULTS))}")
@@ -187,19 +202,19 @@ def _tokenizer_vocab_size(config: TrainerConfig) -> int:
     return int(max([*content["model"]["vocab"].values(), *added])) + 1
 
 
-def _config_json(model: PathModelConfig) -> dict[str, Any]:
-    folder = Path(model.path).expanduser()
+def _config_json(name: str, revision: str | None, key: str) -> dict[str, Any]:
+    folder = Path(name).expanduser()
     if folder.is_dir():
         path = folder / "config.json"
     else:
         from huggingface_hub import try_to_load_from_cache  # only for a name on the hub
 
-        cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
         path = Path(cached) if isinstance(cached, str) else folder / "config.json"
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         rule = "has no config.json that can be read here"
         fix = "give a folder, or load the model once so that it is in the hub's cache"
-        raise ConfigError("model.path", model.path, rule, fix) from e
+        raise ConfigError(key, name, rule, fix) from e
     return fields

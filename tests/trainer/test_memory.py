@@ -1,16 +1,20 @@
 """The memory plan against what real models save, and real strategies hold."""
 
 import json
+import weakref
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from monitoring.errors import ConfigError
 from tests.trainer.test_shape import composed
-from trainer.memory import check_memory, plan_memory
+from trainer.distillation import fused_linear_distillation
+from trainer.memory import _DISTILLATION_MATRICES, _LOSS_MATRICES, check_memory, plan_memory
 from trainer.model import prepare_training
-from trainer.objective import _CHUNK_NUMEL
+from trainer.objective import _CHUNK_NUMEL, fused_linear_cross_entropy
 from trainer.shape import model_shape
 
 SIZES = {
@@ -88,6 +92,80 @@ def test_the_loss_holds_the_chunk_of_the_objective():
     expected = 4 * _CHUNK_NUMEL["cuda"] + 4 * shape.vocab_size * shape.hidden_size
     expected += 8 * 1024 * shape.hidden_size * 2
     assert plan_memory(config, shape, 1).loss == expected
+
+
+class LargeTensors(TorchDispatchMode):
+    """How many tensors of `numel` elements, of storages of their own, are alive at once at most."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.alive, self.most = numel, Counter(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.numel() == self.numel:
+            storage = out.untyped_storage().data_ptr()
+            self.alive[storage] += 1
+            weakref.finalize(out, self.alive.subtract, [storage])
+            self.most = max(self.most, sum(count > 0 for count in self.alive.values()))
+        return out
+
+
+def test_matrices_of_logits_that_are_alive_at_once():
+    hidden, weight = torch.randn(64, 8, requires_grad=True), torch.randn(96, 8, requires_grad=True)
+    targets = torch.zeros(64, dtype=torch.long)
+    with LargeTensors(64 * 96) as seen:
+        fused_linear_cross_entropy(hidden, weight, None, targets)
+    assert seen.most == _LOSS_MATRICES
+    student, teacher = (hidden, weight, None), (hidden.detach(), weight.detach(), None)
+    with LargeTensors(64 * 96) as seen:
+        fused_linear_distillation(*student, *teacher, targets, 2.0, 0.5)
+    assert seen.most == _DISTILLATION_MATRICES
+
+
+@pytest.mark.parametrize(
+    ("words", "bytes_a_parameter"),
+    [
+        (["parallel=ddp"], 2),
+        (["parallel=ddp", "objective.teacher_dtype=float32"], 4),
+        (["parallel=fsdp"], 2 / 8),
+        (["parallel=fsdp", "parallel.dp_replicate=2"], 2 / 4),
+        (["parallel=zero", "parallel.stage=2"], 2),
+        (["parallel=zero", "parallel.stage=3"], 2 / 8),
+        (["parallel=zero", "parallel.stage=3", "parallel.offload_parameters=true"], 0),
+    ],
+)
+def test_what_a_rank_holds_of_a_teacher(tmp_path, words, bytes_a_parameter):
+    big = composed("model=llama_8b")
+    content = {"model_type": "llama", "vocab_size": 128256, **big.model.config}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    base = ["model=llama_1b", "precision=bf16", *words]
+    distil = composed("objective=distill", f"objective.teacher={tmp_path}", *base)
+    shape, teacher = model_shape(distil), model_shape(big)
+    pretrain = composed(*(word for word in base if not word.startswith("objective.")))
+    alone, plan = plan_memory(pretrain, shape, 8), plan_memory(distil, shape, 8)
+    gathered = 0 if bytes_a_parameter in (2, 4) else 2 * teacher.num_block_parameters
+    gathered += 0 if bytes_a_parameter in (2, 4) else 2 * 128256 * 4096 + 4096
+    held = bytes_a_parameter * teacher.num_parameters
+    assert plan.teacher == pytest.approx(held + 2 * gathered)
+    assert plan.loss - alone.loss == pytest.approx(3 * 4 * _CHUNK_NUMEL["cuda"])
+    assert plan.total - alone.total == pytest.approx(plan.teacher + plan.loss - alone.loss)
+    if bytes_a_parameter == 0:
+        assert plan.host - alone.host == pytest.approx(2 * teacher.num_parameters / 8)
+
+
+def test_a_teacher_that_does_not_fit_is_refused_before_it_is_loaded(tmp_path):
+    content = {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        **composed("model=llama_8b").model.config,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    words = ["objective=distill", f"objective.teacher={tmp_path}", "precision=bf16"]
+    config = composed("model=llama_1b", "parallel=ddp", "micro_batch_size=1", *words)
+    check_memory(config, 8, 80 * 2**30)
+    with pytest.raises(ConfigError, match=r"teacher 15\.0.*; use parallel=fsdp"):
+        check_memory(config, 8, 32 * 2**30)
 
 
 @pytest.mark.parametrize(
