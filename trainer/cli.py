@@ -68,6 +68,7 @@ Train a causal language model: python -m trainer [group=option ...] [key=value .
   python -m trainer experiment=stdlib                       the main job: small, on this machine
   python -m trainer data=text data.path=book.txt nproc=2    your text, two ranks
   python -m trainer model=pretrained model.path=DIR data=jsonl data.path=rows.jsonl parallel=fsdp
+  python -m trainer objective=distill objective.teacher=DIR model=pretrained model.path=SMALLER ...
   python -m trainer --multirun optim.lr=1e-4,3e-4,1e-3      a sweep, one run after another
 
 Groups (group=option):

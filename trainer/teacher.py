@@ -123,5 +123,5 @@ def _about(config: DistillConfig) -> Iterator[None]:
             "objective.teacher",
             config.teacher,
             e.rule,
-            "give the folder or hub name of a causal language model with safetensors weights",
+            "give a causal language model with safetensors weights and model.attn_implementation",
         ) from e
