@@ -1,6 +1,7 @@
 """Distillation: the same numbers in less memory, whatever the strategy, by a teacher that stays."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -10,13 +11,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from parallel.config import DdpConfig, Dtype, FsdpConfig, PrecisionConfig, ZeroConfig
+from parallel.strategy import decoder_blocks
 from parallel.world import join_world
 from tests.distributed import run_distributed
 from tests.small_run import MODEL, VOCAB, SmallRun
+from tests.trainer.test_model import held_numel
 from trainer import objective
 from trainer.config import DistillConfig
 from trainer.data.loader import IGNORE_INDEX
 from trainer.distillation import divergence_sum, fused_linear_distillation
+from trainer.model import Materializer, build_meta_model
+from trainer.optim import AdamWConfig
 
 # -- The fused loss ---------------------------------------------------------------------------
 
@@ -199,12 +204,32 @@ def distil(world, folder, parallel, precision=None, fused=True, **settings):
     }
 
 
+def peak_while_building(world, folder, parallel):
+    """The most elements of the teacher that this rank held after any part was filled."""
+    model = build_meta_model(MODEL, VOCAB)
+    module = DistillConfig(teacher=str(folder)).build(model, MODEL, "")
+    fill = module.materializer(Materializer(module, model, MODEL, 0, world.device), world.device)
+    held = []
+
+    def record(part):
+        fill(part)
+        held.append(held_numel(module.teacher))
+
+    names = {name for name, p in model.named_parameters() if p.ndim >= 2}
+    strategy = parallel.build(world, PrecisionConfig())
+    strategy.setup(module, record, partial(AdamWConfig().build, decayed=names))
+    return max(held)
+
+
 def distil_each(folder):
     with join_world() as world:
-        return {
+        found = {
             name: distil(world, folder, STRATEGIES[strategy], **settings)
             for name, (strategy, settings) in VARIANTS.items()
         }
+        for name in ("ddp", "fsdp", "zero3"):
+            found[name]["peak_numel"] = peak_while_building(world, folder, STRATEGIES[name])
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +274,17 @@ def test_the_teacher_is_sharded_where_parameters_are(alone, gang, name):
     expected /= 2 if "teacher_dtype" in settings else 1
     for rank in gang:
         assert rank[name]["held_bytes"] == pytest.approx(expected, rel=0.01)
+
+
+def test_no_rank_ever_holds_the_full_teacher(teacher, gang):
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    full = sum(p.numel() for p in model.parameters())
+    block = sum(p.numel() for p in decoder_blocks(model)[0].parameters())
+    largest = max(block, full - 4 * block)
+    for rank in gang:
+        assert rank["ddp"]["peak_numel"] == full, "the measure itself"
+        for name in ("fsdp", "zero3"):  # half of all, and the part in full that is not sharded yet
+            assert full / 2 <= rank[name]["peak_numel"] <= full / 2 + largest / 2 + 200
 
 
 def test_the_teacher_is_in_no_checkpoint(alone, gang):
