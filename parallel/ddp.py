@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -14,7 +14,14 @@ from torch.optim import Optimizer
 
 from parallel.adamw_state import canonical_state, load_canonical_state
 from parallel.config import DdpConfig, Dtype, PrecisionConfig
-from parallel.strategy import BuildOptimizer, Materialize, ReadTensors, Strategy, torch_dtype
+from parallel.strategy import (
+    BuildOptimizer,
+    Materialize,
+    ReadTensors,
+    Strategy,
+    torch_dtype,
+    without_zeros,
+)
 from parallel.world import World
 
 # Buffers (rotary frequencies) are constants. torch renamed the argument after 2.11.
@@ -32,12 +39,18 @@ class DdpStrategy(Strategy):
         self._module: nn.Module
         self._optimizer: Optimizer
         self._parameters: dict[str, nn.Parameter]
+        self._sparse: list[nn.Parameter]  # whose zeros stay
 
     def setup(
-        self, module: nn.Module, materialize: Materialize, build_optimizer: BuildOptimizer
+        self,
+        module: nn.Module,
+        materialize: Materialize,
+        build_optimizer: BuildOptimizer,
+        keep_zeros: Collection[str] = (),
     ) -> None:
         materialize(module)
         self._parameters = dict(module.get_submodule("model").named_parameters())
+        self._sparse = [self._parameters[name] for name in sorted(keep_zeros)]
         self._module = module
         if self._world.world_size > 1:
             self._module = DistributedDataParallel(
@@ -69,6 +82,9 @@ class DdpStrategy(Strategy):
         (loss * self._world.world_size).backward()  # DDP averages
 
     def step(self, max_norm: float | None, skip_not_finite: bool = False) -> Tensor:
+        for parameter in self._sparse:
+            assert parameter.grad is not None
+            without_zeros(parameter.grad, parameter)
         norm = nn.utils.clip_grad_norm_(
             self._parameters.values(), torch.inf if max_norm is None else max_norm
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from parallel.strategy import (
     decoder_blocks,
     frozen_children,
     torch_dtype,
+    without_zeros,
 )
 from parallel.world import World
 
@@ -36,9 +37,14 @@ class FsdpStrategy(Strategy):
         self._module: FSDPModule
         self._optimizer: Optimizer
         self._parameters: dict[str, nn.Parameter]
+        self._sparse: list[nn.Parameter]  # whose zeros stay
 
     def setup(
-        self, module: nn.Module, materialize: Materialize, build_optimizer: BuildOptimizer
+        self,
+        module: nn.Module,
+        materialize: Materialize,
+        build_optimizer: BuildOptimizer,
+        keep_zeros: Collection[str] = (),
     ) -> None:
         replicas = self._config.dp_replicate
         shape = (replicas, self._world.world_size // replicas)
@@ -59,6 +65,7 @@ class FsdpStrategy(Strategy):
                 part.set_gradient_divide_factor(1.0)  # sum, not mean,
                 part.set_force_sum_reduction_for_comms(True)  # without NCCL's pre-multiplied sum
         self._parameters = dict(module.get_submodule("model").named_parameters())
+        self._sparse = [self._parameters[name] for name in sorted(keep_zeros)]
         self._optimizer = build_optimizer(self._parameters)
 
     def _shard(
@@ -90,6 +97,9 @@ class FsdpStrategy(Strategy):
         loss.backward()
 
     def step(self, max_norm: float | None, skip_not_finite: bool = False) -> Tensor:
+        for parameter in self._sparse:
+            assert isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor)
+            without_zeros(parameter.grad.to_local(), parameter.to_local())
         norm = nn.utils.clip_grad_norm_(
             self._parameters.values(), torch.inf if max_norm is None else max_norm
         )

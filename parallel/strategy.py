@@ -7,7 +7,7 @@ why a checkpoint of one strategy at one world size loads under any other.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -37,12 +37,23 @@ class Strategy(ABC):
 
     @abstractmethod
     def setup(
-        self, module: nn.Module, materialize: Materialize, build_optimizer: BuildOptimizer
+        self,
+        module: nn.Module,
+        materialize: Materialize,
+        build_optimizer: BuildOptimizer,
+        keep_zeros: Collection[str] = (),
     ) -> None:
         """Materializes the model part by part, distributes it, and builds its optimizer.
 
         Model and optimizer are set up jointly, since FSDP replaces the parameters and DeepSpeed
         fuses both. A strategy that shards never holds more than one part in full.
+
+        Args:
+            module: As above.
+            materialize: Fills a part.
+            build_optimizer: Makes an AdamW.
+            keep_zeros: Parameters, by canonical name, of which elements that are zero stay zero:
+                gradients go through `without_zeros` before the norm is taken.
         """
 
     @abstractmethod
@@ -95,6 +106,18 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [m for m in model.modules() if type(m).__name__ in names]
+
+
+@torch.no_grad()
+def without_zeros(grad: Tensor, weight: Tensor) -> Tensor:
+    """Zeroes in place the gradient of every element that is zero, and returns it.
+
+    AdamW then leaves it at zero: so are its moments, and what decay takes from it. The weights of
+    the moment are all the mask there is. So nothing is stored beside them, a checkpoint holds it,
+    and a run that is resumed masks what the run that went on would. One that passes through zero
+    by chance has moments, and goes on with them.
+    """
+    return grad.mul_(weight != 0)  # a gradient that is no number stays none, to be seen
 
 
 def frozen_children(module: nn.Module) -> list[nn.Module]:

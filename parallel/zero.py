@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from parallel.strategy import (
     Strategy,
     decoder_blocks,
     frozen_children,
+    without_zeros,
 )
 from parallel.world import World
 
@@ -47,7 +49,11 @@ class ZeroStrategy(Strategy):
         self._parameters: dict[str, nn.Parameter]
 
     def setup(
-        self, module: nn.Module, materialize: Materialize, build_optimizer: BuildOptimizer
+        self,
+        module: nn.Module,
+        materialize: Materialize,
+        build_optimizer: BuildOptimizer,
+        keep_zeros: Collection[str] = (),
     ) -> None:
         if self._config.stage == 3:
             for part in (*frozen_children(module), module):
@@ -69,6 +75,11 @@ class ZeroStrategy(Strategy):
             for parameter in frozen.parameters():  # else gathered in the type of autocast
                 vars(parameter).pop(_GATHERED_TYPE, None)
         self._create_moments()
+        for name in keep_zeros:
+            # It reduces, clips and updates in one step: masked before, on each rank the same. The
+            # parameter is whole then, at stage 3 too.
+            parameter = self._parameters[name]
+            parameter.register_hook(partial(_without_zeros, parameter))
 
     def forward(self, **inputs: Any) -> Tensor:
         loss: Tensor = self._engine(**inputs)
@@ -196,6 +207,10 @@ class ZeroStrategy(Strategy):
             ],
             "steps_per_print": 2**31,
         }
+
+
+def _without_zeros(parameter: nn.Parameter, grad: Tensor) -> Tensor:
+    return without_zeros(grad.clone(), parameter)  # a hook may not change what it is given
 
 
 def _full_shape(parameter: nn.Parameter) -> torch.Size:

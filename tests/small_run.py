@@ -51,6 +51,7 @@ class SmallRun:
             self.module,
             self.module.materializer(weights, world.device),
             partial(AdamWConfig(lr=3e-3, max_norm=0.5).build, decayed=matrices),
+            weights.sparse,
         )
         self.step = 0
 

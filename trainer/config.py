@@ -65,11 +65,23 @@ class PathModelConfig(ModelConfig):
         path: Folder or hub name.
         revision: Commit, tag or branch of a hub repository.
         weights: Load its weights (`model=pretrained`), or draw random ones (`model=config`).
+        keep_zeros: Weights of its matrices (not of embeddings) that are exactly zero stay so, as
+            fine-tuning of a pruned model wants.
     """
 
     path: str = MISSING
     revision: str | None = None
     weights: bool = True
+    keep_zeros: bool = False
+
+    def __post_init__(self) -> None:
+        if self.keep_zeros and not self.weights:
+            raise ConfigError(
+                "model.keep_zeros",
+                True,
+                "random weights have no zeros to keep",
+                "use model=pretrained, or remove it",
+            )
 
 
 @dataclass

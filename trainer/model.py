@@ -128,6 +128,11 @@ class Materializer:
     Random weights come from the model's own initialisation, one module at a time under a seed of
     its name: the same weights whatever the strategy, the order or the number of ranks. Pretrained
     ones are read from the safetensors files, only those of the part at hand.
+
+    Attributes:
+        sparse: Names of the parameters whose zeros stay: with `model.keep_zeros` all matrices but
+            embeddings, else none.
+        num_zeros: Zeros in these, as far as they are filled.
     """
 
     def __init__(
@@ -143,6 +148,9 @@ class Materializer:
         self._read: Callable[[str], Tensor] | None = None
         if isinstance(config, PathModelConfig) and config.weights:
             self._read = weights_reader(config, model)
+        keeps_zeros = isinstance(config, PathModelConfig) and config.keep_zeros
+        self.sparse = _matrices(model) if keeps_zeros else set()
+        self.num_zeros = 0
         self._done: set[nn.Module] = {m for m in module.modules() if m not in self._names}
 
     @torch.no_grad()
@@ -163,10 +171,20 @@ class Materializer:
         if self._read is not None:
             for module in modules:
                 for name, parameter in module.named_parameters(recurse=False):
-                    parameter.copy_(self._read(f"{self._names[module]}.{name}"))
+                    full_name = f"{self._names[module]}.{name}"
+                    parameter.copy_(self._read(full_name))
+                    if full_name in self.sparse:
+                        self.num_zeros += int((parameter == 0).sum())
         self._done.update(modules)
         if all(m in self._done for m in self._names):
             self._model.tie_weights()  # ties are between modules; to_empty parted them
+            if self.sparse and not self.num_zeros:
+                raise ConfigError(
+                    "model.keep_zeros",
+                    True,
+                    "no weight of the model is zero",
+                    "give a pruned model, or remove it",
+                )
         self._check(modules)
 
     def _check(self, modules: list[nn.Module]) -> None:
@@ -192,6 +210,12 @@ def prepare_training(model: PreTrainedModel, *, compile: bool, checkpointing: bo
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if compile:
             block.compile()
+
+
+def _matrices(model: nn.Module) -> set[str]:
+    """Names of the parameters of two or more dimensions that are no embedding."""
+    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    return {n for n, p in model.named_parameters() if p.ndim >= 2 and p not in embeddings}
 
 
 def weights_reader(config: PathModelConfig, model: PreTrainedModel) -> Callable[[str], Tensor]:

@@ -24,6 +24,7 @@ _MEANING = (
     "model.model_type",
     "model.vocab_size",
     "model.config",
+    "model.keep_zeros",
     "objective",
     "data.max_seq_len",
     "data.mask_documents",

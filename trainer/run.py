@@ -110,7 +110,10 @@ def train_in(
                 module,
                 module.materializer(weights, world.device),
                 partial(config.optim.build, decayed=matrices),
+                weights.sparse,
             )
+        if weights.sparse:
+            reporter.say(f"keep_zeros: {weights.num_zeros} weights are zero, and stay so")
         if checkpoint is not None:
             strategy.load_state(partial(read_tensors, checkpoint), num_updates=state.step)
         poll.refuse_to_start()
