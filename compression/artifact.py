@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,16 @@ def check_replaceable(out: Path) -> None:
         if path.name != WORK and not (path / REPORT).is_file():
             rule = f"holds {path.name}, which is of no compression"
             raise ConfigError("out", out, rule, "choose an empty folder")
+
+
+def claim(work: Path, made_from: dict[str, Any]) -> None:
+    """Makes a work folder; empties it of what another parent, recipe or calibration left."""
+    path, text = work / "made_from.json", json.dumps(made_from, sort_keys=True)
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    path.write_text(text)
 
 
 def weight_bytes(folder: Path) -> int:

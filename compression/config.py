@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from compression.recipe import Step
+from compression.recipe import HealConfig, ModelStep, Step
 from monitoring.errors import ConfigError
 from parallel.config import Dtype
 
@@ -156,7 +156,13 @@ class CompressionConfig:
         if not steps:
             raise ConfigError("recipe", "{}", "has no step", "choose one: recipe=int8_weight_only")
         for name, step in steps:
-            step.build(f"recipe.{name}")
+            if isinstance(step, ModelStep):
+                step.check(f"recipe.{name}")
+            else:
+                step.build(f"recipe.{name}")
+        if isinstance(steps[0][1], HealConfig):
+            fix = "prune before it, or train with python -m trainer"
+            raise ConfigError("recipe", self.recipe_name, "begins with nothing to heal", fix)
         for (name, step), (following, _) in zip(steps, steps[1:], strict=False):
             if step.quantizes:
                 rule = f"{name} leaves codes, which {following} cannot change"

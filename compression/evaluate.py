@@ -8,7 +8,7 @@ Shapes: N samples of T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compression.hidden import Hidden, embed
+from compression.progress import Advance
 from compression.stream import BlockStream
 
 _Z = 1.96  # of a two-sided 95% interval
@@ -81,17 +82,16 @@ class Quality:
         }
 
 
-def final_hidden(
-    stream: BlockStream, input_ids: Tensor, folder: Path, advance: Callable[[], None]
-) -> Hidden:
+def final_hidden(stream: BlockStream, input_ids: Tensor, folder: Path, advance: Advance) -> Hidden:
     """What a model's last block makes of token ids; its head is loaded afterwards.
 
     Args:
         stream: Of the model, of which no block was read yet.
         input_ids: (N, T) int64.
         folder: For files between blocks; the last one stays.
-        advance: Told of each block.
+        advance: Told of the blocks that are done, and of all.
     """
+    advance(0, len(stream.blocks))
     stream.load_embedding()
     width = stream.model.config.get_text_config().hidden_size
     hidden = embed(input_ids, stream.embed, folder / "hidden-0.bin", width)
@@ -101,9 +101,20 @@ def final_hidden(
         stream.release(index)
         hidden.path.unlink()
         hidden = following
-        advance()
+        advance(index + 1, len(stream.blocks))
     stream.load_head()
     return hidden
+
+
+@torch.no_grad()
+def perplexity(stream: BlockStream, input_ids: Tensor, folder: Path, advance: Advance) -> float:
+    """Of one model; see `final_hidden`."""
+    hidden = final_hidden(stream, input_ids, folder, advance)
+    losses = [
+        F.cross_entropy(stream.logits(row)[0, :-1], ids[1:])
+        for row, ids in zip(_rows(hidden), input_ids, strict=True)
+    ]
+    return math.exp(min(float(torch.stack(losses).mean()), 700.0))
 
 
 @torch.no_grad()

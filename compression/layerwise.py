@@ -6,24 +6,20 @@ rest of that is on disk (`hidden.py`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compression.block import Block
 from compression.hidden import Hidden, embed
+from compression.progress import Advance
 from compression.recipe import Method
 from compression.result import Result, round_inputs
 from compression.stream import BlockStream
 from monitoring.errors import Interrupted
-
-Advance = Callable[[int, int], None]  # blocks that are done, and all of them
-_MADE_FROM = "made_from.json"
 
 
 def compress(
@@ -32,7 +28,6 @@ def compress(
     layers: Mapping[str, int],
     calibration: Tensor | None,
     result: Result,
-    made_from: dict[str, Any],
     advance: Advance,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -43,9 +38,7 @@ def compress(
         methods: By name, in order.
         layers: Names of the linear layers, with the number of their block.
         calibration: Token ids (N, T); None where no method needs data.
-        result: Where to; its blocks that are there already are kept if they were made from the
-            same.
-        made_from: All that decides what comes out.
+        result: Where to; its blocks that are there already are kept.
         advance: Told of each block.
         stop_requested: Asked between blocks.
 
@@ -54,7 +47,6 @@ def compress(
     """
     stream = BlockStream(source)
     num_blocks = len(stream.blocks)
-    _keep_if_made_from(result, made_from)
     first = result.num_done()
     hidden = None
     if calibration is not None:
@@ -98,7 +90,6 @@ def compress(
     if hidden is not None:
         hidden.path.unlink(missing_ok=True)
     _write_rest(stream, result)
-    result.finish(made_from)
 
 
 def _round(block: Block) -> None:
@@ -120,17 +111,6 @@ def _write_rest(stream: BlockStream, result: Result) -> None:
             if not (stream.is_tied and module is stream.model.get_output_embeddings()):
                 tensors[f"{stream.name_of(module)}.{local}"] = parameter.data
     result.write_rest(tensors)
-
-
-def _keep_if_made_from(result: Result, made_from: dict[str, Any]) -> None:
-    """Empties a folder of what another source, recipe or calibration left."""
-    path = result.folder / _MADE_FROM
-    text = json.dumps(made_from, sort_keys=True)
-    if path.exists() and path.read_text() == text:
-        return
-    for old in result.folder.glob("*"):
-        old.unlink()
-    path.write_text(text)
 
 
 def _hidden_path(result: Result, index: int) -> Path:

@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+Advance = Callable[[int, int], None]  # blocks that are done, and all of them
+
 
 @contextmanager
-def bar(task: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields what is to be called with the blocks that are done, and all of them."""
+def bar(task: str) -> Iterator[Advance]:
+    """Shows how many blocks of a task are done, and when the rest will be."""
     columns = (TextColumn(task), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as shown:
         row = shown.add_task(task)

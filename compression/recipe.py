@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -192,7 +192,35 @@ class PruneConfig:
         return Prune(self.criterion, self.sparsity, self.pattern, self.damping)
 
 
-Step = RoundConfig | GptqConfig | AwqConfig | SmoothQuantConfig | PruneConfig
+@dataclass
+class HealConfig:
+    """Trains what was pruned towards its parent, by the trainer; zeros that were put stay zeros.
+
+    Attributes:
+        tokens: To train on.
+        lr: Largest learning rate.
+        global_batch_size: Samples of a step.
+        overrides: More words for the trainer, as `parallel=fsdp` or `nproc=8`.
+    """
+
+    tokens: int = 2_000_000
+    lr: float = 1e-4
+    global_batch_size: int = 16
+    overrides: list[str] = field(default_factory=list)
+    quantizes: ClassVar[bool] = False
+
+    def check(self, key: str) -> None:
+        """Raises ConfigError for numbers that cannot be."""
+        for name in ("tokens", "lr", "global_batch_size"):
+            if not getattr(self, name) > 0:
+                rule = "must be above 0"
+                raise ConfigError(f"{key}.{name}", getattr(self, name), rule, "give more")
+
+
+# Steps that work on a block after another, and those that need the whole model.
+BlockStep = RoundConfig | GptqConfig | AwqConfig | SmoothQuantConfig | PruneConfig
+ModelStep = HealConfig
+Step = BlockStep | ModelStep
 
 
 def _check_damping(key: str, damping: float) -> None:

@@ -2,7 +2,7 @@
 
 block-00000.safetensors   <layer>.weight.codes, .scales, .zero_points; other tensors as they are
 rest.safetensors          what is outside the blocks
-result.json               schemes, notes, and the digest of what it was made from and how
+In the metadata of each file: schemes and notes by layer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from compression.grid import Quantized, round_activation
 from compression.scheme import Activation, Scheme
 
 REST = "rest.safetensors"
-_INDEX = "result.json"
 _CODES, _SCALES, _ZERO_POINTS = ".codes", ".scales", ".zero_points"
 
 
@@ -73,10 +72,6 @@ class Result:
         """Writes what is outside the blocks."""
         cast = {name: tensor.to(self.dtype).contiguous() for name, tensor in tensors.items()}
         self._write(self.folder / REST, cast, {})
-
-    def finish(self, described: dict[str, Any]) -> None:
-        """Says what it is; with this it is whole."""
-        (self.folder / _INDEX).write_text(json.dumps(described, indent=1) + "\n")
 
     def files(self) -> list[Path]:
         """Of all tensors, the blocks in order, then the rest."""

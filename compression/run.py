@@ -13,9 +13,8 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +26,7 @@ from compression.artifact import (
     REPORT,
     WORK,
     check_replaceable,
+    claim,
     layer_bytes,
     lineage,
     places,
@@ -34,8 +34,7 @@ from compression.artifact import (
 )
 from compression.config import CompressionConfig, Target
 from compression.evaluate import Quality, compare, final_hidden
-from compression.layerwise import compress
-from compression.recipe import PruneConfig, Step
+from compression.recipe import HealConfig, ModelStep
 from compression.reload import ReloadError, logits_of, signal_to_noise_db
 from compression.report import plot_pareto, print_report
 from compression.result import Result
@@ -43,6 +42,7 @@ from compression.samples import Samples, draw_samples
 from compression.scheme import Scheme
 from compression.source import Source, check_shapes, choose_layers
 from compression.speed import Speed, measure
+from compression.stages import Stages
 from compression.stream import BlockStream
 from monitoring.environment import describe_environment
 from parallel.config import Dtype
@@ -62,19 +62,6 @@ class Packer(Protocol):
         """Writes a folder that loads."""
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """What the result computes before it is packed.
-
-    Attributes:
-        quality: Against the parent.
-        logits: Of the first evaluation samples, (N, T, V).
-    """
-
-    quality: Quality
-    logits: Tensor
-
-
 def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
     """Compresses, evaluates, packs and checks; returns the folder of the artifacts.
 
@@ -87,52 +74,30 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
     config.check()
     parent, out = places(config)
     source = Source.open(parent)
-    steps: Mapping[str, Step] = config.recipe
-    layers = _layers(config, parent)
-    packers: dict[Target, Packer] = {
-        target: importlib.import_module(f"compression.targets.{target.value}")
-        for target in config.targets
-    }
-    schemes = {
-        step.scheme(f"recipe.{name}")
-        for name, step in steps.items()
-        if not isinstance(step, PruneConfig)
-    }
-    for packer in packers.values():
-        packer.check(schemes, "target")
+    _check_layers(config, parent)
+    packers = _packers(config)
     check_replaceable(out)
     samples = draw_samples(config, parent, stop_requested)
 
-    # 2. Block by block; a stopped compression finds its blocks in the work folder
+    # 2. Stage by stage, block by block; a stopped compression finds what is done in its work folder
     work = out / WORK
-    (work / "result").mkdir(parents=True, exist_ok=True)
-    result = Result(work / "result", getattr(torch, config.dtype.value))
-    methods = {name: step.build(f"recipe.{name}") for name, step in steps.items()}
-    needs_data = any(method.needs_data for method in methods.values())
-    made_from = _made_from(config, source, samples if needs_data else None, layers)
+    made_from = _made_from(config, source, samples)
+    claim(work, made_from)
+    stages = Stages(config, parent, samples, work, stop_requested)
     began = time.process_time()
-    with progress.bar("compressing") as advance:
-        compress(
-            parent,
-            methods,
-            layers,
-            samples.calibration if needs_data else None,
-            result,
-            made_from,
-            advance,
-            stop_requested,
-        )
+    model, result = stages.run()
     cpu_s = time.process_time() - began
 
     with tempfile.TemporaryDirectory(dir=work) as name:
         scratch = Path(name)
         # 3. What is left of the parent
-        evaluated = _evaluate(parent, result, samples.evaluation, scratch)
+        evaluated = _evaluate(parent, model, result, samples.evaluation, scratch)
         report = {
             "format_version": 1,
             "recipe": config.recipe_name,
             "made_from": made_from,
             "evaluation": {"data_digest": samples.digest} | evaluated.quality.describe(),
+            "stages": stages.notes,
             "layers": result.notes(),
             "compression_cpu_s": round(cpu_s, 1),
             "parent_weight_bytes": weight_bytes(parent),
@@ -141,16 +106,15 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
         # 4. Packed, loaded by a process that knows nothing of this one, timed; only then in place
         for target, packer in packers.items():
             artifact = scratch / target.value
-            packer.pack(result, parent, artifact)
+            packer.pack(result, model, artifact)
             found = logits_of(artifact, samples.evaluation[:_RELOADED], scratch)
             snr_db = _check_logits(target, evaluated.logits, found, config.dtype)
             speeds = _speeds(config, parent, artifact)
-            quantized = set(result.schemes())
             described = report | {
                 "target": target.value,
                 "reloaded_snr_db": round(snr_db, 1),
                 "weight_bytes": weight_bytes(artifact),
-                "quantized_layer_bytes": layer_bytes(artifact, quantized),
+                "quantized_layer_bytes": layer_bytes(artifact, set(result.schemes())),
                 "speed": {name: speed.describe() for name, speed in speeds.items()},
             }
             (artifact / REPORT).write_text(json.dumps(described, indent=1) + "\n")
@@ -166,67 +130,76 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
     return out
 
 
-def _layers(config: CompressionConfig, parent: Path) -> dict[str, int]:
+def _check_layers(config: CompressionConfig, parent: Path) -> None:
+    """Refuses patterns and sizes that do not fit the parent, as far as steps see that model."""
     stream = BlockStream(parent)
     layers = choose_layers(stream, config.layers.include, config.layers.exclude)
     for name, step in config.recipe.items():
+        if isinstance(step, HealConfig):
+            continue  # changes no shape
+        if isinstance(step, ModelStep):
+            return
         check_shapes(stream, layers, f"recipe.{name}", step)
-    return layers
 
 
-def _made_from(
-    config: CompressionConfig, source: Source, samples: Samples | None, layers: Mapping[str, int]
-) -> dict[str, Any]:
+def _packers(config: CompressionConfig) -> dict[Target, Packer]:
+    """Of each target, once it has agreed to the schemes that the recipe leaves."""
+    schemes = {
+        step.scheme(f"recipe.{name}") for name, step in config.recipe.items() if step.quantizes
+    }
+    packers: dict[Target, Packer] = {}
+    for target in config.targets:
+        packers[target] = importlib.import_module(f"compression.targets.{target.value}")
+        packers[target].check(schemes, "target")
+    return packers
+
+
+def _made_from(config: CompressionConfig, source: Source, samples: Samples) -> dict[str, Any]:
     """All that decides what comes out."""
-    calibration = None
-    if samples is not None:
-        tokens = samples.calibration
-        calibration = {
+    tokens = samples.calibration
+    steps = {
+        name: {"kind": type(step).__name__, **asdict(step)} for name, step in config.recipe.items()
+    }
+    return {
+        "parent": source.digests,
+        "steps": json.loads(json.dumps(steps, default=lambda enum: enum.value)),
+        "layers": asdict(config.layers),
+        "dtype": config.dtype.value,
+        "seed": config.seed,
+        "calibration": {
             "data_digest": samples.digest,
             "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
             "num_samples": tokens.shape[0],
             "max_seq_len": tokens.shape[1],
-        }
-    steps = {
-        name: {"kind": type(step).__name__, **_plain(asdict(step))}
-        for name, step in config.recipe.items()
-    }
-    return {
-        "parent": source.digests,
-        "steps": steps,
-        "layers": list(layers),
-        "dtype": config.dtype.value,
-        "calibration": calibration,
+        },
     }
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.value if isinstance(v, Enum) else v for k, v in settings.items()}
+@dataclass(frozen=True)
+class _Evaluated:
+    """What the result computes before it is packed: of the first samples, logits (N, T, V)."""
+
+    quality: Quality
+    logits: Tensor
 
 
-def _evaluate(parent: Path, result: Result, input_ids: Tensor, scratch: Path) -> Evaluated:
-    streams = {"parent": BlockStream(parent), "child": BlockStream(parent, result.put_into)}
-    total = sum(len(stream.blocks) for stream in streams.values())
-    hidden, done = {}, 0
-    with progress.bar("evaluating") as advance:
-        advance(0, total)
-
-        def next_block() -> None:
-            nonlocal done
-            done += 1
-            advance(done, total)
-
-        for name, stream in streams.items():
-            folder = scratch / f"hidden-{name}"
-            folder.mkdir()
-            hidden[name] = final_hidden(stream, input_ids, folder, next_block)
+def _evaluate(
+    parent: Path, model: Path, result: Result, input_ids: Tensor, scratch: Path
+) -> _Evaluated:
+    streams = {"parent": BlockStream(parent), "child": BlockStream(model, result.put_into)}
+    hidden = {}
+    for name, stream in streams.items():
+        folder = scratch / f"hidden-{name}"
+        folder.mkdir()
+        with progress.bar(f"evaluating the {name}") as advance:
+            hidden[name] = final_hidden(stream, input_ids, folder, advance)
     quality = compare(
         streams["parent"], hidden["parent"], streams["child"], hidden["child"], input_ids
     )
     with torch.no_grad():
         first = next(hidden["child"].batches())[:_RELOADED]
         logits = streams["child"].logits(first)
-    return Evaluated(quality, logits)
+    return _Evaluated(quality, logits)
 
 
 def _check_logits(target: Target, wanted: Tensor, found: Tensor, dtype: Dtype) -> float:
@@ -235,8 +208,7 @@ def _check_logits(target: Target, wanted: Tensor, found: Tensor, dtype: Dtype) -
     Raises:
         ReloadError: They are another model's.
     """
-    found = found[: len(wanted)]
-    snr_db = signal_to_noise_db(wanted, found)
+    snr_db = signal_to_noise_db(wanted, found[: len(wanted)])
     if not snr_db >= _LEAST_DB[dtype]:
         raise ReloadError(
             f"target={target.value}: loaded again, its logits are {snr_db:.1f} dB from what the "

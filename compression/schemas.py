@@ -5,12 +5,20 @@ from __future__ import annotations
 from hydra.core.config_store import ConfigStore
 
 from compression.config import CompressionConfig
-from compression.recipe import AwqConfig, GptqConfig, PruneConfig, RoundConfig, SmoothQuantConfig
+from compression.recipe import (
+    AwqConfig,
+    GptqConfig,
+    HealConfig,
+    PruneConfig,
+    RoundConfig,
+    SmoothQuantConfig,
+)
 from trainer.schemas import register_schemas as register_trainer_schemas
 
 _STEPS = {
     "round": RoundConfig,
     "gptq": GptqConfig,
+    "heal": HealConfig,
     "awq": AwqConfig,
     "smoothquant": SmoothQuantConfig,
     "prune": PruneConfig,

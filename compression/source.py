@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from compression.recipe import Pattern, PruneConfig, Step
+from compression.recipe import BlockStep, Pattern, PruneConfig
 from compression.stream import BlockStream
 from monitoring.errors import ConfigError, DamagedError
 from trainer.checkpoint import sha256_of
@@ -110,7 +110,7 @@ def choose_layers(stream: BlockStream, include: list[str], exclude: list[str]) -
     return chosen
 
 
-def check_shapes(stream: BlockStream, layers: dict[str, int], key: str, step: Step) -> None:
+def check_shapes(stream: BlockStream, layers: dict[str, int], key: str, step: BlockStep) -> None:
     """Raises ConfigError for a layer whose inputs a step cannot part into its groups.
 
     Args:

@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from compression.layerwise import compress
 from compression.methods.gptq import Gptq
-from compression.methods.rounding import RoundToNearest
 from compression.result import Result
 from compression.scheme import Scheme
 from compression.source import choose_layers
@@ -20,18 +19,17 @@ from tests.compression.conftest import save_model
 INT4 = Scheme(bits=4, group_size=32)
 
 
-def run(parent, folder, stop_after=None, made_from="x", method=None):
+def run(parent, folder, stop_after=None):
     """Compresses with GPTQ; returns the blocks that were told of."""
     folder.mkdir(exist_ok=True)
     told = []
     calibration = torch.randint(300, (4, 16), generator=torch.Generator().manual_seed(0))
     compress(
         parent,
-        {"x": method or Gptq(INT4, 0.01)},
+        {"x": Gptq(INT4, 0.01)},
         choose_layers(BlockStream(parent), ["*"], []),
         calibration,
         Result(folder, torch.bfloat16),
-        {"made_from": made_from},
         lambda done, total: told.append(done),
         lambda: stop_after is not None and told[-1] == stop_after,
     )
@@ -68,14 +66,6 @@ def test_killed_between_the_two_files_of_a_block(parent, tmp_path):
     assert_same(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_what_another_recipe_left_is_not_kept(parent, tmp_path):
-    with pytest.raises(Interrupted):
-        run(parent, tmp_path / "a", stop_after=2, made_from="other")
-    assert run(parent, tmp_path / "a", method=RoundToNearest(INT4)) == [0, 1, 2, 3]
-    run(parent, tmp_path / "b", method=RoundToNearest(INT4))
-    assert_same(tmp_path / "a", tmp_path / "b")
-
-
 _PEAK = """
 import resource, sys, torch
 from pathlib import Path
@@ -92,7 +82,7 @@ layers = choose_layers(BlockStream(parent), ["*"], [])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 method = Prune(Criterion.wanda, 0.5, Pattern.two_of_four, 0.01)
 compress(parent, {"x": method}, layers, ids,
-         Result(folder, torch.bfloat16), {}, lambda done, total: None)
+         Result(folder, torch.bfloat16), lambda done, total: None)
 print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -1,0 +1,147 @@
+"""The steps of a recipe in order: those of blocks together, those of the whole model by themselves.
+
+Each stage but the last leaves an ordinary Hugging Face folder, from which the next begins.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compression import progress
+from compression.config import CompressionConfig
+from compression.evaluate import perplexity
+from compression.heal import heal
+from compression.layerwise import compress
+from compression.recipe import BlockStep, HealConfig, ModelStep, PruneConfig, Step
+from compression.result import Result
+from compression.samples import Samples, data_config
+from compression.source import check_shapes, choose_layers
+from compression.stream import BlockStream
+from compression.targets import huggingface
+
+
+class Stages:
+    """A recipe on its way.
+
+    Attributes:
+        notes: What each step of the whole model did, for the report.
+
+    Args:
+        config: Of the compression.
+        parent: What it begins with.
+        samples: To calibrate with, and to judge by.
+        work: Folder for what is done; a stage that is there is not done again.
+        stop_requested: Polled.
+    """
+
+    def __init__(
+        self,
+        config: CompressionConfig,
+        parent: Path,
+        samples: Samples,
+        work: Path,
+        stop_requested: Callable[[], bool],
+    ) -> None:
+        self.notes: dict[str, Any] = {}
+        self._config, self._parent, self._samples = config, parent, samples
+        self._work, self._stop_requested = work, stop_requested
+        self._has_zeros = False
+
+    def run(self) -> tuple[Path, Result]:
+        """All stages; the last dense model, and what its blocks became.
+
+        Raises:
+            ConfigError: A size that an earlier step left does not go with a later one.
+            Interrupted: Told to stop; the same call goes on.
+        """
+        model = self._parent
+        stages = list(_stages(self._config.recipe))
+        for number, steps in enumerate(stages[:-1]):
+            folder = self._work / f"{number:02d}-{'+'.join(steps)}"
+            ((name, step), *_) = steps.items()
+            if isinstance(step, HealConfig):
+                model = self._heal(model, name, step, folder)
+            else:
+                result = self._compress(model, steps, folder, torch.float32)
+                dense = folder.with_name(f"{folder.name}-dense")
+                if not dense.exists():
+                    with tempfile.TemporaryDirectory(dir=self._work) as staging:
+                        huggingface.pack(result, model, Path(staging) / "dense")
+                        (Path(staging) / "dense").rename(dense)
+                model = dense
+        dtype: torch.dtype = getattr(torch, self._config.dtype.value)
+        return model, self._compress(model, stages[-1], self._work / "result", dtype)
+
+    def _compress(
+        self, model: Path, steps: Mapping[str, Step], folder: Path, dtype: torch.dtype
+    ) -> Result:
+        """Steps that work on one block after another."""
+        stream = BlockStream(model)
+        layers = choose_layers(stream, self._config.layers.include, self._config.layers.exclude)
+        methods = {}
+        for name, step in steps.items():
+            assert isinstance(step, BlockStep)
+            check_shapes(stream, layers, f"recipe.{name}", step)
+            methods[name] = step.build(f"recipe.{name}")
+            self._has_zeros = self._has_zeros or isinstance(step, PruneConfig)
+        needs_data = any(method.needs_data for method in methods.values())
+        calibration: Tensor | None = self._samples.calibration if needs_data else None
+        folder.mkdir(exist_ok=True)
+        result = Result(folder, dtype)
+        with progress.bar("+".join(steps) or "writing") as advance:
+            compress(model, methods, layers, calibration, result, advance, self._stop_requested)
+        return result
+
+    def _heal(self, model: Path, name: str, step: HealConfig, folder: Path) -> Path:
+        """The healed model, or the one that was to be healed where that is the better."""
+        folder.mkdir(exist_ok=True)
+        data = data_config(self._config)
+        healed = heal(
+            model,
+            self._parent,
+            step,
+            data,
+            self._has_zeros,
+            self._config.seed,
+            folder,
+            self._stop_requested,
+        )
+        found = {}
+        for which, path in (("before", model), ("after", healed)):
+            with (
+                tempfile.TemporaryDirectory(dir=folder) as scratch,
+                progress.bar(f"{name}: {which}") as advance,
+            ):
+                ids = self._samples.evaluation
+                found[which] = perplexity(BlockStream(path), ids, Path(scratch), advance)
+        is_better = found["after"] < found["before"]
+        self.notes[name] = {
+            "perplexity_before": found["before"],
+            "perplexity_after": found["after"],
+            "accepted": is_better,
+        }
+        said = "taken" if is_better else "worse than before: not taken"
+        print(f"{name}: perplexity {found['before']:.4f} -> {found['after']:.4f}, {said}")
+        return healed if is_better else model
+
+
+def _stages(recipe: Mapping[str, Step]) -> Iterator[dict[str, Step]]:
+    """Steps of blocks in a row make a stage; the last stage is of blocks, even if it does nothing.
+
+    A model step is a stage of its own.
+    """
+    is_of_model = False
+    for is_of_model, group in groupby(recipe.items(), lambda item: isinstance(item[1], ModelStep)):
+        if is_of_model:
+            yield from ({name: step} for name, step in group)
+        else:
+            yield dict(group)
+    if is_of_model:
+        yield {}
