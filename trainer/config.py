@@ -100,8 +100,10 @@ class PretrainConfig:
 class DistillConfig:
     """Predict what a larger model, the teacher, predicts (Hinton et al., arXiv 1503.02531).
 
-    Minitron (arXiv 2407.14679) finds the divergence alone, at temperature 1, best for healing a
-    pruned language model: so are the defaults.
+    Pruned language models are healed by the divergence alone, without cross-entropy (Minitron,
+    arXiv 2407.14679 and 2408.11796), and at temperature 1 the distributions are those that models
+    are used with: so are the defaults. FSDP and ZeRO-3 shard the teacher; under DDP and ZeRO 1 and
+    2 every rank holds it whole.
 
     Attributes:
         teacher: Hugging Face folder or hub name of a model with the student's vocabulary.
