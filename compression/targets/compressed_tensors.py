@@ -14,7 +14,7 @@ from torch import Tensor
 from compression.grid import Quantized
 from compression.result import Result
 from compression.scheme import Activation, Number, Scheme
-from compression.targets.packing import kept_matrices, write_folder
+from compression.targets.packing import Values, kept_matrices, write_folder
 from monitoring.errors import ConfigError, MissingExtraError
 
 _INSTALL = "pip install 'spotforge[compression]'"
@@ -31,12 +31,15 @@ def check(schemes: set[Scheme], key: str) -> None:
         rule = "a result without codes has nothing for it to pack"
         raise ConfigError(key, "compressed_tensors", rule, "use target=huggingface")
     for scheme in schemes:
+        if not scheme.symmetric:
+            rule = "transformers does not load zero points that compressed-tensors 0.20 has packed"
+            raise ConfigError(key, "compressed_tensors", rule, "set symmetric=true")
         if scheme.activation is not Activation.none and scheme.group_size is not None:
             rule = "engines that round inputs take one scale a row, no groups"
             raise ConfigError(key, "compressed_tensors", rule, "set group_size=null")
-        if scheme.activation is Activation.int8 and (scheme.bits != 8 or not scheme.symmetric):
-            rule = "engines that round inputs to int8 take symmetric weights of 8 bits"
-            raise ConfigError(key, "compressed_tensors", rule, "set bits=8 symmetric=true")
+        if scheme.activation is Activation.int8 and scheme.bits != 8:
+            rule = "engines that round inputs to int8 take weights of 8 bits"
+            raise ConfigError(key, "compressed_tensors", rule, "set bits=8")
         if (scheme.activation is Activation.float8) != (scheme.number is Number.float8):
             rule = "float8 weights go with float8 inputs"
             raise ConfigError(key, "compressed_tensors", rule, "set number and activation alike")
@@ -46,21 +49,19 @@ def pack(result: Result, source: Path, out: Path) -> None:
     """Writes the folder `out`."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    def packed(name: str, value: Tensor | Quantized) -> tuple[dict[str, Tensor], dict[str, str]]:
-        if not isinstance(value, Quantized):
-            return {name: value}, {}
-        scales = value.scales.to(result.dtype)
-        if not _is_packed(value.scheme):
-            return {name: value.codes, f"{name}_scale": scales}, {}
-        bits = value.scheme.bits
-        stored = {
-            f"{name}_packed": pack_to_int32(value.codes, bits).contiguous(),
-            f"{name}_scale": scales,
-            f"{name}_shape": torch.tensor(value.codes.shape),
-        }
-        if value.zero_points is not None:
-            zero_points = pack_to_int32(value.zero_points, bits, packed_dim=0)
-            stored[f"{name}_zero_point"] = zero_points.contiguous()
+    def packed(values: Values) -> tuple[dict[str, Tensor], dict[str, str]]:
+        stored: dict[str, Tensor] = {}
+        for name, value in values.items():
+            if not isinstance(value, Quantized):
+                stored[name] = value
+                continue
+            stored[f"{name}_scale"] = value.scales.to(result.dtype)
+            if not _is_packed(value.scheme):
+                stored[name] = value.codes
+                continue
+            bits = value.scheme.bits
+            stored[f"{name}_packed"] = pack_to_int32(value.codes, bits).contiguous()
+            stored[f"{name}_shape"] = torch.tensor(value.codes.shape)
         return stored, {}
 
     write_folder(result, source, out, packed, _quantization_config(result))
@@ -85,7 +86,7 @@ def _quantization_config(result: Result) -> dict[str, Any]:
         weights = QuantizationArgs(
             num_bits=scheme.bits,
             type="float" if scheme.number is Number.float8 else "int",
-            symmetric=scheme.symmetric,
+            symmetric=True,
             strategy="channel" if scheme.group_size is None else "group",
             group_size=scheme.group_size,
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 from compression.grid import Quantized
 from compression.result import Result
 from compression.scheme import Scheme
-from compression.targets.packing import write_folder
+from compression.targets.packing import Values, write_folder
 
 
 def check(schemes: set[Scheme], key: str) -> None:
@@ -19,8 +19,11 @@ def check(schemes: set[Scheme], key: str) -> None:
 def pack(result: Result, source: Path, out: Path) -> None:
     """Writes the folder `out`."""
 
-    def dense(name: str, value: Tensor | Quantized) -> tuple[dict[str, Tensor], dict[str, str]]:
-        tensor = value.dequantize() if isinstance(value, Quantized) else value
-        return {name: tensor.to(result.dtype)}, {}
+    def dense(values: Values) -> tuple[dict[str, Tensor], dict[str, str]]:
+        tensors = {
+            name: value.dequantize() if isinstance(value, Quantized) else value
+            for name, value in values.items()
+        }
+        return {name: tensor.to(result.dtype) for name, tensor in tensors.items()}, {}
 
     write_folder(result, source, out, dense, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from compression.result import Result
 _SHARD_BYTES = 256 * 2**20  # bounds memory; a block of more than that has a file to itself
 _NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", "config.json", "lineage.json", "*.bin")
 
-# A tensor or codes by name -> what is stored for it, and what is said of it in the file.
-Pack = Callable[[str, Tensor | Quantized], tuple[dict[str, Tensor], dict[str, str]]]
+# Tensors and codes of a file by name -> what is stored for them, and what the file says of them.
+Values = Mapping[str, Tensor | Quantized]
+Pack = Callable[[Values], tuple[dict[str, Tensor], dict[str, str]]]
 
 
 def write_folder(
@@ -30,7 +31,7 @@ def write_folder(
         result: What to pack.
         source: Folder of the dense model, for its tokenizer and configs.
         out: An empty folder.
-        pack: Of each tensor.
+        pack: Of each file.
         quantization_config: Goes into config.json.
     """
     shutil.copytree(source, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_NOT_COPIED))
@@ -43,7 +44,8 @@ def write_folder(
     weight_map: dict[str, str] = {}
     size = 0
     shards: list[Path] = []
-    for tensors, metadata in _shards(result, pack):
+    for values in _shards(result):
+        tensors, metadata = pack(values)
         shards.append(out / f"model-{len(shards) + 1:05d}.safetensors")
         save_file(tensors, shards[-1], {"format": "pt", **metadata})
         weight_map |= dict.fromkeys(tensors, shards[-1].name)
@@ -72,17 +74,13 @@ def kept_matrices(result: Result) -> list[str]:
     return sorted(kept | {"lm_head"})
 
 
-def _shards(result: Result, pack: Pack) -> Iterator[tuple[dict[str, Tensor], dict[str, str]]]:
-    tensors: dict[str, Tensor] = {}
-    metadata: dict[str, str] = {}
+def _shards(result: Result) -> Iterator[Values]:
+    values: dict[str, Tensor | Quantized] = {}
     size = 0
     for path in result.files():
-        if tensors and size + path.stat().st_size > _SHARD_BYTES:
-            yield tensors, metadata
-            tensors, metadata, size = {}, {}, 0
+        if values and size + path.stat().st_size > _SHARD_BYTES:
+            yield values
+            values, size = {}, 0
         size += path.stat().st_size
-        for name, value in result.read(path):
-            stored, said = pack(name, value)
-            tensors |= stored
-            metadata |= said
-    yield tensors, metadata
+        values |= result.read(path)
+    yield values

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compression.grid import Quantized
 from compression.result import Result
 from compression.scheme import Activation, Number, Scheme
-from compression.targets.packing import kept_matrices, write_folder
+from compression.targets.packing import Values, kept_matrices, write_folder
 from monitoring.errors import ConfigError, MissingExtraError
 
 
@@ -29,6 +30,9 @@ def check(schemes: set[Scheme], key: str) -> None:
         rule = "its config in a Hugging Face folder names one scheme"
         raise ConfigError(key, "torchao", rule, "use target=compressed_tensors")
     (scheme,) = schemes
+    if scheme.activation is Activation.float8 and not torch.cuda.is_available():
+        rule = "torchao makes and loads float8 with float8 inputs on a GPU only (compute 8.9)"
+        raise ConfigError(key, "torchao", rule, "use target=compressed_tensors, or a GPU")
     if scheme.bits != 8 or scheme.group_size is not None or not scheme.symmetric:
         rule = "torchao 0.18 packs int4 with CUDA kernels only, and stores it as int8 elsewhere"
         raise ConfigError(key, "torchao", rule, "use target=compressed_tensors")
@@ -41,11 +45,13 @@ def pack(result: Result, source: Path, out: Path) -> None:
     scheme = next(iter(result.schemes().values()))
     wrap = _wrapper(scheme, result)
 
-    def packed(name: str, value: Tensor | Quantized) -> tuple[dict[str, Tensor], dict[str, str]]:
-        if not isinstance(value, Quantized):
-            return {name: value}, {}
-        stored, said = flatten_tensor_state_dict({name: wrap(value)})
-        return stored, said
+    def packed(values: Values) -> tuple[dict[str, Tensor], dict[str, str]]:
+        wrapped = {
+            name: wrap(value) if isinstance(value, Quantized) else value
+            for name, value in values.items()
+        }
+        stored: tuple[dict[str, Tensor], dict[str, str]] = flatten_tensor_state_dict(wrapped)
+        return stored
 
     write_folder(result, source, out, packed, _quantization_config(scheme, result))
 

@@ -1,0 +1,243 @@
+"""`python -m compression` from its words to an artifact that loads."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from compression import run as run_module
+from compression.artifact import read_report
+from tests.compression.conftest import save_model
+from trainer.checkpoint import sha256_of
+
+SMALL = [
+    "data.max_seq_len=32",
+    "calibration.num_samples=16",
+    "calibration.min_tokens=100",
+    "evaluation.num_samples=6",
+    "evaluation.prompt_tokens=8",
+    "evaluation.new_tokens=2",
+    "evaluation.rounds=1",
+]
+
+
+@pytest.fixture
+def compress(capfd, monkeypatch, text, tmp_path):
+    """Calls the command in this process; returns its exit code and what it said."""
+    from compression.__main__ import main
+
+    def call(*words, data=True):
+        source = ["data=jsonl", f"data.path={text}", "data.column=text", *SMALL] if data else []
+        monkeypatch.setattr(sys, "argv", ["compression", *source, *map(str, words)])
+        monkeypatch.chdir(tmp_path)
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as e:
+            code = int(e.code or 0)
+        said = capfd.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+@pytest.mark.parametrize(
+    ("words", "target", "most_bits"),
+    [
+        (["recipe=int8_weight_only"], "compressed_tensors", 8.6),
+        (["recipe=int8_weight_only"], "torchao", 9.0),
+        (["recipe=int8_dynamic"], "torchao", 9.0),
+        (["recipe=int8_dynamic"], "compressed_tensors", 8.6),
+        (["recipe=w8a8_smoothquant"], "compressed_tensors", 8.6),
+        (["recipe=float8_dynamic"], "compressed_tensors", 8.6),
+        (
+            ["recipe=int4_weight_only", "recipe.int4_weight_only.group_size=32"],
+            "compressed_tensors",
+            4.8,
+        ),
+        (
+            [
+                "recipe=int4_gptq",
+                "recipe.int4_gptq.group_size=32",
+            ],
+            "compressed_tensors",
+            4.8,
+        ),
+        (["recipe=int4_awq", "recipe.int4_awq.group_size=32"], "compressed_tensors", 4.8),
+        (["recipe=prune_sparsegpt"], "huggingface", 16.1),
+    ],
+)
+def test_an_artifact_computes_what_was_evaluated(
+    words, target, most_bits, compress, parent, tmp_path
+):
+    code, out, err = compress(f"model={parent}", *words, f"target={target}", "out=x")
+    assert code == 0, err
+    artifact = tmp_path / "x" / target
+    report = read_report(artifact)
+    assert report["reloaded_snr_db"] > 20
+    assert 0 < report["evaluation"]["kl_nats"]["mean"] < 3
+    parameters = load(parent).model.layers.parameters()
+    num_weights = sum(p.numel() for p in parameters if p.ndim == 2)
+    if target != "huggingface":
+        assert report["quantized_layer_bytes"] * 8 / num_weights < most_bits
+        if most_bits < 5:
+            assert report["quantized_layer_bytes"] < 0.30 * 2 * num_weights
+    assert not (tmp_path / "x" / ".work").exists()
+    ids = torch.randint(300, (1, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.isfinite(load(artifact)(ids).logits).all()
+
+
+def test_lineage_lists_every_file(compress, parent, tmp_path):
+    assert compress(f"model={parent}", "out=x")[0] == 0
+    artifact = tmp_path / "x" / "compressed_tensors"
+    lineage = json.loads((artifact / "lineage.json").read_text())
+    found = {p.name: sha256_of(p) for p in artifact.iterdir() if p.name != "lineage.json"}
+    assert {name: entry["sha256"] for name, entry in lineage["files"].items()} == found
+    assert lineage["parent"]["files"]["model.safetensors"] == sha256_of(
+        parent / "model.safetensors"
+    )
+    assert lineage["compression"]["steps"]["int8_weight_only"]["bits"] == 8
+    assert len(lineage["tokenizer_fingerprint"]) == 64
+
+
+def test_steps_in_order_and_twice_the_same(compress, parent, tmp_path):
+    words = [
+        f"model={parent}",
+        "recipe=[prune_wanda,int4_gptq]",
+        "recipe.int4_gptq.group_size=32",
+        "recipe.prune_wanda.pattern=two_of_four",
+    ]
+    assert compress(*words, "out=a")[0] == 0
+    assert compress(*words, "out=b")[0] == 0
+    files = [
+        load_file(tmp_path / out / "compressed_tensors" / "model.safetensors") for out in ("a", "b")
+    ]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    model = load(tmp_path / "a" / "compressed_tensors")
+    model(torch.tensor([[1]]))  # only now are its weights unpacked
+    weight = model.model.layers[1].mlp.up_proj.weight
+    assert ((weight.detach() == 0).unflatten(1, (-1, 4)).sum(-1) >= 2).all()
+
+
+def test_a_stopped_compression_goes_on(compress, parent, tmp_path, monkeypatch):
+    words = [f"model={parent}", "recipe=int4_gptq", "recipe.int4_gptq.group_size=32"]
+    assert compress(*words, "out=whole")[0] == 0
+    asked = []
+
+    def stop_at_the_second_block():
+        asked.append((tmp_path / "x/.work/result/block-00001.safetensors").exists())
+        return asked[-1]
+
+    monkeypatch.setattr("compression.__main__._stop_requested", stop_at_the_second_block)
+    code, _, err = compress(*words, "out=x")
+    assert code == 33 and "goes on from there" in err
+    monkeypatch.setattr("compression.__main__._stop_requested", lambda: False)
+    code, _, err = compress(*words, "out=x")
+    assert code == 0 and "going on after block 2 of 3" in err
+    file = "compressed_tensors/model.safetensors"
+    assert sha256_of(tmp_path / "x" / file) == sha256_of(tmp_path / "whole" / file)
+
+
+def test_a_run_brings_its_export_and_its_data(compress, parent, text, tmp_path):
+    run = tmp_path / "runs" / "small"
+    save_model(run / "export")
+    data = {
+        "kind": "jsonl",
+        "path": str(text),
+        "column": "text",
+        "max_seq_len": 32,
+        "tokenizer": "train",
+        "tokenizer_vocab_size": 300,
+    }
+    (run / "config.yaml").write_text(json.dumps({"data": data}))
+    small = [word for word in SMALL if not word.startswith("data.")]
+    code, out, err = compress("run=runs/small", *small, data=False)
+    assert code == 0, err
+    assert (run / "compressed/int8_weight_only/compressed_tensors/config.json").is_file()
+    assert "same greedy token" in out
+
+
+def test_several_recipes_make_a_plot(compress, parent, tmp_path):
+    words = (f"model={parent}", "evaluation.speed=false", "recipe=int8_weight_only,prune_wanda")
+    code, _, err = compress(*words, "--multirun")
+    assert code == 0, err
+    assert (tmp_path / "compressed/pareto.png").stat().st_size > 10_000
+
+
+def test_an_artifact_that_computes_something_else_is_not_kept(
+    compress, parent, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(run_module, "logits_of", lambda *_: torch.randn(2, 32, 320))
+    code, _, err = compress(f"model={parent}", "out=x")
+    assert code == 1 and "it was not kept" in err
+    assert not (tmp_path / "x" / "compressed_tensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "run=None: exactly one of run and model"),
+        (["model=nowhere"], "model=nowhere: there is no such folder"),
+        (["run=nowhere"], "run=nowhere: is no run directory"),
+        (["recipe=nope", "model=PARENT"], "Could not find 'recipe/nope'"),
+        (["recipe=[]", "model=PARENT"], "missing mandatory value: recipe"),
+        (["model=PARENT", "target=gpu"], "target=gpu: is no target"),
+        (["model=PARENT", "target=huggingface,torchao"], "target"),
+        (["model=PARENT", "recipe.int8_weight_only.bit=4"], "no such key in RoundConfig"),
+        (["model=PARENT", "recipe.int8_weight_only.bits=9"], "is not from 2 to 8"),
+        (["model=PARENT", "recipe=int4_gptq"], "does not divide the 64 inputs of model.layers.0"),
+        (
+            ["model=PARENT", "recipe=int4_awq", "recipe.int4_awq.symmetric=false"],
+            "set symmetric=true",
+        ),
+        (["model=PARENT", "recipe=float8_dynamic", "target=torchao"], "or a GPU"),
+        (["model=PARENT", "layers.include=['*.nope']"], "matches no linear layer"),
+        (["model=PARENT", "layers.exclude=['*']"], "leaves no layer"),
+        (["model=PARENT", "recipe=[int8_weight_only,int4_awq]"], "quantize last, and once"),
+        (["model=PARENT", "recipe=[heal,int8_weight_only]"], "begins with nothing to heal"),
+        (["model=PARENT", "recipe=prune_wanda", "target=torchao"], "use target=huggingface"),
+        (["model=PARENT", "recipe=prune_wanda", "recipe.prune_wanda.sparsity=nan"], "sparsity"),
+        (["model=PARENT", "calibration.num_samples=0"], "calibration.num_samples=0"),
+        (["model=PARENT", "seed=-1"], "seed=-1"),
+        (["model=PARENT", "foo=1"], "foo"),
+        (["model=PARENT", "data.path=/nope"], "/nope"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(words, said, compress, parent, tmp_path):
+    words = [word.replace("PARENT", str(parent)) for word in words]
+    code, out, err = compress(*words, "out=x")
+    lines = [line for line in err.splitlines() if not line.startswith("preparing")]
+    assert code == 2 and len(lines) == 1 and said in lines[0], err
+    assert out == "" and not (tmp_path / "x").exists()
+
+
+def test_a_quantized_model_is_refused(compress, parent, tmp_path):
+    assert compress(f"model={parent}", "out=x")[0] == 0
+    code, _, err = compress(f"model={tmp_path / 'x' / 'compressed_tensors'}", "out=y")
+    assert code == 2 and "is quantized already (compressed-tensors)" in err
+
+
+def test_weights_that_are_no_numbers_are_refused(compress, tmp_path):
+    model = save_model(tmp_path / "broken")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    code, _, err = compress(f"model={tmp_path / 'broken'}", "out=x")
+    assert code == 2 and "layers.1.mlp.up_proj.weight is NaN" in err
+    assert not (tmp_path / "x" / "compressed_tensors").exists()
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(compress, parent, tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "mine.txt").write_text("precious")
+    code, _, err = compress(f"model={parent}", "out=x")
+    assert code == 2 and "holds mine.txt" in err
