@@ -12,8 +12,8 @@ from monitoring.errors import ConfigError
 
 _GUARD = """\
 Runs COMMAND on a rented machine, writes down what that costs, tick by tick, and stops it in time to
-save before the budget is spent, over all starts and all machines. On nodes but the first it only
-runs COMMAND: the first one pays for all."""
+save before the budget is spent, over all starts and all machines. Of several nodes the first one
+has the guard, and pays for all."""
 
 _EXAMPLES = """\
 example:
@@ -21,7 +21,8 @@ example:
       --run-dir /ckpt/run -- python -m trainer experiment=mine run.dir=/ckpt/run
 
 In a SkyPilot job SPOTFORGE_PRICES may hold the prices of all places where it may run: a JSON list
-of {cloud, region, zone, gpu, is_spot, usd_per_h}.
+of {cloud, region, zone, gpu, gpus_per_node, is_spot, usd_per_h}. The dearest of those that may be
+this machine's counts.
 
 exit codes: COMMAND's; 2 at the budget, with a complete checkpoint
 """
@@ -42,7 +43,7 @@ def add_verbs(commands: Any) -> None:
     )
     parser.set_defaults(run=_guard, refuse=parser.error)
     parser.add_argument(
-        "--ledger", metavar="DIR", type=Path, required=True, help="where what was spent is kept"
+        "--ledger", metavar="DIR", type=_folder, required=True, help="where what was spent is kept"
     )
     price = parser.add_mutually_exclusive_group()
     price.add_argument("--usd-per-h", metavar="X", type=_number(0), help="price of a node-hour")
@@ -50,7 +51,7 @@ def add_verbs(commands: Any) -> None:
         "--prices", metavar="FILE", type=Path, help="prices by place (default: SPOTFORGE_PRICES)"
     )
     parser.add_argument(
-        "--nodes", metavar="N", type=int, help="nodes to pay for (default: SKYPILOT_NUM_NODES or 1)"
+        "--nodes", metavar="N", help="nodes to pay for (default: SKYPILOT_NUM_NODES or 1)"
     )
     parser.add_argument(
         "--budget-usd",
@@ -60,7 +61,7 @@ def add_verbs(commands: Any) -> None:
         help="what the job may cost in all its starts (default: no limit)",
     )
     parser.add_argument(
-        "--run-dir", metavar="DIR", type=Path, help="of the trainer: tokens and checkpoints"
+        "--run-dir", metavar="DIR", type=_folder, help="of the trainer: tokens and checkpoints"
     )
     parser.add_argument(
         "--deadline-h",
@@ -97,7 +98,7 @@ def add_verbs(commands: Any) -> None:
         "table by place.",
     )
     cost.set_defaults(run=_cost)
-    cost.add_argument("ledger", metavar="DIR", type=Path, help="the folder that guard writes to")
+    cost.add_argument("ledger", metavar="DIR", type=_folder, help="the folder that guard writes to")
 
 
 def _cost(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -110,17 +111,11 @@ def _cost(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def _guard(options: argparse.Namespace, command: Sequence[str]) -> int:
     if not command:
         options.refuse("say what to run: -- COMMAND...")
-    from launch.budget.guard import Guard, GuardSettings, run_beside
+    from launch.budget.guard import Guard, GuardSettings
     from launch.child import check_program
 
     check_program(command)
-    if int(os.environ.get("SKYPILOT_NODE_RANK", 0)) > 0:
-        return run_beside(command)
-    num_nodes = options.nodes
-    if num_nodes is None:
-        num_nodes = int(os.environ.get("SKYPILOT_NUM_NODES", 1))
-    if num_nodes < 1:
-        raise ConfigError("--nodes", num_nodes, "below 1", "give 1 or more")
+    num_nodes = _num_nodes(options)
     usd_per_h, place, is_spot = _price(options)
     return Guard(
         GuardSettings(
@@ -141,9 +136,23 @@ def _guard(options: argparse.Namespace, command: Sequence[str]) -> int:
     ).run()
 
 
+def _num_nodes(options: argparse.Namespace) -> int:
+    """Nodes to pay for."""
+    rank = os.environ.get("SKYPILOT_NODE_RANK", "0")
+    if rank != "0":
+        rule, fix = "the guard of the first node pays for all", "run COMMAND alone on the others"
+        raise ConfigError("SKYPILOT_NODE_RANK", rank, rule, fix)
+    key, text = "--nodes", options.nodes
+    if text is None:
+        key, text = "SKYPILOT_NUM_NODES", os.environ.get("SKYPILOT_NUM_NODES", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(key, text, "is no number of nodes", "give 1 or more")
+    return int(text)
+
+
 def _price(options: argparse.Namespace) -> tuple[float, str, bool]:
     """Dollars an hour of a node, where it is, and whether it is spot."""
-    from launch.budget.prices import parse_prices, price_here
+    from launch.budget.prices import gpu_here, parse_prices, price_here
     from launch.elastic.journal import say
 
     if options.usd_per_h is not None:
@@ -158,10 +167,16 @@ def _price(options: argparse.Namespace) -> tuple[float, str, bool]:
         if not text:
             options.refuse("say what this costs: --usd-per-h, --prices or SPOTFORGE_PRICES")
     prices = parse_prices(source, text)
-    price, remark = price_here(prices, os.environ.get("SKYPILOT_CLUSTER_INFO"))
+    price, remark = price_here(prices, os.environ, gpu_here())
     if remark is not None:
         say("guard", remark)
     return price.usd_per_h, price.place, price.is_spot
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("'' names no folder")
+    return Path(text)
 
 
 def _number(least: float | None = None) -> Any:

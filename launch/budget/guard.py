@@ -19,6 +19,7 @@ from launch.budget.progress import Progress, longest_save_s, read_progress, save
 from launch.child import Child
 from launch.elastic.journal import say
 from launch.elastic.signals import exit_at_once
+from launch.rounding import rounded_up
 from monitoring.errors import ConfigError, ExitCode
 
 _SLOWER = 1.5  # than the slowest save so far, at worst
@@ -83,7 +84,10 @@ class Guard:
         if self._must_stop():
             self._close("refused", None)
             least_usd = cost_usd(self._settings.tick_s + self._stop_s(), self._settings.usd_per_h)
-            raise self._exhausted(f", and a tick and a save here cost ${least_usd:.2f}")
+            needed = rounded_up(self._budget.spent_usd + least_usd)
+            raise self._exhausted(
+                f", and a tick and a save here cost ${least_usd:.2f}", f"raise it to {needed}"
+            )
         exit_at_once()
         with Child(self._settings.command) as child:
             self._pay(self._settings.tick_s)
@@ -150,13 +154,13 @@ class Guard:
         self._budget.spend(until_s - self._paid_s, self._settings.usd_per_h)
         self._paid_s = until_s
 
-    def _exhausted(self, more: str = "") -> ConfigError:
+    def _exhausted(self, more: str = "", fix: str = "raise it") -> ConfigError:
         limit, spent = f"{self._settings.budget_usd:g}", self._budget.spent_usd
         saved = (
             "" if self._saved_step is None else f" and the run is saved at step {self._saved_step}"
         )
         rule = f"${spent:.2f} are spent{saved}{more}"
-        return ConfigError("launch.budget_usd", limit, rule, "raise it and run the same command")
+        return ConfigError("launch.budget_usd", limit, rule, f"{fix} and run the same command")
 
     # The ledger
 
@@ -243,17 +247,3 @@ class Guard:
                 )
             except OSError as e:
                 say("guard", f"--ledger={self._settings.ledger} cannot be written now: {e}")
-
-
-def run_beside(command: Sequence[str]) -> int:
-    """Runs the command on a node other than the first, whose guard pays for all.
-
-    Returns:
-        Its exit code, but 0 for 33: whether the job is started again is said by the first node,
-        and SkyPilot would take it from any.
-    """
-    exit_at_once()
-    with Child(command) as child:
-        code = child.wait()
-    assert code is not None
-    return ExitCode.FINISHED if code == ExitCode.START_AGAIN else code

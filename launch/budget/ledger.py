@@ -14,6 +14,8 @@ Sums in it only grow, so a line that is torn or lost takes nothing with it. A st
 was killed in its last tick, which is paid for.
 """
 
+import json
+import math
 import os
 import secrets
 import time
@@ -21,8 +23,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from monitoring.errors import ConfigError
-from monitoring.jsonl import encode, read_records
+from monitoring.errors import ConfigError, DamagedError
+from monitoring.jsonl import encode
 
 Entry = dict[str, object]
 
@@ -92,12 +94,14 @@ class Account:
         starts: In order.
         alarms: `alarm` entries, in order.
         first_sight: Time and tokens of the first entry that saw tokens come, if one did.
+        num_torn: Lines that cannot be read.
     """
 
     estimate: Estimate | None
     starts: tuple[Start, ...]
     alarms: tuple[Entry, ...]
     first_sight: tuple[float, float] | None
+    num_torn: int = 0
 
     @property
     def spent_usd(self) -> float:
@@ -151,7 +155,7 @@ class Ledger:
         """What all files say, of other machines too.
 
         Raises:
-            ConfigError: The folder cannot be read.
+            ConfigError: See `read_account`.
         """
         return read_account(self.folder)
 
@@ -161,12 +165,47 @@ def read_account(folder: Path) -> Account:
 
     Raises:
         ConfigError: The folder cannot be read.
+        DamagedError: An entry has a sum that cannot be.
     """
     try:
         # Names begin with the time, in digits of one length.
-        return account_of([read_records(path) for path in sorted(folder.glob("*.jsonl"))])
+        files = [_read(path) for path in sorted(folder.glob("*.jsonl"))]
     except OSError as e:
         raise ConfigError("ledger", folder, e.strerror or str(e), "check the folder") from e
+    account = account_of([entries for entries, _ in files])
+    return replace(account, num_torn=sum(num_torn for _, num_torn in files))
+
+
+def _read(path: Path) -> tuple[list[Entry], int]:
+    """The entries of one start, and the number of lines that are none: a crash may tear the last.
+
+    Raises:
+        DamagedError: A sum in it is negative or no number, which no guard has written.
+    """
+    entries, num_torn = [], 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            entry = _decoded(line)
+            if entry is None:
+                num_torn += 1
+                continue
+            for name in ("usd", "seconds") if entry.get("entry") in ("tick", "end") else ():
+                value = entry.get(name)
+                if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                    rule = f"line {number}: {name}={value} cannot be"
+                    fix = "restore the file, or correct the line to what was spent"
+                    raise DamagedError("ledger", path, rule, fix)
+            entries.append(entry)
+    return entries, num_torn
+
+
+def _decoded(line: bytes) -> Entry | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:  # not JSON, or not UTF-8
+        return None
+    is_whole = line.endswith(b"\n") and isinstance(entry, dict) and "step" in entry
+    return entry if is_whole else None
 
 
 def account_of(files: Iterable[Sequence[Entry]]) -> Account:

@@ -2,12 +2,19 @@
 
 import json
 import math
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from launch.catalog.gpus import gpu_of
 from monitoring.errors import ConfigError
 
-_FIX = "give a JSON list of {cloud, region, zone, gpu, is_spot, usd_per_h}"
+_FIX = "give a JSON list of {cloud, region, zone, gpu, gpus_per_node, is_spot, usd_per_h}"
+
+_SMI_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,7 @@ class Price:
         region: Empty: any.
         zone: Empty: any of the region.
         gpu: SkyPilot's name of the accelerator.
+        gpus_per_node: 0: not said.
         is_spot: Whether it can be taken away.
         usd_per_h: Of one node.
     """
@@ -27,6 +35,7 @@ class Price:
     region: str
     zone: str
     gpu: str
+    gpus_per_node: int
     is_spot: bool
     usd_per_h: float
 
@@ -56,22 +65,32 @@ def parse_prices(source: str, text: str) -> list[Price]:
     return prices
 
 
-def price_here(prices: list[Price], cluster_info: str | None) -> tuple[Price, str | None]:
+def price_here(
+    prices: list[Price], environment: Mapping[str, str], gpu: str | None = None
+) -> tuple[Price, str | None]:
     """The price of a node where this job runs.
 
-    Neither SkyPilot nor the machine says whether it is spot, nor of which row of the list: where
-    several fit, the dearest of them counts, and so does the dearest of all where none does.
+    The place, the number of GPUs and their name tell prices apart, as far as they are known and one
+    of the list has them. Nothing says whether the node is spot: of what is left the dearest counts,
+    and the dearest of all where no price is of this place.
 
     Args:
         prices: At least one.
-        cluster_info: SKYPILOT_CLUSTER_INFO, `{"cloud": "AWS", "region": ..., "zone": ...}`.
+        environment: As SkyPilot sets it on each node: SKYPILOT_CLUSTER_INFO (`{"cloud": "AWS",
+            "region": ..., "zone": ...}`) and SKYPILOT_NUM_GPUS_PER_NODE.
+        gpu: See `gpu_here`.
 
     Returns:
         The price, and a remark where it is a guess.
     """
-    where = _where(cluster_info)
+    where = _where(environment.get("SKYPILOT_CLUSTER_INFO"))
     fitting = [price for price in prices if _fits(price, where)]
     dearest = max(fitting or prices, key=lambda price: price.usd_per_h)
+    if fitting:
+        count = environment.get("SKYPILOT_NUM_GPUS_PER_NODE")
+        fitting = _narrowed(fitting, lambda price: str(price.gpus_per_node) == count)
+        fitting = _narrowed(fitting, lambda price: price.gpu == gpu)
+        dearest = max(fitting, key=lambda price: price.usd_per_h)
     if len({price.usd_per_h for price in fitting}) == 1:
         return dearest, None
     here = "/".join(value for value in where.values() if value) or "an unknown place"
@@ -80,12 +99,35 @@ def price_here(prices: list[Price], cluster_info: str | None) -> tuple[Price, st
     return dearest, f"{remark} ({dearest.place} {dearest.gpu})"
 
 
+def gpu_here() -> str | None:
+    """SkyPilot's name of this machine's GPUs, as the driver says; None where it cannot."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    try:
+        command = ["nvidia-smi", "-L"]
+        listed = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=_SMI_S)
+    except subprocess.TimeoutExpired:  # a GPU that has fallen off the bus; supervise says so
+        return None
+    name = re.match(r"GPU 0: (.+?) \(UUID", listed.stdout)
+    return name and gpu_of(name[1])
+
+
+def _narrowed(prices: list[Price], fits: Callable[[Price], bool]) -> list[Price]:
+    """Those that fit; all where none does, since a list, too, may leave something out."""
+    return [price for price in prices if fits(price)] or prices
+
+
 def _price(row: Any) -> Price:
     usd_per_h = float(row["usd_per_h"])
     if not 0 <= usd_per_h < math.inf:
         raise ValueError(usd_per_h)
     names = {key: str(row.get(key) or "") for key in ("cloud", "region", "zone", "gpu")}
-    return Price(**names, is_spot=bool(row.get("is_spot", False)), usd_per_h=usd_per_h)
+    return Price(
+        **names,
+        gpus_per_node=int(row.get("gpus_per_node") or 0),
+        is_spot=bool(row.get("is_spot", False)),
+        usd_per_h=usd_per_h,
+    )
 
 
 def _where(cluster_info: str | None) -> dict[str, str]:

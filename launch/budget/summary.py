@@ -36,6 +36,9 @@ def summary(ledger: Path) -> str:
     ]
     if account.alarms:
         lines.append(f"alarm      {account.alarms[-1].get('text', '')}")
+    if account.num_torn:
+        num_lines = f"{account.num_torn} line" + ("s" if account.num_torn > 1 else "")
+        lines.append(f"unreadable {num_lines}, as a crash leaves them; the others have all sums")
     return "\n".join([*lines, "", *_by_place(account)])
 
 

@@ -63,7 +63,7 @@ GPUS: dict[str, Gpu] = {
 
 _BY_FOLDED = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in GPUS}
 _MAKER = re.compile(r"\b(nvidia|amd|tesla|geforce|quadro|hgx|instinct)\b")
-_FORM = re.compile(r"\b(sxm\d?|nvlink|pcie|nvl)\b")
+_FORM = re.compile(r"\b(sxm\d?|nvlink|pcie|nvl|hbm\d?e?)\b")
 _SIZE = re.compile(r"\(?\b(\d+)\s*g(?:b|ib)?\b\)?")
 # Cards of one name in two sizes: from this one on it is part of SkyPilot's name.
 _SIZES = {"a100": 80, "v100": 32}

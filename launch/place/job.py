@@ -104,6 +104,7 @@ class Job:
                     "region": way.offer.region,
                     "zone": way.offer.zone,
                     "gpu": way.offer.gpu,
+                    "gpus_per_node": way.offer.gpus_per_node,
                     "is_spot": way.offer.is_spot,
                     "usd_per_h": way.offer.usd_per_h,
                 }

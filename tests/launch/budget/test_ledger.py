@@ -7,10 +7,10 @@ import pytest
 from launch.__main__ import main
 from launch.budget.deadline import DeadlineWatch
 from launch.budget.ledger import Ledger, account_of, read_account
-from launch.budget.prices import parse_prices, price_here
+from launch.budget.prices import gpu_here, parse_prices, price_here
 from launch.budget.progress import Progress, longest_save_s, read_progress, saved_step
 from launch.budget.summary import forecast_usd, summary
-from monitoring.errors import ConfigError
+from monitoring.errors import ConfigError, DamagedError
 
 
 def write_start(folder, place, sums, *, tokens=(), is_spot=True, usd_per_h=2.0, first_tokens=0):
@@ -60,7 +60,17 @@ def test_lines_that_are_torn_or_lost_take_nothing_with_them(tmp_path):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([lines[0], lines[1], "\x00\x00\n", lines[3], lines[3][:20]]))
     assert ledger.account().spent_usd == 3.0
+    assert "unreadable 2 lines" in summary(tmp_path)
     assert len(path.read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize("usd", ["-1.0", "NaN", '"NaN"', "Infinity", "null"])
+def test_a_sum_that_cannot_be_is_damage(tmp_path, usd):
+    write_start(tmp_path, "aws/a", [1.0, 2.0])
+    (path,) = tmp_path.glob("*.jsonl")
+    path.write_text(path.read_text().replace('"usd": 2.0', f'"usd": {usd}'))
+    with pytest.raises(DamagedError, match=rf"ledger={path}: line 3: usd=.* cannot be; restore"):
+        read_account(tmp_path)
 
 
 def test_no_start_writes_to_another_ones_file(tmp_path):
@@ -99,9 +109,53 @@ PRICES = [
 )
 def test_the_price_is_that_of_the_place_else_the_dearest(info, usd_per_h, remark):
     prices = parse_prices("--prices", json.dumps(PRICES))
-    price, said = price_here(prices, info and json.dumps(info))
+    environment = {"SKYPILOT_CLUSTER_INFO": json.dumps(info)} if info else {}
+    price, said = price_here(prices, environment)
     assert price.usd_per_h == usd_per_h
     assert (said is None) if remark is None else said.startswith(remark)
+
+
+@pytest.mark.parametrize(
+    ("count", "gpu", "usd_per_h", "remark"),
+    [
+        ("4", None, 6.84, None),
+        ("8", "H100", 9.0, None),
+        ("8", None, 13.68, "2 prices for Verda/FIN-01: reckoning with the dearest, $13.68/h"),
+        (None, "B200", 13.68, "3 prices for Verda/FIN-01"),
+        ("1", "L4", 13.68, "4 prices for Verda/FIN-01"),  # not of the list: nothing is told apart
+    ],
+)
+def test_prices_of_one_place_are_told_apart_by_its_gpus(count, gpu, usd_per_h, remark):
+    sizes = [("B200", 2, 3.42), ("B200", 4, 6.84), ("B200", 8, 13.68), ("H100", 8, 9.0)]
+    rows = [
+        {"cloud": "verda", "gpu": name, "gpus_per_node": n, "is_spot": True, "usd_per_h": usd}
+        for name, n, usd in sizes
+    ]
+    environment = {"SKYPILOT_CLUSTER_INFO": '{"cloud": "Verda", "region": "FIN-01"}'}
+    if count is not None:
+        environment["SKYPILOT_NUM_GPUS_PER_NODE"] = count
+    price, said = price_here(parse_prices("--prices", json.dumps(rows)), environment, gpu)
+    assert price.usd_per_h == usd_per_h
+    assert (said is None) if remark is None else said.startswith(remark)
+
+
+@pytest.mark.parametrize(
+    ("listed", "name"),
+    [
+        ("GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0a1b)", "H100"),
+        ("GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-0a1b)", "A100-80GB"),
+        ("GPU 0: NVIDIA B200 (UUID: GPU-0a1b)\nGPU 1: NVIDIA B200 (UUID: GPU-2)", "B200"),
+        ("NVIDIA-SMI has failed", None),
+    ],
+)
+def test_the_driver_names_the_gpus(listed, name, tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho '{listed}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_here() == name
+    program.unlink()
+    assert gpu_here() is None
 
 
 @pytest.mark.parametrize(

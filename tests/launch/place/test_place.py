@@ -89,7 +89,7 @@ def test_the_job_is_guarded_keeps_its_checkpoints_and_names_secrets_only(monkeyp
     assert "checkpoint.upload=file:///spotforge/my-run/checkpoints" in command
     assert command[-1] == "run.dir=runs/My_Run"
     prices = json.loads(task["envs"]["SPOTFORGE_PRICES"])
-    assert [p["usd_per_h"] for p in prices] == [9.0, 12.0, 40.0]
+    assert [(p["usd_per_h"], p["gpus_per_node"]) for p in prices] == [(9, 8), (12, 8), (40, 8)]
     assert yaml.safe_load(text) == task
 
 
