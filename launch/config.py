@@ -224,12 +224,20 @@ class LaunchConfig:
 
     def __post_init__(self) -> None:
         hours("launch.max_price_age", self.max_price_age)
-        hours("launch.slurm.time_limit", self.slurm.time_limit)
+        self._check_slurm()
         self._check_above_zero()
         self._check_shares()
         if not self.stages or len(set(self.stages)) != len(self.stages):
             shown = f"[{','.join(stage.value for stage in self.stages)}]"
             raise ConfigError("launch.stages", shown, "names each stage once", "use [train]")
+
+    def _check_slurm(self) -> None:
+        limit = hours("launch.slurm.time_limit", self.slurm.time_limit)
+        if not self.slurm.save_minutes / 60 < limit:
+            rule = f"is not shorter than launch.slurm.time_limit={self.slurm.time_limit}"
+            raise ConfigError(
+                "launch.slurm.save_minutes", self.slurm.save_minutes, rule, "leave time to train"
+            )
 
     def _check_above_zero(self) -> None:
         _ = self.deadline_h

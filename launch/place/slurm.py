@@ -125,7 +125,13 @@ class Slurm:
 
     def logs(self, name: str) -> int:
         """See `Place`: of the folder in which it was submitted."""
-        return _program("tail").run("-n", "+1", "-F", f"{name}.out")
+        _program("squeue")  # elsewhere nothing would ever be written
+        output = Path(f"{name}.out")
+        if not output.is_file():
+            rule = f"there is no {output} in this folder"
+            fix = "go to where it was submitted, or wait until it runs (status)"
+            raise ConfigError("launch.name", name, rule, fix)
+        return _program("tail").run("-n", "+1", "-F", str(output))
 
     def down(self, name: str) -> int:
         """See `Place`."""

@@ -16,6 +16,7 @@ from launch.plan.candidate import Candidate, Rejected
 from launch.plan.cost import Estimator
 from launch.plan.speed import Speed, SpeedModel
 from launch.plan.workload import Workload, workload_of
+from launch.rounding import rounded_up
 from launch.settings import Settings
 from monitoring.errors import ConfigError
 
@@ -160,11 +161,12 @@ def _nothing_left(plan: Plan) -> ConfigError:
     ways = [way for way in plan.rejected if way.reason == last]
     if last == "budget":
         least = min(way.priced.costs.total_usd for way in ways if way.priced)
-        fix = f"the cheapest way that is in time costs ${least:,.2f}: raise the budget to that"
+        fix = f"the cheapest way that is in time costs ${rounded_up(least)}: give it that"
         return ConfigError("launch.budget_usd", launch.budget_usd, rule, fix)
     if last == "deadline":
         soonest_h = min(way.priced.p95_h for way in ways if way.priced)
-        fix = f"the soonest is done after {soonest_h:.1f} h: give it that, or more launch.nodes"
+        hours = rounded_up(soonest_h, 1)
+        fix = f"the soonest is done after {hours} h: give it {hours}h, or more launch.nodes"
         return ConfigError("launch.deadline", launch.deadline, rule, fix)
     example = f"e.g. {ways[0].text}" if ways else "there are no offers in it"
     if last == "memory":

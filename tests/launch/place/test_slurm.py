@@ -47,6 +47,10 @@ def test_the_script_asks_for_what_the_plan_counts_on(small, capsys):
         ((*SLURM, "launch.image=a/b"), "launch.image=a/b: has no meaning for"),
         ((*SLURM, "launch.slurm.partition=a b"), "launch.slurm.partition=a b: is no name"),
         ((*SLURM, "launch.slurm.time_limit=5"), "launch.slurm.time_limit=5: is a time"),
+        (
+            (*SLURM, "launch.slurm.time_limit=10min"),
+            "launch.slurm.save_minutes=10: is not shorter than launch.slurm.time_limit=10min",
+        ),
         ((*SLURM, "launch.nodes=[2,4]", "launch.name=A"), "launch.name=A: is no name"),
         ((*SLURM, "launch.nodes=[4]"), "launch.nodes=[4]"),
     ],
@@ -62,6 +66,17 @@ def test_without_slurm_nothing_is_submitted(small, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(["up", *small, *SLURM]) == 2
     assert "there is no program sbatch here" in capsys.readouterr().err
+
+
+def test_logs_wait_for_no_file_that_is_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "mine.out").write_text("step 1")
+    assert main(["logs", "mine", "launch.target=slurm"]) == 2
+    assert "there is no program squeue here" in capsys.readouterr().err
+    (tmp_path / "squeue").touch(0o755)
+    assert main(["logs", "other", "launch.target=slurm"]) == 2
+    assert capsys.readouterr().err.startswith("launch.name=other: there is no other.out in this")
 
 
 @pytest.fixture(scope="module")

@@ -114,11 +114,11 @@ def test_nothing_in_time_or_within_the_budget_is_one_line_with_the_way_out():
     with pytest.raises(ConfigError) as late:
         planned([offer()], "launch.deadline=1h")
     hours = float(re.search(r"soonest is done after ([\d.]+) h", str(late.value))[1])
-    assert planned([offer()], f"launch.deadline={hours + 0.1:.1f}h").candidates
+    assert planned([offer()], f"launch.deadline={hours}h").candidates
     with pytest.raises(ConfigError) as dear:
         planned([offer()], "launch.budget_usd=5")
     usd = float(re.search(r"costs \$([\d,.]+\d)", str(dear.value))[1].replace(",", ""))
-    assert planned([offer()], f"launch.budget_usd={usd + 0.01}").candidates
+    assert planned([offer()], f"launch.budget_usd={usd}").candidates
     with pytest.raises(ConfigError, match="one was memory, e.g. needs .*micro_batch_size"):
         planned([offer(gpu="T4", gpus_per_node=1)])
     with pytest.raises(ConfigError, match=r"launch.regions=\['india'\]: .*aws/us-east-1 is in US"):
