@@ -1,6 +1,8 @@
 """`python -m launch`: what a job costs, where it runs, and that it goes on."""
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -63,5 +65,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return e.exit_code
 
 
+def program() -> int:
+    """`main` with a terminal, or a pipe whose other end may go away (`| head`)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that its encoding lacks, as on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        return ExitCode.FAILED
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

@@ -16,6 +16,9 @@ from omegaconf import MISSING
 from monitoring.errors import ConfigError
 
 _HOURS = {"min": 1 / 60, "h": 1.0, "d": 24.0}
+_MOST_HOURS = 100 * 366 * 24.0
+# No setting that is meant is above this, and no sum of such ones is beyond what a float can hold.
+_MOST = 1e9
 
 
 class Stage(Enum):
@@ -225,7 +228,7 @@ class LaunchConfig:
     def __post_init__(self) -> None:
         hours("launch.max_price_age", self.max_price_age)
         self._check_slurm()
-        self._check_above_zero()
+        self._check_numbers()
         self._check_shares()
         if not self.stages or len(set(self.stages)) != len(self.stages):
             shown = f"[{','.join(stage.value for stage in self.stages)}]"
@@ -239,25 +242,34 @@ class LaunchConfig:
                 "launch.slurm.save_minutes", self.slurm.save_minutes, rule, "leave time to train"
             )
 
-    def _check_above_zero(self) -> None:
+    def _check_numbers(self) -> None:
         _ = self.deadline_h
-        values = {
+        above_0 = {
             "launch.budget_usd": self.budget_usd,
             "launch.usd_inr": self.usd_inr,
             "launch.network_gbit": self.network_gbit,
+        }
+        above_0 |= {f"launch.preemption_hours.{k}": v for k, v in self.preemption_hours.items()}
+        counts = {
             "launch.candidates": self.candidates,
             "launch.autostop_minutes": self.autostop_minutes,
             "launch.slurm.save_minutes": self.slurm.save_minutes,
             "launch.nodes": min(self.nodes, default=0),
         }
-        values |= {f"launch.preemption_hours.{k}": v for k, v in self.preemption_hours.items()}
-        for key, value in values.items():
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(key, value, "must be above 0", "give a positive number")
-        for key in ("data_gb", "restart_minutes", "wait_minutes", "storage_usd_per_gb_month"):
-            if not 0 <= getattr(self, key) < math.inf:
-                value = getattr(self, key)
-                raise ConfigError(f"launch.{key}", value, "must not be below 0", "use 0 or more")
+        from_0 = {
+            f"launch.{name}": getattr(self, name)
+            for name in ("data_gb", "restart_minutes", "wait_minutes", "storage_usd_per_gb_month")
+        }
+        from_0 |= {f"launch.quotas.{k}": v for k, v in self.quotas.items()}
+        for name, pool in self.pools.items():
+            counts[f"launch.pools.{name}.nodes"] = pool.nodes
+            counts[f"launch.pools.{name}.gpus_per_node"] = pool.gpus_per_node
+            from_0[f"launch.pools.{name}.usd_per_h"] = pool.usd_per_h
+        for values, least in ((above_0, 0.001), (counts, 1), (from_0, 0)):
+            for key, value in values.items():
+                if value is not None and not least <= value <= _MOST:
+                    rule = f"must be from {least:g} to {_MOST:g}"
+                    raise ConfigError(key, value, rule, "give a number that is")
 
     def _check_shares(self) -> None:
         shares = {"launch.gst": self.gst}
@@ -265,8 +277,8 @@ class LaunchConfig:
         for key, value in shares.items():
             if not 0 <= value < 1:
                 raise ConfigError(key, value, "is a share, from 0 to below 1", "0.15 means 15%")
-        if self.mfu is not None and not 0 < self.mfu <= 1:
-            raise ConfigError("launch.mfu", self.mfu, "is a share, above 0 to 1", "use 0.4")
+        if self.mfu is not None and not 0.001 <= self.mfu <= 1:
+            raise ConfigError("launch.mfu", self.mfu, "is a share, from 0.001 to 1", "use 0.4")
 
 
 def hours(key: str, text: str) -> float:
@@ -280,6 +292,8 @@ def hours(key: str, text: str) -> float:
         ConfigError: For anything else.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(min|h|d)", text)
-    if not match or not float(match[1]) > 0:
-        raise ConfigError(key, text, "is a time with its unit", "use 90min, 36h or 10d")
-    return float(match[1]) * _HOURS[match[2]]
+    found = float(match[1]) * _HOURS[match[2]] if match else 0.0
+    if not 0 < found <= _MOST_HOURS:
+        rule = "is a time with its unit, of up to 100 years"
+        raise ConfigError(key, text, rule, "use 90min, 36h or 10d")
+    return found

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
@@ -78,3 +79,12 @@ def _compose(name: str, overrides: Sequence[str], config_dir: Path | None) -> An
             return OmegaConf.to_object(compose(name, [*overrides, *more]))
     except (HydraException, OmegaConfBaseException) as e:
         raise RefusedByHydra(explain(e, "python -m launch plan --help")) from e
+    except yaml.YAMLError as e:
+        rule = f"is not YAML: {' '.join(str(e).split())}"
+        raise ConfigError("--config-dir", config_dir, rule, "correct the file") from e
+    except UnicodeDecodeError as e:
+        rule = f"has a file that is not UTF-8 ({e})"
+        raise ConfigError("--config-dir", config_dir, rule, "save it as UTF-8") from e
+    except ValueError as e:  # Hydra's, of a group that is null
+        nulls = " ".join(word for word in overrides if word.endswith("=null"))
+        raise RefusedByHydra(f"{nulls}: {e}; name one of its options") from e

@@ -159,7 +159,7 @@ def _price(options: argparse.Namespace) -> tuple[float, str, bool]:
         return options.usd_per_h, socket.gethostname(), False
     if options.prices is not None:
         try:
-            source, text = "--prices", options.prices.read_text(encoding="utf-8")
+            source, text = "--prices", options.prices.read_text("utf-8", "replace")
         except OSError as e:
             raise ConfigError("--prices", options.prices, f"{e.strerror}", "check the path") from e
     else:
@@ -206,7 +206,7 @@ def _estimate(text: str | None) -> dict[str, float]:
     fix = f"give some of time, {', '.join(ESTIMATE)}"
     try:
         figures = {str(key): float(value) for key, value in json.loads(text).items()}
-    except (ValueError, AttributeError, TypeError) as e:
+    except (ValueError, RecursionError, AttributeError, TypeError) as e:
         raise ConfigError("--estimate", text, "is no JSON object of numbers", fix) from e
     unknown = sorted(set(figures) - {*ESTIMATE, "time"})
     if unknown:

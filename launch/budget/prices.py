@@ -58,7 +58,7 @@ def parse_prices(source: str, text: str) -> list[Price]:
     try:
         rows = json.loads(text)
         prices = [_price(row) for row in rows]
-    except (ValueError, TypeError, AttributeError, KeyError) as e:
+    except (ValueError, RecursionError, TypeError, AttributeError, KeyError) as e:
         raise ConfigError(source, _short(text), "is not a list of prices", _FIX) from e
     if not prices:
         raise ConfigError(source, "[]", "has no price", _FIX)

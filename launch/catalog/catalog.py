@@ -150,8 +150,6 @@ def _as_the_users(launch: LaunchConfig, offer: Offer) -> Offer:
 
 
 def _pool(name: str, pool: PoolConfig) -> Offer:
-    if pool.nodes < 1:
-        raise ConfigError(f"launch.pools.{name}.nodes", pool.nodes, "below 1", "use 1 or more")
     return Offer(
         cloud=pool.kind.value,
         region="",

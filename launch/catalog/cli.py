@@ -62,9 +62,13 @@ def _update(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if not snapshot.offers:
         rule = "has no GPU that is known, with a price"
         raise ConfigError("--from", folder, rule, "let SkyPilot fetch it again")
-    stored_dir().mkdir(parents=True, exist_ok=True)
     path = stored_dir() / f"snapshot-{snapshot.date}.json"
-    write_snapshot(path, snapshot.date, snapshot.source, snapshot.offers)
+    try:
+        stored_dir().mkdir(parents=True, exist_ok=True)
+        write_snapshot(path, snapshot.date, snapshot.source, snapshot.offers)
+    except OSError as e:
+        rule = f"cannot be written: {e.strerror or e}"
+        raise ConfigError("SPOTFORGE_CACHE", path, rule, "set it to another folder") from e
     clouds = len({offer.cloud for offer in snapshot.offers})
     print(f"{len(snapshot.offers)} offers of {clouds} clouds, of {snapshot.date}: {path}")
     return ExitCode.FINISHED

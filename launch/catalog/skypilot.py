@@ -47,6 +47,7 @@ _GCP_VCPUS = {
     "": {1: 8, 2: 16, 4: 32, 8: 64, 16: 128},
 }
 
+_FETCH_AGAIN = "let SkyPilot fetch it again"
 _Row = dict[str, str]
 
 
@@ -71,13 +72,7 @@ def read_skypilot(folder: Path) -> list[Offer]:
 
 def _read_cloud(path: Path) -> Iterator[Offer]:
     cloud = path.parent.name
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = sorted(_COLUMNS - set(reader.fieldnames or ()))
-        if missing:
-            rule = f"has no column {', '.join(missing)}"
-            raise ConfigError("launch.catalog", path, rule, "let SkyPilot fetch it again")
-        rows = [row for row in reader if row["Region"]]
+    rows = [row for row in _rows(path, _COLUMNS) if row["Region"]]
     if cloud == "aws":
         rows = _with_zone_names(path.parent, rows)
     machines = _gcp_machines(path, rows) if cloud == "gcp" else {}
@@ -95,6 +90,22 @@ def _read_cloud(path: Path) -> Iterator[Offer]:
                 yield offer
 
 
+def _rows(path: Path, columns: set[str]) -> list[_Row]:
+    """The rows of a file that has these columns."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            missing = sorted(columns - set(reader.fieldnames or ()))
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        rule = f"cannot be read ({e})"
+        raise ConfigError("launch.catalog", path, rule, _FETCH_AGAIN) from e
+    if missing:
+        rule = f"has no column {', '.join(missing)}"
+        raise ConfigError("launch.catalog", path, rule, _FETCH_AGAIN)
+    return rows
+
+
 def _with_zone_names(folder: Path, rows: list[_Row]) -> list[_Row]:
     """AWS lists zones by an ID (`use1-az1`), and each account has names of its own for them.
 
@@ -104,9 +115,8 @@ def _with_zone_names(folder: Path, rows: list[_Row]) -> list[_Row]:
     files = sorted(folder.glob("az_mappings-*.csv"), key=lambda path: path.stat().st_mtime)
     if not files:
         return rows
-    with files[-1].open(encoding="utf-8", newline="") as file:
-        names = {z["AvailabilityZone"]: z["AvailabilityZoneName"] for z in csv.DictReader(file)}
-    key = "AvailabilityZone"
+    key, name = "AvailabilityZone", "AvailabilityZoneName"
+    names = {row[key]: row[name] for row in _rows(files[-1], {key, name})}
     return [row | {key: names[row[key]]} for row in rows if row.get(key) in names]
 
 
@@ -186,5 +196,5 @@ def _number(path: Path, row: _Row, column: str) -> float | None:
     if not 0 <= value < math.inf:
         where = f"{row['Region']} {row['InstanceType'] or row['AcceleratorName']}"
         rule = f"{where}: {column}={text} is not a number from 0"
-        raise ConfigError("launch.catalog", path, rule, "let SkyPilot fetch it again")
+        raise ConfigError("launch.catalog", path, rule, _FETCH_AGAIN)
     return value

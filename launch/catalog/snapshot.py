@@ -16,6 +16,7 @@ from typing import Any
 
 from launch.catalog.gpus import known_gpu
 from launch.catalog.offer import Offer
+from launch.json_file import read_json
 from monitoring.errors import ConfigError, DamagedError
 
 _FIELDS = {field.name: field for field in fields(Offer)}
@@ -56,13 +57,7 @@ def read_snapshot(path: Path) -> Snapshot:
         ConfigError: It is not there, lacks a field, or has one that cannot be.
         DamagedError: Its offers are not those of its digest.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ConfigError("launch.catalog", path, e.strerror or str(e), "check the path") from e
-    except ValueError as e:
-        rule = f"is not JSON ({e})"
-        raise ConfigError("launch.catalog", path, rule, "give a snapshot") from e
+    content = read_json("launch.catalog", path, "give a snapshot")
     if not isinstance(content, dict) or not {"date", "offers"} <= set(content):
         rule = "is no snapshot: it needs date and offers"
         raise ConfigError("launch.catalog", path, rule, "see docs/launch.md")
@@ -77,7 +72,7 @@ def read_snapshot(path: Path) -> Snapshot:
     offers = tuple(_offer(path, number, row) for number, row in enumerate(rows))
     digest = digest_of(offers)
     if content.get("digest", digest) != digest:
-        rule = f"its offers have the digest {digest[:19]}, not {content['digest'][:19]}"
+        rule = f"its offers have the digest {digest[:19]}, not {str(content['digest'])[:19]}"
         raise DamagedError("launch.catalog", path, rule, "take it from where it came once more")
     return Snapshot(date, str(content.get("source", path.name)), digest, offers)
 

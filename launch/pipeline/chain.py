@@ -19,6 +19,8 @@ from launch.pipeline.manifest import Manifest, first_difference, manifest_of
 from launch.pipeline.stages import Stage
 from monitoring.errors import ConfigError, DamagedError, ExitCode, SpotforgeError
 
+_RECORD = ("name", "arguments", "input", "path", "output", "time")  # of a stage that is done
+
 
 class Chain:
     """The stages of one run.
@@ -159,7 +161,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     try:
         stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
-        return {name: dict(record) for name, record in stages.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        return {name: {key: record[key] for key in _RECORD} for name, record in stages.items()}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as e:
         fix = "remove it: stages that are done end at once when they are run again"
         raise DamagedError("pipeline", path, "cannot be read", fix) from e

@@ -1,6 +1,7 @@
 """A plan as a table for people, and as JSON for programs."""
 
 import json
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -33,7 +34,7 @@ class _Money:
 
     def __init__(self, launch: LaunchConfig) -> None:
         is_inr = launch.currency is Currency.inr
-        self.sign = "\u20b9" if is_inr else "$"
+        self.sign = _rupee() if is_inr else "$"
         self._rate = launch.usd_inr * (1 + launch.gst) if is_inr else 1.0
 
     def __call__(self, usd: float) -> str:
@@ -43,6 +44,15 @@ class _Money:
     def small(self, usd: float) -> str:
         """With more figures."""
         return f"{usd * self._rate:.4f}"
+
+
+def _rupee() -> str:
+    """The sign, or letters where this terminal does not have it."""
+    try:
+        "\u20b9".encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return "INR "
+    return "\u20b9"
 
 
 def _head(plan: Plan) -> list[str]:

@@ -1,14 +1,14 @@
 """How fast a job goes on an offer: as measured, or by a model that is stated."""
 
-import json
+import math
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
-from typing import Any
 
-from launch.catalog.gpus import gpu
+from launch.catalog.gpus import gpu, known_gpu
 from launch.catalog.offer import Offer
 from launch.config import LaunchConfig
+from launch.json_file import read_json
 from launch.plan.workload import Workload
 from monitoring.errors import ConfigError
 from monitoring.throughput import peak_flops
@@ -121,33 +121,37 @@ def _read_measured(workload: Workload, patterns: list[str]) -> dict[str, list[_M
     """Measurements of this model, by GPU.
 
     A file is JSON: `gpu`, `num_gpus`, `tokens_per_s`, `num_parameters`, `seq_len`, `precision`,
-    `strategy`; others in the same folder, of other jobs, are passed over.
+    `strategy`. Others that a pattern finds beside it, of other jobs or no results, are passed over.
     """
     shape, found = workload.shape, dict[str, list[_Measurement]]()
+    wanted = {
+        "num_parameters": shape.num_parameters,
+        "seq_len": workload.config.data.max_seq_len,
+        "precision": workload.precision,
+        "strategy": strategy_of(workload),
+    }
     for pattern in patterns:
         paths = sorted(glob(str(Path(pattern).expanduser()), recursive=True))
         if not paths:
             raise ConfigError("launch.measured", pattern, "no such file", "check the pattern")
-        for path in paths:
-            row = _read_json(path)
-            wanted = {
-                "num_parameters": shape.num_parameters,
-                "seq_len": workload.config.data.max_seq_len,
-                "precision": workload.precision,
-                "strategy": strategy_of(workload),
-            }
-            if any(row.get(name) != value for name, value in wanted.items()):
-                continue
+        rows = {p: read_json("launch.measured", Path(p), "give result files") for p in paths}
+        rows = {p: row for p, row in rows.items() if isinstance(row, dict) and "gpu" in row}
+        if not rows:
+            rule = "is no result: it says no gpu"
+            raise ConfigError("launch.measured", pattern, rule, "see docs/launch.md")
+        for path, row in rows.items():
             try:
-                name, count = str(row["gpu"]), int(row["num_gpus"])
+                is_of_this_job = all(row[name] == value for name, value in wanted.items())
+                name, count = known_gpu(str(row["gpu"]), "gpu"), int(row["num_gpus"])
                 measured = _Measurement(path, float(row["tokens_per_s"]), count)
             except (KeyError, TypeError, ValueError) as e:
-                rule = "needs gpu, num_gpus and tokens_per_s"
+                rule = f"needs gpu, num_gpus, tokens_per_s, {', '.join(wanted)}"
                 raise ConfigError("launch.measured", path, rule, "measure again") from e
-            if not measured.tokens_per_s > 0:
+            if not 0 < measured.tokens_per_s < math.inf:
                 rule = f"tokens_per_s={measured.tokens_per_s} is not above 0"
                 raise ConfigError("launch.measured", path, rule, "measure again")
-            found.setdefault(name, []).append(measured)
+            if is_of_this_job:
+                found.setdefault(name, []).append(measured)
     return found
 
 
@@ -157,11 +161,3 @@ def strategy_of(workload: Workload) -> str:
     if isinstance(parallel, ZeroConfig):
         return f"zero{parallel.stage}"
     return "fsdp" if isinstance(parallel, FsdpConfig) else "ddp"
-
-
-def _read_json(path: str) -> dict[str, Any]:
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ConfigError("launch.measured", path, f"cannot be read ({e})", "check it") from e
-    return content if isinstance(content, dict) else {}

@@ -2,12 +2,17 @@
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from monitoring.errors import ConfigError, ExitCode
+
+_LEAST = {
+    **{"starts": 1, "seed": 0, "gang_size": 1, "compute_hours": 0.001, "checkpoint_gb": 0},
+    **{"egress_usd_per_gb": 0, "spot_usd": 0, "on_demand_usd": 0.001},
+}
+_MOST = 1e9
 
 if TYPE_CHECKING:
     from launch.simulation.study import Row
@@ -77,12 +82,10 @@ def _simulate(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from launch.simulation.simulate import Job
     from launch.simulation.study import compare
 
-    for name, least in (("starts", 1), ("seed", 0), ("gang_size", 1)):
-        if getattr(options, name) < least:
-            key = "--" + name.replace("_", "-")
-            raise ConfigError(key, getattr(options, name), f"below {least}", "give more")
-    if not 0 <= options.egress_usd_per_gb < math.inf:
-        raise ConfigError("--egress-usd-per-gb", options.egress_usd_per_gb, "no price", "change it")
+    for name, least in _LEAST.items():
+        if not least <= getattr(options, name) <= _MOST:
+            key, rule = "--" + name.replace("_", "-"), f"is not from {least:g} to {_MOST:g}"
+            raise ConfigError(key, getattr(options, name), rule, "give a number that is")
     if options.traces:
         prices = (options.spot_usd, options.on_demand_usd, options.egress_usd_per_gb)
         market = read_market(options.traces, *prices)

@@ -1,15 +1,14 @@
 """Where and when nodes can be had, and at what price: traces of a real market, or a Markov one."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from launch.json_file import read_json
 from monitoring.errors import ConfigError
 
 # Of one V100 (AWS p3.2xlarge, us-east-1, 2023); spot at 30% of it, about what it then was.
@@ -112,7 +111,7 @@ def read_market(
             raise ConfigError(key, value, "not a price", "give one of 0 or more")
     gap_s = 0.0
     for path in paths:
-        content = _read_json(path)
+        content = read_json("trace", path, "see python -m launch simulate --help")
         try:
             gap, data = float(content["metadata"]["gap_seconds"]), content["data"]
             series = {key: content.get(key, [default.get(key)] * len(data)) for key in columns}
@@ -126,6 +125,8 @@ def read_market(
                 raise ConfigError("trace", path, f"{key} is no list", "give one number a point")
             if not np.isfinite(array).all() or (array < 0).any():
                 raise ConfigError("trace", path, f"{key} has one below 0", "correct the file")
+            if key == "on_demand_usd_per_h" and not array.all():  # savings are a share of it
+                raise ConfigError("trace", path, f"{key} has a 0", "correct the file")
             wanted = (gap_s, len(columns["data"][0]) if columns["data"] else len(data))
             if (gap, len(array)) != wanted:
                 rule = f"{key}: {len(array)} points of {gap:g} s, not {wanted[1]} of {wanted[0]:g}"
@@ -143,15 +144,6 @@ def read_market(
         on_demand_usd_per_h=np.stack(columns["on_demand_usd_per_h"], 1),
         egress_usd_per_gb=egress_usd_per_gb,
     )
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ConfigError("trace", path, e.strerror or str(e), "check the path") from e
-    except ValueError as e:
-        raise ConfigError("trace", path, "not JSON", "see python -m launch simulate --help") from e
 
 
 def markov_market(

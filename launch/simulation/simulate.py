@@ -110,7 +110,7 @@ class Terms:
             work=work,
             deadline=deadline,
             restart=restart,
-            interval=max(1, ticks(job.checkpoint_interval_h)),
+            interval=min(work, max(1, ticks(job.checkpoint_interval_h))),  # work: only at the end
             gang_size=job.gang_size,
             regions=market.regions,
             egress_usd=job.checkpoint_gb * market.egress_usd_per_gb,

@@ -80,6 +80,15 @@ def test_what_is_wrong_is_said_in_one_line(arguments, said):
     assert result.stdout == ""
 
 
+def test_a_reader_that_goes_away_ends_it_quietly():
+    command = [sys.executable, "-m", "launch", "catalog", "show"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
 LISTING = """\
 GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0a1b)
 GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-1c2d)

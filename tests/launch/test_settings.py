@@ -26,10 +26,28 @@ def test_keys_of_the_users_own():
 
 def test_a_teams_own_file(tmp_path):
     (tmp_path / "launch").mkdir()
-    text = "defaults: [default, _self_]\ndiscounts: {aws: 0.3}\nmax_price_age: 5d\n"
-    (tmp_path / "launch/team.yaml").write_text(text)
-    launch = compose_settings(["launch=team", "launch.max_price_age=6d"], tmp_path).launch
-    assert launch.discounts == {"aws": 0.3} and launch.max_price_age == "6d"
+    for head in ("", "defaults: [default, _self_]\n", "defaults: [/schema/launch@_here_]\n"):
+        text = f"{head}discounts: {{aws: 0.3}}\nmax_price_age: 5d\n"
+        (tmp_path / "launch/team.yaml").write_text(text)
+        launch = compose_settings(["launch=team", "launch.max_price_age=6d"], tmp_path).launch
+        assert launch.discounts == {"aws": 0.3} and launch.max_price_age == "6d"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"discounts: {aws: 0.3", "is not YAML: .*team.yaml"),
+        (b"clouds: [\xff]", "a file that is not UTF-8"),
+        (b"discount: {aws: 0.3}", "launch.discount: no such key"),
+        (b"- 1", "list is not a subclass of LaunchConfig"),
+    ],
+)
+def test_a_teams_file_with_something_wrong(tmp_path, content, said):
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch/team.yaml").write_bytes(content)
+    with pytest.raises(SpotforgeError, match=said) as e:
+        compose_settings(["launch=team"], tmp_path)
+    assert e.value.exit_code == 2 and "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -41,9 +59,11 @@ def test_a_teams_own_file(tmp_path):
         ("launch.discounts={aws:15}", "launch.discounts.aws=15.0: is a share"),
         ("launch.pools={lab:{kidn:ssh}}", "launch.pools.lab.kidn: no such key"),
         ("launch.pools={lab:{kind:ssh,gpu:H100}}", "gpus_per_node"),
-        ("launch.nodes=[0]", "launch.nodes=0: must be above 0"),
+        ("launch.nodes=[0]", "launch.nodes=0: must be from 1 to"),
+        ("launch=null", "launch=null: Config group override must be"),
+        ("launch.quotas={aws:-1}", "launch.quotas.aws=-1: must be from 0 to"),
         ("launch.max_price_age=30", "launch.max_price_age=30: is a time with its unit"),
-        ("launch.data_gb=-1", "launch.data_gb=-1.0: must not be below 0"),
+        ("launch.data_gb=-1", "launch.data_gb=-1.0: must be from 0 to"),
     ],
 )
 def test_refusals(word, said):

@@ -96,6 +96,38 @@ def test_a_missing_column_and_a_negative_price_are_refused(skypilot):
         read_skypilot_folder(skypilot / "aws")
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff", r"aws/vms.csv: cannot be read \('utf-8' codec"),
+        (AWS_ROWS.encode() + b"x" * 140_000, r"cannot be read \(field larger than"),
+        (None, r"cannot be read \(.*Is a directory"),
+    ],
+)
+def test_a_catalog_that_cannot_be_read(skypilot, content, said):
+    path = skypilot / "aws/vms.csv"
+    if content is None:
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=said):
+        read_skypilot_folder(skypilot)
+
+
+def test_names_of_zones_without_their_columns(skypilot):
+    (skypilot / "aws" / "az_mappings-0123abcd.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ConfigError, match="az_mappings-0123abcd.csv: has no column Availability"):
+        read_skypilot_folder(skypilot)
+
+
+def test_update_where_nothing_can_be_stored(skypilot, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SPOTFORGE_CACHE", str(skypilot / "aws/vms.csv"))
+    assert main(["catalog", "update", "--from", str(skypilot)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("SPOTFORGE_CACHE=") and err.count("\n") == 1
+
+
 def test_update_stores_what_show_and_plan_then_use(skypilot, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SPOTFORGE_CACHE", str(tmp_path / "cache"))
     assert main(["catalog", "update", "--from", str(skypilot)]) == 0
@@ -145,6 +177,7 @@ def test_a_snapshot_comes_back_as_it_was(tmp_path):
         (lambda c: c["offers"][0].update(is_spot=1), "is_spot=1 is neither"),
         (lambda c: c.pop("date"), "is no snapshot"),
         (lambda c: c.update(date="May"), "date='May' is no date"),
+        (lambda c: c.update(digest=5), "have the digest sha256:.*, not 5"),
     ],
 )
 def test_a_snapshot_with_something_wrong(tmp_path, change, said):
@@ -155,6 +188,15 @@ def test_a_snapshot_with_something_wrong(tmp_path, change, said):
     path.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=said):
         read_snapshot(path)
+
+
+def test_a_snapshot_that_is_no_json_file(tmp_path):
+    deep, pipe = tmp_path / "deep.json", tmp_path / "pipe"
+    deep.write_text("[" * 100_000)
+    os.mkfifo(pipe)
+    for path, said in ((deep, "is not JSON"), (pipe, "is no file"), (tmp_path / "no", "No such")):
+        with pytest.raises(ConfigError, match=f"launch.catalog={path}: {said}"):
+            read_snapshot(path)
 
 
 def test_a_price_that_was_changed_is_damage(tmp_path):

@@ -132,10 +132,15 @@ def test_a_stage_without_a_result_has_failed(site):
         Chain([stage], site.run_dir / "pipeline.json").run()
 
 
-def test_a_state_that_is_cut_off_is_refused(site):
+def test_a_state_that_cannot_be_is_refused(site):
     assert site.run() == 0
     path = site.run_dir / "pipeline.json"
-    path.write_text(path.read_text()[:50])
+    for text in (path.read_text()[:50], '{"stages": {"train": {}}}', "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(DamagedError, match="cannot be read; remove it"):
+            site.run()
+    path.unlink()
+    path.mkdir()
     with pytest.raises(DamagedError, match="cannot be read; remove it"):
         site.run()
 

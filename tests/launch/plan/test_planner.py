@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import re
 import subprocess
 import sys
@@ -148,22 +149,40 @@ def test_a_pool_costs_what_it_says():
     assert best.costs.egress_usd == best.costs.storage_usd == 0
 
 
+RESULT = {
+    "gpu": "H100",
+    "num_gpus": 8,
+    "tokens_per_s": 12345.0,
+    "num_parameters": 8_030_261_248,
+    "seq_len": 4096,
+    "precision": "bf16",
+    "strategy": "fsdp",
+}
+
+
 def test_measured_speed_beats_the_model(tmp_path):
-    row = {
-        "gpu": "H100",
-        "num_gpus": 8,
-        "tokens_per_s": 12345.0,
-        "num_parameters": 8_030_261_248,
-        "seq_len": 4096,
-        "precision": "bf16",
-        "strategy": "fsdp",
-    }
-    (tmp_path / "a.json").write_text(json.dumps(row))
-    (tmp_path / "b.json").write_text(json.dumps(row | {"seq_len": 8192, "tokens_per_s": 1.0}))
+    (tmp_path / "a.json").write_text(json.dumps(RESULT))
+    (tmp_path / "0.json").write_text('{"config": {}}')
+    (tmp_path / "b.json").write_text(json.dumps(RESULT | {"seq_len": 8192, "tokens_per_s": 1.0}))
     best = planned([offer()], f"launch.measured=['{tmp_path}/*.json']").candidates[0]
     assert best.tokens_per_s == 12345.0 and best.speed_source == f"measured: {tmp_path}/a.json"
-    (tmp_path / "c.json").write_text(json.dumps(row | {"tokens_per_s": None}))
-    with pytest.raises(ConfigError, match="needs gpu, num_gpus and tokens_per_s"):
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ([], "is no result"),
+        (5, "is no result"),
+        ({"config": {}}, "is no result"),
+        ({"gpu": "H100"}, "needs gpu, num_gpus, tokens_per_s, num_parameters"),
+        (RESULT | {"tokens_per_s": None}, "needs gpu, num_gpus, tokens_per_s"),
+        (RESULT | {"tokens_per_s": -1, "seq_len": 1}, "tokens_per_s=-1.0 is not above 0"),
+        (RESULT | {"gpu": "H1000"}, "gpu=H1000: no such GPU"),
+    ],
+)
+def test_a_measurement_that_is_none(tmp_path, row, said):
+    (tmp_path / "c.json").write_text(json.dumps(row))
+    with pytest.raises(ConfigError, match=said):
         planned([offer()], f"launch.measured=['{tmp_path}/*.json']")
 
 
@@ -188,6 +207,15 @@ def test_rupees_with_gst():
     dollars = float(re.search(r"^  1 +([\d,.]+)", usd, re.M)[1].replace(",", ""))
     rupees = float(re.search(r"^  1 +([\d,.]+)", inr, re.M)[1].replace(",", ""))
     assert rupees == pytest.approx(dollars * 118, rel=0.01)
+
+
+def test_rupees_on_a_terminal_without_their_sign():
+    command = [sys.executable, "-W", "error", "-m", "launch", "plan", *JOB, "--today=2026-06-01"]
+    command += ["launch.currency=inr", 'run.name="\u00e9"']
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
+    assert done.returncode == 0 and done.stderr == b""
+    assert done.stdout.startswith(b"\\xe9: ") and b" INR /job" in done.stdout
 
 
 def test_the_same_input_gives_the_same_bytes_and_5000_offers_take_under_2_seconds(tmp_path):
@@ -227,9 +255,14 @@ def test_json_and_table_hold_the_same_ranking():
     ("words", "said"),
     [
         (["launch.deadline=36"], "launch.deadline=36: is a time with its unit"),
-        (["launch.budget_usd=-1"], "launch.budget_usd=-1.0: must be above 0"),
+        (["launch.budget_usd=-1"], "launch.budget_usd=-1.0: must be from 0.001"),
         (["launch.gpus=[H10]"], "launch.gpus=H10: no such GPU is known; did you mean"),
         (["launch.colour=red"], "launch.colour: no such key"),
+        (["launch.mfu=1e-300"], "launch.mfu=1e-300: is a share, from 0.001"),
+        (["launch.wait_minutes=1e300"], "launch.wait_minutes=1e+300: must be from 0 to"),
+        (["launch.deadline=99999999999d"], "launch.deadline=99999999999d: is a time"),
+        (["model=pretrained", "model.path=path/to/model"], "model.path=path/to/model: Repo id"),
+        (["model=pretrained", "model.path=/etc/passwd"], "model.path=/etc/passwd: Repo id"),
         (["--today", "soon"], "'soon' is no date"),
         (["modle=tiny"], "modle: no such key"),
     ],

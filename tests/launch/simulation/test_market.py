@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from launch.__main__ import main
 from launch.simulation.market import Market, markov_market, read_market
 from launch.simulation.simulate import Job, Place, Terms, simulate
 from monitoring.errors import ConfigError
@@ -68,6 +69,9 @@ def test_what_is_no_market_is_refused(tmp_path):
         "spot_usd_per_h has one below 0": write_trace(
             tmp_path, "price", [1, 1], spot_usd_per_h=[0.1, -0.1]
         ),
+        "on_demand_usd_per_h has a 0": write_trace(
+            tmp_path, "free", [1, 1], on_demand_usd_per_h=[1, 0]
+        ),
         "a zone twice": good,
     }
     bad["not JSON"].write_text("{")
@@ -79,6 +83,15 @@ def test_what_is_no_market_is_refused(tmp_path):
         assert "\n" not in str(refusal.value)
     with pytest.raises(ConfigError, match="not a price"):
         read_market([good], spot_usd_per_h=-1.0)
+
+
+@pytest.mark.parametrize(
+    "words", [["--on-demand-usd", "0"], ["--gang-size", "1" * 30], ["--spot-usd", "nan"]]
+)
+def test_numbers_that_make_no_sense_are_refused(words, capsys):
+    assert main(["simulate", *words]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"{words[0]}=") and err.count("\n") == 1
 
 
 def test_a_markov_market_keeps_its_means():
@@ -97,6 +110,7 @@ def test_durations_are_rounded_to_the_safe_side():
     terms = Terms.of(Job(1.0, 1.5, restart_h=0.1, checkpoint_interval_h=0.0), market)
     assert (terms.work, terms.deadline) == (19, 27)  # 18.5 and 27.7 ticks
     assert (terms.restart, terms.interval) == (2, 1)
+    assert Terms.of(Job(1.0, 1.5, checkpoint_interval_h=1e9), market).interval == 19  # at the end
     with pytest.raises(ConfigError, match="deadline_h=0.9"):
         Job(1.0, 0.9)
     with pytest.raises(ConfigError, match="ticks of 195 s"):
