@@ -71,7 +71,7 @@ class PoolConfig:
         gpus_per_node: Of one machine.
         nodes: Machines.
         usd_per_h: What an hour of one machine costs more than leaving it idle: power, mostly.
-        country: Two letters, for `launch.regions`; e.g. `in`.
+        country: Two letters (ISO 3166), for `launch.regions`; e.g. `in`.
     """
 
     kind: PoolKind = MISSING
@@ -80,6 +80,19 @@ class PoolConfig:
     nodes: int = 1
     usd_per_h: float = 0.0
     country: str = ""
+
+
+@dataclass
+class SkyPilotConfig:
+    """`launch.skypilot.*`, for `launch.target=sky`.
+
+    Attributes:
+        workdir: Folder that is sent along; null: the image has the project.
+        autostop_minutes: Idle minutes after which a cluster goes down.
+    """
+
+    workdir: str | None = "."
+    autostop_minutes: int = 10
 
 
 @dataclass
@@ -140,8 +153,8 @@ class LaunchConfig:
         max_price_age: Older prices are refused.
         discounts: Share off the list price: `{aws: 0.15, gcp/spot: 0.05}`.
         quotas: Most GPUs that one may have: `{aws/ap-south-1/H100/spot: 16, gcp/*/*/*: 0}`.
-        countries: Two letters for a provider whose list names no regions, as your contract says:
-            `{jarvis-labs: in}`. Without it such a provider passes no `regions`.
+        countries: Two letters (ISO 3166) for a provider whose list names no regions, as your
+            contract says: `{jarvis-labs: in}`. Without it such a provider passes no `regions`.
         pools: Machines of one's own.
         currency: In which sums are shown.
         usd_inr: Rupees for a dollar.
@@ -165,14 +178,13 @@ class LaunchConfig:
         bucket: `s3://name`, `gs://name` or `r2://name`: where SkyPilot's machines keep checkpoints
             and the ledger; null is refused on spot. Made where it is not there yet.
         shared_dir: A folder that all of SkyPilot's nodes share; null is refused for several.
-        workdir: Folder that SkyPilot sends along; null: the image has the project.
         setup: Shell lines that run once on each node before the job; null: the target's default,
             which installs the workdir on SkyPilot's machines and does nothing elsewhere.
         image: Docker image; null: the cloud's default machine image, and refused by Kubernetes.
         env: Environment variables of the job.
         secrets: Names of environment variables whose values are taken from this machine's
             environment when the job is placed; they are written to no file.
-        autostop_minutes: Idle minutes after which a cluster of SkyPilot's goes down.
+        skypilot: For `target=sky`.
         slurm: For that target.
         kubernetes: For that target.
     """
@@ -211,12 +223,11 @@ class LaunchConfig:
     sky: str = "sky"
     bucket: str | None = None
     shared_dir: str | None = None
-    workdir: str | None = "."
     setup: str | None = None
     image: str | None = None
     env: dict[str, str] = field(default_factory=dict)
     secrets: list[str] = field(default_factory=list)
-    autostop_minutes: int = 10
+    skypilot: SkyPilotConfig = field(default_factory=SkyPilotConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
 
@@ -228,11 +239,19 @@ class LaunchConfig:
     def __post_init__(self) -> None:
         hours("launch.max_price_age", self.max_price_age)
         self._check_slurm()
+        self._check_names_of_variables()
         self._check_numbers()
         self._check_shares()
         if not self.stages or len(set(self.stages)) != len(self.stages):
             shown = f"[{','.join(stage.value for stage in self.stages)}]"
             raise ConfigError("launch.stages", shown, "names each stage once", "use [train]")
+
+    def _check_names_of_variables(self) -> None:
+        for key, names in (("launch.env", self.env), ("launch.secrets", self.secrets)):
+            for name in names:
+                if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                    rule = "is no name of an environment variable"
+                    raise ConfigError(key, name, rule, "use letters, digits and _")
 
     def _check_slurm(self) -> None:
         limit = hours("launch.slurm.time_limit", self.slurm.time_limit)
@@ -252,7 +271,7 @@ class LaunchConfig:
         above_0 |= {f"launch.preemption_hours.{k}": v for k, v in self.preemption_hours.items()}
         counts = {
             "launch.candidates": self.candidates,
-            "launch.autostop_minutes": self.autostop_minutes,
+            "launch.skypilot.autostop_minutes": self.skypilot.autostop_minutes,
             "launch.slurm.save_minutes": self.slurm.save_minutes,
             "launch.nodes": min(self.nodes, default=0),
         }

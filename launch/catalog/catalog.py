@@ -2,15 +2,17 @@
 
 import datetime
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
-from launch.catalog.gpus import known_gpu, nearest
+from launch.catalog.countries import country_of
+from launch.catalog.egress import check_place
+from launch.catalog.gpus import GPUS, known_gpu, nearest
 from launch.catalog.offer import Offer
-from launch.catalog.regions import check_regions
+from launch.catalog.regions import COUNTRIES, check_regions
 from launch.catalog.skypilot import read_skypilot
 from launch.catalog.snapshot import Snapshot, digest_of, read_snapshot
 from launch.config import LaunchConfig, PoolConfig, PoolKind, hours
@@ -122,8 +124,8 @@ def read_skypilot_folder(folder: Path) -> Snapshot:
     return Snapshot(date, f"SkyPilot catalogs {folder}", digest_of(offers), offers)
 
 
-def _check_names(launch: LaunchConfig, offers: Iterable[Offer]) -> None:
-    """Refuses what would exclude, or discount, nothing at all."""
+def _check_names(launch: LaunchConfig, offers: Sequence[Offer]) -> None:
+    """Refuses what would have no effect at all: names that neither the list nor we know."""
     clouds, regions = {offer.cloud for offer in offers}, {offer.region for offer in offers}
     named = {"launch.clouds": launch.clouds, "launch.countries": launch.countries}
     named["launch.discounts"] = [key.partition("/")[0] for key in launch.discounts]
@@ -138,12 +140,28 @@ def _check_names(launch: LaunchConfig, offers: Iterable[Offer]) -> None:
     for name in launch.gpus:
         known_gpu(name)
     check_regions(launch.regions, regions - {""})
+    for key in ("data_region", "checkpoint_region", "result_region"):
+        if (place := getattr(launch, key)) is not None:
+            check_place(f"launch.{key}", place, offers)
+    names_of = {"cloud": clouds, "region": regions | set(COUNTRIES)}
+    for key in launch.preemption_hours:
+        for name, (what, known) in zip(key.split("/"), names_of.items(), strict=False):
+            if name not in known:
+                fix = nearest(name, known)
+                raise ConfigError("launch.preemption_hours", key, f"no such {what}", fix)
+    names_of |= {"GPU": set(GPUS), "kind": {"spot", "on-demand"}}
+    for key in launch.quotas:
+        for pattern, (what, known) in zip(key.split("/"), names_of.items(), strict=False):
+            if not any(fnmatchcase(name, pattern) for name in known):
+                fix = nearest(pattern, known)
+                raise ConfigError("launch.quotas", key, f"no such {what}", fix)
 
 
 def _as_the_users(launch: LaunchConfig, offer: Offer) -> Offer:
     kind = "spot" if offer.is_spot else "on-demand"
     share = launch.discounts.get(f"{offer.cloud}/{kind}", launch.discounts.get(offer.cloud, 0.0))
     country = launch.countries.get(offer.cloud, offer.country)
+    country = country_of(f"launch.countries.{offer.cloud}", country)
     if not share and country == offer.country:
         return offer
     return replace(offer, usd_per_h=offer.usd_per_h * (1 - share), country=country)
@@ -161,7 +179,7 @@ def _pool(name: str, pool: PoolConfig) -> Offer:
         is_spot=False,
         pool=name,
         max_nodes=pool.nodes,
-        country=pool.country,
+        country=country_of(f"launch.pools.{name}.country", pool.country),
     )
 
 

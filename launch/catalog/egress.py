@@ -5,8 +5,12 @@ what leaves it, as Lambda, RunPod and most GPU clouds do. What arrives is free e
 """
 
 import math
+from collections.abc import Iterable
 
+from launch.catalog.gpus import nearest
+from launch.catalog.offer import Offer
 from launch.catalog.regions import COUNTRIES
+from monitoring.errors import ConfigError
 
 # Dollars a GB by how much of a month's total it is: each rate holds for what lies above the tier
 # before, so that more data never costs less. (GB up to, $ a GB).
@@ -42,6 +46,29 @@ _BETWEEN_REGIONS: dict[str, tuple[dict[str, float], float]] = {
     "gcp": ({"us": 0.02, "in": 0.08, "br": 0.08, "au": 0.10, "sg": 0.08, "jp": 0.08}, 0.02),
     "azure": ({"in": 0.08, "br": 0.16, "za": 0.16, "sg": 0.08, "jp": 0.08, "au": 0.08}, 0.02),
 }
+
+
+def check_place(key: str, place: str, offers: Iterable[Offer]) -> None:
+    """Refuses a place whose egress cannot be known.
+
+    Args:
+        key: Of the setting, for the error.
+        place: `cloud/region`.
+        offers: Of the catalog.
+
+    Raises:
+        ConfigError: Neither the catalog nor the lists above have it; says which names come near.
+    """
+    cloud, _, region = place.partition("/")
+    regions: dict[str, set[str]] = {name: set(COUNTRIES) for name in _INTERNET}
+    for offer in offers:
+        regions.setdefault(offer.cloud, set()).add(offer.region)
+    if cloud not in regions:
+        raise ConfigError(key, place, "no such cloud", nearest(cloud, regions))
+    if region not in regions[cloud]:
+        named = regions[cloud] - {""}
+        fix = nearest(region, named) if named else f"its list names none: write {cloud}"
+        raise ConfigError(key, place, f"no such region of {cloud}", fix)
 
 
 def egress_usd(source: str, destination: str, gb: float) -> float:

@@ -62,6 +62,7 @@ GPUS: dict[str, Gpu] = {
 }
 
 _BY_FOLDED = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in GPUS}
+_SHOWN = 20
 _MAKER = re.compile(r"\b(nvidia|amd|tesla|geforce|quadro|hgx|instinct)\b")
 _FORM = re.compile(r"\b(sxm\d?|nvlink|pcie|nvl|hbm\d?e?)\b")
 _SIZE = re.compile(r"\(?\b(\d+)\s*g(?:b|ib)?\b\)?")
@@ -101,11 +102,14 @@ def known_gpu(name: str, key: str = "launch.gpus") -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The fix for a name that there is not: those that come near, or all if they are few."""
-    known = sorted(set(names))
+    """The fix for a name that there is not: those that come near, or else some of all."""
+    known = sorted(set(names) - {""})
     folded = {item.lower(): item for item in known}
     found = [folded[item] for item in get_close_matches(name.lower(), folded, n=3, cutoff=0.5)]
-    return f"did you mean {', '.join(found)}?" if found else f"there are {', '.join(known)}"
+    if found:
+        return f"did you mean {', '.join(found)}?"
+    more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
+    return f"there are {', '.join(known[:_SHOWN])}{more}"
 
 
 @lru_cache(maxsize=4096)

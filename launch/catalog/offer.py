@@ -1,9 +1,10 @@
 """One row of a price list: nodes of one kind, at one place, at one price."""
 
-import math
 from dataclasses import dataclass
 
 from monitoring.errors import ConfigError
+
+_MOST_USD_PER_H = 1_000_000.0  # of a node: more is a slip
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +43,20 @@ class Offer:
     country: str = ""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.usd_per_h < math.inf:
-            raise ConfigError(
-                "price",
-                self.usd_per_h,
-                f"{self.place} {self.gpu}: must be a number from 0",
-                "correct the list",
-            )
-        if self.gpus_per_node < 1:
-            raise ConfigError(
-                "gpus_per_node", self.gpus_per_node, f"{self.place}: below 1", "correct the list"
-            )
+        fix = "correct the list"
+        for name in ("cloud", "region", "zone", "instance_type", "gpu", "pool"):
+            text = getattr(self, name)
+            if not text.isprintable() or (name == "cloud" and not text):
+                raise ConfigError(name, ascii(text), "is no name that can be shown", fix)
+        is_free = self.pool and self.usd_per_h == 0
+        if not (0 < self.usd_per_h < _MOST_USD_PER_H or is_free):
+            rule = f"{self.place} {self.gpu}: must be above 0 and below {_MOST_USD_PER_H:,.0f}"
+            raise ConfigError("price", self.usd_per_h, rule, fix)
+        for name in ("gpus_per_node", "max_nodes"):
+            count = getattr(self, name)
+            if count is not None and (count < 1 or count != int(count)):
+                rule = f"{self.place}: is no whole number from 1"
+                raise ConfigError(name, count, rule, fix)
 
     @property
     def place(self) -> str:

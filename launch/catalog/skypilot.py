@@ -126,6 +126,9 @@ def _offer(
     count = _number(path, row, "AcceleratorCount")
     if usd_per_h is None or count is None or count < 1:  # GPUs by the slice are none
         return None
+    if count != int(count):
+        rule = f"{row['Region']} {row['InstanceType']}: AcceleratorCount={count} is not whole"
+        raise ConfigError("launch.catalog", path, rule, _FETCH_AGAIN)
     return Offer(
         cloud=path.parent.name,
         region=row["Region"],

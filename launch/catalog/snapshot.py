@@ -14,10 +14,12 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from launch.catalog.countries import country_of
 from launch.catalog.gpus import known_gpu
 from launch.catalog.offer import Offer
 from launch.json_file import read_json
 from monitoring.errors import ConfigError, DamagedError
+from monitoring.units import printable
 
 _FIELDS = {field.name: field for field in fields(Offer)}
 _NEEDED = {name for name, field in _FIELDS.items() if field.default is MISSING}
@@ -74,7 +76,7 @@ def read_snapshot(path: Path) -> Snapshot:
     if content.get("digest", digest) != digest:
         rule = f"its offers have the digest {digest[:19]}, not {str(content['digest'])[:19]}"
         raise DamagedError("launch.catalog", path, rule, "take it from where it came once more")
-    return Snapshot(date, str(content.get("source", path.name)), digest, offers)
+    return Snapshot(date, printable(str(content.get("source", path.name))), digest, offers)
 
 
 def write_snapshot(path: Path, date: datetime.date, source: str, offers: Sequence[Offer]) -> None:
@@ -119,9 +121,12 @@ def _offer(path: Path, number: int, row: Any) -> Offer:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if name not in _TEXT | {"is_spot"} and value is not None and not is_number:
             raise refuse(f"{name}={value!r} is no number")
-    if not isinstance(row["gpus_per_node"], int) or row["usd_per_h"] is None:
-        raise refuse("gpus_per_node is a whole number, and usd_per_h is needed")
+    if row["usd_per_h"] is None:
+        raise refuse("usd_per_h=null is no price")
+    if not isinstance(row["gpus_per_node"], int):
+        raise refuse(f"gpus_per_node={row['gpus_per_node']} is no whole number")
     try:
-        return Offer(**(row | {"gpu": known_gpu(row["gpu"], "gpu")}))
+        country = country_of("country", row.get("country", ""))
+        return Offer(**(row | {"gpu": known_gpu(row["gpu"], "gpu"), "country": country}))
     except ConfigError as e:
         raise refuse(str(e)) from e

@@ -71,19 +71,20 @@ def _task(job: Job, stage: Stage, name: str) -> dict[str, Any]:
             "max_restarts_on_errors": 0,
             "recover_on_exit_codes": [int(ExitCode.START_AGAIN)],
         },
-        "autostop": {"idle_minutes": launch.autostop_minutes, "down": True},
+        "autostop": {"idle_minutes": launch.skypilot.autostop_minutes, "down": True},
     }
     if launch.image is not None:
         task["resources"]["image_id"] = f"docker:{launch.image}"
-    if launch.workdir is not None:
-        task["workdir"] = launch.workdir
+    if launch.skypilot.workdir is not None:
+        task["workdir"] = launch.skypilot.workdir
     task["envs"] = {**launch.env, "SPOTFORGE_PRICES": job.prices()}
     if launch.secrets:
         task["secrets"] = dict.fromkeys(launch.secrets)
     if launch.bucket is not None:
         store, bucket = _bucket(launch)
         task["file_mounts"] = {MOUNT: {"name": bucket, "store": store, "mode": "MOUNT_CACHED"}}
-    setup = _SETUP if launch.setup is None and launch.workdir is not None else launch.setup
+    needs_setup = launch.setup is None and launch.skypilot.workdir is not None
+    setup = _SETUP if needs_setup else launch.setup
     if setup:
         task["setup"] = setup
     task["run"] = _train(job) if trains else _later(job, stage)

@@ -38,6 +38,10 @@ class SkyPilot:
     def storage(self, name: str, settings: Settings, ways: Sequence[Candidate]) -> Storage:
         """See `Place`."""
         launch = self._launch
+        workdir = launch.skypilot.workdir
+        if workdir is not None and not Path(workdir).expanduser().is_dir():
+            fix = "name the project's, or null where the image has it"
+            raise ConfigError("launch.skypilot.workdir", workdir, "there is no such folder", fix)
         if launch.bucket is None and any(way.offer.is_spot for way in ways):
             rule = "a spot machine takes its checkpoints with it"
             fix = "set launch.bucket=s3://name (gs://, r2://), or launch.spot=never"

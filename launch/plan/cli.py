@@ -69,11 +69,13 @@ def add_verbs(commands: Any) -> None:
 
 def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from launch.catalog.catalog import load_catalog, today  # here, since Hydra takes a moment
+    from launch.pipeline.stages import check_stages
     from launch.plan.planner import make_plan
     from launch.plan.report import as_json, table
     from launch.settings import compose_settings
 
     settings = compose_settings([*options.words, *rest], options.config_dir)
+    check_stages(settings)
     catalog = load_catalog(settings.launch, options.today or today())
     plan = make_plan(settings, catalog)
     print(as_json(plan) if options.json else table(plan, options.top, options.rejected))

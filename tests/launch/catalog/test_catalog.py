@@ -89,6 +89,9 @@ def test_a_missing_column_and_a_negative_price_are_refused(skypilot):
     csv.write_text(AWS_ROWS.replace("SpotPrice", "Spot"))
     with pytest.raises(ConfigError, match="aws/vms.csv: has no column SpotPrice"):
         read_skypilot_folder(skypilot)
+    csv.write_text(AWS_ROWS.replace("8.0", "2.5"))
+    with pytest.raises(ConfigError, match="ap-south-1 p5.48xlarge: AcceleratorCount=2.5 is not"):
+        read_skypilot_folder(skypilot)
     csv.write_text(AWS_ROWS.replace("30.5", "-30.5"))
     with pytest.raises(ConfigError, match=r"ap-south-1 p5.48xlarge: SpotPrice=-30.5 is not"):
         read_skypilot_folder(skypilot)
@@ -170,7 +173,15 @@ def test_a_snapshot_comes_back_as_it_was(tmp_path):
     ("change", "said"),
     [
         (lambda c: c["offers"][0].pop("usd_per_h"), "offer 0: lacks usd_per_h"),
-        (lambda c: c["offers"][0].update(usd_per_h=-1), "price=-1: .* must be a number from 0"),
+        (lambda c: c["offers"][0].update(usd_per_h=-1), "price=-1: .* must be above 0"),
+        (lambda c: c["offers"][0].update(usd_per_h=0), "price=0: .* must be above 0"),
+        (lambda c: c["offers"][0].update(usd_per_h=1e6), "price=.* and below 1,000,000"),
+        (lambda c: c["offers"][0].update(usd_per_h=None), "usd_per_h=null is no price"),
+        (lambda c: c["offers"][0].update(gpus_per_node=2.5), "gpus_per_node=2.5 is no whole"),
+        (lambda c: c["offers"][0].update(max_nodes=0), "max_nodes=0: .* is no whole number from 1"),
+        (lambda c: c["offers"][0].update(cloud=""), "cloud='': is no name that can be shown"),
+        (lambda c: c["offers"][0].update(zone="a\x1b[2J"), r"zone='a\\x1b\[2J': is no name"),
+        (lambda c: c["offers"][0].update(country="india"), "country=india: is no country"),
         (lambda c: c["offers"][0].update(usd_per_h="1"), "usd_per_h='1' is no number"),
         (lambda c: c["offers"][0].update(colour="red"), "offer 0: has colour"),
         (lambda c: c["offers"][0].update(gpu="H10O"), "gpu=H10O: no such GPU.*did you mean.*H100"),
@@ -215,6 +226,20 @@ def test_a_price_that_was_changed_is_damage(tmp_path):
         ("launch.clouds=[aw]", r"launch.clouds=aw: no such cloud.*did you mean aws"),
         ("launch.discounts.asw=0.1", r"launch.discounts=asw: no such cloud"),
         ("launch.discounts={aws/sport:0.1}", r"no prices are sport"),
+        ("launch.quotas={asw/ap-south-1:8}", r"launch.quotas=asw/ap-south-1: no such cloud; did"),
+        ("launch.quotas={a*/ap-soth-1:8}", r"no such region; did you mean.*ap-south-1"),
+        ("launch.quotas={aws/*/H10:8}", r"no such GPU; did you mean.*H100"),
+        ("launch.quotas={aws/*/*/sport:8}", r"no such kind; did you mean spot"),
+        ("launch.preemption_hours={asw:3}", r"launch.preemption_hours=asw: no such cloud"),
+        ("launch.preemption_hours={aws/us-esat-1:3}", r"no such region; did you mean.*us-east-1"),
+        ("launch.data_region=aws/us-esat-1", r"no such region of aws; did you mean.*us-east-1"),
+        ("launch.checkpoint_region=mars", r"launch.checkpoint_region=mars: no such cloud"),
+        ("launch.result_region=//", r"launch.result_region=//: no such cloud; there are aws"),
+        ("launch.countries={aws:uk}", r"launch.countries.aws=uk: is no country"),
+        (
+            "launch.pools={a:{kind:ssh,gpu:L4,gpus_per_node:1,country:India}}",
+            r"launch.pools.a.country=India: is no country",
+        ),
     ],
 )
 def test_names_that_are_not_there(skypilot, word, said):
@@ -260,10 +285,11 @@ def test_residency(place, is_in):
 
 
 def test_a_provider_that_the_user_vouches_for():
-    words = ["launch.countries={jarvis-labs:in}", "launch.regions=[india]"]
-    offers = loaded(*words).offers
-    passed = {o.cloud for o in offers if residency_refusal(o, ["india"]) is None}
-    assert passed == {"jarvis-labs"}
+    for code in ("in", "IN"):
+        words = [f"launch.countries={{jarvis-labs:{code}}}", "launch.regions=[india]"]
+        offers = loaded(*words, "launch.data_region=jarvis-labs").offers
+        passed = {o.cloud for o in offers if residency_refusal(o, ["india"]) is None}
+        assert passed == {"jarvis-labs"}
 
 
 def test_egress_is_free_within_a_region_and_never_cheaper_for_more():

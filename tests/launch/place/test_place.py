@@ -118,7 +118,8 @@ def test_several_nodes_meet_at_the_first():
         (("launch.bucket=mine",), "launch.bucket"),
         (("launch.bucket=s3://mine", "launch.name=Not_One"), "launch.name"),
         (("launch.bucket=s3://mine", "launch.nodes=[2]"), "launch.shared_dir"),
-        (("launch.bucket=s3://mine", "launch.stages=[train,compress]"), "launch.stages"),
+        (("launch.bucket=s3://mine", "launch.stages=[compress,train]"), "launch.stages"),
+        (("launch.skypilot.workdir=/no/such/folder",), "launch.skypilot.workdir"),
         (("launch.clouds=[jarvis-labs]",), "launch.clouds"),
     ],
 )

@@ -102,7 +102,7 @@ def test_our_cheapest_is_skypilots(tmp_path, seed):
     words += ["run.dir=runs/mine", f"launch.catalog={catalogs}", "launch.bucket=s3://mine"]
     words += ["launch.nodes=[1]", "launch.restart_minutes=0", "launch.wait_minutes=0"]
     words += ["checkpoint.mean_hours_between_preemptions=1000000"]
-    assert main(["render", *words, "launch.workdir=null", "-o", str(ours)]) == 0
+    assert main(["render", *words, "launch.skypilot.workdir=null", "-o", str(ours)]) == 0
     task = yaml.safe_load(ours.read_text())
     del task["file_mounts"]  # a bucket needs credentials
     ours.write_text(yaml.safe_dump(task))
@@ -196,7 +196,12 @@ def test_a_dry_run_begins_at_our_first_place(account, tmp_path):
 
     words = ["model=llama_1b", "parallel=fsdp", "precision=bf16", "stop.steps=1000"]
     words += ["run.dir=runs/mine", f"launch.catalog={catalogs}", "launch.bucket=s3://mine"]
-    words += ["launch.nodes=[1]", "launch.clouds=[aws]", "launch.workdir=null", "launch.name=mine"]
+    words += [
+        "launch.nodes=[1]",
+        "launch.clouds=[aws]",
+        "launch.skypilot.workdir=null",
+        "launch.name=mine",
+    ]
     up = [sys.executable, "-m", "launch", "up", *words]
 
     refused = run(*up)

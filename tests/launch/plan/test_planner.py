@@ -258,6 +258,7 @@ def test_json_and_table_hold_the_same_ranking():
         (["launch.budget_usd=-1"], "launch.budget_usd=-1.0: must be from 0.001"),
         (["launch.gpus=[H10]"], "launch.gpus=H10: no such GPU is known; did you mean"),
         (["launch.colour=red"], "launch.colour: no such key"),
+        (["launch.stages=[compress,train]"], "launch.stages=[compress,train]: is not the order"),
         (["launch.mfu=1e-300"], "launch.mfu=1e-300: is a share, from 0.001"),
         (["launch.wait_minutes=1e300"], "launch.wait_minutes=1e+300: must be from 0 to"),
         (["launch.deadline=99999999999d"], "launch.deadline=99999999999d: is a time"),
