@@ -73,8 +73,9 @@ def load_catalog(launch: LaunchConfig, date: datetime.date) -> Catalog:
             f"launch.max_price_age={age_days}d to take them all the same",
         )
     if age_days < 0:
-        rule = f"its prices are of {snapshot.date}, after {date}"
-        raise ConfigError("--today", date, rule, "correct the date")
+        rule = f"its prices are of {snapshot.date}, and today is {date}"
+        fix = "correct its date, or --today"
+        raise ConfigError("launch.catalog", launch.catalog or snapshot.source, rule, fix)
     _check_names(launch, snapshot.offers)
     rented = (_as_the_users(launch, offer) for offer in snapshot.offers)
     offers = (*rented, *_owned(launch))

@@ -24,6 +24,7 @@ _CONTAINER, _REPLICATED = "spotforge", "node"
 # Taints by which GKE and AKS keep others off spot machines, and all clouds off machines with GPUs.
 _TAINTS = ("cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority", "nvidia.com/gpu")
 _GRACE_S = 600  # a spot machine gives less
+_ANSWER_S = 20
 _WAIT_S = 3600  # for the first pod, while its machine is replaced
 
 
@@ -163,7 +164,14 @@ class Kubernetes:
 
     def _kubectl(self) -> Program:
         fix = "install it, with access to the cluster"
-        return Program("kubectl", "launch.target", "kubernetes", fix)
+        kubectl = Program("kubectl", "launch.target", "kubernetes", fix)
+        problem = kubectl.problem("get", "--raw", "/version", f"--request-timeout={_ANSWER_S}s")
+        if problem is not None:
+            rule = f"kubectl reaches no cluster ({problem})"
+            raise ConfigError(
+                "launch.target", "kubernetes", rule, "see kubectl config get-contexts"
+            )
+        return kubectl
 
 
 def _on_exit(action: str, *codes: int) -> dict[str, Any]:

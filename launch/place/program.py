@@ -38,6 +38,13 @@ class Program:
         done = subprocess.run([self.path, *words], input=text or "", encoding="utf-8")
         return ExitCode.FINISHED if done.returncode == 0 else ExitCode.FAILED
 
+    def problem(self, *words: str) -> str | None:
+        """What it says where it fails, in a line; None where it does not."""
+        done = subprocess.run([self.path, *words], capture_output=True, encoding="utf-8")
+        if done.returncode == 0:
+            return None
+        return next(iter(done.stderr.splitlines()[-1:]), f"exit code {done.returncode}")
+
     def ask(self, *words: str) -> str:
         """What it prints, which is not shown."""
         done = subprocess.run([self.path, *words], capture_output=True, encoding="utf-8")

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from launch.catalog.catalog import Catalog, quota_of
-from launch.catalog.gpus import gpu
+from launch.catalog.gpus import gpu, known_gpu
 from launch.catalog.offer import Offer
 from launch.catalog.regions import residency_refusal
 from launch.config import LaunchConfig, Spot
@@ -102,7 +102,7 @@ def _refused(launch: LaunchConfig, offer: Offer) -> _Refusal | None:
     """Why an offer does not count, whatever the number of nodes."""
     if launch.clouds and not offer.pool and offer.cloud not in launch.clouds:
         return "cloud", f"{offer.cloud} is not in launch.clouds"
-    if launch.gpus and offer.gpu not in launch.gpus:
+    if launch.gpus and offer.gpu not in map(known_gpu, launch.gpus):
         return "gpu", f"{offer.gpu} is not in launch.gpus"
     if launch.spot is Spot.only and not offer.is_spot and not offer.pool:
         return "spot", "on-demand, and launch.spot=only"
@@ -155,9 +155,12 @@ def _nothing_left(plan: Plan) -> ConfigError:
     """One line: what excluded how many, and what would let the nearest one pass."""
     counts = Counter(way.reason for way in plan.rejected)
     said = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
-    rule = f"nothing is left to run this job on ({said or 'no offers'})"
+    rule = f"nothing is left to run this job on ({said})"
     launch = plan.settings.launch
-    last = next((reason for reason in _RULES if counts[reason]), "")
+    if not counts:
+        catalog = launch.catalog or plan.catalog.source
+        return ConfigError("launch.catalog", catalog, "has no offers", "give another list")
+    last = next(reason for reason in _RULES if counts[reason])
     ways = [way for way in plan.rejected if way.reason == last]
     if last == "budget":
         least = min(way.priced.costs.total_usd for way in ways if way.priced)
@@ -168,7 +171,7 @@ def _nothing_left(plan: Plan) -> ConfigError:
         hours = rounded_up(soonest_h, 1)
         fix = f"the soonest is done after {hours} h: give it {hours}h, or more launch.nodes"
         return ConfigError("launch.deadline", launch.deadline, rule, fix)
-    example = f"e.g. {ways[0].text}" if ways else "there are no offers in it"
+    example = f"e.g. {ways[0].text}"
     if last == "memory":
         example += f"; try {_LESS_MEMORY}"
     name = _SETTINGS.get(last, "catalog")

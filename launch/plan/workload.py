@@ -1,11 +1,11 @@
 """What a job computes: in tokens, FLOPs and bytes, from the trainer's own configuration."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from monitoring.errors import ConfigError
 from monitoring.throughput import flops_per_token
-from parallel.config import Dtype
+from parallel.config import Dtype, FsdpConfig
 from trainer.config import TrainerConfig
 from trainer.memory import plan_memory
 from trainer.shape import ModelShape, model_shape
@@ -90,13 +90,17 @@ def workload_of(config: TrainerConfig) -> Workload:
     """The amount of work in a configuration.
 
     Raises:
-        ConfigError: Only the clock would end the run, or the model's size is not known.
+        ConfigError: Only the clock would end the run, the model's size is not known, or the trainer
+            would refuse it everywhere.
     """
-    if config.total_steps is None:
+    if config.stop.steps is None and config.stop.tokens is None and config.stop.minutes:
         rule = "the clock alone ends this run, so there is no amount of work to price"
         raise ConfigError(
             "stop.minutes", config.stop.minutes, rule, "set stop.tokens or stop.steps"
         )
+    # What holds on no number of ranks; what a strategy asks of it is asked for each number of GPUs.
+    replace(config, parallel=FsdpConfig()).check(1)
+    assert config.total_steps is not None
     tokens_per_step = config.global_batch_size * config.data.max_seq_len
     return Workload(config, _shape_of(config), config.total_steps, tokens_per_step)
 

@@ -24,6 +24,11 @@ def test_keys_of_the_users_own():
     assert launch.pools == {"lab": PoolConfig(PoolKind.ssh, "H100", 8)}
 
 
+def test_a_list_of_one_needs_no_brackets():
+    launch = compose_settings(["launch.gpus=h100,L4", "launch.nodes=3", "launch.clouds=[]"]).launch
+    assert (launch.gpus, launch.nodes, launch.clouds) == (["h100", "L4"], [3], [])
+
+
 def test_a_teams_own_file(tmp_path):
     (tmp_path / "launch").mkdir()
     for head in ("", "defaults: [default, _self_]\n", "defaults: [/schema/launch@_here_]\n"):
@@ -54,6 +59,14 @@ def test_a_teams_file_with_something_wrong(tmp_path, content, said):
     ("word", "said"),
     [
         ("launch.foo=1", "launch.foo: no such key"),
+        ("launch.budget=200", "launch.budget: no such key; did you mean launch.budget_usd?"),
+        ("launch.slurm.time=1h", "no such key; did you mean launch.slurm.time_limit?"),
+        ("launch.workdir=null", "no such key; did you mean launch.skypilot.workdir?"),
+        ("launch.nodes=a", "launch.nodes[0]: Value 'a' of type 'str' could not be converted"),
+        ("launch.gpus=", "launch.gpus: Invalid value assigned: str is not a ListConfig"),
+        ("launch.name=\u0928", "launch.name=\u0928: Hydra cannot read it (token recognition error"),
+        ("run.name=\u0928", "run.name=\u0928: Hydra cannot read it (token recognition error"),
+        ("launch.foo", "launch.foo: Hydra cannot read it (missing EQUAL"),
         ("+launch.foo=1", "launch.foo=1: there is no such key"),
         ("launch.spot=yes", "launch.spot: Invalid value 'yes', expected one of"),
         ("launch.discounts={aws:15}", "launch.discounts.aws=15.0: is a share"),

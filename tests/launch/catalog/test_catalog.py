@@ -162,6 +162,13 @@ def test_old_prices_are_refused_unless_told(monkeypatch, tmp_path):
     assert loaded("launch.max_price_age=38d", date=later).age_days == 38
 
 
+def test_prices_of_tomorrow_are_the_lists_mistake(tmp_path):
+    path = tmp_path / "mine.json"
+    write_snapshot(path, TODAY + datetime.timedelta(1), "test", [offer()])
+    with pytest.raises(ConfigError, match=f"launch.catalog={path}: its prices are of 2026-06-02"):
+        loaded(f"launch.catalog={path}")
+
+
 def test_a_snapshot_comes_back_as_it_was(tmp_path):
     path = tmp_path / "snapshot-2026-06-01.json"
     offers = [offer(), offer(is_spot=True, zone="z", vcpus=8.0, max_nodes=1)]

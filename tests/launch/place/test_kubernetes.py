@@ -81,6 +81,18 @@ def test_what_a_pod_cannot_do_without_is_asked_for(small, missing, capsys):
     assert captured.err.startswith(f"{missing}=None: a pod") and captured.out == ""
 
 
+@pytest.mark.parametrize("words", [["status"], ["logs", "mine"], ["down", "mine"]])
+def test_without_a_cluster_it_is_said_in_one_line(words, tmp_path, monkeypatch, capfd):
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text("#!/bin/sh\necho memcache.go >&2\necho refused - did you? >&2\nexit 1\n")
+    kubectl.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert main([*words, "launch.target=kubernetes"]) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1
+    assert err.startswith("launch.target=kubernetes: kubectl reaches no cluster (refused - did you")
+
+
 @pytest.mark.long
 def test_pods_train_and_one_that_is_lost_comes_back(small, capsys, tmp_path):
     words = ["stop.steps=2500", "log.every_steps=50", "launch.nodes=[2]"]

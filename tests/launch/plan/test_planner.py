@@ -101,6 +101,16 @@ def test_rejections_say_why():
     }
 
 
+def test_gpus_are_named_in_any_case():
+    plan = planned([offer(), offer(gpu="B200")], "launch.gpus=[h100]")
+    assert {way.offer.gpu for way in plan.candidates} == {"H100"}
+
+
+def test_a_list_without_offers():
+    with pytest.raises(ConfigError, match="^launch.catalog=test: has no offers; give another list"):
+        planned([])
+
+
 def test_several_nodes_only_where_they_can_be_had_together():
     plan = planned([offer(max_nodes=1), offer(region="us-west-2")], "launch.nodes=[1,2]")
     assert sorted((way.offer.region, way.num_nodes) for way in plan.candidates) == [
@@ -256,6 +266,9 @@ def test_json_and_table_hold_the_same_ranking():
     [
         (["launch.deadline=36"], "launch.deadline=36: is a time with its unit"),
         (["launch.budget_usd=-1"], "launch.budget_usd=-1.0: must be from 0.001"),
+        (["stop.tokens=-1"], "stop.tokens=-1: must be above 0"),
+        (["global_batch_size=0", "stop.tokens=9"], "global_batch_size=0: must be above 0"),
+        (["schedule.warmup_steps=9", "stop.steps=9"], "schedule.warmup_steps=9: must be shorter"),
         (["launch.gpus=[H10]"], "launch.gpus=H10: no such GPU is known; did you mean"),
         (["launch.colour=red"], "launch.colour: no such key"),
         (["launch.stages=[compress,train]"], "launch.stages=[compress,train]: is not the order"),
