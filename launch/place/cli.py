@@ -18,9 +18,9 @@ there, and have it in PATH or named by launch.sky."""
 
 _EXAMPLES = """\
 example:
-  python -m launch render experiment=mine launch.bucket=s3://mine -o job.yaml
-  python -m launch up experiment=mine launch.bucket=s3://mine launch.budget_usd=200
-  python -m launch up experiment=mine launch.target=slurm \\
+  python -m launch render --config-dir conf experiment=mine launch.bucket=s3://mine -o job.yaml
+  python -m launch up --config-dir conf experiment=mine launch.bucket=s3://mine
+  python -m launch up --config-dir conf experiment=mine launch.target=slurm \\
       'launch.pools={hpc:{kind:slurm,gpu:A100-80GB,gpus_per_node:8,nodes:2,usd_per_h:3}}'
   python -m launch logs mine launch.target=slurm
 

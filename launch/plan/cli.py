@@ -14,8 +14,10 @@ one's own) by what it is expected to cost in all: compute, interruptions, egress
 are those of python -m trainer; what begins with launch. is for the launcher. Nothing is started."""
 
 _EXAMPLES = """\
-a job, by when, and for how much:
-  python -m launch plan experiment=mine launch.deadline=36h launch.budget_usd=200
+a job of your own (conf/experiment/mine.yaml; docs/launch.md has one), by when, and for how much:
+  python -m launch plan --config-dir conf experiment=mine launch.deadline=36h launch.budget_usd=200
+with the prices that come with this package, which are of May 2026:
+  python -m launch plan experiment=stdlib launch.max_price_age=365d
 
 keys of launch. (see launch/config.py for all):
   deadline, budget_usd            36h, 10d; in dollars
