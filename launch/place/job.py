@@ -95,23 +95,6 @@ class Job:
         offer = self.candidates[0].offer
         return ["--usd-per-h", f"{offer.usd_per_h:g}", "--nodes", str(self.num_nodes)]
 
-    def prices(self) -> str:
-        """Of a node at each candidate, for the guard: JSON."""
-        return json.dumps(
-            [
-                {
-                    "cloud": way.offer.cloud,
-                    "region": way.offer.region,
-                    "zone": way.offer.zone,
-                    "gpu": way.offer.gpu,
-                    "gpus_per_node": way.offer.gpus_per_node,
-                    "is_spot": way.offer.is_spot,
-                    "usd_per_h": way.offer.usd_per_h,
-                }
-                for way in self.candidates
-            ]
-        )
-
 
 def heading(job: Job, usage: str) -> str:
     """Comment lines: where the job may run, and how the file is used."""

@@ -3,6 +3,7 @@
 docs: https://docs.skypilot.co/en/latest/reference/yaml-spec.html
 """
 
+import json
 import re
 import shlex
 from typing import Any
@@ -77,7 +78,7 @@ def _task(job: Job, stage: Stage, name: str) -> dict[str, Any]:
         task["resources"]["image_id"] = f"docker:{launch.image}"
     if launch.skypilot.workdir is not None:
         task["workdir"] = launch.skypilot.workdir
-    task["envs"] = {**launch.env, "SPOTFORGE_PRICES": job.prices()}
+    task["envs"] = {**launch.env, "SPOTFORGE_PRICES": _prices(job)}
     if launch.secrets:
         task["secrets"] = dict.fromkeys(launch.secrets)
     if launch.bucket is not None:
@@ -89,6 +90,24 @@ def _task(job: Job, stage: Stage, name: str) -> dict[str, Any]:
         task["setup"] = setup
     task["run"] = _train(job) if trains else _later(job, stage)
     return task
+
+
+def _prices(job: Job) -> str:
+    """Of a node at each candidate, for the guard, which SkyPilot tells where it is: JSON."""
+    return json.dumps(
+        [
+            {
+                "cloud": CLOUDS.get(way.offer.cloud, way.offer.cloud),
+                "region": way.offer.region,
+                "zone": _zone(way),
+                "gpu": way.offer.gpu,
+                "gpus_per_node": way.offer.gpus_per_node,
+                "is_spot": way.offer.is_spot,
+                "usd_per_h": way.offer.usd_per_h,
+            }
+            for way in job.candidates
+        ]
+    )
 
 
 def _train(job: Job) -> str:
@@ -173,8 +192,13 @@ def infra(way: Candidate) -> str:
     cloud = CLOUDS.get(offer.cloud)
     if cloud is None:
         return ""
-    zone = "" if re.search(r"-az\d+$", offer.zone) else offer.zone  # AWS takes no zone's ID
-    return "/".join(part for part in (cloud, offer.region, zone) if part)
+    return "/".join(part for part in (cloud, offer.region, _zone(way)) if part)
+
+
+def _zone(way: Candidate) -> str:
+    """Empty where only AWS's ID of it is known, which AWS takes nowhere and SkyPilot never says."""
+    zone = way.offer.zone
+    return "" if re.search(r"-az\d+$", zone) else zone
 
 
 def _bucket(launch: LaunchConfig) -> tuple[str, str]:

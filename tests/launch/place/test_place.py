@@ -32,6 +32,8 @@ SPOT = (
     offer(cloud="jarvis-labs", region="", usd_per_h=1.0),
 )
 
+PRICES = "SPOTFORGE_PRICES"
+
 
 def placed(*words, offers=SPOT):
     settings = compose_settings([*JOB, "launch.nodes=[1]", *words])
@@ -70,6 +72,8 @@ def test_zones_that_are_known_by_their_id_only_are_left_to_skypilot():
     offers = [offer(region="ap-south-1", zone=zone, is_spot=True) for zone in zones]
     resources = document(placed("launch.bucket=s3://mine", offers=offers))["resources"]
     assert [r["infra"] for r in resources["ordered"]] == ["aws/ap-south-1"]
+    prices = json.loads(document(placed("launch.bucket=s3://mine", offers=offers))["envs"][PRICES])
+    assert {price["zone"] for price in prices} == {""}
 
 
 def test_the_job_is_guarded_keeps_its_checkpoints_and_names_secrets_only(monkeypatch):
@@ -88,9 +92,15 @@ def test_the_job_is_guarded_keeps_its_checkpoints_and_names_secrets_only(monkeyp
     assert command[:4] == ["python", "-m", "launch", "supervise"]
     assert "checkpoint.upload=file:///spotforge/my-run/checkpoints" in command
     assert command[-1] == "run.dir=runs/My_Run"
-    prices = json.loads(task["envs"]["SPOTFORGE_PRICES"])
+    prices = json.loads(task["envs"][PRICES])
     assert [(p["usd_per_h"], p["gpus_per_node"]) for p in prices] == [(9, 8), (12, 8), (40, 8)]
     assert yaml.safe_load(text) == task
+
+
+def test_prices_have_skypilots_names_of_clouds():
+    job = placed(offers=[offer(cloud="digitalocean", region="tor1")])
+    [price] = json.loads(document(job)["envs"][PRICES])
+    assert price["cloud"] == "do"  # as SKYPILOT_CLUSTER_INFO has it, in any case
 
 
 def test_the_trainer_takes_the_command_of_the_task():
