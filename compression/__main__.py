@@ -39,7 +39,7 @@ Recipes:
 Keys (key=value):
   run, model                  what is compressed: a run's export, or a Hugging Face folder
   out                         where to: <out>/<target>; default compressed/<recipe> in the run
-  target                      compressed_tensors | torchao | huggingface, or a list of them
+  target                      compressed_tensors | gguf | torchao | huggingface, or a list of them
   dtype                       of all that is not quantized, and of scales: bfloat16 | float32
   recipe.NAME.KEY             bits, group_size, symmetric, activation; sparsity, pattern; ...
   layers.include, .exclude    patterns of layers' names, e.g. layers.exclude=['*.down_proj']

@@ -7,8 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from compression.config import CompressionConfig
 from compression.source import Source
 from monitoring.environment import describe_environment
@@ -17,6 +15,7 @@ from trainer.checkpoint import sha256_of
 
 REPORT = "compression.json"
 WORK = ".work"
+_WEIGHTS = ("*.safetensors", "*.gguf")
 
 
 def places(config: CompressionConfig) -> tuple[Path, Path]:
@@ -68,21 +67,9 @@ def claim(work: Path, made_from: dict[str, Any]) -> None:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Of all safetensors of a folder."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def layer_bytes(folder: Path, layers: set[str]) -> int:
-    """Of all that is stored for some layers, scales and zero points counted."""
-    size = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                # `layer.weight_scale`, or torchao's `layer._weight_scale`
-                if name.rpartition(".")[0] in layers and "weight" in name.rpartition(".")[2]:
-                    tensor = file.get_tensor(name)
-                    size += tensor.numel() * tensor.itemsize
-    return size
+    """Of all files of weights in a folder."""
+    files = (path for pattern in _WEIGHTS for path in folder.glob(pattern))
+    return sum(path.stat().st_size for path in files)
 
 
 def lineage(source: Source, folder: Path, made_from: dict[str, Any]) -> dict[str, Any]:

@@ -24,9 +24,10 @@ class Block:
         layers: The linear layers that the recipe is for, by full name.
         inputs: Batches of what the block is given, from the start each time (B, T, H).
         run: The block's output for a batch.
-        dtype: In which the artifact holds what is not quantized, and scales.
+        dtype: In which the artifact holds what is not quantized.
         quantized: Layers in codes, by full name.
         notes: What a method did with a layer, for the report.
+        scales_in: In which it holds scales; None: `dtype`.
     """
 
     name: str
@@ -37,6 +38,12 @@ class Block:
     dtype: torch.dtype
     quantized: dict[str, Quantized] = field(default_factory=dict)
     notes: dict[str, dict[str, object]] = field(default_factory=dict)
+    scales_in: torch.dtype | None = None
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Of scales."""
+        return self.scales_in or self.dtype
 
     def put(self, name: str, quantized: Quantized, **note: object) -> None:
         """A layer's weight becomes what its codes stand for."""

@@ -17,12 +17,13 @@ class Target(Enum):
     """How a result is packed.
 
     `huggingface`: dense weights (pruned models). `torchao`: torchao's tensors in a Hugging Face
-    folder. `compressed_tensors`: what transformers and vLLM load.
+    folder. `compressed_tensors`: what transformers and vLLM load. `gguf`: a file for llama.cpp.
     """
 
     huggingface = "huggingface"
     torchao = "torchao"
     compressed_tensors = "compressed_tensors"
+    gguf = "gguf"
 
 
 @dataclass
@@ -93,7 +94,7 @@ class CompressionConfig:
             directory, or here.
         target: Packings, one or a list; null: huggingface for a dense result, else
             compressed_tensors.
-        dtype: Of scales and of all that is not quantized.
+        dtype: Of scales (but for gguf, which has them in float16) and of all that is not quantized.
         seed: Of the order of samples.
         layers: See `LayersConfig`.
         calibration: See `CalibrationConfig`.
@@ -133,6 +134,11 @@ class CompressionConfig:
             raise ConfigError("target", "[]", "names no target", f"there are: {known}")
         return list(dict.fromkeys(Target[name] for name in names))
 
+    @property
+    def scale_dtype(self) -> str:
+        """Of scales, by torch's name."""
+        return "float16" if Target.gguf in self.targets else self.dtype.value
+
     def check(self) -> None:
         """Raises ConfigError for settings that cannot hold together."""
         if (self.parent.run is None) == (self.parent.model is None):
@@ -150,6 +156,10 @@ class CompressionConfig:
         for key, value in positive.items():
             if value < 1:
                 raise ConfigError(key, value, "must be above 0", "give a positive number")
+        if self.scale_dtype == "float16" and len(self.targets) > 1 and self.dtype is Dtype.bfloat16:
+            rule = "gguf has scales in float16, the others in bfloat16: one would round them again"
+            fix = "set dtype=float32, or leave gguf to a command of its own"
+            raise ConfigError("target", ",".join(t.value for t in self.targets), rule, fix)
         if self.seed < 0:
             raise ConfigError("seed", self.seed, "must not be below 0", "use 0")
         steps: list[tuple[str, Step]] = list(self.recipe.items())

@@ -140,4 +140,5 @@ def _grouped(weight: Tensor, scales: Tensor) -> Tensor:
 
 
 def _rounded(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    return scales.clamp_min(_SMALLEST).to(dtype).float()
+    kind = torch.finfo(dtype)
+    return scales.clamp_min(max(_SMALLEST, kind.tiny * kind.eps)).to(dtype).float()

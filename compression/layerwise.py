@@ -71,6 +71,7 @@ def compress(
             hidden.batches if hidden is not None else lambda: iter(()),
             partial(stream.run, index),
             result.dtype,
+            scales_in=result.scales_in,
         )
         with torch.no_grad():
             for method in methods.values():

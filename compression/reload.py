@@ -1,12 +1,13 @@
 """Loads an artifact as a user would, in a process of its own, and writes its logits.
 
-    python -m compression.reload ARTIFACT TOKENS.npy LOGITS.npy
+    python -m compression.reload TARGET ARTIFACT TOKENS.npy LOGITS.npy
 
 Shapes: N samples of T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compression.config import Target
 from monitoring.errors import SpotforgeError
 
 _TIMEOUT_S = 3600
@@ -24,11 +26,12 @@ class ReloadError(SpotforgeError):
     """A packed artifact does not load, or does not compute what it was made to."""
 
 
-def logits_of(artifact: Path, input_ids: Tensor, folder: Path) -> Tensor:
+def logits_of(target: Target, artifact: Path, input_ids: Tensor, folder: Path) -> Tensor:
     """Next-token logits of an artifact that a fresh process loads.
 
     Args:
-        artifact: Folder that transformers loads.
+        target: Whose `load` it is.
+        artifact: Folder that it packed.
         input_ids: (N, T) int64.
         folder: For the two files.
 
@@ -40,7 +43,8 @@ def logits_of(artifact: Path, input_ids: Tensor, folder: Path) -> Tensor:
     """
     tokens, logits = folder / "tokens.npy", folder / "logits.npy"
     np.save(tokens, input_ids.numpy())
-    command = [sys.executable, "-m", __name__, str(artifact), str(tokens), str(logits)]
+    paths = [str(path) for path in (artifact, tokens, logits)]
+    command = [sys.executable, "-m", __name__, target.value, *paths]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     if done.returncode != 0:
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing was said"]
@@ -59,10 +63,8 @@ def signal_to_noise_db(wanted: Tensor, found: Tensor) -> float:
 
 def main(arguments: list[str]) -> None:
     """Entry point of the fresh process."""
-    from transformers import AutoModelForCausalLM
-
-    artifact, tokens, logits = arguments
-    model = AutoModelForCausalLM.from_pretrained(artifact, dtype="auto").eval()
+    target, artifact, tokens, logits = arguments
+    model = importlib.import_module(f"compression.targets.{target}").load(Path(artifact))
     with torch.no_grad():
         rows = [
             model(row.unsqueeze(0), use_cache=False).logits.float()

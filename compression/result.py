@@ -33,10 +33,12 @@ class Result:
     Attributes:
         folder: Where.
         dtype: Of what is not quantized.
+        scales_in: In which artifacts hold scales; None: `dtype`.
     """
 
     folder: Path
     dtype: torch.dtype
+    scales_in: torch.dtype | None = None
 
     def block_file(self, index: int) -> Path:
         """Of a block; it is there only when it is whole."""

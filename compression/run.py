@@ -13,7 +13,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +27,6 @@ from compression.artifact import (
     WORK,
     check_replaceable,
     claim,
-    layer_bytes,
     lineage,
     places,
     weight_bytes,
@@ -44,6 +43,7 @@ from compression.source import Source, check_shapes, choose_layers
 from compression.speed import Speed, measure
 from compression.stages import Stages
 from compression.stream import BlockStream
+from compression.targets.packing import load_folder
 from monitoring.environment import describe_environment
 from parallel.config import Dtype
 
@@ -58,8 +58,17 @@ class Packer(Protocol):
     def check(self, schemes: set[Scheme], key: str) -> None:
         """Raises ConfigError for a result that cannot be packed, or served."""
 
+    def check_parent(self, parent: Path, layers: Collection[str], key: str) -> None:
+        """Raises ConfigError for a model, or layers of it, that the target cannot hold."""
+
     def pack(self, result: Result, source: Path, out: Path) -> None:
         """Writes a folder that loads."""
+
+    def load(self, folder: Path) -> Any:
+        """Such a folder as a model: token ids in, logits out."""
+
+    def layer_bytes(self, folder: Path, layers: set[str]) -> int:
+        """Of all that a folder holds for some layers."""
 
 
 def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
@@ -74,8 +83,8 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
     config.check()
     parent, out = places(config)
     source = Source.open(parent)
-    _check_layers(config, parent)
-    packers = _packers(config)
+    layers = _check_layers(config, parent)
+    packers = _packers(config, parent, layers)
     check_replaceable(out)
     samples = draw_samples(config, parent, stop_requested)
 
@@ -107,14 +116,14 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
         for target, packer in packers.items():
             artifact = scratch / target.value
             packer.pack(result, model, artifact)
-            found = logits_of(artifact, samples.evaluation[:_RELOADED], scratch)
+            found = logits_of(target, artifact, samples.evaluation[:_RELOADED], scratch)
             snr_db = _check_logits(target, evaluated.logits, found, config.dtype)
-            speeds = _speeds(config, parent, artifact)
+            speeds = _speeds(config, target, packer, parent, artifact)
             described = report | {
                 "target": target.value,
                 "reloaded_snr_db": round(snr_db, 1),
                 "weight_bytes": weight_bytes(artifact),
-                "quantized_layer_bytes": layer_bytes(artifact, set(result.schemes())),
+                "quantized_layer_bytes": packer.layer_bytes(artifact, set(result.schemes())),
                 "speed": {name: speed.describe() for name, speed in speeds.items()},
             }
             (artifact / REPORT).write_text(json.dumps(described, indent=1) + "\n")
@@ -130,19 +139,22 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
     return out
 
 
-def _check_layers(config: CompressionConfig, parent: Path) -> None:
-    """Refuses patterns and sizes that do not fit the parent, as far as steps see that model."""
+def _check_layers(config: CompressionConfig, parent: Path) -> dict[str, int]:
+    """The parent's layers; refuses patterns and sizes that do not fit, as far as steps see it."""
     stream = BlockStream(parent)
     layers = choose_layers(stream, config.layers.include, config.layers.exclude)
     for name, step in config.recipe.items():
         if isinstance(step, HealConfig):
             continue  # changes no shape
         if isinstance(step, ModelStep):
-            return
+            break
         check_shapes(stream, layers, f"recipe.{name}", step)
+    return layers
 
 
-def _packers(config: CompressionConfig) -> dict[Target, Packer]:
+def _packers(
+    config: CompressionConfig, parent: Path, layers: Collection[str]
+) -> dict[Target, Packer]:
     """Of each target, once it has agreed to the schemes that the recipe leaves."""
     schemes = {
         step.scheme(f"recipe.{name}") for name, step in config.recipe.items() if step.quantizes
@@ -151,6 +163,7 @@ def _packers(config: CompressionConfig) -> dict[Target, Packer]:
     for target in config.targets:
         packers[target] = importlib.import_module(f"compression.targets.{target.value}")
         packers[target].check(schemes, "target")
+        packers[target].check_parent(parent, layers, "target")
     return packers
 
 
@@ -165,6 +178,7 @@ def _made_from(config: CompressionConfig, source: Source, samples: Samples) -> d
         "steps": json.loads(json.dumps(steps, default=lambda enum: enum.value)),
         "layers": asdict(config.layers),
         "dtype": config.dtype.value,
+        "scale_dtype": config.scale_dtype,
         "seed": config.seed,
         "calibration": {
             "data_digest": samples.digest,
@@ -217,9 +231,11 @@ def _check_logits(target: Target, wanted: Tensor, found: Tensor, dtype: Dtype) -
     return snr_db
 
 
-def _speeds(config: CompressionConfig, parent: Path, artifact: Path) -> dict[str, Speed]:
+def _speeds(
+    config: CompressionConfig, target: Target, packer: Packer, parent: Path, artifact: Path
+) -> dict[str, Speed]:
     settings = config.evaluation
-    if not settings.speed:
+    if not settings.speed or target is Target.gguf:  # which transformers loads, but llama.cpp runs
         return {}
-    folders = {"parent": parent, "child": artifact}
-    return measure(folders, settings.prompt_tokens, settings.new_tokens, settings.rounds)
+    models = {"parent": load_folder(parent), "child": packer.load(artifact)}
+    return measure(models, settings.prompt_tokens, settings.new_tokens, settings.rounds)

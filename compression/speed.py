@@ -6,12 +6,10 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 
 @dataclass(frozen=True)
@@ -37,20 +35,16 @@ class Speed:
 
 @torch.no_grad()
 def measure(
-    folders: Mapping[str, Path], prompt_tokens: int, new_tokens: int, rounds: int
+    models: Mapping[str, Any], prompt_tokens: int, new_tokens: int, rounds: int
 ) -> dict[str, Speed]:
-    """Times Hugging Face folders against each other.
+    """Times models against each other.
 
     Args:
-        folders: By name; all are in memory at once.
+        models: By name, as a target's `load` gives them.
         prompt_tokens: Of the prompt, drawn at random.
         new_tokens: To generate.
         rounds: How often; a first one is not counted.
     """
-    models: dict[str, Any] = {
-        name: AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-        for name, folder in folders.items()
-    }
     figures: dict[str, list[tuple[float, float, float]]] = {name: [] for name in models}
     generator = torch.Generator().manual_seed(0)
     for _ in range(rounds + 1):

@@ -94,7 +94,8 @@ class Stages:
         needs_data = any(method.needs_data for method in methods.values())
         calibration: Tensor | None = self._samples.calibration if needs_data else None
         folder.mkdir(exist_ok=True)
-        result = Result(folder, dtype)
+        scale_dtype: torch.dtype = getattr(torch, self._config.scale_dtype)
+        result = Result(folder, dtype, scale_dtype)
         with progress.bar("+".join(steps) or "writing") as advance:
             compress(model, methods, layers, calibration, result, advance, self._stop_requested)
         return result

@@ -28,6 +28,7 @@ LEAVES = {
     "deepspeed": {"parallel/zero.py"},
     "wandb": {"monitoring/wandb_sink.py"},
     "compressed_tensors": {"compression/targets/compressed_tensors.py"},
+    "gguf": {"compression/targets/gguf.py"},
     "torchao": {"compression/targets/torchao.py"},
     "mlflow": set(),
 }

@@ -46,19 +46,19 @@ class Awq:
             gram, ratio, fold = inputs.gram, 0.0, _fold(block, inputs)
             if fold is not None:
                 layers = [block.layers[name] for name in inputs.names]
-                ratio, scale = self._best_scale(layers, inputs, block.dtype)
+                ratio, scale = self._best_scale(layers, inputs, block.scale_dtype)
                 scale = fold(scale)
                 gram = gram / (scale.unsqueeze(1) * scale)
             grams |= dict.fromkeys(inputs.names, gram)
             ratios |= dict.fromkeys(inputs.names, ratio)
         for name, layer in block.layers.items():  # only now: a scale goes into a layer before
             weight = layer.weight.data
-            rounded = fit_grid(weight, self.scheme, block.dtype).quantize(weight)
+            rounded = fit_grid(weight, self.scheme, block.scale_dtype).quantize(weight)
             if name not in grams:  # saw no token
                 block.put(name, rounded, method="rounding")
                 continue
             gram = grams[name]
-            grid = clipped_grid(weight, gram.diagonal(), self.scheme, block.dtype)
+            grid = clipped_grid(weight, gram.diagonal(), self.scheme, block.scale_dtype)
             clipped = grid.quantize(weight)
             errors = [output_error(q.dequantize() - weight, gram) for q in (rounded, clipped)]
             best = clipped if errors[1] < errors[0] else rounded
@@ -109,7 +109,7 @@ class SmoothQuant:
             fold(largest / weights.clamp_min(1e-5) ** (1 - self.migration))
         for name, layer in block.layers.items():
             weight = layer.weight.data
-            block.put(name, fit_grid(weight, self.scheme, block.dtype).quantize(weight))
+            block.put(name, fit_grid(weight, self.scheme, block.scale_dtype).quantize(weight))
 
 
 # Takes a scale (I) and returns that which could be had: what divides a norm's weight is rounded.

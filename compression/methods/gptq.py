@@ -38,10 +38,10 @@ class Gptq:
         for inputs in watch_inputs(block):
             for name in inputs.names:
                 weight = block.layers[name].weight.data
-                rounded = fit_grid(weight, self.scheme, block.dtype).quantize(weight)
+                rounded = fit_grid(weight, self.scheme, block.scale_dtype).quantize(weight)
                 error = output_error(rounded.dequantize() - weight, inputs.gram)
                 best, method, rounding_error = rounded, "rounding", error
-                grid = clipped_grid(weight, inputs.gram.diagonal(), self.scheme, block.dtype)
+                grid = clipped_grid(weight, inputs.gram.diagonal(), self.scheme, block.scale_dtype)
                 codes = gptq_codes(weight, inputs.gram, grid, self.damping)
                 if codes is not None:
                     found = grid.of(codes)
@@ -51,7 +51,7 @@ class Gptq:
                 block.put(name, best, method=method, error=error, rounding_error=rounding_error)
         for name in block.layers.keys() - block.quantized.keys():  # saw no token
             weight = block.layers[name].weight.data
-            rounded = fit_grid(weight, self.scheme, block.dtype).quantize(weight)
+            rounded = fit_grid(weight, self.scheme, block.scale_dtype).quantize(weight)
             block.put(name, rounded, method="rounding")
 
 

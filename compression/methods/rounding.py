@@ -24,4 +24,4 @@ class RoundToNearest:
         """Quantizes the block's layers."""
         for name, layer in block.layers.items():
             weight = layer.weight.data
-            block.put(name, fit_grid(weight, self.scheme, block.dtype).quantize(weight))
+            block.put(name, fit_grid(weight, self.scheme, block.scale_dtype).quantize(weight))

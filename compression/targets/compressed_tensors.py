@@ -14,10 +14,19 @@ from torch import Tensor
 from compression.grid import Quantized
 from compression.result import Result
 from compression.scheme import Activation, Number, Scheme
-from compression.targets.packing import Values, kept_matrices, write_folder
+from compression.targets.packing import (
+    Values,
+    kept_matrices,
+    load_folder,
+    stored_bytes,
+    takes_any,
+    write_folder,
+)
 from monitoring.errors import ConfigError, MissingExtraError
 
 _INSTALL = "pip install 'spotforge[compression]'"
+
+check_parent, load, layer_bytes = takes_any, load_folder, stored_bytes
 
 
 def check(schemes: set[Scheme], key: str) -> None:

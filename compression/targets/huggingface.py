@@ -9,7 +9,15 @@ from torch import Tensor
 from compression.grid import Quantized
 from compression.result import Result
 from compression.scheme import Scheme
-from compression.targets.packing import Values, write_folder
+from compression.targets.packing import (
+    Values,
+    load_folder,
+    stored_bytes,
+    takes_any,
+    write_folder,
+)
+
+check_parent, load, layer_bytes = takes_any, load_folder, stored_bytes
 
 
 def check(schemes: set[Scheme], key: str) -> None:

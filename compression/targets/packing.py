@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from compression.grid import Quantized
 from compression.result import Result
 
 _SHARD_BYTES = 256 * 2**20  # bounds memory; a block of more than that has a file to itself
-_NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", "config.json", "lineage.json", "*.bin")
+_NOT_COPIED = (
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf"),
+    *("config.json", "lineage.json"),
+)
 
 # Tensors and codes of a file by name -> what is stored for them, and what the file says of them.
 Values = Mapping[str, Tensor | Quantized]
@@ -34,13 +40,10 @@ def write_folder(
         pack: Of each file.
         quantization_config: Goes into config.json.
     """
-    shutil.copytree(source, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_NOT_COPIED))
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config["dtype"] = str(result.dtype).removeprefix("torch.")
-    config.pop("torch_dtype", None)
     if quantization_config is not None:
         config["quantization_config"] = quantization_config
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    copy_assets(source, out, config, result.dtype)
     weight_map: dict[str, str] = {}
     size = 0
     shards: list[Path] = []
@@ -61,6 +64,43 @@ def write_folder(
             "weight_map": {name: names[file] for name, file in weight_map.items()},
         }
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def copy_assets(source: Path, out: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Copies all but weights, and writes config.json.
+
+    Args:
+        source: Folder of the dense model.
+        out: An empty folder.
+        config: What config.json says.
+        dtype: Of what is not quantized.
+    """
+    shutil.copytree(source, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+    config = config | {"dtype": str(dtype).removeprefix("torch.")}
+    config.pop("torch_dtype", None)
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def takes_any(parent: Path, layers: Collection[str], key: str) -> None:
+    """The `check_parent` of targets that hold whatever transformers loads."""
+
+
+def load_folder(folder: Path) -> Any:
+    """A model that transformers knows how to load by itself."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+def stored_bytes(folder: Path, layers: set[str]) -> int:
+    """Of all that safetensors hold for some layers, scales and zero points counted."""
+    size = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                # `layer.weight_scale`, or torchao's `layer._weight_scale`
+                if name.rpartition(".")[0] in layers and "weight" in name.rpartition(".")[2]:
+                    tensor = file.get_tensor(name)
+                    size += tensor.numel() * tensor.itemsize
+    return size
 
 
 def kept_matrices(result: Result) -> list[str]:

@@ -1,0 +1,267 @@
+"""GGUF: one file, for llama.cpp and what is built on it. Codes are stored as they were chosen.
+
+A block of 32 weights of a row has a scale in float16: `Q4_0` for 4 bits, `Q8_0` for 8. A scale of
+more weights is repeated. What is not quantized stays in the result's type, vectors in float32.
+Layouts and names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and llama.cpp's
+convert_hf_to_gguf.py.
+
+Shapes: O outputs, I inputs of a layer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from compression.grid import Quantized
+from compression.result import Result
+from compression.scheme import Activation, Number, Scheme
+from compression.targets.packing import copy_assets
+from compression.targets.vocabulary import read_vocabulary
+from monitoring.errors import ConfigError, MissingExtraError
+
+_FILE = "model.gguf"
+_BLOCK = 32  # weights that share a scale
+_BLOCK_TYPES = {4: "Q4_0", 8: "Q8_0"}
+_INSTALL = "pip install 'spotforge[compression]'"
+# transformers' name -> llama.cpp's, of architectures that both have alike.
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+
+Array = np.ndarray[Any, Any]
+
+
+def check(schemes: set[Scheme], key: str) -> None:
+    """Raises ConfigError for codes that no block of GGUF holds exactly."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as e:
+        raise MissingExtraError(key, "gguf", "gguf is not installed", _INSTALL) from e
+    for scheme in schemes:
+        if scheme.number is Number.float8 or scheme.activation is not Activation.none:
+            rule = "GGUF has no float8, and llama.cpp itself decides how inputs are rounded"
+            raise ConfigError(key, "gguf", rule, "set number=int activation=none")
+        if scheme.bits not in _BLOCK_TYPES:
+            rule = f"GGUF's blocks with a scale alone hold 4 or 8 bits, not {scheme.bits}"
+            raise ConfigError(key, "gguf", rule, "set bits=4 or bits=8")
+        if not scheme.symmetric:
+            rule = "GGUF holds zero_point * scale in float16, which would be rounded a second time"
+            raise ConfigError(key, "gguf", rule, "set symmetric=true")
+        if scheme.group_size is not None and scheme.group_size % _BLOCK:
+            rule = (
+                f"GGUF has a scale for every {_BLOCK} weights; {scheme.group_size} is no multiple"
+            )
+            raise ConfigError(key, "gguf", rule, f"set group_size={_BLOCK}")
+
+
+def check_parent(parent: Path, layers: Collection[str], key: str) -> None:
+    """Raises ConfigError for a model that llama.cpp would run differently, or not at all.
+
+    Args:
+        parent: Its folder.
+        layers: Names of those that will be in codes.
+        key: For errors.
+    """
+    config: Any = AutoConfig.from_pretrained(parent)
+    if config.model_type not in _ARCHITECTURES:
+        known = ", ".join(_ARCHITECTURES)
+        rule = f"{config.model_type} is none of the architectures that are written: {known}"
+        raise ConfigError(key, "gguf", rule, "use target=compressed_tensors")
+    fields = {
+        "hidden_act": (config.hidden_act, ("silu",)),
+        "rope_type": (config.rope_parameters["rope_type"], ("default", "llama3")),
+        "partial_rotary_factor": (config.rope_parameters.get("partial_rotary_factor", 1.0), (1.0,)),
+    }
+    if config.model_type == "qwen3":
+        fields["attention_bias"] = (config.attention_bias, (False,))
+    for name, (value, allowed) in fields.items():
+        if value not in allowed:
+            rule = f"llama.cpp's {config.model_type} has no {name}={value}"
+            raise ConfigError(key, "gguf", rule, "use target=compressed_tensors")
+    widths = {"down_proj": config.intermediate_size, "o_proj": _head_dim(config)}
+    widths["o_proj"] *= config.num_attention_heads
+    for name in layers:
+        kind = name.rpartition(".")[2]
+        width = widths.get(kind, config.hidden_size)
+        if width % _BLOCK:
+            rule = f"the {width} inputs of {name} are no multiple of {_BLOCK}"
+            raise ConfigError(key, "gguf", rule, f"leave it out: layers.exclude=['*.{kind}']")
+    read_vocabulary(parent, config.vocab_size, key)
+
+
+def pack(result: Result, source: Path, out: Path) -> None:
+    """Writes the folder `out`: the file, and the config and tokenizer for who reads them apart."""
+    import gguf
+
+    config: Any = AutoConfig.from_pretrained(source)
+    length = min(config.max_position_embeddings, getattr(config, "sliding_window", None) or 2**62)
+    described = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    described["max_position_embeddings"] = length
+    if _ARCHITECTURES[config.model_type] == "llama":  # within its window, a Mistral is a Llama
+        described |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        described.pop("sliding_window", None)
+    copy_assets(source, out, described, result.dtype)
+
+    writer = gguf.GGUFWriter(out / _FILE, _ARCHITECTURES[config.model_type])
+    writer.add_name(source.name)
+    writer.add_context_length(length)
+    _add_shape(writer, config)
+    bits = [scheme.bits for scheme in result.schemes().values()]
+    kind = f"MOSTLY_{_BLOCK_TYPES[max(bits, key=bits.count)]}" if bits else "GUESSED"
+    writer.add_file_type(gguf.LlamaFileType[kind])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_vocabulary(writer, source, config.vocab_size)
+    for name, kind, data in _tensors(result, config):
+        number = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for _, _, data in _tensors(result, config):  # a second time, so that memory holds but one
+        writer.write_tensor_data(data)
+    writer.close()
+
+
+def load(folder: Path) -> Any:
+    """The artifact in transformers: dequantized, float32."""
+    config = AutoConfig.from_pretrained(folder)  # the file's own lacks the width of heads
+    return AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=_FILE, config=config, dtype=torch.float32
+    ).eval()
+
+
+def layer_bytes(folder: Path, layers: set[str]) -> int:
+    """Of all that is stored for some layers' weights, scales counted."""
+    import gguf
+
+    names = _Names(AutoConfig.from_pretrained(folder))
+    wanted = {names.of(f"{layer}.weight") for layer in layers}
+    tensors = gguf.GGUFReader(folder / _FILE).tensors
+    return sum(int(tensor.n_bytes) for tensor in tensors if tensor.name in wanted)
+
+
+def pack_blocks(value: Quantized) -> Array:
+    """Codes and scales as `Q4_0` or `Q8_0`: bytes (O, I / 32 * bytes of a block)."""
+    num_outputs, num_inputs = value.codes.shape
+    num_blocks = num_inputs // _BLOCK
+    scales = value.scales.repeat_interleave(num_blocks // value.scales.shape[1], 1)
+    halves = scales.numpy().astype("<f2")
+    assert np.array_equal(halves.astype(np.float32), scales.numpy()), "a scale is no float16"
+    codes = value.codes.view(num_outputs, num_blocks, _BLOCK).numpy()
+    if value.scheme.bits == 4:  # the first half of a block in low bits, the second in high ones
+        nibbles = (codes + 8).astype(np.uint8)
+        codes = nibbles[..., : _BLOCK // 2] | nibbles[..., _BLOCK // 2 :] << 4
+    parts = halves[..., np.newaxis].view(np.uint8), codes.view(np.uint8)
+    return np.concatenate(parts, -1).reshape(num_outputs, -1)
+
+
+class _Names:
+    """Of tensors in GGUF."""
+
+    def __init__(self, config: Any) -> None:
+        import gguf
+
+        numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+        number = numbers[_ARCHITECTURES[config.model_type]]
+        self._map = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+
+    def of(self, name: str) -> str:
+        """As `blk.0.attn_q.weight`."""
+        found = self._map.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert found is not None, name
+        return str(found)
+
+
+def _tensors(result: Result, config: Any) -> Iterator[tuple[str, str, Array]]:
+    """Name, type and bytes of each tensor."""
+    names = _Names(config)
+    for path in result.files():
+        for name, value in result.read(path):
+            order = _row_order(name, config)
+            if isinstance(value, Quantized):
+                data = pack_blocks(value)[order]
+                yield names.of(name), _BLOCK_TYPES[value.scheme.bits], data
+            elif value.ndim == 1 or value.dtype is torch.float32:
+                yield names.of(name), "F32", value.float().numpy()[order].view(np.uint8)
+            else:
+                yield names.of(name), "BF16", value.view(torch.uint8).numpy()[order]
+    factors = _rope_factors(config)
+    if factors is not None:
+        yield "rope_freqs.weight", "F32", factors.numpy().view(np.uint8)
+
+
+def _row_order(name: str, config: Any) -> Any:
+    """How the rows of a tensor are laid out.
+
+    llama.cpp's `llama` rotates neighbours, transformers the halves of a head: rows of queries and
+    keys are interleaved.
+    """
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    layer = name.split(".")[-2]
+    if _ARCHITECTURES[config.model_type] != "llama" or layer not in heads:
+        return slice(None)
+    rows = torch.arange(heads[layer] * _head_dim(config))
+    return rows.view(heads[layer], 2, -1).transpose(1, 2).flatten().numpy()
+
+
+def _rope_factors(config: Any) -> Tensor | None:
+    """What Llama 3.1 divides its rotary frequencies by (head_dim / 2); None where it is 1."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if config.rope_parameters["rope_type"] == "default":
+        return None
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    size = _head_dim(config)
+    exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
+    factors: Tensor = config.rope_parameters["rope_theta"] ** -exponents / scaled
+    return factors
+
+
+def _add_shape(writer: Any, config: Any) -> None:
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(_head_dim(config))
+    writer.add_value_length(_head_dim(config))
+    writer.add_rope_dimension_count(_head_dim(config))
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _add_vocabulary(writer: Any, source: Path, vocab_size: int) -> None:
+    vocabulary = read_vocabulary(source, vocab_size, "target")
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.merges:
+        writer.add_token_merges(vocabulary.merges)
+    if vocabulary.scores:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(True)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)
+    ids = {
+        "bos": writer.add_bos_token_id,
+        "eos": writer.add_eos_token_id,
+        "unknown": writer.add_unk_token_id,
+        "padding": writer.add_pad_token_id,
+    }
+    for name, index in vocabulary.special.items():
+        ids[name](index)
+    writer.add_add_bos_token(vocabulary.adds["bos"])
+    writer.add_add_eos_token(vocabulary.adds["eos"])
+
+
+def _head_dim(config: Any) -> int:
+    size: int | None = getattr(config, "head_dim", None)
+    return size or config.hidden_size // config.num_attention_heads
