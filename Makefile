@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Every GPU there is, or two processes on a CPU.
 NPROC  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 2)
 
-.PHONY: train test test-long test-matrix test-sky chaos lint install benchmark clean
+.PHONY: train test test-long test-matrix test-sky test-llama chaos lint install benchmark clean
 
 train: install  ## The main job: learn to write Python from the standard library's source
 	$(BIN)/python -m trainer experiment=stdlib nproc=$(NPROC)
@@ -29,6 +29,13 @@ test-sky: install  ## The real SkyPilot, in an environment of its own, with rand
 	    'moto[server]==5.2.5'; }
 	SPOTFORGE_SKY_PYTHON=$(abspath $(SKY_VENV))/bin/python $(BIN)/python -m pytest -m sky \
 	  tests/launch/place/test_sky.py
+
+LLAMA_VENV ?= .llama-venv
+test-llama: install  ## Packed files in a real llama.cpp, in an environment of its own
+	test -x $(LLAMA_VENV)/bin/python || { $(PYTHON) -m venv $(LLAMA_VENV) && \
+	  $(LLAMA_VENV)/bin/python -m pip install --quiet 'xllamacpp==2026.10.11549'; }
+	SPOTFORGE_LLAMA_PYTHON=$(abspath $(LLAMA_VENV))/bin/python $(BIN)/python -m pytest -m llama \
+	  tests/compression/targets/test_llama_cpp.py
 
 lint: install
 	$(BIN)/ruff check .
