@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Every GPU there is, or two processes on a CPU.
 NPROC  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 2)
 
-.PHONY: train test test-long test-matrix test-sky test-llama chaos lint install benchmark clean
+.PHONY: train test test-long test-matrix test-sky test-llama test-openvino chaos lint install benchmark clean
 
 train: install  ## The main job: learn to write Python from the standard library's source
 	$(BIN)/python -m trainer experiment=stdlib nproc=$(NPROC)
@@ -36,6 +36,18 @@ test-llama: install  ## Packed files in a real llama.cpp, in an environment of i
 	  $(LLAMA_VENV)/bin/python -m pip install --quiet 'xllamacpp==2026.10.11549'; }
 	SPOTFORGE_LLAMA_PYTHON=$(abspath $(LLAMA_VENV))/bin/python $(BIN)/python -m pytest -m llama \
 	  tests/compression/targets/test_llama_cpp.py
+
+OPENVINO_VENV ?= .openvino-venv
+# torchvision, which optimum-intel asks for and text needs not, breaks the import of a CPU torch.
+test-openvino: install  ## The real OpenVINO, in an environment of its own
+	test -e $(OPENVINO_VENV)/installed || { $(PYTHON) -m venv $(OPENVINO_VENV) && \
+	  $(OPENVINO_VENV)/bin/python -m pip install --quiet torch==2.13.0 openvino==2026.4.1 \
+	    openvino-tokenizers==2026.4.1.0 openvino-genai==2026.4.1.0 nncf==3.4.0 \
+	    optimum-intel==2.2.0 optimum==2.3.0 transformers==5.5.4 && \
+	  $(OPENVINO_VENV)/bin/python -m pip uninstall --quiet --yes torchvision && \
+	  touch $(OPENVINO_VENV)/installed; }
+	SPOTFORGE_OPENVINO_PYTHON=$(abspath $(OPENVINO_VENV))/bin/python $(BIN)/python -m pytest \
+	  -m openvino tests/compression/targets/test_openvino.py
 
 lint: install
 	$(BIN)/ruff check .
