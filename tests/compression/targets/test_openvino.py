@@ -293,7 +293,7 @@ def openvino():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A random Llama of 2 layers, and a byte-level tokenizer as the trainer makes them."""
+    """A Llama of 2 layers that knows TEXT by heart, and a tokenizer as the trainer makes them."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -309,13 +309,21 @@ def tiny(tmp_path_factory):
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
-        initializer_range=0.2,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=None,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    train_tokenizer([TEXT] * 9, 300).save_pretrained(folder)
+    model, tokenizer = LlamaForCausalLM(config), train_tokenizer([TEXT] * 9, 300)
+    token_ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = model(token_ids, labels=token_ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.1
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -354,7 +362,7 @@ import json, sys
 import openvino_genai
 pipeline = openvino_genai.LLMPipeline(sys.argv[1], "CPU", INFERENCE_PRECISION_HINT="f32")
 ids = pipeline.get_tokenizer().encode(sys.argv[2]).input_ids.data.tolist()
-text = pipeline.generate(sys.argv[2], max_new_tokens=24, do_sample=False, ignore_eos=True)
+text = pipeline.generate(sys.argv[2], max_new_tokens=14, do_sample=False, ignore_eos=True)
 print(json.dumps([ids, text]))
 """
 
@@ -373,13 +381,14 @@ def assert_same_text(source, folder):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source)
-    given = tokenizer(TEXT, return_tensors="pt")
+    prompt = TEXT[:33]
+    given = tokenizer(prompt, return_tensors="pt")
     with torch.inference_mode():
-        new = dense_of(source).generate(**given, max_new_tokens=24, do_sample=False)
+        new = dense_of(source).generate(**given, max_new_tokens=14, do_sample=False)
     text = tokenizer.decode(new[0, given.input_ids.shape[1] :], skip_special_tokens=True)
-    ids, found = generate(folder, TEXT)
+    ids, found = generate(folder, prompt)
     assert ids == given.input_ids.tolist()
-    assert found.strip() == text.strip()
+    assert len(text) > 14 and found.strip() == text.strip()
 
 
 @real
@@ -393,7 +402,7 @@ def test_int8(openvino, tiny, int8):
     dense = logits_of(dense_of(tiny), token_ids)
     weights_only = openvino.logits(int8.folder, token_ids, 1, dynamic_quantization=False)
     assert weights_only.dtype == np.float32 and weights_only.shape == dense.shape
-    assert snr_db(weights_only, dense) > 35
+    assert snr_db(weights_only, dense) > 30
     assert snr_db(openvino.logits(int8.folder, token_ids, 1), dense) > 25
     assert set(int8.num_parameters) == {"u8", "f32"}
     assert int8.num_parameters["u8"] > 50 * int8.num_parameters["f32"]
@@ -407,7 +416,7 @@ def test_floats(openvino, tiny, tmp_path, dtype):
     done = openvino.export(tiny, tmp_path / dtype, WeightFormat(dtype))
     token_ids = tokens_of(tiny)
     dense = logits_of(dense_of(tiny), token_ids)
-    least = {"fp32": 100, "fp16": 60}[dtype]
+    least = {"fp32": 100, "fp16": 45}[dtype]
     assert snr_db(openvino.logits(done.folder, token_ids), dense) > least
     assert max(done.num_parameters, key=done.num_parameters.get) == f"f{dtype[2:]}"
 
@@ -419,7 +428,7 @@ def test_int4(openvino, tiny, tmp_path, is_symmetric):
     done = openvino.export(tiny, tmp_path / "int4", weights)
     token_ids = tokens_of(tiny)
     dense = logits_of(dense_of(tiny), token_ids)
-    assert snr_db(openvino.logits(done.folder, token_ids), dense) > 10
+    assert snr_db(openvino.logits(done.folder, token_ids), dense) > 11
     model = dense_of(tiny)
     inner = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "proj" in n)
     assert done.num_parameters["i4" if is_symmetric else "u4"] == inner
@@ -536,15 +545,15 @@ def test_a_damaged_export(openvino, tiny, int8, tmp_path):
 
 
 @real
-def test_an_export_that_is_killed(openvino, tiny, tmp_path):
-    """By the system, for want of memory: one line, and nothing stays."""
-    lines = ["#!/bin/sh", "ulimit -v 600000", f'exec "{openvino._python}" "$@"']
+def test_an_export_that_is_killed_as_it_writes(openvino, tiny, tmp_path):
+    wait = f"until ls {tmp_path}/.staging-out/ir/openvino_model.xml; do sleep 0.1; done"
+    lines = [f"({wait}; kill -9 $$) > /dev/null 2>&1 &", f'exec "{openvino._python}" "$@"']
     path = tmp_path / "python"
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
     path.chmod(0o755)
-    with pytest.raises(SpotforgeError, match="OpenVINO") as error:
+    says = "^OpenVINO's export was killed by SIGKILL, most likely for want of memory$"
+    with pytest.raises(SpotforgeError, match=says):
         OpenVino(str(path)).export(tiny, tmp_path / "out")
-    assert one_line(error)
     assert list(tmp_path.iterdir()) == [path]
 
 
