@@ -217,9 +217,62 @@ class HealConfig:
                 raise ConfigError(f"{key}.{name}", getattr(self, name), rule, "give more")
 
 
+@dataclass
+class StructuredPruneConfig:
+    """Makes the model itself smaller; what comes out is an ordinary Hugging Face model.
+
+    Each width is given as the share of it that goes (below 1), or as the size that stays (from 1
+    on); or `params` chooses them.
+
+    Attributes:
+        heads: Key-value heads, each with the query heads that share it.
+        mlp: `intermediate_size`.
+        hidden: `hidden_size`, the channels of the residual stream.
+        depth: Whole blocks.
+        params: Share of the parameters that goes, embeddings and head counted; null: as above.
+        multiple_of: What `mlp` and `hidden` become by a share is a multiple of it.
+        refit: Fit what is left of `o_proj` and `down_proj` to the parent's residual stream.
+        damping: Share of the mean squared input that holds a refit at the weights it starts from.
+    """
+
+    heads: float = 0.0
+    mlp: float = 0.0
+    hidden: float = 0.0
+    depth: float = 0.0
+    params: float | None = None
+    multiple_of: int = 8
+    refit: bool = True
+    damping: float = 0.01
+    quantizes: ClassVar[bool] = False
+
+    def check(self, key: str) -> None:
+        """Raises ConfigError for settings that no model can be pruned by.
+
+        Args:
+            key: The step's, for its errors.
+        """
+        _check_damping(key, self.damping)
+        if self.multiple_of < 1:
+            raise ConfigError(f"{key}.multiple_of", self.multiple_of, "is below 1", "use 8")
+        widths = {name: getattr(self, name) for name in ("heads", "mlp", "hidden", "depth")}
+        for name, value in widths.items():
+            if not (0 <= value < 1 or (value >= 1 and value == int(value))):
+                rule = "is neither a share from 0 to below 1 nor a whole size"
+                raise ConfigError(f"{key}.{name}", value, rule, "0.25 removes a quarter")
+        if self.params is None:
+            return
+        if not 0 <= self.params < 1:
+            rule = "is not from 0 to below 1"
+            raise ConfigError(f"{key}.params", self.params, rule, "0.25 removes a quarter")
+        for name, value in widths.items():
+            if value:
+                fix = f"set {key}.params=null, or leave {name} out"
+                raise ConfigError(f"{key}.{name}", value, "is chosen by params", fix)
+
+
 # Steps that work on a block after another, and those that need the whole model.
 BlockStep = RoundConfig | GptqConfig | AwqConfig | SmoothQuantConfig | PruneConfig
-ModelStep = HealConfig
+ModelStep = StructuredPruneConfig | HealConfig
 Step = BlockStep | ModelStep
 
 

@@ -33,7 +33,7 @@ from compression.artifact import (
 )
 from compression.config import CompressionConfig, Target
 from compression.evaluate import Quality, compare, final_hidden
-from compression.recipe import HealConfig, ModelStep
+from compression.recipe import HealConfig, StructuredPruneConfig
 from compression.reload import ReloadError, logits_of, signal_to_noise_db
 from compression.report import plot_pareto, print_report
 from compression.result import Result
@@ -43,6 +43,7 @@ from compression.source import Source, check_shapes, choose_layers
 from compression.speed import Speed, measure
 from compression.stages import Stages
 from compression.stream import BlockStream
+from compression.structured.prune import check as check_structured
 from compression.targets.packing import load_folder
 from monitoring.environment import describe_environment
 from parallel.config import Dtype
@@ -146,8 +147,9 @@ def _check_layers(config: CompressionConfig, parent: Path) -> dict[str, int]:
     for name, step in config.recipe.items():
         if isinstance(step, HealConfig):
             continue  # changes no shape
-        if isinstance(step, ModelStep):
-            break
+        if isinstance(step, StructuredPruneConfig):
+            check_structured(parent, step, f"recipe.{name}")
+            break  # what follows sees another model
         check_shapes(stream, layers, f"recipe.{name}", step)
     return layers
 

@@ -12,6 +12,7 @@ from compression.recipe import (
     PruneConfig,
     RoundConfig,
     SmoothQuantConfig,
+    StructuredPruneConfig,
 )
 from trainer.schemas import register_schemas as register_trainer_schemas
 
@@ -22,6 +23,7 @@ _STEPS = {
     "awq": AwqConfig,
     "smoothquant": SmoothQuantConfig,
     "prune": PruneConfig,
+    "prune_structured": StructuredPruneConfig,
 }
 
 

@@ -5,6 +5,8 @@ Each stage but the last leaves an ordinary Hugging Face folder, from which the n
 
 from __future__ import annotations
 
+import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
@@ -19,11 +21,19 @@ from compression.config import CompressionConfig
 from compression.evaluate import perplexity
 from compression.heal import heal
 from compression.layerwise import compress
-from compression.recipe import BlockStep, HealConfig, ModelStep, PruneConfig, Step
+from compression.recipe import (
+    BlockStep,
+    HealConfig,
+    ModelStep,
+    PruneConfig,
+    Step,
+    StructuredPruneConfig,
+)
 from compression.result import Result
 from compression.samples import Samples, data_config
 from compression.source import check_shapes, choose_layers
 from compression.stream import BlockStream
+from compression.structured.prune import prune_structured
 from compression.targets import huggingface
 
 
@@ -68,6 +78,8 @@ class Stages:
             ((name, step), *_) = steps.items()
             if isinstance(step, HealConfig):
                 model = self._heal(model, name, step, folder)
+            elif isinstance(step, StructuredPruneConfig):
+                model = self._prune(model, name, step, folder)
             else:
                 result = self._compress(model, steps, folder, torch.float32)
                 dense = folder.with_name(f"{folder.name}-dense")
@@ -99,6 +111,27 @@ class Stages:
         with progress.bar("+".join(steps) or "writing") as advance:
             compress(model, methods, layers, calibration, result, advance, self._stop_requested)
         return result
+
+    def _prune(self, model: Path, name: str, step: StructuredPruneConfig, folder: Path) -> Path:
+        """The smaller model."""
+        dense = folder.with_name(f"{folder.name}-dense")
+        told = folder.with_name(f"{folder.name}.json")
+        if not told.exists():
+            shutil.rmtree(dense, ignore_errors=True)
+            with progress.bar(name) as advance:
+                notes = prune_structured(
+                    model,
+                    dense,
+                    step,
+                    self._samples.calibration,
+                    folder,
+                    advance,
+                    self._stop_requested,
+                    f"recipe.{name}",
+                )
+            told.write_text(json.dumps(notes))
+        self.notes[name] = json.loads(told.read_text())
+        return dense
 
     def _heal(self, model: Path, name: str, step: HealConfig, folder: Path) -> Path:
         """The healed model, or the one that was to be healed where that is the better."""

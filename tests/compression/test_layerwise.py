@@ -29,7 +29,7 @@ def run(parent, folder, stop_after=None):
         {"x": Gptq(INT4, 0.01)},
         choose_layers(BlockStream(parent), ["*"], []),
         calibration,
-        Result(folder, torch.bfloat16),
+        Result(folder, torch.bfloat16, torch.bfloat16),
         lambda done, total: told.append(done),
         lambda: stop_after is not None and told[-1] == stop_after,
     )
@@ -82,7 +82,7 @@ layers = choose_layers(BlockStream(parent), ["*"], [])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 method = Prune(Criterion.wanda, 0.5, Pattern.two_of_four, 0.01)
 compress(parent, {"x": method}, layers, ids,
-         Result(folder, torch.bfloat16), lambda done, total: None)
+         Result(folder, torch.bfloat16, torch.bfloat16), lambda done, total: None)
 print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

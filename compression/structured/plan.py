@@ -1,0 +1,87 @@
+"""What is made of what, and where the parts lie meanwhile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compression.recipe import StructuredPruneConfig
+from compression.structured.family import Family, Shape
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One pruning.
+
+    Attributes:
+        source: Folder of the parent.
+        work: Folder of what is not finished: a stopped call goes on from there.
+        config: Checked.
+        family: Of the parent.
+        shape: Of the child.
+        per_layer: Settings of the parent that have an entry for each layer.
+    """
+
+    source: Path
+    work: Path
+    config: StructuredPruneConfig
+    family: Family
+    shape: Shape
+    per_layer: dict[str, list[Any]]
+
+    def hidden(self, index: int) -> Path:
+        """What a block is given."""
+        return self.work / f"hidden-{index:05d}.bin"
+
+    def measured(self, index: int) -> Path:
+        """What was seen of a block, and the weights that were refit."""
+        return self.work / f"measured-{index:05d}.safetensors"
+
+    def save(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Writes `measured`, at once."""
+        path = self.measured(index)
+        staged = path.with_name(f".staging-{path.name}")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staged)
+        staged.replace(path)
+
+    def load(self, index: int, name: str) -> Tensor | None:
+        """A tensor of `measured`, if there is one."""
+        with safe_open(self.measured(index), framework="pt") as file:
+            return file.get_tensor(name) if name in file.keys() else None
+
+    def score(self, index: int, name: str) -> Tensor:
+        """One of a block's scores."""
+        found = self.load(index, name)
+        assert found is not None
+        return found
+
+
+def most_important(scores: Tensor, count: int) -> Tensor:
+    """Places of the largest of some scores, in order: (count) int64; ties go to the first."""
+    return scores.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def kept_of_block(shape: Shape, heads: Tensor, mlp: Tensor) -> dict[str, Tensor]:
+    """Places that a block keeps of the dimensions that are its own.
+
+    Args:
+        shape: Of the child.
+        heads: Scores of the parent's key-value heads.
+        mlp: Scores of its intermediate channels.
+    """
+    kept = most_important(heads, shape.heads).unsqueeze(1)
+
+    def of_heads(width: int) -> Tensor:
+        return (kept * width + torch.arange(width)).flatten()
+
+    return {
+        "key": of_heads(shape.head_dim),
+        "query": of_heads(shape.head_dim * shape.queries),
+        "mlp": most_important(mlp, shape.mlp),
+    }
