@@ -68,6 +68,8 @@ def test_commands_run_in_their_order(folder):
         if arguments[2] == "trainer":
             arguments += [s.format(steps=3 + 2 * number) for s in SHORT]
             arguments += [] if "model=pretrained" in arguments else SMALL
+        if arguments[2] == "compression":
+            arguments += ["evaluation.num_samples=4", "evaluation.new_tokens=2"]
         result = subprocess.run(
             [sys.executable, *arguments[1:]],
             cwd=folder,
@@ -92,7 +94,7 @@ def test_make_targets_and_extras_exist():
 
 
 def test_what_it_names_is_there():
-    for path in re.findall(r"`((?:trainer|parallel|docs|tests)/[\w./-]+)`", README):
+    for path in re.findall(r"`((?:trainer|parallel|compression|docs|tests)/[\w./-]+)`", README):
         assert (ROOT / path).exists(), path
     for path in re.findall(r"\]\(([\w./-]+)\)", README):
         assert (ROOT / path).exists(), path

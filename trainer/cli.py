@@ -27,7 +27,7 @@ def help_text(argv: list[str]) -> str:
         if not folder.is_dir():
             raise ConfigError("--config-dir", folder, "there is no such folder", "check the path")
     groups = sorted({p.name for folder in folders for p in folder.iterdir() if p.is_dir()})
-    groups = [group for group in groups if group != "launch"]  # another program's
+    groups = [group for group in groups if group not in ("launch", "recipe")]  # other programs'
     lines = []
     for group in groups:
         options = sorted({p.stem for folder in folders for p in (folder / group).glob("*.yaml")})

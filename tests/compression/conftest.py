@@ -1,4 +1,6 @@
-"""Small models with a tokenizer, made here."""
+"""Small models with a tokenizer, made here, and the command."""
+
+import sys
 
 import pytest
 import torch
@@ -53,3 +55,35 @@ def text(tmp_path_factory):
         "".join(f'{{"text": "{s.strip()} {i}"}}\n' for i, s in enumerate(sentences(600)))
     )
     return path
+
+
+SMALL = [
+    "data.max_seq_len=32",
+    "calibration.num_samples=16",
+    "calibration.min_tokens=100",
+    "evaluation.num_samples=6",
+    "evaluation.prompt_tokens=8",
+    "evaluation.new_tokens=2",
+    "evaluation.rounds=1",
+]
+
+
+@pytest.fixture
+def compress(capfd, monkeypatch, text, tmp_path):
+    """Calls the command in this process; returns its exit code and what it said."""
+    from compression.__main__ import main
+
+    def call(*words, data=True):
+        source = ["data=jsonl", f"data.path={text}", "data.column=text", *SMALL] if data else []
+        monkeypatch.setattr(sys, "argv", ["compression", *source, *map(str, words)])
+        monkeypatch.chdir(tmp_path)
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as e:
+            code = int(e.code or 0)
+        said = capfd.readouterr()
+        return code, said.out, said.err
+
+    return call

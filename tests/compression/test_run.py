@@ -1,7 +1,6 @@
 """`python -m compression` from its words to an artifact that loads."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -10,39 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from compression import run as run_module
 from compression.artifact import read_report
-from tests.compression.conftest import save_model
+from tests.compression.conftest import SMALL, save_model
 from trainer.checkpoint import sha256_of
-
-SMALL = [
-    "data.max_seq_len=32",
-    "calibration.num_samples=16",
-    "calibration.min_tokens=100",
-    "evaluation.num_samples=6",
-    "evaluation.prompt_tokens=8",
-    "evaluation.new_tokens=2",
-    "evaluation.rounds=1",
-]
-
-
-@pytest.fixture
-def compress(capfd, monkeypatch, text, tmp_path):
-    """Calls the command in this process; returns its exit code and what it said."""
-    from compression.__main__ import main
-
-    def call(*words, data=True):
-        source = ["data=jsonl", f"data.path={text}", "data.column=text", *SMALL] if data else []
-        monkeypatch.setattr(sys, "argv", ["compression", *source, *map(str, words)])
-        monkeypatch.chdir(tmp_path)
-        capfd.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as e:
-            code = int(e.code or 0)
-        said = capfd.readouterr()
-        return code, said.out, said.err
-
-    return call
 
 
 def load(folder):

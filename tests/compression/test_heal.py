@@ -1,0 +1,108 @@
+"""Pruned models that are trained towards their parent."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from compression.artifact import read_report
+from compression.recipe import HealConfig, PruneConfig, RoundConfig, StructuredPruneConfig
+from compression.stages import _stages
+from tests.compression.conftest import SMALL, save_model
+
+HEAL = ["recipe.heal.tokens=24000", "recipe.heal.lr=0.003", "recipe.heal.global_batch_size=16"]
+
+
+def test_steps_of_blocks_go_together_and_the_last_stage_is_of_blocks():
+    prune, heal, smaller, rounding = (
+        PruneConfig(),
+        HealConfig(),
+        StructuredPruneConfig(params=0.25),
+        RoundConfig(),
+    )
+
+    def names(**recipe):
+        return [list(stage) for stage in _stages(recipe)]
+
+    assert names(a=prune, b=rounding) == [["a", "b"]]
+    assert names(a=prune, b=heal, c=rounding) == [["a"], ["b"], ["c"]]
+    assert names(a=smaller, b=heal) == [["a"], ["b"], []]
+    assert names(a=smaller, b=prune, c=rounding) == [["a"], ["b", "c"]]
+
+
+@pytest.mark.parametrize("is_better", [True, False])
+def test_a_heal_that_makes_it_worse_is_not_taken(
+    is_better,
+    compress,
+    parent,
+    tmp_path,
+    monkeypatch,
+):
+    def pretend(model, teacher, *_):
+        assert teacher == parent
+        if is_better:
+            return teacher
+        save_model(tmp_path / "worse", seed=5)
+        return tmp_path / "worse"
+
+    # Of a random model's perplexity nothing follows: what is judged is told.
+    told = {True: [9.0, 8.0], False: [8.0, 9.0]}[is_better]
+    monkeypatch.setattr("compression.stages.heal", pretend)
+    monkeypatch.setattr("compression.stages.perplexity", lambda *_: told.pop(0))
+    words = ["recipe=[prune_magnitude,heal]", "evaluation.speed=false", "dtype=float32", "out=x"]
+    code, out, err = compress(f"model={parent}", *words)
+    assert code == 0, err
+    artifact = tmp_path / "x" / "huggingface"
+    assert read_report(artifact)["stages"]["heal"]["accepted"] is is_better
+    assert ("not taken" in out) is not is_better
+    weight = AutoModelForCausalLM.from_pretrained(artifact).model.layers[0].mlp.up_proj.weight
+    assert (float((weight == 0).float().mean()) < 0.1) is is_better
+
+
+def test_nothing_to_heal_towards_is_refused(compress, parent):
+    code, _, err = compress(f"model={parent}", "recipe=heal", "out=x")
+    assert code == 2 and "begins with nothing to heal" in err
+    words = ("recipe=[prune_wanda,heal]", "recipe.heal.tokens=0", "out=x")
+    code, _, err = compress(f"model={parent}", *words)
+    assert code == 2 and "recipe.heal.tokens=0: must be above 0" in err
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("prune", ["prune_wanda", "prune_structured"])
+def test_pruned_healed_quantized_in_one_command(prune, compress, trainer, text, tmp_path):
+    """On a model that has learnt its text: healing gives back at least half of what was lost."""
+    words = [
+        "data=jsonl",
+        f"data.path={text}",
+        "data.column=text",
+        "data.max_seq_len=32",
+        "data.tokenizer_vocab_size=300",
+        "global_batch_size=16",
+        "micro_batch_size=16",
+        "stop.steps=150",
+        "schedule.warmup_steps=5",
+        "optim.lr=0.005",
+        f"run.dir={tmp_path / 'run'}",
+    ]
+    assert trainer(*words).code == 0
+    small = [word for word in SMALL if not word.startswith("data.")]
+    code, out, err = compress(
+        f"run={tmp_path / 'run'}",
+        f"recipe=[{prune},heal,int8_weight_only]",
+        *HEAL,
+        *small,
+        "evaluation.speed=false",
+        "out=x",
+        data=False,
+    )
+    assert code == 0, err
+    artifact = tmp_path / "x" / "compressed_tensors"
+    report = read_report(artifact)
+    healed, quality = report["stages"]["heal"], report["evaluation"]
+    lost = healed["perplexity_before"] - quality["parent_perplexity"]
+    assert healed["accepted"] and lost > 0
+    assert quality["child_perplexity"] - quality["parent_perplexity"] < 0.5 * lost
+    model = AutoModelForCausalLM.from_pretrained(artifact, dtype="auto")
+    model(torch.tensor([[1]]))  # only now are its weights unpacked
+    weight = model.model.layers[0].mlp.up_proj.weight
+    if prune == "prune_wanda":
+        assert float((weight == 0).float().mean()) >= 0.5  # the zeros were kept
