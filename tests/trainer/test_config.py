@@ -28,7 +28,7 @@ FILES = sorted(CONFIG_DIR.rglob("*.yaml"))
 OPTIONS = sorted(
     (p.parent.name, p.stem)
     for p in CONFIG_DIR.glob("*/*.yaml")
-    if p.parent.name != "launch"  # another program's: tests/launch/test_settings.py
+    if p.parent.name not in ("launch", "recipe")  # other programs': see their tests
 )
 EXPERIMENTS = [name for group, name in OPTIONS if group == "experiment"]
 

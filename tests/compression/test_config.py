@@ -1,0 +1,53 @@
+"""Recipes as Hydra composes them; nothing of it needs torch."""
+
+import subprocess
+import sys
+
+import pytest
+
+from compression.config import CompressionConfig, Target
+from monitoring.errors import ConfigError
+from tests.compression.test_samples import settings
+from trainer.cli import CONFIG_DIR
+
+RECIPES = sorted(path.stem for path in (CONFIG_DIR / "recipe").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_can_be_built(recipe):
+    words = ["parent.model=x", f"recipe={recipe}"]
+    if recipe == "heal":  # never the first
+        words[1] = "recipe=[prune_wanda,heal]"
+    config = settings(*words)
+    assert isinstance(config, CompressionConfig) and recipe in config.recipe
+    config.check()
+
+
+def test_steps_keep_the_order_in_which_they_are_named():
+    assert list(settings("recipe=[prune_wanda,int4_gptq]").recipe) == ["prune_wanda", "int4_gptq"]
+    assert list(settings("recipe=[int4_gptq,prune_wanda]").recipe) == ["int4_gptq", "prune_wanda"]
+
+
+def test_the_target_follows_from_the_recipe_unless_it_is_named():
+    assert settings("recipe=int4_awq").targets == [Target.compressed_tensors]
+    assert settings("recipe=prune_wanda").targets == [Target.huggingface]
+    both = settings("target=[gguf,compressed_tensors,gguf]").targets
+    assert both == [Target.gguf, Target.compressed_tensors]
+    with pytest.raises(ConfigError, match="target=nope: is no target; there are: huggingface"):
+        _ = settings("target=nope").targets
+
+
+def test_help_comes_at_once_and_composing_needs_no_torch():
+    code = (
+        "import sys\n"
+        "sys.argv = ['compression', '--cfg', 'job', 'model=x', 'recipe=int4_gptq']\n"
+        "import compression.__main__ as m\n"
+        "m.main()\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules), 'imported'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "group_size: 128" in done.stdout and "model: x" in done.stdout
+    help_ = [sys.executable, "-m", "compression", "--help"]
+    done = subprocess.run(help_, capture_output=True, text=True)
+    assert all(recipe in done.stdout for recipe in RECIPES) and done.returncode == 0
