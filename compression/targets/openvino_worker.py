@@ -197,8 +197,8 @@ def _check_architecture(source: str) -> None:
 def _write_codes(model: Any, path: str) -> None:
     """Replaces weights by integer codes, which the CPU multiplies with as they are.
 
-    Constant - zero point, times scale, is what its matrix product knows as a compressed weight:
-    https://docs.openvino.ai/2026/openvino-workflow/model-optimization-guide/weight-compression.html
+    (constant - zero point) * scale is what its matrix product takes as a compressed weight; nncf
+    writes the same: nncf/quantization/algorithms/weight_compression/openvino_backend.py
 
     Args:
         model: As exported in fp32; changed in place.
