@@ -1,6 +1,6 @@
 """Reads the blocks that stay once more and writes what is left of them.
 
-Shapes: H hidden size of the parent, C that of the child.
+Shapes: N samples of T tokens, H hidden size of the parent, C that of the child.
 """
 
 from __future__ import annotations
@@ -10,59 +10,92 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compression.block import Block
 from compression.result import Result
 from compression.stream import BlockStream
 from compression.structured.plan import Plan, kept_of_block
+from compression.structured.refit import Flow
 
 _POWER = {"input_layernorm": "input_power", "post_attention_layernorm": "attention_power"}
 
 
 @torch.no_grad()
 def cut(
-    plan: Plan, result: Result, blocks: list[int], hidden: Tensor, done: Callable[[int], None]
+    plan: Plan,
+    result: Result,
+    calibration: Tensor,
+    blocks: list[int],
+    channels: Tensor,
+    done: Callable[[int], None],
 ) -> None:
     """Writes the child's tensors, a block in memory at a time.
 
     Args:
         plan: With everything measured.
         result: Where to; blocks that are there already are kept.
+        calibration: Token ids (N, T) int64.
         blocks: Those that stay, in order.
-        hidden: Channels that stay (C).
+        channels: Hidden ones that stay (C).
         done: Told how many blocks were written.
     """
     stream = BlockStream(plan.source)
-    done(result.num_done())
-    for index in range(result.num_done(), len(blocks)):
+    flow = Flow(plan, stream, calibration, channels) if plan.refits else None
+    first = result.num_done()
+    place = blocks[first - 1] + 1 if first else 0  # the parent's next block
+    if flow is not None and first < len(blocks) and not flow.resume(place, first):
+        first = place = 0
+        flow.start()
+    done(first)
+    for index in range(first, len(blocks)):
+        for passed in range(place, blocks[index]):
+            if flow is not None:
+                stream.load(passed)
+                flow.pass_by(passed)
+                stream.release(passed)
         place = blocks[index]
         block = stream.load(place)
-        scores = plan.score(place, "heads"), plan.score(place, "mlp")
-        kept = kept_of_block(plan.shape, *scores) | {"hidden": hidden}
-        for name, parameter in block.named_parameters():
-            axes, tensor = plan.family.block[name], plan.load(place, name)
-            if tensor is None:
-                parameter.data = _cut(parameter.data, axes, kept)
-            else:  # refit: has lost its inputs already
-                parameter.data = _cut(tensor, axes[:1], kept)
-        for norm, score in _POWER.items():
-            _scale(plan, block.get_submodule(norm), plan.score(place, score), hidden)
-        new_name = f"{stream.names[place].rpartition('.')[0]}.{index}"
+        if flow is not None:
+            flow.see_parent(place, block)
+        _cut_block(plan, block, place, channels)
+        if flow is not None:
+            flow.refit(place, block)
+        for parameter in block.parameters():  # what follows sees the block as it is written
+            parameter.data = parameter.data.to(result.dtype).float()
+        if flow is not None:
+            flow.run_child(place, index)
+        name = f"{stream.names[place].rpartition('.')[0]}.{index}"
         run = partial(stream.run, place)
-        result.write_block(index, Block(new_name, block, {}, lambda: iter(()), run, result.dtype))
+        result.write_block(index, Block(name, block, {}, lambda: iter(()), run, result.dtype))
+        if flow is not None:
+            flow.tidy()
         stream.release(place)
+        place += 1
         done(index + 1)
+    _write_rest(plan, stream, result, channels)
+
+
+def _cut_block(plan: Plan, block: nn.Module, place: int, channels: Tensor) -> None:
+    scores = plan.score(place, "heads"), plan.score(place, "mlp")
+    kept = kept_of_block(plan.shape, *scores) | {"hidden": channels}
+    for name, parameter in block.named_parameters():
+        parameter.data = _cut(parameter.data, plan.family.block[name], kept)
+    for norm, power in _POWER.items():
+        _scale(plan, block.get_submodule(norm), plan.score(place, power), channels)
+
+
+def _write_rest(plan: Plan, stream: BlockStream, result: Result, channels: Tensor) -> None:
     stream.load_embedding()
     stream.load_head()
     tensors = {}
     for name, axes in plan.family.rest.items():
         parameter = stream.model.get_parameter(name)
-        parameter.data = _cut(parameter.data, axes, {"hidden": hidden})
+        parameter.data = _cut(parameter.data, axes, {"hidden": channels})
         if axes == ("hidden",):
-            module = stream.model.get_submodule(name.rpartition(".")[0])
+            norm = stream.model.get_submodule(name.rpartition(".")[0])
             power = plan.score(plan.family.shape.blocks - 1, "output_power")
-            _scale(plan, module, power, hidden)
+            _scale(plan, norm, power, channels)
         tensors[name] = parameter.data
     result.write_rest(tensors)
 
@@ -74,14 +107,14 @@ def _cut(tensor: Tensor, axes: tuple[str, ...], kept: dict[str, Tensor]) -> Tens
     return tensor
 
 
-def _scale(plan: Plan, norm: Any, power: Tensor, hidden: Tensor) -> None:
+def _scale(plan: Plan, norm: Any, power: Tensor, channels: Tensor) -> None:
     """Makes up for what a norm divides by: the mean square of fewer channels.
 
     Args:
         plan: Says whether to.
         norm: That was cut.
         power: Of each channel of the parent (H), see `Scores`.
-        hidden: Channels that stay (C).
+        channels: That stay (C).
     """
-    if plan.config.refit and len(hidden) < len(power):
-        norm.weight.mul_(power[hidden].mean().sqrt())
+    if plan.refits and len(channels) < len(power):
+        norm.weight.mul_(power[channels].mean().sqrt())

@@ -6,6 +6,7 @@ Shapes: N samples of T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +15,8 @@ from torch import Tensor, nn
 from compression.hidden import Hidden, embed
 from compression.stream import BlockStream
 from compression.structured.importance import Scores
-from compression.structured.plan import Plan, kept_of_block
-from compression.structured.refit import Gram, refit
-
-_READS = {"self_attn.o_proj": "query", "mlp.down_proj": "mlp"}
+from compression.structured.plan import Plan
+from monitoring.errors import ConfigError
 
 
 @torch.no_grad()
@@ -47,8 +46,9 @@ def measure(
         stream.model.get_input_embeddings().to("meta")
     for index in range(first, parent.blocks):
         block = stream.load(index)
+        if index == first and plan.refits:
+            _check_adds(plan, block, partial(stream.run, index), next(hidden.batches()))
         scores = Scores(block, parent)
-        grams = {name: Gram(layer) for name, layer in _to_refit(plan, block).items()}
 
         def run(batch: Tensor, index: int = index, scores: Scores = scores) -> Tensor:
             output = stream.run(index, batch)
@@ -56,13 +56,7 @@ def measure(
             return output
 
         following = hidden.map(run, plan.hidden(index + 1))
-        found = scores.finish()
-        kept = kept_of_block(plan.shape, found["heads"], found["mlp"])
-        for name, gram in grams.items():
-            weight = block.get_parameter(f"{name}.weight")
-            places, damping = kept[_READS[name]], plan.config.damping
-            found[f"{name}.weight"] = refit(weight, gram.finish(), places, damping)
-        plan.save(index, found)
+        plan.save(index, scores.finish())
         hidden.path.unlink()
         hidden = following
         stream.release(index)
@@ -70,13 +64,22 @@ def measure(
     hidden.path.unlink()
 
 
-def _to_refit(plan: Plan, block: nn.Module) -> dict[str, Any]:
-    """The layers of a block that lose inputs."""
-    if not plan.config.refit:
-        return {}
-    parent, child = plan.family.shape, plan.shape
-    return {
-        name: block.get_submodule(name)
-        for name, axis in _READS.items()
-        if child.size(axis) < parent.size(axis)
-    }
+def _check_adds(
+    plan: Plan, block: nn.Module, run: Callable[[Tensor], Tensor], batch: Tensor
+) -> None:
+    """Raises ConfigError where a block does not just add what its two halves make (granite)."""
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+
+        def hook(module: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
+            seen[name] = output
+
+        handles.append(block.get_submodule(name).register_forward_hook(hook))
+    after = run(batch)
+    for handle in handles:
+        handle.remove()
+    if not torch.allclose(after, batch + sum(seen.values()), rtol=1e-3, atol=1e-4):
+        rule = "its blocks scale what they add to the residual stream, which no refit knows of"
+        fix = "set refit=false of the step"
+        raise ConfigError("model", plan.source, rule, fix)

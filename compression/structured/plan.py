@@ -35,12 +35,17 @@ class Plan:
     shape: Shape
     per_layer: dict[str, list[Any]]
 
+    @property
+    def refits(self) -> bool:
+        """Whether there is something to make up for, and it is wanted."""
+        return self.config.refit and self.shape != self.family.shape
+
     def hidden(self, index: int) -> Path:
         """What a block is given."""
         return self.work / f"hidden-{index:05d}.bin"
 
     def measured(self, index: int) -> Path:
-        """What was seen of a block, and the weights that were refit."""
+        """What was seen of a block."""
         return self.work / f"measured-{index:05d}.safetensors"
 
     def save(self, index: int, tensors: dict[str, Tensor]) -> None:
@@ -50,16 +55,11 @@ class Plan:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staged)
         staged.replace(path)
 
-    def load(self, index: int, name: str) -> Tensor | None:
-        """A tensor of `measured`, if there is one."""
-        with safe_open(self.measured(index), framework="pt") as file:
-            return file.get_tensor(name) if name in file.keys() else None
-
     def score(self, index: int, name: str) -> Tensor:
         """One of a block's scores."""
-        found = self.load(index, name)
-        assert found is not None
-        return found
+        with safe_open(self.measured(index), framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
 
 
 def most_important(scores: Tensor, count: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Makes a model itself smaller: fewer heads, MLP and hidden channels, blocks.
 
-First the parent runs, a block at a time: what each part does is measured, and `o_proj` and
-`down_proj` are refit (`measure.py`). Then the blocks that stay are read again, cut and written
-(`cut.py`). Memory holds a block, its smaller self, and Gram matrices.
+First the parent runs, a block at a time, and what each part does is measured (`measure.py`). Then
+the blocks that stay are read again, cut (`cut.py`), and what is left makes up for the rest
+(`refit.py`). Memory holds a block and a Gram matrix.
 
 Shapes: N samples of T tokens.
 """
@@ -89,6 +89,7 @@ def prune_structured(
     cut(
         plan,
         result,
+        calibration,
         blocks,
         most_important(hidden, child.hidden),
         lambda count: done(parent.blocks + count),

@@ -1,58 +1,157 @@
-"""What is left of a layer makes up for the inputs that go.
+"""What is left of a model makes up for what goes.
 
-SliceGPT and FLAP repair what they prune in closed form, too; this is the least-squares solution
-that SparseGPT approaches a weight at a time.
+The child runs beside the parent, block by block. Its `o_proj`, then its `down_proj` is fit so that
+its residual stream is as close as can be to the parent's there, errors of earlier blocks included:
+in closed form, as SliceGPT and FLAP repair what they prune.
 
-Shapes: O outputs, I inputs of a layer, C inputs that stay.
+Shapes: N samples of T tokens, H hidden size of the parent, C of the child, O outputs and I inputs
+of a layer of the child.
 """
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from compression.hidden import Hidden, embed
+from compression.stream import BlockStream
+from compression.structured.plan import Plan
 
-class Gram:
-    """Adds up x x^T over all that a layer is given.
-
-    Attributes:
-        sum: (I, I) float32.
-    """
-
-    def __init__(self, layer: nn.Linear) -> None:
-        self.sum = torch.zeros(layer.in_features, layer.in_features)
-        self._handle = layer.register_forward_pre_hook(self._add)
-
-    def finish(self) -> Tensor:
-        """Takes the hook off; the sum."""
-        self._handle.remove()
-        return self.sum
-
-    def _add(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        rows = args[0].flatten(0, -2)
-        self.sum.addmm_(rows.T, rows)
+# A layer that writes to the residual stream, and the norm that reads what it adds to.
+_WRITERS = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
 
 
-def refit(weight: Tensor, gram: Tensor, kept: Tensor, damping: float) -> Tensor:
-    """A smaller weight whose output is closest to that of the whole.
-
-    The least of `|X_C W'^T - X W^T|^2 + d |W' - W_C|^2`: inputs that are always zero change
-    nothing when they go.
+class Flow:
+    """The residual streams of parent and child, on disk.
 
     Args:
-        weight: (O, I) float32.
-        gram: Sum of x x^T (I, I).
-        kept: Places of the inputs that stay (C).
-        damping: d, in shares of the mean squared input.
-
-    Returns:
-        (O, C) float32.
+        plan: Of the pruning.
+        stream: Of the parent.
+        calibration: Token ids (N, T) int64.
+        channels: Of the parent's that the child keeps (C).
     """
-    goes = torch.ones(weight.shape[1], dtype=torch.bool)
-    goes[kept] = False
-    to_kept = gram[:, kept]  # (I, C)
-    damped = to_kept[kept].double()
-    damped.diagonal().add_(damping * gram.diagonal().double().mean().clamp_min(1e-12))
-    lost = (weight[:, goes] @ to_kept[goes]).double()  # (O, C)
-    made_up = torch.cholesky_solve(lost.T, torch.linalg.cholesky(damped)).T
-    return weight[:, kept] + made_up.float()
+
+    def __init__(
+        self, plan: Plan, stream: BlockStream, calibration: Tensor, channels: Tensor
+    ) -> None:
+        self._plan, self._stream, self._channels = plan, stream, channels
+        self._calibration = calibration
+        self._parent, self._child = self._files(0, 0)
+        self._wanted: dict[str, Hidden] = {}  # of each writer: the parent's stream after it
+
+    def resume(self, place: int, index: int) -> bool:
+        """Goes on before a block, if the files of a stopped call are there.
+
+        Args:
+            place: The parent's next block.
+            index: The child's next.
+        """
+        self._parent, self._child = self._files(place, index)
+        return self._parent.path.exists() and self._child.path.exists()
+
+    def start(self) -> None:
+        """Goes on before the first block."""
+        self._parent, self._child = self._files(0, 0)
+        self._stream.load_embedding()
+        width = self._plan.family.shape.hidden
+        embed(self._calibration, self._stream.embed, self._parent.path, width)
+        self._child.write(batch[..., self._channels] for batch in self._parent.batches())
+
+    def pass_by(self, place: int) -> None:
+        """The parent runs a loaded block that the child has not."""
+        self._parent = self._parent.map(
+            partial(self._stream.run, place), self._files(place + 1, 0)[0].path
+        )
+
+    def see_parent(self, place: int, block: nn.Module) -> None:
+        """The parent runs a loaded block, before it is cut."""
+        middle = Hidden(self._plan.work / "middle.bin", self._parent.shape)
+        with middle.path.open("wb") as file:
+
+            def write(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                file.write(args[0].contiguous().numpy().tobytes())
+
+            norm = block.get_submodule("post_attention_layernorm")
+            handle = norm.register_forward_pre_hook(write)
+            self.pass_by(place)
+            handle.remove()
+        self._wanted = {"self_attn.o_proj": middle, "mlp.down_proj": self._parent}
+
+    def refit(self, place: int, block: nn.Module) -> None:
+        """Fits the layers of a block that was cut."""
+        for name, wanted in self._wanted.items():
+            layer: Any = block.get_submodule(name)
+            seen: dict[str, Tensor] = {}
+            handles = [
+                block.get_submodule(module).register_forward_pre_hook(_keep_in(seen, what))
+                for module, what in ((name, "input"), (_WRITERS[name], "stream"))
+            ]
+            fit = LeastSquares(*layer.weight.shape)
+            for batch, target in zip(self._child.batches(), wanted.batches(), strict=True):
+                self._stream.run(place, batch)
+                y = target[..., self._channels] - seen["stream"]
+                fit.add(seen["input"], y if layer.bias is None else y - layer.bias)
+            for handle in handles:
+                handle.remove()
+            layer.weight.data = fit.solve(layer.weight.data, self._plan.config.damping)
+
+    def run_child(self, place: int, index: int) -> None:
+        """The child runs its block."""
+        self._child = self._child.map(
+            partial(self._stream.run, place), self._files(0, index + 1)[1].path
+        )
+
+    def tidy(self) -> None:
+        """Removes what is not needed any more, once the block is written."""
+        for path in self._plan.work.glob("*.bin"):
+            if path not in (self._parent.path, self._child.path):
+                path.unlink()
+
+    def _files(self, place: int, index: int) -> tuple[Hidden, Hidden]:
+        work, shape = self._plan.work, self._calibration.shape
+        return (
+            Hidden(work / f"parent-{place:05d}.bin", (*shape, self._plan.family.shape.hidden)),
+            Hidden(work / f"child-{index:05d}.bin", (*shape, self._plan.shape.hidden)),
+        )
+
+
+class LeastSquares:
+    """Finds the weight that makes wanted outputs of inputs.
+
+    Args:
+        outputs: O.
+        inputs: I.
+    """
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        self._gram = torch.zeros(inputs, inputs)
+        self._cross = torch.zeros(inputs, outputs)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Some inputs (..., I) and what is wanted for them (..., O)."""
+        x, y = x.flatten(0, -2), y.flatten(0, -2)
+        self._gram.addmm_(x.T, x)
+        self._cross.addmm_(x.T, y)
+
+    def solve(self, weight: Tensor, damping: float) -> Tensor:
+        """The W of the least `|X W^T - Y|^2 + d |W - weight|^2`: (O, I).
+
+        Args:
+            weight: To stay near to (O, I).
+            damping: d, in shares of the mean squared input.
+        """
+        gram, cross = self._gram.double(), self._cross.double()
+        d = damping * gram.diagonal().mean().clamp_min(1e-12)
+        gram.diagonal().add_(d)
+        factor = torch.linalg.cholesky(gram)
+        return torch.cholesky_solve(cross + d * weight.T.double(), factor).T.float()
+
+
+def _keep_in(seen: dict[str, Tensor], what: str) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen[what] = args[0]
+
+    return hook

@@ -76,6 +76,7 @@ def copy_assets(source: Path, out: Path, config: dict[str, Any], dtype: torch.dt
         dtype: Of what is not quantized.
     """
     shutil.copytree(source, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+    out.chmod(out.stat().st_mode | 0o700)  # copytree copies a read-only parent's mode, too
     config = config | {"dtype": str(dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")

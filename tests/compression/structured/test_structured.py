@@ -24,7 +24,7 @@ from compression.stream import BlockStream
 from compression.structured import plan as plan_module
 from compression.structured.family import recognize
 from compression.structured.prune import check, prune_structured
-from compression.structured.refit import refit
+from compression.structured.refit import LeastSquares
 from compression.structured.sizes import target_shape
 from monitoring.errors import ConfigError, Interrupted
 from trainer.cli import CONFIG_DIR
@@ -212,11 +212,14 @@ def test_sizes_are_rounded_and_something_is_left(tmp_path):
 def test_refit_is_the_least_squares_solution():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
-    weight, kept = torch.randn(5, 12, generator=generator), torch.tensor([0, 2, 3, 7, 8, 11])
-    found = refit(weight, x.T @ x, kept, 1e-9)
-    wanted = torch.linalg.lstsq(x[:, kept], x @ weight.T).solution.T
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
-    assert torch.equal(refit(weight, torch.eye(12), kept, 0.01), weight[:, kept])
+    y, start = torch.randn(400, 5, generator=generator), torch.randn(5, 12, generator=generator)
+    fit = LeastSquares(5, 12)
+    fit.add(x[:300].view(3, 100, 12), y[:300].view(3, 100, 5))
+    fit.add(x[300:], y[300:])
+    wanted = torch.linalg.lstsq(x, y).solution.T
+    torch.testing.assert_close(fit.solve(start, 1e-9), wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(fit.solve(start, 1e9), start)
+    torch.testing.assert_close(LeastSquares(5, 12).solve(start, 0.01), start)
 
 
 def test_killed_anywhere_it_goes_on_and_ends_the_same(tmp_path):
@@ -263,34 +266,33 @@ def test_other_work_in_the_folder_is_not_taken_for_its_own(tmp_path):
 
 
 def test_memory_does_not_grow_with_depth(tmp_path, monkeypatch):
-    peak = 0
+    run, write_rest = BlockStream.run, Result.write_rest
+    held, at_end = [], []
 
-    def sample():
-        nonlocal peak
-        tensors = {
+    def watched_run(self, index, hidden):
+        held.append(sum(p.nbytes for p in self.model.parameters() if p.device.type == "cpu"))
+        return run(self, index, hidden)
+
+    def watched_write(self, tensors):
+        found = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
             for t in gc.get_objects()
             if type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu"
         }
-        peak = max(peak, sum(tensors.values()))
+        at_end.append(sum(found.values()))
+        write_rest(self, tensors)
 
-    def sampled(function):
-        def call(*args, **kwargs):
-            sample()
-            return function(*args, **kwargs)
-
-        return call
-
-    monkeypatch.setattr(BlockStream, "run", sampled(BlockStream.run))
-    monkeypatch.setattr(Result, "write_block", sampled(Result.write_block))
+    monkeypatch.setattr(BlockStream, "run", watched_run)
+    monkeypatch.setattr(Result, "write_rest", watched_write)
     peaks = {}
     for layers in (4, 12):
         source = make(tmp_path / str(layers), num_hidden_layers=layers, intermediate_size=512)
         gc.collect()
-        peak = 0
         prune(source, tmp_path / f"{layers}-child", mlp=0.5, heads=1.0)
-        peaks[layers] = peak
-    assert peaks[12] < 1.05 * peaks[4], peaks
+        peaks[layers] = max(held), at_end[-1]
+        held.clear()
+    assert peaks[12][0] == peaks[4][0]
+    assert peaks[12][1] < 1.05 * peaks[4][1], peaks
 
 
 REFUSED = {
@@ -311,6 +313,14 @@ def test_another_family_is_refused_before_any_work(kind, tmp_path):
         prune(tmp_path / "parent", tmp_path / "child", params=0.25)
     assert error.value.key.startswith("model") and "\n" not in str(error.value)
     assert not (tmp_path / "child").exists() and not any((tmp_path / "child-work").iterdir())
+
+
+def test_scaled_residuals_are_refused_by_the_refit_only(tmp_path):
+    source = make(tmp_path / "parent", "granite", residual_multiplier=0.5)
+    with pytest.raises(ConfigError, match="refit=false"):
+        prune(source, tmp_path / "child", mlp=0.5)
+    prune(source, tmp_path / "child", mlp=0.5, refit=False)
+    assert torch.isfinite(logits(tmp_path / "child")).all()
 
 
 @pytest.mark.parametrize(
@@ -385,10 +395,6 @@ def test_important_channels_are_worth_more_than_random_ones(tmp_path, monkeypatc
 
             with monkeypatch.context() as patch:
                 patch.setattr(plan_module, "most_important", choose)
-                # the choice is made when measuring, and again when cutting
-                seeded = kept_once(plan_module.kept_of_block)
-                patch.setattr("compression.structured.measure.kept_of_block", seeded)
-                patch.setattr("compression.structured.cut.kept_of_block", seeded)
                 prune(STORIES, tmp_path / f"random-{refits}-{seed}", **config)
             random.append(perplexity(tmp_path / f"random-{refits}-{seed}", held_out))
         found[refits] = ours, sum(random) / 3
@@ -397,16 +403,24 @@ def test_important_channels_are_worth_more_than_random_ones(tmp_path, monkeypatc
     assert found[True][0] < found[False][0], found
 
 
-def kept_once(function):
-    """Remembers what it chose for some scores."""
-    known = {}
+@pytest.fixture(scope="module")
+def stories():
+    """What the model itself says: (96, 128)."""
+    model = AutoModelForCausalLM.from_pretrained(STORIES).eval()
+    torch.manual_seed(0)
+    sampled = {"do_sample": True, "top_k": 0, "min_new_tokens": 127, "max_new_tokens": 127}
+    return model.generate(torch.ones(96, 1, dtype=torch.int64), pad_token_id=0, **sampled)
 
-    def call(shape, heads, mlp):
-        key = (float(heads.sum()), float(mlp.sum()))
-        known.setdefault(key, function(shape, heads, mlp))
-        return known[key]
 
-    return call
+@needs_stories
+@pytest.mark.parametrize("config", [{"depth": 4.0}, {"hidden": 0.25}, {"heads": 0.5}, {"mlp": 0.5}])
+def test_the_refit_makes_up_for_much(config, stories, tmp_path):
+    found = [perplexity(STORIES, stories[64:])]
+    for refits in (True, False):
+        prune(STORIES, tmp_path / f"{refits}", ids=stories[:64], refit=refits, **config)
+        found.append(perplexity(tmp_path / f"{refits}", stories[64:]))
+    parent, fit, cut = found
+    assert parent < fit < parent + 0.85 * (cut - parent), found
 
 
 @needs_stories
