@@ -15,7 +15,7 @@ from trainer.checkpoint import sha256_of
 
 REPORT = "compression.json"
 WORK = ".work"
-_WEIGHTS = ("*.safetensors", "*.gguf")
+_WEIGHTS = ("*.safetensors", "*.gguf", "openvino_model.bin")
 
 
 def places(config: CompressionConfig) -> tuple[Path, Path]:

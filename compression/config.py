@@ -18,12 +18,14 @@ class Target(Enum):
 
     `huggingface`: dense weights (pruned models). `torchao`: torchao's tensors in a Hugging Face
     folder. `compressed_tensors`: what transformers and vLLM load. `gguf`: a file for llama.cpp.
+    `openvino`: an IR folder for CPUs, made by an environment of its own.
     """
 
     huggingface = "huggingface"
     torchao = "torchao"
     compressed_tensors = "compressed_tensors"
     gguf = "gguf"
+    openvino = "openvino"
 
 
 @dataclass

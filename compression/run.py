@@ -40,11 +40,11 @@ from compression.result import Result
 from compression.samples import Samples, draw_samples
 from compression.scheme import Scheme
 from compression.source import Source, check_shapes, choose_layers
-from compression.speed import Speed, measure
+from compression.speed import Runner, Speed, measure
 from compression.stages import Stages
 from compression.stream import BlockStream
 from compression.structured.prune import check as check_structured
-from compression.targets.packing import load_folder
+from compression.targets.packing import torch_runner
 from monitoring.environment import describe_environment
 from parallel.config import Dtype
 
@@ -68,8 +68,11 @@ class Packer(Protocol):
     def load(self, folder: Path) -> Any:
         """Such a folder as a model: token ids in, logits out."""
 
-    def layer_bytes(self, folder: Path, layers: set[str]) -> int:
-        """Of all that a folder holds for some layers."""
+    def runner(self, folder: Path) -> Runner | None:
+        """The same, to be timed; None where it runs elsewhere."""
+
+    def layer_bytes(self, folder: Path, layers: set[str]) -> int | None:
+        """Of all that a folder holds for some layers; None where it does not say."""
 
 
 def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
@@ -119,7 +122,7 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
             packer.pack(result, model, artifact)
             found = logits_of(target, artifact, samples.evaluation[:_RELOADED], scratch)
             snr_db = _check_logits(target, evaluated.logits, found, config.dtype)
-            speeds = _speeds(config, target, packer, parent, artifact)
+            speeds = _speeds(config, packer, parent, artifact)
             described = report | {
                 "target": target.value,
                 "reloaded_snr_db": round(snr_db, 1),
@@ -234,10 +237,11 @@ def _check_logits(target: Target, wanted: Tensor, found: Tensor, dtype: Dtype) -
 
 
 def _speeds(
-    config: CompressionConfig, target: Target, packer: Packer, parent: Path, artifact: Path
+    config: CompressionConfig, packer: Packer, parent: Path, artifact: Path
 ) -> dict[str, Speed]:
     settings = config.evaluation
-    if not settings.speed or target is Target.gguf:  # which transformers loads, but llama.cpp runs
+    child = packer.runner(artifact) if settings.speed else None
+    if child is None:
         return {}
-    models = {"parent": load_folder(parent), "child": packer.load(artifact)}
-    return measure(models, settings.prompt_tokens, settings.new_tokens, settings.rounds)
+    runners = {"parent": torch_runner(parent), "child": child}
+    return measure(runners, settings.prompt_tokens, settings.new_tokens, settings.rounds)

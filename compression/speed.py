@@ -6,22 +6,42 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+
+
+class Timing(NamedTuple):
+    """Of one prompt, and what was generated after it, greedily, one sequence.
+
+    Attributes:
+        prefill_tokens_per_s: Of the prompt.
+        decode_tokens_per_s: Of new tokens.
+        decode_cpu_ms_per_token: CPU time of all threads for a new token.
+    """
+
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    decode_cpu_ms_per_token: float
+
+
+class Runner(Protocol):
+    """A model that can be timed.
+
+    Attributes:
+        memory_bytes: Of its weights and buffers, once loaded.
+    """
+
+    memory_bytes: int
+
+    def once(self, prompt_tokens: int, new_tokens: int, seed: int) -> Timing:
+        """Times a prompt of tokens drawn at random, and what follows it."""
+        ...
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one model; medians over rounds.
-
-    Attributes:
-        prefill_tokens_per_s: Of a prompt.
-        decode_tokens_per_s: Of greedy generation, one sequence.
-        decode_cpu_ms_per_token: CPU time of all threads.
-        memory_bytes: Of weights and buffers, once loaded.
-    """
+    """Of one model; medians over rounds, by the names of `Timing`, and its memory."""
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
@@ -33,44 +53,48 @@ class Speed:
         return {key: round(value, 3) for key, value in asdict(self).items()}
 
 
-@torch.no_grad()
+class TorchRunner:
+    """A model of transformers, in this process."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.memory_bytes: int = model.get_memory_footprint()
+
+    @torch.no_grad()
+    def once(self, prompt_tokens: int, new_tokens: int, seed: int) -> Timing:
+        """See `Runner`."""
+        model = self._model
+        vocab_size = model.config.get_text_config().vocab_size
+        generator = torch.Generator().manual_seed(seed)
+        prompt = torch.randint(vocab_size, (1, prompt_tokens), generator=generator)
+        began = time.perf_counter()
+        output = model(prompt, use_cache=True, logits_to_keep=1)
+        prefill_s = time.perf_counter() - began
+        began, cpu_began = time.perf_counter(), time.process_time()
+        for _ in range(new_tokens):
+            token = output.logits[:, -1].argmax(-1, keepdim=True)
+            output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        decode_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
+        return Timing(prompt_tokens / prefill_s, new_tokens / decode_s, 1000 * cpu_s / new_tokens)
+
+
 def measure(
-    models: Mapping[str, Any], prompt_tokens: int, new_tokens: int, rounds: int
+    runners: Mapping[str, Runner], prompt_tokens: int, new_tokens: int, rounds: int
 ) -> dict[str, Speed]:
     """Times models against each other.
 
     Args:
-        models: By name, as a target's `load` gives them.
-        prompt_tokens: Of the prompt, drawn at random.
+        runners: By name.
+        prompt_tokens: Of the prompt.
         new_tokens: To generate.
         rounds: How often; a first one is not counted.
     """
-    figures: dict[str, list[tuple[float, float, float]]] = {name: [] for name in models}
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(rounds + 1):
-        for name, model in models.items():
-            vocab_size = model.config.get_text_config().vocab_size
-            prompt = torch.randint(vocab_size, (1, prompt_tokens), generator=generator)
-            figures[name].append(_once(model, prompt, new_tokens))
+    timings: dict[str, list[Timing]] = {name: [] for name in runners}
+    for seed in range(rounds + 1):
+        for name, runner in runners.items():
+            timings[name].append(runner.once(prompt_tokens, new_tokens, seed))
     speeds = {}
-    for name, model in models.items():
-        prefill, decode, cpu = zip(*figures[name][1:], strict=True)
-        speeds[name] = Speed(
-            statistics.median(prefill),
-            statistics.median(decode),
-            statistics.median(cpu),
-            model.get_memory_footprint(),
-        )
+    for name, runner in runners.items():
+        prefill, decode, cpu = map(statistics.median, zip(*timings[name][1:], strict=True))
+        speeds[name] = Speed(prefill, decode, cpu, runner.memory_bytes)
     return speeds
-
-
-def _once(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float, float]:
-    began = time.perf_counter()
-    output = model(prompt, use_cache=True, logits_to_keep=1)
-    prefill_s = time.perf_counter() - began
-    began, cpu_began = time.perf_counter(), time.process_time()
-    for _ in range(new_tokens):
-        token = output.logits[:, -1].argmax(-1, keepdim=True)
-        output = model(token, past_key_values=output.past_key_values, use_cache=True)
-    decode_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
-    return prompt.shape[1] / prefill_s, new_tokens / decode_s, 1000 * cpu_s / new_tokens

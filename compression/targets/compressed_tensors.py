@@ -20,6 +20,7 @@ from compression.targets.packing import (
     load_folder,
     stored_bytes,
     takes_any,
+    torch_runner,
     write_folder,
 )
 from monitoring.errors import ConfigError, MissingExtraError
@@ -27,6 +28,7 @@ from monitoring.errors import ConfigError, MissingExtraError
 _INSTALL = "pip install 'spotforge[compression]'"
 
 check_parent, load, layer_bytes = takes_any, load_folder, stored_bytes
+runner = torch_runner
 
 
 def check(schemes: set[Scheme], key: str) -> None:

@@ -136,6 +136,10 @@ def load(folder: Path) -> Any:
     ).eval()
 
 
+def runner(folder: Path) -> None:
+    """None: transformers loads it, but it is llama.cpp that runs it."""
+
+
 def layer_bytes(folder: Path, layers: set[str]) -> int:
     """Of all that is stored for some layers' weights, scales counted."""
     import gguf

@@ -14,10 +14,12 @@ from compression.targets.packing import (
     load_folder,
     stored_bytes,
     takes_any,
+    torch_runner,
     write_folder,
 )
 
 check_parent, load, layer_bytes = takes_any, load_folder, stored_bytes
+runner = torch_runner
 
 
 def check(schemes: set[Scheme], key: str) -> None:

@@ -1,4 +1,4 @@
-"""Runs in OpenVINO's own environment, for `compression.targets.openvino`: one verb a process.
+"""Runs in OpenVINO's own environment, for `openvino_program.py`: one verb a process.
 
     python -I openvino_worker.py VERB '{"argument": value}'
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from compression.grid import Quantized
 from compression.result import Result
+from compression.speed import TorchRunner
 
 _SHARD_BYTES = 256 * 2**20  # bounds memory; a block of more than that has a file to itself
 _NOT_COPIED = (
@@ -89,6 +90,11 @@ def takes_any(parent: Path, layers: Collection[str], key: str) -> None:
 def load_folder(folder: Path) -> Any:
     """A model that transformers knows how to load by itself."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+def torch_runner(folder: Path) -> TorchRunner:
+    """The same, to be timed."""
+    return TorchRunner(load_folder(folder))
 
 
 def stored_bytes(folder: Path, layers: set[str]) -> int:

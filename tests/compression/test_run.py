@@ -165,7 +165,12 @@ def test_an_artifact_that_computes_something_else_is_not_kept(
         (["model=PARENT", "recipe.int8_weight_only.bits=9"], "is not from 2 to 8"),
         (["model=PARENT", "recipe=int4_gptq"], "does not divide the 64 inputs of model.layers.0"),
         (
-            ["model=PARENT", "recipe=int4_awq", "recipe.int4_awq.symmetric=false"],
+            [
+                "model=PARENT",
+                "recipe=int4_awq",
+                "recipe.int4_awq.symmetric=false",
+                "recipe.int4_awq.group_size=32",
+            ],
             "set symmetric=true",
         ),
         (["model=PARENT", "recipe=float8_dynamic", "target=torchao"], "or a GPU"),

@@ -81,7 +81,7 @@ def compressed(parent, folder, scheme, dtype=torch.bfloat16, exclude=()):
         (folder / name).mkdir(parents=True)
     result = Result(folder / "result", dtype, torch.float16)
     methods = {"x": RoundToNearest(scheme)} if scheme else {}
-    compress(parent, methods, layers, None, result, {}, lambda done, total: None)
+    compress(parent, methods, layers, None, result, lambda done, total: None)
     pack(result, parent, folder / "artifact")
     return result, folder / "artifact", set(layers)
 
@@ -420,7 +420,7 @@ def test_gptq_fits_its_grid_to_float16(tmp_path):
     method = GptqConfig(group_size=32).build("recipe.x")
     layers = choose_layers(BlockStream(parent), ["*"], [])
     calibration = torch.randint(300, (4, 32), generator=torch.Generator().manual_seed(0))
-    compress(parent, {"x": method}, layers, calibration, result, {}, lambda done, total: None)
+    compress(parent, {"x": method}, layers, calibration, result, lambda done, total: None)
     for path in result.files():
         for _, value in result.read(path):
             if isinstance(value, Quantized):

@@ -12,7 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compression.targets.openvino import PYTHON, IntegerWeight, OpenVino, Speed, WeightFormat
+from compression.targets.openvino_program import (
+    PYTHON,
+    IntegerWeight,
+    OpenVino,
+    Speed,
+    WeightFormat,
+)
 from monitoring.errors import ConfigError, MissingExtraError, SpotforgeError
 
 needs_openvino = [

@@ -1,0 +1,420 @@
+"""OpenVINO: a Hugging Face folder as an IR folder, its logits and its speed on a CPU.
+
+Its pins clash with ours, so it is a program of an environment of its own, whose Python
+SPOTFORGE_OPENVINO_PYTHON names; `openvino_worker.py` runs there.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from monitoring.errors import ConfigError, MissingExtraError, SpotforgeError
+
+PYTHON = "SPOTFORGE_OPENVINO_PYTHON"
+_WORKER = Path(__file__).with_name("openvino_worker.py")
+_FIX = "build one with: make test-openvino, and name its bin/python"
+_EXPORT_FILES = ("config.json", "openvino_model.xml", "openvino_model.bin")
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How weights are stored; integers are rounded to nearest by nncf, without data.
+
+    Attributes:
+        dtype: int8: a scale a row. int4: the inner layers, with int8 embedding and head.
+        group_size: Input features that share a scale, for int4; -1: all of a row; None: 64.
+        is_symmetric: No zero points; for int4 and int8.
+        ratio: Share of the inner layers' weights in int4; the rest is int8.
+        all_layers: int4 also for the embedding and the head.
+
+    Raises:
+        ConfigError: A setting cannot be, or would have no effect.
+    """
+
+    dtype: Literal["int4", "int8", "fp16", "fp32"] = "int8"
+    group_size: int | None = None
+    is_symmetric: bool = False
+    ratio: float = 1.0
+    all_layers: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("int4", "int8", "fp16", "fp32"):
+            raise ConfigError("dtype", self.dtype, "is none", "choose int4, int8, fp16 or fp32")
+        only_int4 = ("group_size", None), ("ratio", 1.0), ("all_layers", False)
+        for key, default in only_int4:
+            if self.dtype != "int4" and (value := getattr(self, key)) != default:
+                raise ConfigError(
+                    key, value, f"{self.dtype} has none", "leave it out, or take int4"
+                )
+        if self.is_symmetric and self.dtype.startswith("fp"):
+            raise ConfigError("is_symmetric", True, f"{self.dtype} has no codes", "leave it out")
+        if not 0 <= self.ratio <= 1:
+            raise ConfigError("ratio", self.ratio, "is no share", "give 0 to 1")
+        if self.group_size is not None and self.group_size != -1 and self.group_size < 2:
+            raise ConfigError(
+                "group_size", self.group_size, "is no group", "give 32, 64, 128 or -1"
+            )
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """A linear layer's weight as (codes - zero_points) * scales, which reaches the IR as it is.
+
+    Attributes:
+        bits: 4 or 8.
+        codes: (out, in) int8, from -8 to 7 where `bits` is 4.
+        scales: (out, groups) float32; each group is `in / groups` neighbouring columns.
+        zero_points: (out, groups) int8, in the range of the codes; None: all 0.
+
+    Raises:
+        ConfigError: Shapes, types or ranges do not fit.
+    """
+
+    bits: Literal[4, 8]
+    codes: NDArray[np.int8]
+    scales: NDArray[np.float32]
+    zero_points: NDArray[np.int8] | None = None
+
+    def __post_init__(self) -> None:
+        def check(holds: bool, key: str, value: object, rule: str) -> None:
+            if not holds:
+                raise ConfigError(key, value, rule, "see IntegerWeight")
+
+        check(self.bits in (4, 8), "bits", self.bits, "is neither 4 nor 8")
+        check(self.codes.ndim == 2, "codes", self.codes.shape, "is not (out, in)")
+        rows, columns = self.codes.shape
+        shape = self.scales.shape
+        fits = len(shape) == 2 and shape[0] == rows and shape[1] and columns % shape[1] == 0
+        check(bool(fits), "scales", shape, f"is not ({rows}, a divisor of {columns})")
+        check(self.scales.dtype == np.float32, "scales", self.scales.dtype, "is not float32")
+        half = 1 << (self.bits - 1)
+        for key, array in (("codes", self.codes), ("zero_points", self.zero_points)):
+            if array is None:
+                continue
+            check(array.dtype == np.int8, key, array.dtype, "is not int8")
+            low, high = int(array.min()), int(array.max())
+            check(-half <= low and high < half, key, f"{low} to {high}", f"not {self.bits} bits")
+        if self.zero_points is not None:
+            found = self.zero_points.shape
+            check(found == shape, "zero_points", found, f"is not of the scales' shape {shape}")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An IR folder.
+
+    Attributes:
+        folder: Where it is.
+        num_parameters: How many weights are stored as u4, i4, u8, i8, f16, f32.
+        size_bytes: Of all files.
+        elapsed_s: How long it took.
+        peak_rss_bytes: Memory that the export held at most.
+    """
+
+    folder: Path
+    num_parameters: dict[str, int]
+    size_bytes: int
+    elapsed_s: float
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Greedy decoding at batch 1; medians over the repeats.
+
+    Attributes:
+        prefill_tokens_per_s: Tokens of the prompt.
+        decode_tokens_per_s: New tokens.
+        cpu_ms_per_token: CPU time of all threads for a new token.
+        peak_rss_bytes: Memory of the whole program, at most.
+    """
+
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    cpu_ms_per_token: float
+    peak_rss_bytes: int
+
+
+class OpenVino:
+    """Runs the worker in OpenVINO's environment.
+
+    Args:
+        python: The environment's Python; None: what SPOTFORGE_OPENVINO_PYTHON says.
+        key: The setting that names it, for errors.
+
+    Raises:
+        MissingExtraError: Nothing names one.
+        ConfigError: It is no program.
+    """
+
+    def __init__(self, python: str | None = None, key: str = PYTHON) -> None:
+        python = python or os.environ.get(PYTHON)
+        if not python:
+            rule = "OpenVINO needs an environment of its own, and none is named"
+            raise MissingExtraError(key, python, rule, _FIX)
+        if (path := shutil.which(python)) is None:
+            raise ConfigError(key, python, "there is no such program", _FIX)
+        self._python, self._key = path, key
+
+    def versions(self, timeout_s: float = 300) -> dict[str, str]:
+        """Versions of what the environment holds; all of it can be imported.
+
+        Raises:
+            MissingExtraError: Something cannot.
+        """
+        return self._run("versions", timeout_s)
+
+    def export(
+        self,
+        source: Path,
+        out: Path,
+        weights: WeightFormat | None = None,
+        codes: Mapping[str, IntegerWeight] | None = None,
+        timeout_s: float = 3600,
+    ) -> Exported:
+        """Writes the IR with a KV cache inside, tokenizer and detokenizer, all of it or nothing.
+
+        Args:
+            source: A dense Hugging Face folder of a causal language model.
+            out: Folder to write; absent or empty.
+            weights: How weights are stored; None: int8.
+            codes: Weights that are stored as given, by their name in the Hugging Face model
+                (model.layers.0.mlp.up_proj.weight); `weights` is for the others.
+            timeout_s: When to give up.
+
+        Raises:
+            ConfigError: The source is unfit, or `out` is taken.
+            SpotforgeError: The export failed, ran out of memory or of time.
+        """
+        source, out = source.expanduser().absolute(), out.expanduser().absolute()
+        _check_source(source)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError("out", out, "is there already", "remove it, or name another")
+        weights = weights or WeightFormat()
+        begin_s = time.monotonic()
+        staging = out.with_name(f".staging-{out.name}")
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            (staging / "ir").mkdir(parents=True)
+            if codes:
+                np.savez(staging / "codes.npz", allow_pickle=False, **_arrays(codes))
+            done = self._run(
+                "export",
+                timeout_s,
+                source=str(source),
+                out=str(staging / "ir"),
+                dtype=weights.dtype,
+                group_size=64 if weights.group_size is None else weights.group_size,
+                is_symmetric=weights.is_symmetric,
+                ratio=weights.ratio,
+                all_layers=weights.all_layers,
+                codes=str(staging / "codes.npz") if codes else None,
+            )
+            size_bytes = sum(path.stat().st_size for path in (staging / "ir").iterdir())
+            (staging / "ir").rename(out)
+        except OSError as e:
+            fix = "free space or change permissions, then export again"
+            raise ConfigError("out", out, e.strerror or str(e), fix) from e
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        elapsed_s = time.monotonic() - begin_s
+        return Exported(out, size_bytes=size_bytes, elapsed_s=elapsed_s, **done)
+
+    def logits(
+        self,
+        folder: Path,
+        token_ids: NDArray[np.integer[Any]],
+        num_threads: int = 0,
+        dynamic_quantization: bool = True,
+        timeout_s: float = 3600,
+    ) -> NDArray[np.float32]:
+        """Logits of whole sequences, computed in float32.
+
+        Args:
+            folder: An export.
+            token_ids: (N, T), without padding.
+            num_threads: CPU threads; 0: all cores.
+            dynamic_quantization: Activations, too, may be rounded to int8, 32 at a time, where
+                the CPU is faster so: OpenVINO's default. False: what is lost is the weights'.
+            timeout_s: When to give up.
+
+        Returns:
+            (N, T, V)
+
+        Raises:
+            ConfigError: The folder is no whole export, or a token is not of its vocabulary.
+            SpotforgeError: The worker failed, ran out of memory or of time.
+        """
+        folder = folder.expanduser().absolute()
+        vocab_size = _check_export(folder)["vocab_size"]
+        if token_ids.ndim != 2 or not token_ids.size:
+            raise ConfigError("token_ids", token_ids.shape, "is not (N, T)", "give whole rows")
+        low, high = int(token_ids.min()), int(token_ids.max())
+        if low < 0 or high >= vocab_size:
+            fix = "use the model's own tokenizer"
+            raise ConfigError("token_ids", f"{low} to {high}", f"it has {vocab_size} tokens", fix)
+        with tempfile.TemporaryDirectory() as work:
+            given, scored = Path(work) / "token_ids.npy", Path(work) / "logits.npy"
+            np.save(given, token_ids, allow_pickle=False)
+            self._run(
+                "logits",
+                timeout_s,
+                folder=str(folder),
+                token_ids=str(given),
+                out=str(scored),
+                num_threads=num_threads,
+                dynamic_quantization=dynamic_quantization,
+            )
+            scores: NDArray[np.float32] = np.load(scored, allow_pickle=False)
+        return scores
+
+    def speed(
+        self,
+        folder: Path,
+        num_prompt_tokens: int = 128,
+        num_new_tokens: int = 64,
+        repeats: int = 5,
+        num_threads: int = 0,
+        dynamic_quantization: bool = True,
+        seed: int = 0,
+        timeout_s: float = 3600,
+    ) -> Speed:
+        """Times greedy decoding after a warm-up, with a new random prompt each time.
+
+        Args:
+            folder: An export.
+            num_prompt_tokens: Length of the prompt.
+            num_new_tokens: How many are decoded, an end of text or not.
+            repeats: How often.
+            num_threads: See `logits`.
+            dynamic_quantization: See `logits`.
+            seed: Of the prompts.
+            timeout_s: When to give up.
+
+        Raises:
+            ConfigError: The folder is no whole export, or a number does not fit.
+            SpotforgeError: The worker failed, ran out of memory or of time.
+        """
+        folder = folder.expanduser().absolute()
+        config = _check_export(folder)
+        lengths = {"num_prompt_tokens": num_prompt_tokens, "num_new_tokens": num_new_tokens}
+        for key, value in {**lengths, "repeats": repeats}.items():
+            if value < 1:
+                raise ConfigError(key, value, "there is nothing to time", "give 1 or more")
+        longest = config.get("max_position_embeddings")
+        if longest is not None and num_prompt_tokens + num_new_tokens > longest:
+            rule = f"prompt and new tokens are over {longest} positions"
+            raise ConfigError("num_new_tokens", num_new_tokens, rule, "give shorter ones")
+        done = self._run(
+            "speed",
+            timeout_s,
+            folder=str(folder),
+            vocab_size=config["vocab_size"],
+            **lengths,
+            repeats=repeats,
+            num_threads=num_threads,
+            dynamic_quantization=dynamic_quantization,
+            seed=seed,
+        )
+        return Speed(**done)
+
+    def _run(self, verb: str, timeout_s: float, **arguments: object) -> dict[str, Any]:
+        """What the worker answers.
+
+        Raises:
+            ConfigError: It refused, or its Python is none.
+            MissingExtraError: Its Python lacks a library.
+            SpotforgeError: It failed, was killed, or took too long.
+        """
+        what = f"OpenVINO's {verb}"
+        offline = {"HF_HUB_OFFLINE": "1", "CI": "true"}  # CI: nncf reports no usage
+        try:
+            done = subprocess.run(
+                [self._python, "-I", str(_WORKER), verb, json.dumps(arguments)],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=timeout_s,
+                env=os.environ | offline,
+            )
+        except subprocess.TimeoutExpired:
+            raise SpotforgeError(
+                f"{what} was stopped after {timeout_s} s; raise timeout_s"
+            ) from None
+        except OSError as e:
+            raise ConfigError(self._key, self._python, e.strerror or str(e), _FIX) from e
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        if done.returncode < 0:
+            name = signal.Signals(-done.returncode).name
+            why = (
+                "most likely for want of memory" if name == "SIGKILL" else f"its last words: {last}"
+            )
+            raise SpotforgeError(f"{what} was killed by {name}, {why}")
+        try:
+            answer = json.loads(done.stdout)
+            error = answer.pop("error", {})
+        except (ValueError, AttributeError, TypeError):
+            rule = f"does not run the worker ({last})"
+            raise ConfigError(self._key, self._python, rule, _FIX) from None
+        if "import" in error:
+            raise MissingExtraError(self._key, self._python, f"lacks {error['import']}", _FIX)
+        if "failed" in error:
+            raise SpotforgeError(f"{what} failed: {error['failed']}")
+        if error:
+            raise ConfigError(**error)
+        result: dict[str, Any] = answer
+        return result
+
+
+def _arrays(codes: Mapping[str, IntegerWeight]) -> dict[str, NDArray[Any]]:
+    """Codes as the worker reads them."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, weight in codes.items():
+        arrays[f"{name}/bits"] = np.array(weight.bits)
+        arrays[f"{name}/codes"], arrays[f"{name}/scales"] = weight.codes, weight.scales
+        if weight.zero_points is not None:
+            arrays[f"{name}/zero_points"] = weight.zero_points
+    return arrays
+
+
+def _check_source(source: Path) -> None:
+    """Raises ConfigError unless it is a dense Hugging Face folder."""
+    config = _read_config("source", source, "export a checkpoint: python -m trainer.export")
+    if "quantization_config" in config:
+        rule = "its weights are quantized already"
+        raise ConfigError("source", source, rule, "give the dense folder, and its codes apart")
+    if not any(source.glob("*.safetensors")):
+        raise ConfigError("source", source, "there are no *.safetensors", "give a whole folder")
+    if not (source / "tokenizer_config.json").exists():
+        rule = "there is no tokenizer_config.json"
+        raise ConfigError("source", source, rule, "save its tokenizer there")
+
+
+def _check_export(folder: Path) -> dict[str, Any]:
+    """The model's configuration; raises ConfigError unless the folder is a whole export."""
+    for name in _EXPORT_FILES:
+        if not (folder / name).is_file():
+            raise ConfigError("folder", folder, f"there is no {name}", "export the model again")
+    return _read_config("folder", folder, "export the model again")
+
+
+def _read_config(key: str, folder: Path, fix: str) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(key, folder, "there is no config.json", fix) from None
+    except ValueError:
+        raise ConfigError(key, folder, "its config.json is damaged", fix) from None
+    return config
