@@ -39,7 +39,8 @@ Recipes:
 Keys (key=value):
   run, model                  what is compressed: a run's export, or a Hugging Face folder
   out                         where to: <out>/<target>; default compressed/<recipe> in the run
-  target                      compressed_tensors | gguf | torchao | huggingface, or a list of them
+  target                      compressed_tensors | torchao | gguf | openvino | huggingface, or a
+                              list of them; cpu with recipe=auto
   dtype                       of all that is not quantized, and of scales: bfloat16 | float32
   recipe.NAME.KEY             bits, group_size, symmetric, activation; sparsity, pattern; ...
   layers.include, .exclude    patterns of layers' names, e.g. layers.exclude=['*.down_proj']
@@ -62,10 +63,11 @@ def _run(tree: DictConfig) -> None:
         refuse_unknown_keys(config)
     except (ConfigError, OmegaConfBaseException) as e:
         _refuse(e)  # here, since Hydra would print its overrides first
+    from compression.auto import run_auto
     from compression.run import run
 
     try:
-        run(config, _stop_requested)
+        (run_auto if config.is_auto else run)(config, _stop_requested)
     except SpotforgeError as e:
         print(e, file=sys.stderr)
         sys.exit(e.exit_code)

@@ -15,6 +15,8 @@ from trainer.checkpoint import sha256_of
 
 REPORT = "compression.json"
 WORK = ".work"
+CANDIDATES = ".candidates"  # of recipe=auto
+AUTO = "auto.json"
 _WEIGHTS = ("*.safetensors", "*.gguf", "openvino_model.bin")
 
 
@@ -51,7 +53,9 @@ def check_replaceable(out: Path) -> None:
     if not out.is_dir():
         raise ConfigError("out", out, "is a file", "name a folder")
     for path in out.iterdir():
-        if path.name != WORK and not (path / REPORT).is_file():
+        if path.name in (WORK, CANDIDATES, AUTO):
+            continue
+        if not (path / REPORT).is_file():
             rule = f"holds {path.name}, which is of no compression"
             raise ConfigError("out", out, rule, "choose an empty folder")
 

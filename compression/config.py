@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from compression.recipe import HealConfig, ModelStep, Step
+from compression.recipe import AutoConfig, HealConfig, ModelStep, Step
 from monitoring.errors import ConfigError
 from parallel.config import Dtype
 
@@ -117,6 +117,11 @@ class CompressionConfig:
     recipe: Any = MISSING
 
     @property
+    def is_auto(self) -> bool:
+        """Whether recipes are to be tried."""
+        return any(isinstance(step, AutoConfig) for step in self.recipe.values())
+
+    @property
     def recipe_name(self) -> str:
         """As `prune_wanda+int4_gptq`."""
         return "+".join(self.recipe)
@@ -128,6 +133,11 @@ class CompressionConfig:
             is_dense = not any(step.quantizes for step in self.recipe.values())
             return [Target.huggingface if is_dense else Target.compressed_tensors]
         names = self.target if isinstance(self.target, list) else [self.target]
+        if self.is_auto or "cpu" in names:
+            if not self.is_auto or names != ["cpu"]:
+                rule = "recipe=auto, and nothing else, is for target=cpu"
+                raise ConfigError("target", self.target, rule, "use recipe=auto target=cpu")
+            return []
         known = ", ".join(target.value for target in Target)
         for name in names:
             if name not in Target.__members__:
@@ -172,6 +182,9 @@ class CompressionConfig:
                 step.check(f"recipe.{name}")
             else:
                 step.build(f"recipe.{name}")
+        if self.is_auto and len(steps) > 1:
+            rule = "auto tries whole recipes"
+            raise ConfigError("recipe", self.recipe_name, rule, "name it alone")
         if isinstance(steps[0][1], HealConfig):
             fix = "prune before it, or train with python -m trainer"
             raise ConfigError("recipe", self.recipe_name, "begins with nothing to heal", fix)

@@ -270,9 +270,27 @@ class StructuredPruneConfig:
                 raise ConfigError(f"{key}.{name}", value, "is chosen by params", fix)
 
 
+@dataclass
+class AutoConfig:
+    """Tries recipes on this machine and keeps the fastest that is good enough (target=cpu).
+
+    Attributes:
+        max_perplexity_ratio: Of a child's to the parent's.
+    """
+
+    max_perplexity_ratio: float = 1.02
+    quantizes: ClassVar[bool] = True
+
+    def check(self, key: str) -> None:
+        """Raises ConfigError for a ratio that cannot be."""
+        if not self.max_perplexity_ratio > 0:
+            value = self.max_perplexity_ratio
+            raise ConfigError(f"{key}.max_perplexity_ratio", value, "must be above 0", "use 1.02")
+
+
 # Steps that work on a block after another, and those that need the whole model.
 BlockStep = RoundConfig | GptqConfig | AwqConfig | SmoothQuantConfig | PruneConfig
-ModelStep = StructuredPruneConfig | HealConfig
+ModelStep = StructuredPruneConfig | HealConfig | AutoConfig
 Step = BlockStep | ModelStep
 
 

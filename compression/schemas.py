@@ -6,6 +6,7 @@ from hydra.core.config_store import ConfigStore
 
 from compression.config import CompressionConfig
 from compression.recipe import (
+    AutoConfig,
     AwqConfig,
     GptqConfig,
     HealConfig,
@@ -17,6 +18,7 @@ from compression.recipe import (
 from trainer.schemas import register_schemas as register_trainer_schemas
 
 _STEPS = {
+    "auto": AutoConfig,
     "round": RoundConfig,
     "gptq": GptqConfig,
     "heal": HealConfig,
