@@ -39,7 +39,7 @@ class Flow:
     ) -> None:
         self._plan, self._stream, self._channels = plan, stream, channels
         self._calibration = calibration
-        self._parent, self._child = self._files(0, 0)
+        self._parent, self._child = self._of_parent(0), self._of_child(0)
         self._wanted: dict[str, Hidden] = {}  # of each writer: the parent's stream after it
 
     def resume(self, place: int, index: int) -> bool:
@@ -49,22 +49,21 @@ class Flow:
             place: The parent's next block.
             index: The child's next.
         """
-        self._parent, self._child = self._files(place, index)
+        self._parent, self._child = self._of_parent(place), self._of_child(index)
         return self._parent.path.exists() and self._child.path.exists()
 
     def start(self) -> None:
         """Goes on before the first block."""
-        self._parent, self._child = self._files(0, 0)
+        self._parent, self._child = self._of_parent(0), self._of_child(0)
         self._stream.load_embedding()
-        width = self._plan.family.shape.hidden
+        width = self._parent.shape[2]
         embed(self._calibration, self._stream.embed, self._parent.path, width)
         self._child.write(batch[..., self._channels] for batch in self._parent.batches())
 
     def pass_by(self, place: int) -> None:
         """The parent runs a loaded block that the child has not."""
-        self._parent = self._parent.map(
-            partial(self._stream.run, place), self._files(place + 1, 0)[0].path
-        )
+        following = self._of_parent(place + 1).path
+        self._parent = self._parent.map(partial(self._stream.run, place), following)
 
     def see_parent(self, place: int, block: nn.Module) -> None:
         """The parent runs a loaded block, before it is cut."""
@@ -100,9 +99,8 @@ class Flow:
 
     def run_child(self, place: int, index: int) -> None:
         """The child runs its block."""
-        self._child = self._child.map(
-            partial(self._stream.run, place), self._files(0, index + 1)[1].path
-        )
+        following = self._of_child(index + 1).path
+        self._child = self._child.map(partial(self._stream.run, place), following)
 
     def tidy(self) -> None:
         """Removes what is not needed any more, once the block is written."""
@@ -110,12 +108,13 @@ class Flow:
             if path not in (self._parent.path, self._child.path):
                 path.unlink()
 
-    def _files(self, place: int, index: int) -> tuple[Hidden, Hidden]:
-        work, shape = self._plan.work, self._calibration.shape
-        return (
-            Hidden(work / f"parent-{place:05d}.bin", (*shape, self._plan.family.shape.hidden)),
-            Hidden(work / f"child-{index:05d}.bin", (*shape, self._plan.shape.hidden)),
-        )
+    def _of_parent(self, place: int) -> Hidden:
+        path = self._plan.work / f"parent-{place:05d}.bin"
+        return Hidden(path, (*self._calibration.shape, self._plan.family.shape.hidden))
+
+    def _of_child(self, index: int) -> Hidden:
+        path = self._plan.work / f"child-{index:05d}.bin"
+        return Hidden(path, (*self._calibration.shape, self._plan.shape.hidden))
 
 
 class LeastSquares:
