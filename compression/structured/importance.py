@@ -1,9 +1,9 @@
 """What each part of a model does for it, from what flows through the parent.
 
-Heads, channels: Minitron (Muralidharan et al., arXiv 2407.14679; 2408.11796): mean magnitude of
-activations over a sequence, then the l2 norm over sequences. Blocks: ShortGPT (Men et al.,
-arXiv 2403.03853): how far a block turns the residual stream. Beyond Minitron, what an MLP channel
-scores is multiplied by the norm of its column of `down_proj`: 7% less perplexity on SmolLM2-135M.
+Heads and hidden channels: Minitron (Muralidharan et al., arXiv 2407.14679; 2408.11796): mean
+magnitude of activations over a sequence, then the l2 norm over sequences. MLP channels: the l2 norm
+over both, so that a channel that speaks up for few tokens counts for more; less perplexity is lost.
+Blocks: ShortGPT (Men et al., arXiv 2403.03853): how far a block turns the residual stream.
 
 Shapes: B sequences of T tokens, H hidden size, I intermediate size, K key-value heads.
 """
@@ -32,10 +32,9 @@ class Scores:
         self._shape = shape
         self._num_tokens = 0
         attention, mlp = block.self_attn, block.mlp
-        self._column_norm = mlp.down_proj.weight.data.norm(dim=0)
         norms = {"input": block.input_layernorm, "attention": block.post_attention_layernorm}
         self._handles = [
-            mlp.down_proj.register_forward_pre_hook(self._on("mlp", _magnitude)),
+            mlp.down_proj.register_forward_pre_hook(self._on("mlp", _square)),
             attention.o_proj.register_forward_pre_hook(self._on("heads", self._per_head)),
         ]
         for name, norm in norms.items():
@@ -66,7 +65,7 @@ class Scores:
         sums = self._sums
         heads = sums["heads"].sqrt().unflatten(0, (self._shape.heads, -1)).sum(1)
         return {
-            "mlp": sums["mlp"].sqrt() * self._column_norm,
+            "mlp": sums["mlp"].sqrt(),
             "heads": heads,
             "hidden": sums["input_hidden"].sqrt() + sums["attention_hidden"].sqrt(),
         } | {
@@ -98,6 +97,10 @@ class Scores:
 def _magnitude(x: Tensor) -> Tensor:
     """(B, T, C) -> (C): the square of what a channel scores."""
     return x.abs().mean(1).square().sum(0)
+
+
+def _square(x: Tensor) -> Tensor:
+    return x.square().sum((0, 1))
 
 
 def _power(x: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def _size(value: float, size: int, step: int, key: str) -> int:
         if value > size:
             raise ConfigError(key, value, f"the model has {size}", "give what is to stay of them")
         return int(value)
-    kept = _rounded(size * (1 - value), size, step)
+    kept = _less(size, value, step)
     if kept == size:
         rule = f"of {size}, in steps of {step}, that removes none"
         raise ConfigError(key, value, rule, "ask for more, or lower multiple_of")
@@ -72,19 +72,17 @@ def _by_params(params: float, family: Family, step: int, key: str) -> Shape:
 def _dial(shape: Shape, share: float, step: int) -> Shape:
     """Less MLP width, and from its half on fewer hidden channels, too; heads and depth stay.
 
-    Width rather than depth, and no heads, is what Minitron found best (arXiv 2408.11796); MLP
-    before hidden is what costs least before any training (docs of the package have the numbers).
+    Width rather than depth, and no heads, is what Minitron found best (arXiv 2408.11796); of the
+    widths, MLP before hidden channels costs least before any training.
     """
     hidden_step = math.lcm(step, shape.heads * shape.queries)
-    hidden_share = max(0.0, share - 0.5)
     return replace(
         shape,
-        mlp=_rounded(shape.mlp * (1 - share), shape.mlp, step) if share else shape.mlp,
-        hidden=_rounded(shape.hidden * (1 - hidden_share), shape.hidden, hidden_step)
-        if hidden_share
-        else shape.hidden,
+        mlp=_less(shape.mlp, share, step),
+        hidden=_less(shape.hidden, share - 0.5, hidden_step),
     )
 
 
-def _rounded(wanted: float, size: int, step: int) -> int:
-    return min(size, max(step, round(wanted / step) * step))
+def _less(size: int, share: float, step: int) -> int:
+    """A size without a share of it, in steps; at least one step is left."""
+    return size if share <= 0 else min(size, max(step, round(size * (1 - share) / step) * step))
