@@ -30,7 +30,7 @@ from monitoring.environment import describe_environment
 from trainer.cli import CONFIG_DIR
 
 RESULT = Path("benchmarks/results/compression.json")
-_N_OF_M = {"2:4": "two_of_four", "4:8": "four_of_eight"}
+_N_OF_M = {"2:4": "two_of_four"}
 
 
 def recipes(group_size: int) -> dict[str, list[str]]:
