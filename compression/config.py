@@ -61,10 +61,12 @@ class CalibrationConfig:
     Attributes:
         num_samples: Of `data.max_seq_len` tokens.
         min_tokens: Fewer in all are refused.
+        max_seq_len: Of samples that the model makes itself, where there is no `data`.
     """
 
     num_samples: int = 128
     min_tokens: int = 4096
+    max_seq_len: int = 512
 
 
 @dataclass
@@ -101,7 +103,7 @@ class CompressionConfig:
         layers: See `LayersConfig`.
         calibration: See `CalibrationConfig`.
         evaluation: See `EvaluationConfig`.
-        data: Any data of the trainer; null: the run's.
+        data: Any data of the trainer; null: the run's, or text that the model makes itself.
         recipe: Steps in order, by name.
     """
 
@@ -160,6 +162,7 @@ class CompressionConfig:
         positive = {
             "calibration.num_samples": self.calibration.num_samples,
             "calibration.min_tokens": self.calibration.min_tokens,
+            "calibration.max_seq_len": self.calibration.max_seq_len,
             "evaluation.num_samples": self.evaluation.num_samples,
             "evaluation.prompt_tokens": self.evaluation.prompt_tokens,
             "evaluation.new_tokens": self.evaluation.new_tokens,

@@ -14,8 +14,8 @@ Advance = Callable[[int, int], None]  # blocks that are done, and all of them
 
 
 @contextmanager
-def bar(task: str) -> Iterator[Advance]:
-    """Shows how many blocks of a task are done, and when the rest will be."""
+def bar(task: str, unit: str = "block") -> Iterator[Advance]:
+    """Shows how many blocks (or other units) of a task are done, and when the rest will be."""
     columns = (TextColumn(task), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as shown:
         row = shown.add_task(task)
@@ -27,10 +27,10 @@ def bar(task: str) -> Iterator[Advance]:
             if first < 0:
                 began, first = time.monotonic(), done
                 if done and shown.disable:
-                    print(f"{task}: going on after block {done} of {total}", file=sys.stderr)
+                    print(f"{task}: going on after {unit} {done} of {total}", file=sys.stderr)
             elif shown.disable and (done * 10 // total > told or done == total):
                 told = done * 10 // total
                 left_s = (time.monotonic() - began) / (done - first) * (total - done)
-                print(f"{task}: block {done} of {total}, {left_s:.0f} s left", file=sys.stderr)
+                print(f"{task}: {unit} {done} of {total}, {left_s:.0f} s left", file=sys.stderr)
 
         yield advance

@@ -37,7 +37,7 @@ from compression.recipe import HealConfig, StructuredPruneConfig
 from compression.reload import ReloadError, logits_of, signal_to_noise_db
 from compression.report import plot_pareto, print_report
 from compression.result import Result
-from compression.samples import Samples, draw_samples
+from compression.samples import Samples, data_config, draw_samples
 from compression.scheme import Scheme
 from compression.source import Source, check_shapes, choose_layers
 from compression.speed import Runner, Speed, measure
@@ -149,7 +149,8 @@ def _check_layers(config: CompressionConfig, parent: Path) -> dict[str, int]:
     layers = choose_layers(stream, config.layers.include, config.layers.exclude)
     for name, step in config.recipe.items():
         if isinstance(step, HealConfig):
-            continue  # changes no shape
+            data_config(config)  # there has to be some to train on
+            continue
         if isinstance(step, StructuredPruneConfig):
             check_structured(parent, step, f"recipe.{name}")
             break  # what follows sees another model

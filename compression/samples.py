@@ -6,6 +6,7 @@ Shapes: N samples of T tokens.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from compression.config import CompressionConfig
+from compression.generated import generate_samples
 from monitoring.errors import ConfigError
 from trainer.data.config import DataConfig, MixtureDataConfig, PreparationConfig, SingleDataConfig
 from trainer.data.loader import TrainLoader, validation_batches
@@ -46,7 +48,7 @@ def draw_samples(
     """Prepares the data as the trainer does, with the model's tokenizer, and draws samples.
 
     Calibration comes from the training split, in the trainer's seeded order; evaluation from the
-    documents that are held out of it.
+    documents that are held out of it. Without data, the model makes both itself.
 
     Args:
         config: Of the compression; `data` or a `run` with data.
@@ -56,6 +58,8 @@ def draw_samples(
     Raises:
         ConfigError: There is no data, too little, or the two share text.
     """
+    if config.data is None and config.parent.run is None:
+        return _generated(config, model, stop_requested)
     data = data_config(config)
     prepared = prepare(data, model_path=str(model), stop_requested=stop_requested)
     max_seq_len = data.max_seq_len
@@ -78,13 +82,26 @@ def draw_samples(
     return Samples(calibration, evaluation, prepared.digest)
 
 
+def _generated(
+    config: CompressionConfig, model: Path, stop_requested: Callable[[], bool]
+) -> Samples:
+    sizes = config.calibration.num_samples, config.evaluation.num_samples
+    _check_tokens(config, sizes[0], config.calibration.max_seq_len)
+    settings = config.calibration.max_seq_len, config.seed, stop_requested
+    samples = generate_samples(model, sum(sizes), *settings)
+    calibration, evaluation = samples.split(sizes)
+    check_no_overlap(calibration, evaluation)
+    digest = hashlib.sha256(samples.numpy().tobytes()).hexdigest()
+    return Samples(calibration, evaluation, f"generated:{digest}")
+
+
 def data_config(config: CompressionConfig) -> DataConfig:
     """The data of the command line, else of the run."""
     if config.data is not None:
         data: DataConfig = config.data
         return data
     if config.parent.run is None:
-        rule = "nothing says on which text parent and child are compared"
+        rule = "there is no text to train on"
         raise ConfigError("data", "null", rule, "give data=text data.path=notes.txt, or the like")
     saved: Any = OmegaConf.load(Path(config.parent.run).expanduser() / "config.yaml")
     schema = MixtureDataConfig if "sources" in saved.data else SingleDataConfig
@@ -123,14 +140,7 @@ def _calibration(
     num_samples = config.calibration.num_samples
     available = sum((dataset.num_tokens - 1) // max_seq_len for dataset in prepared.sources)
     num_samples = min(num_samples, available)  # a second epoch would teach nothing
-    if num_samples * max_seq_len < config.calibration.min_tokens:
-        raise ConfigError(
-            "calibration.min_tokens",
-            config.calibration.min_tokens,
-            f"the data has {num_samples * max_seq_len} tokens to calibrate with, in "
-            f"{num_samples} samples of {max_seq_len}",
-            "add data, raise calibration.num_samples, or lower calibration.min_tokens",
-        )
+    _check_tokens(config, num_samples, max_seq_len)
     with TrainLoader(
         prepared,
         max_seq_len=max_seq_len,
@@ -144,3 +154,14 @@ def _calibration(
         pin=False,
     ) as loader:
         return torch.cat([batch.input_ids for batch in next(loader)])
+
+
+def _check_tokens(config: CompressionConfig, num_samples: int, max_seq_len: int) -> None:
+    if num_samples * max_seq_len < config.calibration.min_tokens:
+        raise ConfigError(
+            "calibration.min_tokens",
+            config.calibration.min_tokens,
+            f"there are {num_samples * max_seq_len} tokens to calibrate with, in {num_samples} "
+            f"samples of {max_seq_len}",
+            "add data, raise calibration.num_samples, or lower calibration.min_tokens",
+        )

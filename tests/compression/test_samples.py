@@ -5,9 +5,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from compression.samples import check_no_overlap, draw_samples
+from compression.samples import check_no_overlap, data_config, draw_samples
 from compression.schemas import register_schemas
-from monitoring.errors import ConfigError
+from monitoring.errors import ConfigError, Interrupted
 from trainer.cli import CONFIG_DIR
 
 
@@ -57,6 +57,26 @@ def test_text_to_compare_on_that_was_calibrated_with_is_refused():
         check_no_overlap(calibration, evaluation)
 
 
-def test_without_data_there_is_nothing_to_compare_on(parent):
-    with pytest.raises(ConfigError, match="data=null"):
+def test_without_data_the_model_makes_its_text(parent):
+    words = [
+        f"parent.model={parent}",
+        "calibration.num_samples=18",
+        "calibration.max_seq_len=24",
+        "calibration.min_tokens=100",
+        "evaluation.num_samples=3",
+    ]
+    first, again = (draw_samples(settings(*words), parent, lambda: False) for _ in range(2))
+    assert first.calibration.shape == (18, 24) and first.evaluation.shape == (3, 24)
+    assert torch.equal(first.calibration, again.calibration) and first.digest == again.digest
+    assert len({tuple(row) for row in first.calibration.tolist()}) == 18
+    other = draw_samples(settings(*words, "seed=1"), parent, lambda: False)
+    assert not torch.equal(first.calibration, other.calibration)
+    with pytest.raises(ConfigError, match="calibration.max_seq_len=512: the model has 256"):
         draw_samples(settings(f"parent.model={parent}"), parent, lambda: False)
+    with pytest.raises(Interrupted):
+        draw_samples(settings(*words), parent, lambda: True)
+
+
+def test_there_is_no_healing_without_text():
+    with pytest.raises(ConfigError, match="data=null: there is no text to train on"):
+        data_config(settings("parent.model=x"))
