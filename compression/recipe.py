@@ -137,6 +137,51 @@ class AwqConfig(StepConfig):
 
 
 @dataclass
+class MixedConfig(StepConfig):
+    """Few bits where they cost little, more elsewhere, by GPTQ: within a budget, by measured KL.
+
+    Attributes:
+        bits: Of a weight where few will do.
+        high_bits: Of a weight elsewhere.
+        group_size: As in the other steps, for both.
+        budget_bits: Of a weight in the mean, scales counted; or
+        budget_mb: of all quantized weights, scales counted.
+        samples: Of the calibration, on which the KL is measured.
+        damping: As in GPTQ.
+    """
+
+    bits: int = 4
+    high_bits: int = 8
+    group_size: int | None = 128
+    budget_bits: float | None = 5.0
+    budget_mb: float | None = None
+    samples: int = 4
+    damping: float = 0.01
+
+    def schemes(self, key: str) -> tuple[Scheme, Scheme]:
+        """Of few bits and of more."""
+        _check_damping(key, self.damping)
+        if self.high_bits <= self.bits:
+            rule = f"is not above bits={self.bits}"
+            raise ConfigError(f"{key}.high_bits", self.high_bits, rule, "use 8")
+        if (self.budget_bits is None) == (self.budget_mb is None):
+            rule = "exactly one of budget_bits and budget_mb is the budget"
+            fix = f"set one of them, and {key}.budget_bits=null for the other"
+            raise ConfigError(f"{key}.budget_mb", self.budget_mb, rule, fix)
+        if self.samples < 1:
+            raise ConfigError(f"{key}.samples", self.samples, "must be above 0", "use 4")
+        high = Scheme(Number.int, self.high_bits, self.group_size, self.symmetric)
+        high.check(key)
+        return self.scheme(key), high
+
+    def build(self, key: str) -> Method:
+        """The method, before it is known which layers have more bits."""
+        from compression.methods.gptq import Gptq
+
+        return Gptq(self.schemes(key)[0], self.damping)
+
+
+@dataclass
 class SmoothQuantConfig(StepConfig):
     """SmoothQuant: int8 weights and int8 inputs.
 
@@ -289,7 +334,7 @@ class AutoConfig:
 
 
 # Steps that work on a block after another, and those that need the whole model.
-BlockStep = RoundConfig | GptqConfig | AwqConfig | SmoothQuantConfig | PruneConfig
+BlockStep = RoundConfig | GptqConfig | AwqConfig | SmoothQuantConfig | MixedConfig | PruneConfig
 ModelStep = StructuredPruneConfig | HealConfig | AutoConfig
 Step = BlockStep | ModelStep
 

@@ -33,7 +33,8 @@ from compression.artifact import (
 )
 from compression.config import CompressionConfig, Target
 from compression.evaluate import Quality, compare, final_hidden
-from compression.recipe import HealConfig, StructuredPruneConfig
+from compression.mixed import check_budget, shapes_of
+from compression.recipe import HealConfig, MixedConfig, StructuredPruneConfig
 from compression.reload import ReloadError, logits_of, signal_to_noise_db
 from compression.report import plot_pareto, print_report
 from compression.result import Result
@@ -155,6 +156,9 @@ def _check_layers(config: CompressionConfig, parent: Path) -> dict[str, int]:
             check_structured(parent, step, f"recipe.{name}")
             break  # what follows sees another model
         check_shapes(stream, layers, f"recipe.{name}", step)
+        if isinstance(step, MixedConfig):
+            itemsize = getattr(torch, config.scale_dtype).itemsize
+            check_budget(step, f"recipe.{name}", shapes_of(stream, layers), itemsize)
     return layers
 
 
@@ -162,9 +166,12 @@ def _packers(
     config: CompressionConfig, parent: Path, layers: Collection[str]
 ) -> dict[Target, Packer]:
     """Of each target, once it has agreed to the schemes that the recipe leaves."""
-    schemes = {
-        step.scheme(f"recipe.{name}") for name, step in config.recipe.items() if step.quantizes
-    }
+    schemes: set[Scheme] = set()
+    for name, step in config.recipe.items():
+        if isinstance(step, MixedConfig):
+            schemes |= set(step.schemes(f"recipe.{name}"))
+        elif step.quantizes:
+            schemes.add(step.scheme(f"recipe.{name}"))
     packers: dict[Target, Packer] = {}
     for target in config.targets:
         packers[target] = importlib.import_module(f"compression.targets.{target.value}")

@@ -21,9 +21,13 @@ from compression.config import CompressionConfig
 from compression.evaluate import perplexity
 from compression.heal import heal
 from compression.layerwise import compress
+from compression.methods.gptq import Gptq
+from compression.mixed import choose_schemes, describe, measure_kl, shapes_of
 from compression.recipe import (
     BlockStep,
     HealConfig,
+    Method,
+    MixedConfig,
     ModelStep,
     PruneConfig,
     Step,
@@ -102,6 +106,8 @@ class Stages:
             assert isinstance(step, BlockStep)
             check_shapes(stream, layers, f"recipe.{name}", step)
             methods[name] = step.build(f"recipe.{name}")
+            if isinstance(step, MixedConfig):
+                methods[name] = self._mixed(model, name, step, layers)
             self._has_zeros = self._has_zeros or isinstance(step, PruneConfig)
         needs_data = any(method.needs_data for method in methods.values())
         calibration: Tensor | None = self._samples.calibration if needs_data else None
@@ -111,6 +117,27 @@ class Stages:
         with progress.bar("+".join(steps) or "writing") as advance:
             compress(model, methods, layers, calibration, result, advance, self._stop_requested)
         return result
+
+    def _mixed(
+        self, model: Path, name: str, step: MixedConfig, layers: Mapping[str, int]
+    ) -> Method:
+        """GPTQ with the bits that each layer's KL is worth; measured once, and kept."""
+        stream, told = BlockStream(model), self._work / f"{name}.json"
+        scale_dtype: torch.dtype = getattr(torch, self._config.scale_dtype)
+        if not told.exists():
+            with (
+                tempfile.TemporaryDirectory(dir=self._work) as scratch,
+                progress.bar(f"{name}: what few bits cost") as advance,
+            ):
+                ids = self._samples.calibration[: step.samples]
+                low, _ = step.schemes(f"recipe.{name}")
+                kl = measure_kl(stream, layers, low, scale_dtype, ids, Path(scratch), advance)
+            told.write_text(json.dumps(kl))
+        kl = json.loads(told.read_text())
+        shapes = shapes_of(stream, layers)
+        schemes = choose_schemes(step, f"recipe.{name}", kl, shapes, scale_dtype.itemsize)
+        self.notes[name] = describe(kl, schemes)
+        return Gptq(step.scheme(f"recipe.{name}"), step.damping, schemes)
 
     def _prune(self, model: Path, name: str, step: StructuredPruneConfig, folder: Path) -> Path:
         """The smaller model."""

@@ -6,13 +6,14 @@ groups" of the authors' code), so that the artifact needs no permutation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from compression.block import Block, output_error, watch_inputs
-from compression.grid import FLOAT8, Grid, code_range, fit_grid
+from compression.grid import Grid, code_range, fit_grid
 from compression.methods.clipping import clipped_grid
 from compression.scheme import Scheme
 
@@ -27,21 +28,23 @@ class Gptq:
     Attributes:
         scheme: Of the grid.
         damping: Share of the mean diagonal that is added to the Gram matrix's.
+        schemes: Of layers that have another one, by full name.
     """
 
     scheme: Scheme
     damping: float
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
     needs_data = True
 
     def apply(self, block: Block) -> None:
         """Quantizes the block's layers."""
         for inputs in watch_inputs(block):
             for name in inputs.names:
-                weight = block.layers[name].weight.data
-                rounded = fit_grid(weight, self.scheme, block.scale_dtype).quantize(weight)
+                weight, scheme = block.layers[name].weight.data, self._scheme_of(name)
+                rounded = fit_grid(weight, scheme, block.scale_dtype).quantize(weight)
                 error = output_error(rounded.dequantize() - weight, inputs.gram)
                 best, method, rounding_error = rounded, "rounding", error
-                grid = clipped_grid(weight, inputs.gram.diagonal(), self.scheme, block.scale_dtype)
+                grid = clipped_grid(weight, inputs.gram.diagonal(), scheme, block.scale_dtype)
                 codes = gptq_codes(weight, inputs.gram, grid, self.damping)
                 if codes is not None:
                     found = grid.of(codes)
@@ -51,8 +54,11 @@ class Gptq:
                 block.put(name, best, method=method, error=error, rounding_error=rounding_error)
         for name in block.layers.keys() - block.quantized.keys():  # saw no token
             weight = block.layers[name].weight.data
-            rounded = fit_grid(weight, self.scheme, block.scale_dtype).quantize(weight)
-            block.put(name, rounded, method="rounding")
+            grid = fit_grid(weight, self._scheme_of(name), block.scale_dtype)
+            block.put(name, grid.quantize(weight), method="rounding")
+
+    def _scheme_of(self, name: str) -> Scheme:
+        return self.schemes.get(name, self.scheme)
 
 
 def gptq_codes(weight: Tensor, gram: Tensor, grid: Grid, damping: float) -> Tensor | None:
@@ -69,7 +75,6 @@ def gptq_codes(weight: Tensor, gram: Tensor, grid: Grid, damping: float) -> Tens
     Returns:
         (O, I) int8; None where the Gram matrix cannot be inverted, whatever the damping.
     """
-    assert grid.scheme.bits <= 8 and grid.scales.dtype is not FLOAT8
     order = gram.diagonal().argsort(descending=True, stable=True)
     inverse = inverse_factor(gram[order][:, order], damping)
     if inverse is None:
