@@ -54,9 +54,7 @@ def check(schemes: set[Scheme], key: str) -> None:
             rule = "GGUF holds zero_point * scale in float16, which would be rounded a second time"
             raise ConfigError(key, "gguf", rule, "set symmetric=true")
         if scheme.group_size is not None and scheme.group_size % _BLOCK:
-            rule = (
-                f"GGUF has a scale for every {_BLOCK} weights; {scheme.group_size} is no multiple"
-            )
+            rule = f"GGUF has a scale for every {_BLOCK} weights, not for {scheme.group_size}"
             raise ConfigError(key, "gguf", rule, f"set group_size={_BLOCK}")
 
 
@@ -84,8 +82,8 @@ def check_parent(parent: Path, layers: Collection[str], key: str) -> None:
         if value not in allowed:
             rule = f"llama.cpp's {config.model_type} has no {name}={value}"
             raise ConfigError(key, "gguf", rule, "use target=compressed_tensors")
-    widths = {"down_proj": config.intermediate_size, "o_proj": _head_dim(config)}
-    widths["o_proj"] *= config.num_attention_heads
+    heads = config.num_attention_heads * _head_dim(config)
+    widths = {"down_proj": config.intermediate_size, "o_proj": heads}
     for name in layers:
         kind = name.rpartition(".")[2]
         width = widths.get(kind, config.hidden_size)
