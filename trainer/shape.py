@@ -204,16 +204,15 @@ def _tokenizer_vocab_size(config: TrainerConfig) -> int:
 
 def _config_json(name: str, revision: str | None, key: str) -> dict[str, Any]:
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        path = folder / "config.json"
-    else:
-        from huggingface_hub import try_to_load_from_cache  # only for a name on the hub
-
-        cached = try_to_load_from_cache(name, "config.json", revision=revision)
-        path = Path(cached) if isinstance(cached, str) else folder / "config.json"
     try:
+        path = folder / "config.json"
+        if not folder.is_dir():
+            from huggingface_hub import try_to_load_from_cache  # only for a name on the hub
+
+            cached = try_to_load_from_cache(name, "config.json", revision=revision)
+            path = Path(cached) if isinstance(cached, str) else path
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError) as e:  # not there, no JSON, or no name of a repository
         rule = "has no config.json that can be read here"
         fix = "give a folder, or load the model once so that it is in the hub's cache"
         raise ConfigError(key, name, rule, fix) from e

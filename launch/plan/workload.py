@@ -102,12 +102,4 @@ def workload_of(config: TrainerConfig) -> Workload:
     replace(config, parallel=FsdpConfig()).check(1)
     assert config.total_steps is not None
     tokens_per_step = config.global_batch_size * config.data.max_seq_len
-    return Workload(config, _shape_of(config), config.total_steps, tokens_per_step)
-
-
-def _shape_of(config: TrainerConfig) -> ModelShape:
-    try:
-        return model_shape(config)
-    except ValueError as e:  # the hub's library, of what is neither a folder nor one of its names
-        fix = "give a folder with config.json, or the name of a model on the hub"
-        raise ConfigError("model.path", config.model.path, str(e), fix) from e
+    return Workload(config, model_shape(config), config.total_steps, tokens_per_step)
