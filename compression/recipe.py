@@ -316,6 +316,48 @@ class StructuredPruneConfig:
 
 
 @dataclass
+class QatConfig:
+    """Trains on with weights that are rounded in forward, towards the parent; then rounds them.
+
+    Attributes:
+        bits: Of a weight.
+        group_size: Consecutive inputs that share a scale; null: all of a row.
+        tokens: To train on.
+        lr: Largest learning rate.
+        global_batch_size: Samples of a step.
+        overrides: More words for the trainer.
+    """
+
+    bits: int = 4
+    group_size: int | None = 128
+    tokens: int = 2_000_000
+    lr: float = 2e-5
+    global_batch_size: int = 16
+    overrides: list[str] = field(default_factory=list)
+    quantizes: ClassVar[bool] = True
+
+    def rounding(self) -> RoundConfig:
+        """What the trained weights are rounded by, as they were in forward."""
+        return RoundConfig(bits=self.bits, group_size=self.group_size)
+
+    def scheme(self, key: str) -> Scheme:
+        """What a weight becomes."""
+        return self.rounding().scheme(key)
+
+    def training(self, scale_dtype: str = "bfloat16") -> HealConfig:
+        """How it is trained, for scales of that type."""
+        words = [f"fake_quant.bits={self.bits}", f"fake_quant.scale_dtype={scale_dtype}"]
+        if self.group_size is not None:
+            words.append(f"fake_quant.group_size={self.group_size}")
+        return HealConfig(self.tokens, self.lr, self.global_batch_size, [*words, *self.overrides])
+
+    def check(self, key: str) -> None:
+        """Raises ConfigError for numbers that cannot be."""
+        self.training().check(key)
+        self.scheme(key)
+
+
+@dataclass
 class AutoConfig:
     """Tries recipes on this machine and keeps the fastest that is good enough (target=cpu).
 
@@ -335,7 +377,7 @@ class AutoConfig:
 
 # Steps that work on a block after another, and those that need the whole model.
 BlockStep = RoundConfig | GptqConfig | AwqConfig | SmoothQuantConfig | MixedConfig | PruneConfig
-ModelStep = StructuredPruneConfig | HealConfig | AutoConfig
+ModelStep = StructuredPruneConfig | HealConfig | QatConfig | AutoConfig
 Step = BlockStep | ModelStep
 
 

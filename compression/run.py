@@ -31,10 +31,10 @@ from compression.artifact import (
     places,
     weight_bytes,
 )
-from compression.config import CompressionConfig, Target
+from compression.config import CompressionConfig, LayersConfig, Target
 from compression.evaluate import Quality, compare, final_hidden
 from compression.mixed import check_budget, shapes_of
-from compression.recipe import HealConfig, MixedConfig, StructuredPruneConfig
+from compression.recipe import HealConfig, MixedConfig, QatConfig, StructuredPruneConfig
 from compression.reload import ReloadError, logits_of, signal_to_noise_db
 from compression.report import plot_pareto, print_report
 from compression.result import Result
@@ -47,6 +47,7 @@ from compression.stream import BlockStream
 from compression.structured.prune import check as check_structured
 from compression.targets.packing import torch_runner
 from monitoring.environment import describe_environment
+from monitoring.errors import ConfigError
 from parallel.config import Dtype
 
 _RELOADED = 2  # samples that a packed artifact is compared on
@@ -149,8 +150,15 @@ def _check_layers(config: CompressionConfig, parent: Path) -> dict[str, int]:
     stream = BlockStream(parent)
     layers = choose_layers(stream, config.layers.include, config.layers.exclude)
     for name, step in config.recipe.items():
-        if isinstance(step, HealConfig):
+        if isinstance(step, HealConfig | QatConfig):
             data_config(config)  # there has to be some to train on
+        if isinstance(step, QatConfig):
+            if config.layers != LayersConfig():
+                rule = "training rounds every layer of the decoder blocks"
+                fix = "leave layers.include and layers.exclude alone"
+                raise ConfigError(f"recipe.{name}", "qat", rule, fix)
+            step = step.rounding()
+        if isinstance(step, HealConfig):
             continue
         if isinstance(step, StructuredPruneConfig):
             check_structured(parent, step, f"recipe.{name}")

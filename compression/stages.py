@@ -30,6 +30,7 @@ from compression.recipe import (
     MixedConfig,
     ModelStep,
     PruneConfig,
+    QatConfig,
     Step,
     StructuredPruneConfig,
 )
@@ -82,6 +83,11 @@ class Stages:
             ((name, step), *_) = steps.items()
             if isinstance(step, HealConfig):
                 model = self._heal(model, name, step, folder)
+            elif isinstance(step, QatConfig):
+                # Closer than bfloat16 is float32 to the float16 that gguf has.
+                is_bf16 = self._config.scale_dtype == "bfloat16"
+                training = step.training("bfloat16" if is_bf16 else "float32")
+                model = self._trained(model, training, folder)
             elif isinstance(step, StructuredPruneConfig):
                 model = self._prune(model, name, step, folder)
             else:
@@ -117,6 +123,20 @@ class Stages:
         with progress.bar("+".join(steps) or "writing") as advance:
             compress(model, methods, layers, calibration, result, advance, self._stop_requested)
         return result
+
+    def _trained(self, model: Path, step: HealConfig, folder: Path) -> Path:
+        """A model that was trained towards the parent."""
+        folder.mkdir(exist_ok=True)
+        return heal(
+            model,
+            self._parent,
+            step,
+            data_config(self._config),
+            self._has_zeros,
+            self._config.seed,
+            folder,
+            self._stop_requested,
+        )
 
     def _mixed(
         self, model: Path, name: str, step: MixedConfig, layers: Mapping[str, int]
@@ -162,18 +182,7 @@ class Stages:
 
     def _heal(self, model: Path, name: str, step: HealConfig, folder: Path) -> Path:
         """The healed model, or the one that was to be healed where that is the better."""
-        folder.mkdir(exist_ok=True)
-        data = data_config(self._config)
-        healed = heal(
-            model,
-            self._parent,
-            step,
-            data,
-            self._has_zeros,
-            self._config.seed,
-            folder,
-            self._stop_requested,
-        )
+        healed = self._trained(model, step, folder)
         found = {}
         for which, path in (("before", model), ("after", healed)):
             with (
@@ -201,7 +210,11 @@ def _stages(recipe: Mapping[str, Step]) -> Iterator[dict[str, Step]]:
     is_of_model = False
     for is_of_model, group in groupby(recipe.items(), lambda item: isinstance(item[1], ModelStep)):
         if is_of_model:
-            yield from ({name: step} for name, step in group)
+            for name, step in group:
+                yield {name: step}
+                if isinstance(step, QatConfig):  # the last: it quantizes
+                    yield {name: step.rounding()}
+                    return
         else:
             yield dict(group)
     if is_of_model:

@@ -103,7 +103,7 @@ register_schemas()
 composed = 0
 with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
     for file in sorted(CONFIG_DIR.glob("*/*.yaml")):
-        if file.parent.name == "launch":
+        if file.parent.name in ("launch", "recipe"):
             continue
         compose("trainer", [f"{file.parent.name}={file.stem}"])
         composed += 1

@@ -88,6 +88,7 @@ Keys (key=value), beside those of the groups:
   preemption.notice_file, preemption.cloud  stop when told: a file | auto, aws, gcp, azure
   anomaly.action             a loss that is no number, or leaps: stop | skip | rollback
   log.every_steps, evaluation.every_steps, hang_timeout_s
+  fake_quant.bits, .group_size  quantization-aware: weights are rounded in forward
   export.at_end, export.dtype
 
 Options:

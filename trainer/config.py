@@ -226,6 +226,31 @@ class CheckpointConfig:
 
 
 @dataclass
+class FakeQuantConfig:
+    """Weights of linear layers in decoder blocks are rounded in forward (trainer/fake_quant.py).
+
+    Attributes:
+        bits: Of a weight; null: nothing is rounded.
+        group_size: Consecutive inputs that share a scale; null: all of a row.
+        scale_dtype: In which the quantized model will hold scales.
+    """
+
+    bits: int | None = None
+    group_size: int | None = None
+    scale_dtype: Dtype = Dtype.bfloat16
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and not 2 <= self.bits <= 8:
+            raise ConfigError("fake_quant.bits", self.bits, "is not from 2 to 8", "use 4 or 8")
+        if self.group_size is not None and self.group_size < 1:
+            fix = "use 64, or null for a scale a row"
+            raise ConfigError("fake_quant.group_size", self.group_size, "must be above 0", fix)
+        if self.bits is None and self.group_size is not None:
+            rule = "has no effect without fake_quant.bits"
+            raise ConfigError("fake_quant.group_size", self.group_size, rule, "set bits, too")
+
+
+@dataclass
 class ExportConfig:
     """The Hugging Face folder.
 
@@ -276,6 +301,7 @@ class TrainerConfig:
     stop: StopConfig = field(default_factory=StopConfig)
     log: LogConfig = field(default_factory=LogConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    fake_quant: FakeQuantConfig = field(default_factory=FakeQuantConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
     anomaly: AnomalyConfig = field(default_factory=AnomalyConfig)

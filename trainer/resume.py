@@ -25,6 +25,7 @@ _MEANING = (
     "model.vocab_size",
     "model.config",
     "model.keep_zeros",
+    "fake_quant",
     "objective",
     "data.max_seq_len",
     "data.mask_documents",

@@ -22,6 +22,7 @@ from trainer.cpu import keep_freed_memory
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.tokenizer import vocab_size_of
 from trainer.export import export_checkpoint
+from trainer.fake_quant import prepare_fake_quant
 from trainer.heartbeat import Heartbeat
 from trainer.loop import TrainingLoop
 from trainer.memory import check_memory
@@ -75,6 +76,7 @@ def train_in(
     # 2. The model, on the meta device until its strategy knows where each part goes
     with world.together():
         model = build_meta_model(config.model, vocab_size_of(data.tokenizer))
+        prepare_fake_quant(model, config.fake_quant)
         module = config.objective.build(model, config.model, data.tokenizer_fingerprint)
     resolved = resolve(config)
     reporter = Reporter(config, resolved, data, model, world)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_killed_between_the_two_files_of_a_block(parent, tmp_path):
 
 
 _PEAK = """
-import resource, sys, torch
+import sys, torch
 from pathlib import Path
 from compression.layerwise import compress
 from compression.methods.pruning import Prune
@@ -75,22 +76,29 @@ from compression.recipe import Criterion, Pattern
 from compression.result import Result
 from compression.source import choose_layers
 from compression.stream import BlockStream
+
+def kib(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1])
+
 parent, folder = map(Path, sys.argv[1:])
 folder.mkdir()
 ids = torch.randint(300, (16, 256))
 layers = choose_layers(BlockStream(parent), ["*"], [])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 method = Prune(Criterion.wanda, 0.5, Pattern.two_of_four, 0.01)
+Path("/proc/self/clear_refs").write_text("5")  # what importing held at most does not count
+before = kib("VmRSS")
 compress(parent, {"x": method}, layers, ids,
          Result(folder, torch.bfloat16, torch.bfloat16), lambda done, total: None)
-print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(kib("VmHWM") - before)
 """
 
 
 @pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
 def test_memory_does_not_grow_with_depth(tmp_path):
-    """24 blocks of 12 MB against 4: the model grows by 240 MB, what is held by under a tenth."""
-    peaks = {}
+    """24 blocks of 14 MB against 4: the model grows by 280 MB, what is held by under a tenth."""
+    held = {}
     for depth in (4, 24):
         parent = tmp_path / f"parent-{depth}"
         sizes = dict(hidden_size=512, intermediate_size=1536, num_attention_heads=8)
@@ -101,6 +109,6 @@ def test_memory_does_not_grow_with_depth(tmp_path):
             text=True,
             check=True,
         )
-        before, peaks[depth] = map(int, done.stdout.split())
-        assert peaks[depth] - before > 10_000  # KiB: it is the compression that is measured
-    assert peaks[24] < 1.1 * peaks[4]
+        held[depth] = int(done.stdout)  # KiB
+    assert held[4] > 14_000  # a block, at least
+    assert held[24] < 1.1 * held[4]

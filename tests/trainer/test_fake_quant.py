@@ -1,0 +1,72 @@
+"""Weights that are rounded in forward, and learn to bear it."""
+
+import pytest
+import torch
+
+from compression.grid import fit_grid
+from compression.scheme import Scheme
+from monitoring.errors import ConfigError
+from trainer.config import FakeQuantConfig, NamedModelConfig
+from trainer.fake_quant import fake_quantize, prepare_fake_quant
+from trainer.model import build_meta_model
+
+LLAMA = NamedModelConfig(
+    model_type="llama",
+    config=dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4),
+)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("group_size", [None, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_it_rounds_as_the_compression_will(bits, group_size, dtype):
+    weight = torch.randn(6, 48, generator=torch.Generator().manual_seed(0))
+    grid = fit_grid(weight, Scheme(bits=bits, group_size=group_size), dtype)
+    wanted = grid.quantize(weight).dequantize()
+    torch.testing.assert_close(
+        fake_quantize(weight, bits, group_size, dtype), wanted, rtol=1e-6, atol=1e-6
+    )
+
+
+def test_the_gradient_passes_straight_through():
+    weight = torch.randn(4, 32, requires_grad=True)
+    x = torch.randn(3, 32)
+    (x @ fake_quantize(weight, 4, 16, torch.float32).T).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(4, 32))
+
+
+def test_layers_of_blocks_are_rounded_and_nothing_else():
+    model = build_meta_model(LLAMA, 300).to_empty(device="cpu")
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.model.rotary_emb.inv_freq.fill_(0.1)
+    names = list(model.state_dict())
+    ids = torch.randint(300, (1, 8))
+    plain = model(ids).logits
+    prepare_fake_quant(model, FakeQuantConfig(bits=4, group_size=16))
+    rounded = model(ids).logits
+    assert not torch.allclose(plain, rounded) and list(model.state_dict()) == names
+    for block in model.model.layers:
+        for layer in block.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.weight.data = fake_quantize(layer.weight, 4, 16, torch.bfloat16)
+                del layer.forward
+    torch.testing.assert_close(model(ids).logits, rounded, rtol=1e-4, atol=1e-4)
+
+
+def test_groups_that_do_not_divide_are_refused():
+    with pytest.raises(ConfigError, match="fake_quant.group_size=64: does not divide the 48"):
+        prepare_fake_quant(build_meta_model(LLAMA, 300), FakeQuantConfig(bits=4, group_size=64))
+    with pytest.raises(ConfigError, match="has no effect without fake_quant.bits"):
+        FakeQuantConfig(group_size=64)
+    with pytest.raises(ConfigError, match="fake_quant.bits=16"):
+        FakeQuantConfig(bits=16)
+
+
+def test_training_with_it_lowers_the_loss_and_is_told_apart(trainer, small, tmp_path):
+    words = [*small, f"run.dir={tmp_path / 'run'}", "fake_quant.bits=4"]
+    done = trainer(*words)
+    assert done.code == 0, done.err
+    done = trainer(*words, "fake_quant.bits=8", "stop.steps=100")
+    assert done.code == 2 and "fake_quant" in done.err
