@@ -25,7 +25,8 @@ _MEANING = (
     "model.vocab_size",
     "model.config",
     "model.keep_zeros",
-    "fake_quant",
+    "fake_quant.bits",
+    "fake_quant.group_size",
     "objective",
     "data.max_seq_len",
     "data.mask_documents",
@@ -139,7 +140,7 @@ def check_same_run(
     changes = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
-        if old == new:
+        if old == new or (key not in before and not new):  # unknown then, off now
             continue
         binding = key in bound or _within(key, _MEANING)
         if binding and not _within(key, config.allow_changes):

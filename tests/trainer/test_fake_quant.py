@@ -1,14 +1,22 @@
 """Weights that are rounded in forward, and learn to bear it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from compression.grid import fit_grid
 from compression.scheme import Scheme
 from monitoring.errors import ConfigError
-from trainer.config import FakeQuantConfig, NamedModelConfig
+from trainer.checkpoint import TrainerState
+from trainer.cli import CONFIG_DIR
+from trainer.config import FakeQuantConfig, NamedModelConfig, resolve
 from trainer.fake_quant import fake_quantize, prepare_fake_quant
 from trainer.model import build_meta_model
+from trainer.resume import check_same_run
+from trainer.schemas import register_schemas
 
 LLAMA = NamedModelConfig(
     model_type="llama",
@@ -70,3 +78,15 @@ def test_training_with_it_lowers_the_loss_and_is_told_apart(trainer, small, tmp_
     assert done.code == 0, done.err
     done = trainer(*words, "fake_quant.bits=8", "stop.steps=100")
     assert done.code == 2 and "fake_quant" in done.err
+
+
+def test_a_checkpoint_from_before_there_was_such_a_setting_goes_on():
+    register_schemas()
+    with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
+        config = OmegaConf.to_object(compose("trainer"))
+    now = TrainerState(9, 9, 9, 0.0, "data", "tokenizer", resolve(config))
+    older = {key: value for key, value in now.config.items() if key != "fake_quant"}
+    check_same_run(config, now, replace(now, config=older), lambda line: None)
+    rounded = now.config | {"fake_quant": {"bits": 4, "group_size": None}}
+    with pytest.raises(ConfigError, match="fake_quant.bits=null.*was trained with 4"):
+        check_same_run(config, now, replace(now, config=rounded), lambda line: None)
