@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from monitoring.errors import ConfigError
 from parallel.strategy import decoder_blocks
 from trainer.config import PathModelConfig
+from trainer.cpu import give_back_freed_memory
 from trainer.model import Materializer, build_meta_model
 
 Overwrite = Callable[[str, nn.Module], None]
@@ -84,6 +85,7 @@ class BlockStream:
     def release(self, index: int) -> None:
         """Forgets a block's weights; it is not read again."""
         self.blocks[index].to("meta")
+        give_back_freed_memory()
 
     def load_embedding(self) -> nn.Module:
         """Reads the input embedding."""

@@ -118,7 +118,7 @@ def test_trained_to_be_rounded(compress, trainer, text, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "prune", ["recipe.prune_wanda.sparsity=0.9", "recipe.prune_structured.params=0.5"]
+    "prune", [of("prune_wanda", sparsity=0.9), of("prune_structured", params="null", hidden=0.75)]
 )
 def test_pruned_healed_quantized_in_one_command(prune, compress, trainer, text, tmp_path):
     """On a model that has learnt its text: healing gives back at least half of what was lost."""
@@ -126,8 +126,8 @@ def test_pruned_healed_quantized_in_one_command(prune, compress, trainer, text, 
     small = [word for word in SMALL if not word.startswith("data.")]
     code, out, err = compress(
         f"run={tmp_path / 'run'}",
-        f"recipe=[{prune.split('.')[1]},heal,int8_weight_only]",
-        prune,
+        f"recipe=[{prune[0].split('.')[1]},heal,int8_weight_only]",
+        *prune,
         *HEAL,
         *small,
         "evaluation.speed=false",
@@ -144,5 +144,5 @@ def test_pruned_healed_quantized_in_one_command(prune, compress, trainer, text, 
     model = AutoModelForCausalLM.from_pretrained(artifact, dtype="auto")
     model(torch.tensor([[1]]))  # only now are its weights unpacked
     weight = model.model.layers[0].mlp.up_proj.weight
-    if "wanda" in prune:
+    if "wanda" in prune[0]:
         assert float((weight == 0).float().mean()) >= 0.89  # the zeros were kept
