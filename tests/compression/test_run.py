@@ -17,30 +17,32 @@ def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
 
+def packed(recipe, target, most_bits, *words, is_long=True):
+    marks = pytest.mark.long if is_long else ()
+    return pytest.param([f"recipe={recipe}", *words], target, most_bits, marks=marks)
+
+
 @pytest.mark.parametrize(
     ("words", "target", "most_bits"),
     [
-        (["recipe=int8_weight_only"], "compressed_tensors", 8.6),
-        (["recipe=int8_weight_only"], "torchao", 9.0),
-        (["recipe=int8_dynamic"], "torchao", 9.0),
-        (["recipe=int8_dynamic"], "compressed_tensors", 8.6),
-        (["recipe=w8a8_smoothquant"], "compressed_tensors", 8.6),
-        (["recipe=float8_dynamic"], "compressed_tensors", 8.6),
-        (
-            ["recipe=int4_weight_only", "recipe.int4_weight_only.group_size=32"],
+        packed("int8_weight_only", "compressed_tensors", 8.6),
+        packed("int8_weight_only", "torchao", 9.0, is_long=False),
+        packed("int8_dynamic", "torchao", 9.0),
+        packed("int8_dynamic", "compressed_tensors", 8.6, is_long=False),
+        packed("w8a8_smoothquant", "compressed_tensors", 8.6),
+        packed("float8_dynamic", "compressed_tensors", 8.6),
+        packed(
+            "int4_weight_only", "compressed_tensors", 4.8, "recipe.int4_weight_only.group_size=32"
+        ),
+        packed(
+            "int4_gptq",
             "compressed_tensors",
             4.8,
+            "recipe.int4_gptq.group_size=32",
+            is_long=False,
         ),
-        (
-            [
-                "recipe=int4_gptq",
-                "recipe.int4_gptq.group_size=32",
-            ],
-            "compressed_tensors",
-            4.8,
-        ),
-        (["recipe=int4_awq", "recipe.int4_awq.group_size=32"], "compressed_tensors", 4.8),
-        (["recipe=prune_sparsegpt"], "huggingface", 16.1),
+        packed("int4_awq", "compressed_tensors", 4.8, "recipe.int4_awq.group_size=32"),
+        packed("prune_sparsegpt", "huggingface", 16.1),
     ],
 )
 def test_an_artifact_computes_what_was_evaluated(
