@@ -78,8 +78,9 @@ def plot_pareto(folder: Path) -> Path | None:
     import matplotlib.pyplot as plt
 
     figure, ax = plt.subplots(figsize=(7, 4.5))
+    colors = plt.colormaps["tab20"].colors  # type: ignore[attr-defined]
     points = []
-    for path in files:
+    for number, path in enumerate(files):
         report = json.loads(path.read_text(encoding="utf-8"))
         kl = report["evaluation"]["kl_nats"]
         x, y = report["weight_bytes"] / 1e6, max(kl["mean"], 1e-6)
@@ -87,16 +88,23 @@ def plot_pareto(folder: Path) -> Path | None:
         high = y if kl["high"] is None else kl["high"]
         label = f"{report['recipe']} ({report['target']})"
         points.append((x, y))
-        ax.errorbar(x, y, yerr=[[max(y - low, 0)], [max(high - y, 0)]], marker="o", label=label)
+        ax.errorbar(
+            x,
+            y,
+            yerr=[[max(y - low, 0)], [max(high - y, 0)]],
+            marker="osD^v"[number // len(colors) % 5],
+            color=colors[number % len(colors)],
+            linestyle="none",
+            label=label,
+        )
     best = [p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)]
     ax.plot(*zip(*sorted(best), strict=True), linestyle=":", color="gray", zorder=0)
     ax.set_yscale("log")
     ax.set_xlabel("weights on disk, MB")
     ax.set_ylabel("KL to the parent, nats/token")
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
-    figure.tight_layout()
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0))
     out = folder / "pareto.png"
-    figure.savefig(out, dpi=120)
+    figure.savefig(out, dpi=120, bbox_inches="tight")
     plt.close(figure)
     return out
