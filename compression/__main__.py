@@ -64,14 +64,20 @@ def _run(tree: DictConfig) -> None:
     except (ConfigError, OmegaConfBaseException) as e:
         _refuse(e)  # here, since Hydra would print its overrides first
     from compression.auto import run_auto
+    from compression.report import plot_pareto
     from compression.run import run
 
+    sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+    if sweep and config.out is not None:  # each job of a sweep has a folder of its own
+        config.out += f"/{config.recipe_name}"
     try:
-        (run_auto if config.is_auto else run)(config, _stop_requested)
+        out = (run_auto if config.is_auto else run)(config, _stop_requested)
+        if sweep and out is not None:
+            plot_pareto(out)
     except SpotforgeError as e:
         print(e, file=sys.stderr)
         sys.exit(e.exit_code)
-    if HydraConfig.get().mode is not RunMode.MULTIRUN:
+    if not sweep:
         sys.exit(ExitCode.FINISHED)
 
 

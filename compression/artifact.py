@@ -38,7 +38,7 @@ def places(config: CompressionConfig) -> tuple[Path, Path]:
             raise ConfigError("run", config.parent.run, "has no export", fix)
     else:
         parent, out = Path(config.parent.model or "").expanduser(), recipe
-        if not parent.is_dir():
+        if not config.parent.model or not parent.is_dir():
             fix = "give a Hugging Face folder on this machine"
             raise ConfigError("model", config.parent.model, "there is no such folder", fix)
     if config.out is not None:
@@ -46,8 +46,13 @@ def places(config: CompressionConfig) -> tuple[Path, Path]:
     return parent.absolute(), out.absolute()
 
 
-def check_replaceable(out: Path) -> None:
-    """Raises ConfigError where `out` holds what no compression has left there."""
+def check_replaceable(out: Path, recipe: str | None) -> None:
+    """Raises ConfigError where `out` holds what this recipe has not left there.
+
+    Args:
+        out: Folder for artifacts.
+        recipe: Name of the recipe; None: any.
+    """
     if not out.exists():
         return
     if not out.is_dir():
@@ -58,6 +63,9 @@ def check_replaceable(out: Path) -> None:
         if not (path / REPORT).is_file():
             rule = f"holds {path.name}, which is of no compression"
             raise ConfigError("out", out, rule, "choose an empty folder")
+        found = read_report(path)["recipe"]
+        if recipe is not None and found != recipe:
+            raise ConfigError("out", out, f"holds what {found} left", "choose another folder")
 
 
 def claim(work: Path, made_from: dict[str, Any]) -> None:
@@ -66,8 +74,12 @@ def claim(work: Path, made_from: dict[str, Any]) -> None:
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    path.write_text(text)
+    try:
+        work.mkdir(parents=True)
+        path.write_text(text)
+    except OSError as e:
+        fix = "choose a folder that can be written"
+        raise ConfigError("out", work.parent, e.strerror or str(e), fix) from e
 
 
 def weight_bytes(folder: Path) -> int:

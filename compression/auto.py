@@ -21,6 +21,7 @@ from compression.recipe import AutoConfig, GptqConfig, RoundConfig, Step
 from compression.run import run
 from compression.source import choose_layers
 from compression.stream import BlockStream
+from compression.targets.openvino_program import PYTHON
 from monitoring.errors import ConfigError
 
 _GROUP_SIZES = (128, 64, 32)
@@ -55,8 +56,9 @@ def run_auto(config: CompressionConfig, stop_requested: Callable[[], bool]) -> P
     """
     step: AutoConfig = config.recipe["auto"]
     config.check()
+    assert not config.targets  # else it is refused there
     parent, out = places(config)
-    check_replaceable(out)
+    check_replaceable(out, None)
     tried = []
     for candidate in _candidates(config, parent):
         place = out / CANDIDATES / f"{candidate.name}-{candidate.target.value}"
@@ -110,7 +112,7 @@ def _try(
         try:
             run(of_candidate, stop_requested)
         except ConfigError as e:
-            if e.key != "target" and not e.key.startswith("target="):
+            if e.key not in ("target", PYTHON):
                 raise  # of the parent or the data: it would be the same for all
             return _Tried(candidate, None, str(e))
     return _Tried(candidate, read_report(artifact), "")

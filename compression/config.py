@@ -124,13 +124,20 @@ class CompressionConfig:
         return any(isinstance(step, AutoConfig) for step in self.recipe.values())
 
     @property
+    def needs_data(self) -> bool:
+        """Whether any step looks at what flows through the model."""
+        return any(step.needs_data for step in self.recipe.values())
+
+    @property
     def recipe_name(self) -> str:
         """As `prune_wanda+int4_gptq`."""
         return "+".join(self.recipe)
 
     @property
     def targets(self) -> list[Target]:
-        """The packings that are wanted, each once."""
+        """The packings that are wanted, each once; none for recipe=auto, which chooses."""
+        if self.target is None and self.is_auto:
+            return []
         if self.target is None:
             is_dense = not any(step.quantizes for step in self.recipe.values())
             return [Target.huggingface if is_dense else Target.compressed_tensors]
@@ -168,13 +175,11 @@ class CompressionConfig:
             "evaluation.new_tokens": self.evaluation.new_tokens,
             "evaluation.rounds": self.evaluation.rounds,
         }
+        if self.data is not None:
+            positive["data.max_seq_len"] = self.data.max_seq_len
         for key, value in positive.items():
             if value < 1:
                 raise ConfigError(key, value, "must be above 0", "give a positive number")
-        if self.scale_dtype == "float16" and len(self.targets) > 1 and self.dtype is Dtype.bfloat16:
-            rule = "gguf has scales in float16, the others in bfloat16: one would round them again"
-            fix = "set dtype=float32, or leave gguf to a command of its own"
-            raise ConfigError("target", ",".join(t.value for t in self.targets), rule, fix)
         if self.seed < 0:
             raise ConfigError("seed", self.seed, "must not be below 0", "use 0")
         steps: list[tuple[str, Step]] = list(self.recipe.items())

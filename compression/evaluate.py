@@ -41,8 +41,9 @@ class Interval:
 
     def exp(self) -> Interval:
         """Of the exponential."""
-        low, high = math.exp(self.low), math.exp(min(self.high, 700.0))
-        return Interval(math.exp(self.mean), low, high)
+        if not math.isfinite(self.high):
+            return Interval(math.exp(self.mean), self.low, self.high)
+        return Interval(*(math.exp(min(x, 700.0)) for x in (self.mean, self.low, self.high)))
 
     def describe(self) -> dict[str, float | None]:
         """JSON types only; null where one sample says nothing of the scatter."""

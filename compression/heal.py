@@ -6,6 +6,7 @@ than a model was trained on can do harm.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import signal
@@ -21,6 +22,7 @@ from monitoring.errors import ExitCode, Interrupted, SpotforgeError
 from trainer.data.config import DataConfig, MixtureDataConfig
 
 _POLL_S = 0.5
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 def heal(
@@ -85,7 +87,7 @@ def heal(
 
 def _run(command: list[str], stop_requested: Callable[[], bool]) -> int:
     """Runs the trainer to its end, and tells it to stop when this process is told."""
-    with subprocess.Popen(command) as trainer:
+    with subprocess.Popen(command, preexec_fn=_die_with_parent) as trainer:
         told = False
         while True:
             try:
@@ -94,6 +96,12 @@ def _run(command: list[str], stop_requested: Callable[[], bool]) -> int:
                 if stop_requested() and not told:
                     told = True
                     trainer.send_signal(signal.SIGTERM)
+
+
+def _die_with_parent() -> None:
+    """Has Linux kill this process when its parent is killed: it would hold the run's lock."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _write_data_option(folder: Path, data: DataConfig) -> None:

@@ -141,7 +141,7 @@ def choose_schemes(
         setting, value, unit = "budget_bits", step.budget_bits, num_weights / 8
     assert value is not None
     left = value * unit - size(every, low)
-    if left < 0:
+    if not left >= 0:  # NaN, too
         least = size(every, low) / unit
         rule = f"{step.bits} bits everywhere, with their scales, take {least:.4g}"
         raise ConfigError(f"{key}.{setting}", value, rule, "raise it, or lower bits")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -66,6 +67,7 @@ class StepConfig:
     group_size: int | None = None
     symmetric: bool = True
     quantizes: ClassVar[bool] = True
+    needs_data: ClassVar[bool] = True
 
     def scheme(self, key: str) -> Scheme:
         """What a weight becomes.
@@ -89,6 +91,7 @@ class RoundConfig(StepConfig):
 
     number: Number = Number.int
     activation: Activation = Activation.none
+    needs_data: ClassVar[bool] = False
 
     def scheme(self, key: str) -> Scheme:
         scheme = Scheme(self.number, self.bits, self.group_size, self.symmetric, self.activation)
@@ -223,6 +226,11 @@ class PruneConfig:
     damping: float = 0.01
     quantizes: ClassVar[bool] = False
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at inputs."""
+        return self.criterion is not Criterion.magnitude
+
     def build(self, key: str) -> Method:
         """The method."""
         from compression.methods.pruning import Prune
@@ -253,12 +261,13 @@ class HealConfig:
     global_batch_size: int = 16
     overrides: list[str] = field(default_factory=list)
     quantizes: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = False  # it trains
 
     def check(self, key: str) -> None:
         """Raises ConfigError for numbers that cannot be."""
         for name in ("tokens", "lr", "global_batch_size"):
-            if not getattr(self, name) > 0:
-                rule = "must be above 0"
+            if not 0 < getattr(self, name) < math.inf:
+                rule = "must be above 0, and a number"
                 raise ConfigError(f"{key}.{name}", getattr(self, name), rule, "give more")
 
 
@@ -290,6 +299,7 @@ class StructuredPruneConfig:
     refit: bool = True
     damping: float = 0.3
     quantizes: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = True
 
     def check(self, key: str) -> None:
         """Raises ConfigError for settings that no model can be pruned by.
@@ -336,6 +346,7 @@ class QatConfig:
     global_batch_size: int = 16
     overrides: list[str] = field(default_factory=list)
     quantizes: ClassVar[bool] = True
+    needs_data: ClassVar[bool] = False  # it trains
 
     def rounding(self) -> RoundConfig:
         """What the trained weights are rounded by, as they were in forward."""
@@ -368,6 +379,7 @@ class AutoConfig:
 
     max_perplexity_ratio: float = 1.02
     quantizes: ClassVar[bool] = True
+    needs_data: ClassVar[bool] = True
 
     def check(self, key: str) -> None:
         """Raises ConfigError for a ratio that cannot be."""

@@ -65,14 +65,21 @@ def _interval(described: dict[str, float | None], pattern: str) -> str:
     return text
 
 
-def plot_pareto(folder: Path) -> Path | None:
-    """Draws all compressions below a folder: KL over bytes on disk; None where there is but one.
+def plot_pareto(out: Path) -> Path | None:
+    """Draws a compression and its neighbours: KL over bytes on disk.
 
     Args:
-        folder: `compressed/`, with a folder a recipe.
+        out: Folder of one, with a folder a target. Those beside it that are of the same parent, and
+            were compared with it on the same text, are drawn, too.
+
+    Returns:
+        The plot, beside `out`; None where there is but one.
     """
+    folder = out.parent
+    ours, *_ = sorted(out.glob("*/compression.json"))
     files = sorted(folder.glob("*/*/compression.json"))
-    if len(files) < 2:
+    reports = [report for report in map(_read, files) if _basis(report) == _basis(_read(ours))]
+    if len(reports) < 2:
         return None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -80,8 +87,7 @@ def plot_pareto(folder: Path) -> Path | None:
     figure, ax = plt.subplots(figsize=(7, 4.5))
     colors = plt.colormaps["tab20"].colors  # type: ignore[attr-defined]
     points = []
-    for number, path in enumerate(files):
-        report = json.loads(path.read_text(encoding="utf-8"))
+    for number, report in enumerate(reports):
         kl = report["evaluation"]["kl_nats"]
         x, y = report["weight_bytes"] / 1e6, max(kl["mean"], 1e-6)
         low = y if kl["low"] is None else max(kl["low"], 1e-7)
@@ -108,3 +114,13 @@ def plot_pareto(folder: Path) -> Path | None:
     figure.savefig(out, dpi=120, bbox_inches="tight")
     plt.close(figure)
     return out
+
+
+def _read(path: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return report
+
+
+def _basis(report: dict[str, Any]) -> tuple[object, object]:
+    """What two compressions must share to be compared: parent and text."""
+    return report["made_from"]["parent"], report["evaluation"]["data_digest"]

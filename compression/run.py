@@ -36,7 +36,7 @@ from compression.evaluate import Quality, compare, final_hidden
 from compression.mixed import check_budget, shapes_of
 from compression.recipe import HealConfig, MixedConfig, QatConfig, StructuredPruneConfig
 from compression.reload import ReloadError, logits_of, signal_to_noise_db
-from compression.report import plot_pareto, print_report
+from compression.report import print_report
 from compression.result import Result
 from compression.samples import Samples, data_config, draw_samples
 from compression.scheme import Scheme
@@ -47,7 +47,7 @@ from compression.stream import BlockStream
 from compression.structured.prune import check as check_structured
 from compression.targets.packing import torch_runner
 from monitoring.environment import describe_environment
-from monitoring.errors import ConfigError
+from monitoring.errors import ConfigError, Interrupted
 from parallel.config import Dtype
 
 _RELOADED = 2  # samples that a packed artifact is compared on
@@ -91,7 +91,8 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
     source = Source.open(parent)
     layers = _check_layers(config, parent)
     packers = _packers(config, parent, layers)
-    check_replaceable(out)
+    check_replaceable(out, config.recipe_name)
+    _check_lengths(config, parent)
     samples = draw_samples(config, parent, stop_requested)
 
     # 2. Stage by stage, block by block; a stopped compression finds what is done in its work folder
@@ -100,13 +101,17 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
     claim(work, made_from)
     stages = Stages(config, parent, samples, work, stop_requested)
     began = time.process_time()
-    model, result = stages.run()
+    try:
+        model, result = stages.run()
+    except ConfigError:  # weights that are no numbers, say: there is nothing to go on with
+        _forget(work)
+        raise
     cpu_s = time.process_time() - began
 
     with tempfile.TemporaryDirectory(dir=work) as name:
         scratch = Path(name)
         # 3. What is left of the parent
-        evaluated = _evaluate(parent, model, result, samples.evaluation, scratch)
+        evaluated = _evaluate(parent, model, result, samples.evaluation, scratch, stop_requested)
         report = {
             "format_version": 1,
             "recipe": config.recipe_name,
@@ -141,8 +146,25 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
             artifact.rename(place)
             print_report(place, described)
     shutil.rmtree(work)
-    plot_pareto(out.parent)
     return out
+
+
+def _forget(work: Path) -> None:
+    """Leaves nothing half-written."""
+    shutil.rmtree(work)
+    if not any(work.parent.iterdir()):
+        work.parent.rmdir()
+
+
+def _check_lengths(config: CompressionConfig, parent: Path) -> None:
+    """Refuses to time more tokens than the model has positions for."""
+    described = json.loads((parent / "config.json").read_text(encoding="utf-8"))
+    longest = described.get("max_position_embeddings")
+    settings = config.evaluation
+    wanted = settings.prompt_tokens + settings.new_tokens
+    if settings.speed and longest is not None and wanted > longest:
+        rule = f"with evaluation.new_tokens that is {wanted}; the model has {longest} positions"
+        raise ConfigError("evaluation.prompt_tokens", settings.prompt_tokens, rule, "use fewer")
 
 
 def _check_layers(config: CompressionConfig, parent: Path) -> dict[str, int]:
@@ -219,14 +241,25 @@ class _Evaluated:
 
 
 def _evaluate(
-    parent: Path, model: Path, result: Result, input_ids: Tensor, scratch: Path
+    parent: Path,
+    model: Path,
+    result: Result,
+    input_ids: Tensor,
+    scratch: Path,
+    stop_requested: Callable[[], bool],
 ) -> _Evaluated:
     streams = {"parent": BlockStream(parent), "child": BlockStream(model, result.put_into)}
     hidden = {}
     for name, stream in streams.items():
         folder = scratch / f"hidden-{name}"
         folder.mkdir()
-        with progress.bar(f"evaluating the {name}") as advance:
+        with progress.bar(f"evaluating the {name}") as shown:
+
+            def advance(done: int, total: int, shown: progress.Advance = shown) -> None:
+                shown(done, total)
+                if stop_requested():
+                    raise Interrupted("stopped while evaluating; the same command goes on")
+
             hidden[name] = final_hidden(stream, input_ids, folder, advance)
     quality = compare(
         streams["parent"], hidden["parent"], streams["child"], hidden["child"], input_ids

@@ -157,7 +157,7 @@ def _calibration(
 
 
 def _check_tokens(config: CompressionConfig, num_samples: int, max_seq_len: int) -> None:
-    if num_samples * max_seq_len < config.calibration.min_tokens:
+    if config.needs_data and num_samples * max_seq_len < config.calibration.min_tokens:
         raise ConfigError(
             "calibration.min_tokens",
             config.calibration.min_tokens,

@@ -55,6 +55,11 @@ class Source:
             method = quantization.get("quant_method", "unknown")
             fix = "compress the model that it was made from"
             raise ConfigError("model", folder, f"is quantized already ({method})", fix)
+        if not any(folder.glob("*.safetensors")):
+            packed = next(folder.glob("*.gguf"), None) or next(folder.glob("openvino*"), None)
+            rule = "has no safetensors" if packed is None else f"is packed already ({packed.name})"
+            fix = "save the model as safetensors" if packed is None else "compress its parent"
+            raise ConfigError("model", folder, rule, fix)
         files = [p for pattern in (*_WEIGHTS, "config.json") for p in folder.glob(pattern)]
         digests = {path.name: sha256_of(path) for path in sorted(files)}
         lineage = None
@@ -93,6 +98,8 @@ def choose_layers(stream: BlockStream, include: list[str], exclude: list[str]) -
     if not found:
         rule = f"{type(stream.model).__name__} has no linear layers in its decoder blocks"
         raise ConfigError("model", stream.model.config.model_type, rule, "choose another model")
+    if not include:
+        raise ConfigError("layers.include", "[]", "chooses no layer", "use ['*']")
     for key, patterns in (("layers.include", include), ("layers.exclude", exclude)):
         for pattern in patterns:
             if not fnmatch.filter(found, pattern):

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import cached_file, logging
 
-from monitoring.errors import ConfigError
+from monitoring.errors import ConfigError, DamagedError
 from parallel.strategy import decoder_blocks
 from trainer.config import NamedModelConfig, PathModelConfig
 
@@ -286,8 +286,12 @@ def _weight_files(config: PathModelConfig) -> dict[str, str]:
             f"has neither {_SINGLE} nor {_INDEX}",
             "save the model as safetensors, or use model=config for random weights",
         )
-    with safe_open(single, framework="pt") as f:
-        return dict.fromkeys(f.keys(), single)
+    try:
+        with safe_open(single, framework="pt") as f:
+            return dict.fromkeys(f.keys(), single)
+    except SafetensorError as e:
+        rule = f"{_SINGLE} cannot be read: {_first_line(e)}"
+        raise DamagedError("model.path", config.path, rule, "download or export it again") from e
 
 
 def _children_first(module: nn.Module) -> list[nn.Module]:

@@ -36,7 +36,7 @@ def check(schemes: set[Scheme], key: str) -> None:
         if scheme.bits not in (4, 8):
             rule = f"an IR holds 4 or 8 bits, not {scheme.bits}"
             raise ConfigError(key, "openvino", rule, "set bits=4 or bits=8")
-    OpenVino(key="target=openvino").versions()
+    OpenVino().versions()
 
 
 def pack(result: Result, source: Path, out: Path) -> None:

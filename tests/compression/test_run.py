@@ -142,6 +142,10 @@ def test_several_recipes_make_a_plot(compress, parent, tmp_path):
     code, _, err = compress(*words, "--multirun")
     assert code == 0, err
     assert (tmp_path / "compressed/pareto.png").stat().st_size > 10_000
+    code, _, err = compress(*words, "out=x", "--multirun")
+    assert code == 0, err
+    found = {path.parent.parent.name for path in (tmp_path / "x").glob("*/*/compression.json")}
+    assert found == {"int8_weight_only", "prune_wanda"}
 
 
 def test_an_artifact_that_computes_something_else_is_not_kept(
@@ -185,6 +189,20 @@ def test_an_artifact_that_computes_something_else_is_not_kept(
         (["model=PARENT", "calibration.num_samples=0"], "calibration.num_samples=0"),
         (["model=PARENT", "seed=-1"], "seed=-1"),
         (["model=PARENT", "foo=1"], "foo"),
+        (["model="], "there is no such folder"),
+        (["model=PARENT", "data.max_seq_len=0"], "data.max_seq_len=0: must be above 0"),
+        (["model=PARENT", "evaluation.prompt_tokens=999"], "the model has 256 positions"),
+        (["model=PARENT", "layers.include=[]"], "layers.include=[]: chooses no layer"),
+        (["model=PARENT", "recipe=[prune_wanda,heal]", "recipe.heal.lr=inf"], "recipe.heal.lr=inf"),
+        (
+            [
+                "model=PARENT",
+                "recipe=mixed",
+                "recipe.mixed.group_size=32",
+                "recipe.mixed.budget_bits=nan",
+            ],
+            "recipe.mixed.budget_bits=nan",
+        ),
         (["model=PARENT", "data.path=/nope"], "/nope"),
     ],
 )
@@ -208,7 +226,37 @@ def test_weights_that_are_no_numbers_are_refused(compress, tmp_path):
     model.save_pretrained(tmp_path / "broken")
     code, _, err = compress(f"model={tmp_path / 'broken'}", "out=x")
     assert code == 2 and "layers.1.mlp.up_proj.weight is NaN" in err
-    assert not (tmp_path / "x" / "compressed_tensors").exists()
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_file_that_was_cut_off_is_refused(compress, tmp_path):
+    save_model(tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, _, err = compress(f"model={tmp_path / 'cut'}", "out=x")
+    assert code == 2 and err.count("\n") == 1 and "model.safetensors cannot be read" in err
+
+
+def test_a_place_that_cannot_be_written_is_refused(compress, parent, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    code, _, err = compress(f"model={parent}", "out=file/x")
+    assert code == 2 and "choose a folder that can be written" in err
+
+
+def test_what_another_recipe_left_is_not_replaced(compress, parent, tmp_path):
+    assert compress(f"model={parent}", "evaluation.speed=false", "out=x")[0] == 0
+    assert compress(f"model={parent}", "evaluation.speed=false", "out=x")[0] == 0
+    code, _, err = compress(f"model={parent}", "recipe=prune_wanda", "out=x")
+    assert code == 2 and "holds what int8_weight_only left" in err
+
+
+def test_a_stop_is_heard_while_models_are_compared(compress, parent, tmp_path, monkeypatch):
+    done = tmp_path / "x/.work/result/rest.safetensors"
+    monkeypatch.setattr("compression.__main__._stop_requested", done.exists)
+    code, _, err = compress(f"model={parent}", "evaluation.speed=false", "out=x")
+    assert code == 33 and "stopped while evaluating" in err
+    monkeypatch.setattr("compression.__main__._stop_requested", lambda: False)
+    assert compress(f"model={parent}", "evaluation.speed=false", "out=x")[0] == 0
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(compress, parent, tmp_path):
