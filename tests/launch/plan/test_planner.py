@@ -275,8 +275,14 @@ def test_json_and_table_hold_the_same_ranking():
         (["launch.mfu=1e-300"], "launch.mfu=1e-300: is a share, from 0.001"),
         (["launch.wait_minutes=1e300"], "launch.wait_minutes=1e+300: must be from 0 to"),
         (["launch.deadline=99999999999d"], "launch.deadline=99999999999d: is a time"),
-        (["model=pretrained", "model.path=path/to/model"], "model.path=path/to/model: Repo id"),
-        (["model=pretrained", "model.path=/etc/passwd"], "model.path=/etc/passwd: Repo id"),
+        (
+            ["model=pretrained", "model.path=path/to/model"],
+            "model.path=path/to/model: has no config.json",
+        ),
+        (
+            ["model=pretrained", "model.path=/etc/passwd"],
+            "model.path=/etc/passwd: has no config.json",
+        ),
         (["--today", "soon"], "'soon' is no date"),
         (["modle=tiny"], "modle: no such key"),
     ],
