@@ -180,6 +180,10 @@ class CompressionConfig:
         for key, value in positive.items():
             if value < 1:
                 raise ConfigError(key, value, "must be above 0", "give a positive number")
+        if self.scale_dtype == "float16" and len(self.targets) > 1 and self.dtype is Dtype.bfloat16:
+            rule = "gguf has scales in float16, the others in bfloat16: one would round them again"
+            fix = "set dtype=float32, or leave gguf to a command of its own"
+            raise ConfigError("target", ",".join(t.value for t in self.targets), rule, fix)
         if self.seed < 0:
             raise ConfigError("seed", self.seed, "must not be below 0", "use 0")
         steps: list[tuple[str, Step]] = list(self.recipe.items())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from monitoring.errors import ConfigError
 from parallel.strategy import decoder_blocks
 from trainer.config import PathModelConfig
-from trainer.cpu import give_back_freed_memory
+from trainer.cpu import return_freed_memory
 from trainer.model import Materializer, build_meta_model
 
 Overwrite = Callable[[str, nn.Module], None]
@@ -44,6 +44,7 @@ class BlockStream:
     """
 
     def __init__(self, folder: Path, overwrite: Overwrite = lambda name, part: None) -> None:
+        return_freed_memory()
         config = PathModelConfig(path=str(folder), attn_implementation=None)
         self.model: Any = build_meta_model(config, tokenizer_size=1).eval()
         self.blocks = decoder_blocks(self.model)
@@ -85,7 +86,6 @@ class BlockStream:
     def release(self, index: int) -> None:
         """Forgets a block's weights; it is not read again."""
         self.blocks[index].to("meta")
-        give_back_freed_memory()
 
     def load_embedding(self) -> nn.Module:
         """Reads the input embedding."""

@@ -5,6 +5,7 @@ import sys
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 _M_MMAP_MAX = -4
 
 
@@ -23,14 +24,15 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def give_back_freed_memory() -> None:
-    """Returns to the kernel what is freed between parts of memory that are still held.
+def return_freed_memory() -> None:
+    """Has malloc return what is freed to the kernel at once, from 64 KiB on.
 
-    Where a model goes through memory a part at a time, what each leaves in between adds up. Does
-    nothing where the C library is not glibc.
+    Where a model goes through memory a part at a time, what glibc keeps of each in between adds up:
+    by itself it maps large blocks less and less often. Does nothing where the C library is not
+    glibc.
     """
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
-        libc.malloc_trim(0)
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**16)
