@@ -137,6 +137,7 @@ def test_a_run_brings_its_export_and_its_data(compress, parent, text, tmp_path):
     assert "same greedy token" in out
 
 
+@pytest.mark.long
 def test_several_recipes_make_a_plot(compress, parent, tmp_path):
     words = (f"model={parent}", "evaluation.speed=false", "recipe=int8_weight_only,prune_wanda")
     code, _, err = compress(*words, "--multirun")
@@ -243,6 +244,7 @@ def test_a_place_that_cannot_be_written_is_refused(compress, parent, tmp_path):
     assert code == 2 and "choose a folder that can be written" in err
 
 
+@pytest.mark.long
 def test_what_another_recipe_left_is_not_replaced(compress, parent, tmp_path):
     assert compress(f"model={parent}", "evaluation.speed=false", "out=x")[0] == 0
     assert compress(f"model={parent}", "evaluation.speed=false", "out=x")[0] == 0

@@ -206,6 +206,7 @@ def test_the_command(corpus, tmp_path, monkeypatch):
         f"data.path={corpus}",
         "data.max_seq_len=32",
         "evaluation.num_samples=2",
+        "evaluation.prompt_tokens=16",
     ]
     monkeypatch.setattr(sys, "argv", ["compression", *words])
     with pytest.raises(SystemExit) as ended:
