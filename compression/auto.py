@@ -64,7 +64,8 @@ def run_auto(config: CompressionConfig, stop_requested: Callable[[], bool]) -> P
         place = out / CANDIDATES / f"{candidate.name}-{candidate.target.value}"
         tried.append(_try(config, candidate, place, stop_requested))
     good = [t for t in tried if t.report is not None and not _why_not(t.report, step)]
-    best = max(good, key=lambda t: _speed(t, "child"), default=None)
+    # By what it is over the parent, which was timed in turn with it: the machine may be noisy.
+    best = max(good, key=lambda t: _speed(t, "child") / _speed(t, "parent"), default=None)
     _show(tried, step, best)
     kept = None
     if best is not None:
