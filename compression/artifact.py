@@ -20,6 +20,19 @@ AUTO = "auto.json"
 _WEIGHTS = ("*.safetensors", "*.gguf", "openvino_model.bin")
 
 
+def find_run(name: str) -> Path:
+    """A run directory, by its path or by its name under `runs/`.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    given = Path(name).expanduser()
+    for path in (given, Path("runs") / given):
+        if (path / "config.yaml").is_file():
+            return path
+    raise ConfigError("run", name, "is no run directory", "give runs/<name>")
+
+
 def places(config: CompressionConfig) -> tuple[Path, Path]:
     """Folder of the parent, and folder for what is made of it.
 
@@ -28,13 +41,10 @@ def places(config: CompressionConfig) -> tuple[Path, Path]:
     """
     recipe = Path("compressed") / config.recipe_name
     if config.parent.run is not None:
-        given = Path(config.parent.run).expanduser()
-        runs = [path for path in (given, Path("runs") / given) if (path / "config.yaml").is_file()]
-        if not runs:
-            raise ConfigError("run", config.parent.run, "is no run directory", "give runs/<name>")
-        parent, out = runs[0] / "export", runs[0] / recipe
+        run = find_run(config.parent.run)
+        parent, out = run / "export", run / recipe
         if not parent.is_dir():
-            fix = f"run python -m trainer.export run={runs[0]}"
+            fix = f"run python -m trainer.export run={run}"
             raise ConfigError("run", config.parent.run, "has no export", fix)
     else:
         parent, out = Path(config.parent.model or "").expanduser(), recipe

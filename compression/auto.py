@@ -73,7 +73,7 @@ def run_auto(config: CompressionConfig, stop_requested: Callable[[], bool]) -> P
         shutil.rmtree(kept, ignore_errors=True)
         name = f"{best.candidate.name}-{best.candidate.target.value}"
         (out / CANDIDATES / name / best.candidate.target.value).rename(kept)
-    (kept or out).mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     found = [{**_named(t), "why_not": _why(t, step), "report": t.report} for t in tried]
     told = {"picked": None if best is None else _named(best), "candidates": found}
     (out / AUTO).write_text(json.dumps(told, indent=1) + "\n")

@@ -16,6 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from compression.artifact import find_run
 from compression.config import CompressionConfig
 from compression.generated import generate_samples
 from monitoring.errors import ConfigError
@@ -103,7 +104,7 @@ def data_config(config: CompressionConfig) -> DataConfig:
     if config.parent.run is None:
         rule = "there is no text to train on"
         raise ConfigError("data", "null", rule, "give data=text data.path=notes.txt, or the like")
-    saved: Any = OmegaConf.load(Path(config.parent.run).expanduser() / "config.yaml")
+    saved: Any = OmegaConf.load(find_run(config.parent.run) / "config.yaml")
     schema = MixtureDataConfig if "sources" in saved.data else SingleDataConfig
     found: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), saved.data))
     # The tokenizer is the export's own, however it was come by.

@@ -135,6 +135,9 @@ def test_a_run_brings_its_export_and_its_data(compress, parent, text, tmp_path):
     assert code == 0, err
     assert (run / "compressed/int8_weight_only/compressed_tensors/config.json").is_file()
     assert "same greedy token" in out
+    words = ["run=small", *small, "evaluation.speed=false"]
+    code, _, err = compress(*words, data=False)  # by its name, and again
+    assert code == 0, err
 
 
 @pytest.mark.long
