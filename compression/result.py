@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +116,16 @@ class Result:
                 elif not name.endswith((_SCALES, _ZERO_POINTS)):
                     yield name, file.get_tensor(name)
 
+    @cached_property
+    def _file_of(self) -> dict[str, Path]:
+        """Of each weight, once all are written."""
+        return {name: path for path in self.files() for name in _stored(path)}
+
     def put_into(self, name: str, part: nn.Module) -> None:
         """Gives a part of the dense model the weights of this one, and rounds what it is given."""
         parameters = {f"{name}.{local}": p for local, p in part.named_parameters()}
         modules = {f"{name}.{local}" if local else name: m for local, m in part.named_modules()}
-        for path in self.files():
-            if not parameters.keys() & _stored(path):
-                continue
+        for path in sorted({self._file_of[n] for n in parameters if n in self._file_of}):
             for weight, value in self.read(path):
                 if weight not in parameters:
                     continue
