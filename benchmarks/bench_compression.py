@@ -104,11 +104,9 @@ def main() -> None:
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "text").mkdir()
-        for path in options.text:
-            shutil.copy(path, folder / "text" / f"{path.name}.txt")
+        copy_text(options.text, folder)
         for row, words in recipes(options.group_size).items():
-            rows[row] = _one(options, folder, words)
+            rows[row] = measure(options, folder, words)
             RESULT.write_text(json.dumps(result, indent=1) + "\n")
             print(table({row: rows[row]}).splitlines()[-1], flush=True)
     found = {name: row["child_perplexity"] for name, row in rows.items()}
@@ -118,7 +116,15 @@ def main() -> None:
     print(json.dumps(result["goals"], indent=1))
 
 
-def _one(options: argparse.Namespace, folder: Path, words: Sequence[str]) -> dict[str, Any]:
+def copy_text(files: Sequence[Path], folder: Path) -> None:
+    """Puts files beside each other where `measure` reads them."""
+    (folder / "text").mkdir()
+    for path in files:
+        shutil.copy(path, folder / "text" / f"{path.name}.txt")
+
+
+def measure(options: argparse.Namespace, folder: Path, words: Sequence[str]) -> dict[str, Any]:
+    """Compresses once, and returns what the report says."""
     register_schemas()
     settings = [
         f"parent.model={options.model}",
