@@ -1,0 +1,1 @@
+"""An OpenAI-compatible gateway over engines that are processes of their own."""

@@ -1,0 +1,181 @@
+"""The contract between the gateway and what generates tokens.
+
+An engine takes token ids and gives token ids; text is the business of the stages around it. Every
+engine is a process of its own (or a server elsewhere), since their libraries clash with ours.
+
+What an engine program is told and says is one JSON object a line, on its standard input and output:
+
+    gateway -> engine
+        {"submit": {...}}                     the fields of `TokenRequest`
+        {"cancel": "ID"}
+        {"embed": {"id": "ID", "inputs": [[1, 2], ...]}}
+        end of file                           the gateway is gone: exit
+    engine -> gateway
+        {"ready": {...}}                      once, the fields of `EngineInfo`
+        {"step": {"tokens": [["ID", [5, 9], LOGPROBS or null], ...],
+                  "finished": [["ID", "stop" or "length"], ...],
+                  "running": 3, "kv_cache_usage": 0.2}}
+        {"failed": {"id": "ID", "error": "one line"}}
+        {"embeddings": {"id": "ID", "vectors": [[0.1, ...], ...]}}
+        {"idle": true}                        twice a second while there is nothing to do
+        {"fatal": "one line"}                 before it exits by itself
+
+LOGPROBS is a list, for each token [its log-probability, [[token, log-probability], ...]]: of the
+model's own distribution, before temperature and top_p. A line of any kind is a heartbeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from monitoring.errors import SpotforgeError
+
+
+class EngineError(SpotforgeError):
+    """An engine could not do what it was asked to; the request is lost, the gateway is not."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRequest:
+    """What an engine is asked for: one sequence.
+
+    Attributes:
+        id: Unique among all that the engine has.
+        prompt: Token ids, at least one.
+        max_tokens: New tokens at most, at least 1.
+        temperature: 0: the likeliest token.
+        top_p: In (0, 1].
+        seed: The same seed, prompt and model give the same tokens, whatever else is in the batch.
+        logprobs: How many alternatives to tell beside each token's own; None: nothing at all.
+        ignore_eos: Go on to `max_tokens`.
+        offset: How many of the prompt's last tokens were generated already, by an engine that was
+            lost: the seed's stream goes on from there.
+        schema: JSON schema that the text is to satisfy; None: any text.
+        adapter: Name of a LoRA adapter; None: the model as it is.
+    """
+
+    id: str
+    prompt: list[int]
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    logprobs: int | None = None
+    ignore_eos: bool = False
+    offset: int = 0
+    schema: dict[str, Any] | None = None
+    adapter: str | None = None
+
+
+class TokenLogprob(NamedTuple):
+    """Natural logarithms of probabilities under the model's own distribution.
+
+    Attributes:
+        logprob: Of the token that was taken.
+        top: The likeliest tokens and theirs, most likely first.
+    """
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class TokenChunk(NamedTuple):
+    """What an engine made of one request since the last chunk.
+
+    Attributes:
+        tokens: Token ids; the one that ended the text is not among them.
+        logprobs: One for each token; None where none were asked for.
+        finish_reason: `stop` (the model ended it) or `length`; None: there is more to come.
+        text: The same as text, where the engine gives text in place of ids.
+    """
+
+    tokens: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: str | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine says of itself once it is up.
+
+    Attributes:
+        engine: Name and version, as `transformers 5.23.0`.
+        max_context: Tokens of prompt and answer together, at most.
+        max_running: Sequences that it steps at once.
+        max_logprobs: Alternatives that it can tell; -1: it tells no log-probabilities.
+        features: Of `embeddings`, `json_schema`, `adapters`.
+    """
+
+    engine: str
+    max_context: int
+    max_running: int
+    max_logprobs: int = 20
+    features: list[str] = field(default_factory=list)
+
+
+@dataclass
+class EngineStats:
+    """What an engine did and does; the counts are since the gateway started.
+
+    Attributes:
+        running: Sequences in the engine now.
+        kv_cache_usage: Share of the cache that is in use, 0 to 1.
+        prompt_tokens: That were handed to it.
+        generation_tokens: That came back.
+        restarts: Times that it was started again, since it died or hung.
+    """
+
+    running: int = 0
+    kv_cache_usage: float = 0.0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    restarts: int = 0
+
+
+class Engine(Protocol):
+    """What the gateway knows of engines."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """Of the engine that is up, or was last."""
+        ...
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it made a token when it was last asked, and is alive since."""
+        ...
+
+    async def start(self) -> EngineInfo:
+        """Starts it and has it make one token.
+
+        Raises:
+            SpotforgeError: It did not come up; nothing of it is left running.
+        """
+        ...
+
+    def submit(self, request: TokenRequest) -> AsyncIterator[TokenChunk]:
+        """Generates; the last chunk has a `finish_reason`. Leaving the loop early cancels.
+
+        Raises:
+            EngineError: The request is lost.
+        """
+        ...
+
+    async def embed(self, id: str, inputs: list[list[int]]) -> list[list[float]]:
+        """A vector of unit length for each list of token ids.
+
+        Raises:
+            EngineError: The engine cannot.
+        """
+        ...
+
+    def stats(self) -> EngineStats:
+        """Now."""
+        ...
+
+    async def close(self) -> None:
+        """Stops it; what it still has is lost. Drain first."""
+        ...
