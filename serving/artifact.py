@@ -1,0 +1,145 @@
+"""What is served: a folder that an export or a compression left, checked before an engine sees it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from monitoring.errors import ConfigError, DamagedError
+
+KEY = "artifact"
+_ABOUT_IT = {"lineage.json", "compression.json"}  # files that say where it comes from
+
+
+class Format(Enum):
+    """How the weights lie there, which decides what can run them."""
+
+    huggingface = "huggingface"
+    torchao = "torchao"
+    compressed_tensors = "compressed_tensors"
+    openvino = "openvino"
+    gguf = "gguf"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A folder that can be served.
+
+    Attributes:
+        name: As it was asked for.
+        folder: Where.
+        format: Of its weights.
+        digest: SHA-256 over the names and digests of its files; changes with any of them.
+        lineage: What its `lineage.json` says; None where it is not one of ours.
+    """
+
+    name: str
+    folder: Path
+    format: Format
+    digest: str
+    lineage: dict[str, Any] | None
+
+    @property
+    def version(self) -> str:
+        """The digest's beginning, for people and labels."""
+        return self.digest[:12]
+
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """Of the tokenizer that it was trained with; None where nobody says."""
+        return None if self.lineage is None else self.lineage.get("tokenizer_fingerprint")
+
+
+def resolve(name: str, root: Path | None = None) -> Artifact:
+    """Finds an artifact and checks its files: the one place where names become folders.
+
+    Args:
+        name: A folder, or a run (`runs/demo`, `demo`), whose export is meant.
+        root: Folder that it must lie in, for names that come over the network.
+
+    Raises:
+        ConfigError: There is none, or it is none that can be served.
+        DamagedError: Its files are not those that its lineage lists.
+    """
+    folder = _find(name, root)
+    files = {
+        str(path.relative_to(folder)): _sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    lineage = _read_json(folder / "lineage.json") if "lineage.json" in files else None
+    if lineage is not None:
+        _check_files(folder, files, lineage)
+    content = {file: digest for file, digest in files.items() if file not in _ABOUT_IT}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return Artifact(name, folder, _format_of(folder), digest, lineage)
+
+
+def _find(name: str, root: Path | None) -> Path:
+    if "\0" in name or not name:
+        raise ConfigError(KEY, repr(name), "is no name", "give a folder")
+    given = Path(name).expanduser()
+    candidates = [given, Path("runs") / given]
+    if root is not None:
+        candidates = [root / path for path in candidates]
+    for path in candidates:
+        folder = path / "export" if (path / "export" / "config.json").is_file() else path
+        if not (folder / "config.json").is_file():
+            continue
+        folder = folder.resolve()
+        if root is not None and not folder.is_relative_to(root.resolve()):
+            continue
+        return folder
+    if root is None and (given / "checkpoints").is_dir():
+        raise ConfigError(KEY, name, "has no export", f"run python -m trainer.export run={name}")
+    where = "" if root is None else " where artifacts may lie"
+    fix = "give runs/<name>/export, runs/<name>/compressed/<recipe>/<target> or a model's folder"
+    raise ConfigError(KEY, name, f"there is no such folder with a config.json{where}", fix)
+
+
+def _check_files(folder: Path, files: dict[str, str], lineage: dict[str, Any]) -> None:
+    for file, listed in lineage.get("files", {}).items():
+        if file in ("lineage.json",):
+            continue
+        if files.get(file) != listed["sha256"]:
+            rule = (
+                f"{file} is {'not there' if file not in files else 'not as lineage.json lists it'}"
+            )
+            raise DamagedError(KEY, folder, rule, "export or compress it again")
+
+
+def _format_of(folder: Path) -> Format:
+    if (folder / "openvino_model.xml").is_file():
+        return Format.openvino
+    if any(folder.glob("*.gguf")):
+        return Format.gguf
+    config = _read_json(folder / "config.json")
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method is None:
+        if not any(folder.glob("*.safetensors")):
+            raise ConfigError(KEY, folder, "has no weights (*.safetensors)", "export it again")
+        return Format.huggingface
+    found = {"torchao": Format.torchao, "compressed-tensors": Format.compressed_tensors}.get(method)
+    if found is None:
+        rule = f"is quantized by {method}, which no engine here loads"
+        raise ConfigError(KEY, folder, rule, "compress its parent with python -m compression")
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise DamagedError(KEY, path, "is no JSON", "export it again") from e
+    if not isinstance(content, dict):
+        raise DamagedError(KEY, path, "is no JSON object", "export it again")
+    return content
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,144 @@
+"""Sampling by each request's own settings, inside transformers' continuous batching.
+
+transformers samples all requests of a batch alike, from one stream of random numbers. Here every
+request has its own temperature, top_p and seed, and the token at a position depends on nothing
+else in the batch: a request that is started again goes on with the same tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessor,
+    ContinuousBatchingLogitsProcessorList,
+)
+from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
+
+
+class Sampler(ContinuousBatchingLogitsProcessor):
+    """Chooses each row's token; the argmax that transformers takes afterwards finds it."""
+
+    supported_kwargs: dict[str, type] = {}
+    ignored_kwargs: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self._requests: dict[str, dict[str, Any]] = {}
+        self._logprobs: dict[str, list[Any]] = {}
+        self._rows: list[RequestState] = []
+
+    def install(self, processors: ContinuousBatchingLogitsProcessorList) -> None:
+        """Becomes the only processor of a manager that has not been started."""
+        processors.logits_processor = LogitsProcessorList([self])
+        processors.tensors_required = 1
+        processors.do_processing = True
+
+    def add(self, request: dict[str, Any]) -> None:
+        """Before the request is handed over; the fields of `TokenRequest`."""
+        self._requests[request["id"]] = request
+        if request["logprobs"] is not None:
+            self._logprobs[request["id"]] = []
+
+    def remove(self, name: str) -> None:
+        """A request that is over."""
+        self._requests.pop(name, None)
+        self._logprobs.pop(name, None)
+
+    def ignores_eos(self, name: str) -> bool:
+        """Whether a request goes on after EOS."""
+        return bool(self._requests[name]["ignore_eos"])
+
+    def take_logprobs(self, name: str, count: int) -> list[Any] | None:
+        """Of a request's next tokens, as the lines have them; None where none were asked for."""
+        kept = self._logprobs.get(name)
+        if kept is None:
+            return None
+        taken, kept[:count] = kept[:count], []
+        return taken
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        """Nothing of a request is kept in tensors."""
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Tensor:
+        """Notes whose rows the next call's scores are."""
+        self._rows = [future.state for future in requests_with_new_token]
+        return torch.zeros(len(self._rows), dtype=torch.int32)
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        """Marks the chosen token of each row.
+
+        Args:
+            scores: (N, V) float32 logits.
+            tensor_arg: Not used.
+
+        Returns:
+            (N, V): where a token was drawn, it alone is finite.
+        """
+        drawn: list[tuple[int, dict[str, Any], float]] = []
+        requests: list[dict[str, Any] | None] = []
+        for i, state in enumerate(self._rows):
+            request = self._requests.get(state.request_id)  # None: cancelled since
+            requests.append(request)
+            if request is not None and request["temperature"] > 0:
+                position = len(state.initial_tokens) + len(state.generated_tokens)
+                drawn.append((i, request, random.Random(f"{request['seed']} {position}").random()))
+        chosen = scores.argmax(dim=-1)
+        if drawn:
+            rows = torch.tensor([i for i, _, _ in drawn], device=scores.device)
+            chosen[rows] = draw(
+                scores[rows],
+                *(
+                    torch.tensor(column, device=scores.device, dtype=torch.float64)
+                    for column in zip(
+                        *((r["temperature"], r["top_p"], u) for _, r, u in drawn), strict=True
+                    )
+                ),
+            )
+        self._note_logprobs(scores, chosen, requests)
+        if not drawn:
+            return scores
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen.unsqueeze(1), 0.0)
+
+    def _note_logprobs(
+        self, scores: Tensor, chosen: Tensor, requests: list[dict[str, Any] | None]
+    ) -> None:
+        for i, request in enumerate(requests):
+            if request is None or request["logprobs"] is None:
+                continue
+            logprobs = scores[i].log_softmax(-1)
+            values, indices = logprobs.topk(min(request["logprobs"], logprobs.numel()))
+            kept = self._logprobs.get(request["id"])
+            if kept is not None:
+                top = list(zip(indices.tolist(), values.tolist(), strict=True))
+                kept.append((logprobs[chosen[i]].item(), top))
+
+
+def draw(scores: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
+    """Draws a token a row, by the inverse of its cumulative distribution.
+
+    Args:
+        scores: (N, V) logits.
+        temperature: (N,), above 0.
+        top_p: (N,) in (0, 1]: the likeliest tokens that together have it, and no others.
+        uniform: (N,) in [0, 1).
+
+    Returns:
+        (N,) int64.
+    """
+    # The largest score is taken off first, so that a tiny temperature gives no inf - inf.
+    shifted = scores.double() - scores.amax(dim=-1, keepdim=True)
+    probabilities = (shifted / temperature.unsqueeze(1)).softmax(-1)
+    if bool((top_p < 1).any()):
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered
+        ordered = ordered.masked_fill(before >= top_p.unsqueeze(1), 0.0)  # the first one stays
+        probabilities = torch.zeros_like(probabilities).scatter_(1, order, ordered)
+    cumulative = probabilities.cumsum(-1)
+    wanted = uniform.unsqueeze(1) * cumulative[:, -1:]
+    found = torch.searchsorted(cumulative, wanted, right=True).squeeze(1)
+    return found.clamp_max(scores.shape[-1] - 1)  # the product may round up to the whole sum

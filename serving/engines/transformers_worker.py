@@ -1,0 +1,238 @@
+"""transformers' continuous batching as an engine program: any artifact, on a CPU or a GPU.
+
+    python -m serving.engines.transformers_worker '{"folder": "runs/demo/export", ...}'
+
+It speaks the lines of `serving/engine.py`. Generation runs in transformers' own thread; this one
+listens and tells.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from serving.engines.lines import IDLE_S, Lines
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of the program.
+
+    Attributes:
+        folder: Of the artifact.
+        target: What the compression packed it for; None: a plain Hugging Face folder.
+        max_context: Tokens of prompt and answer together, at most; None: what the model can.
+        max_running: Sequences in a step, at most.
+        max_batch_tokens: Tokens in a step, at most: longer prompts are cut into several steps.
+        kv_cache_tokens: Room for keys and values, in tokens of all sequences together.
+        num_threads: Of torch on a CPU; None: its own choice.
+    """
+
+    folder: str
+    target: str | None
+    max_context: int | None
+    max_running: int
+    max_batch_tokens: int
+    kv_cache_tokens: int
+    num_threads: int | None
+
+
+class Worker:
+    """The program."""
+
+    def __init__(self, settings: Settings, lines: Lines) -> None:
+        import torch
+        import transformers
+        from transformers import ContinuousBatchingConfig, GenerationConfig
+
+        from serving.engines.sampler import Sampler
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        if settings.num_threads is not None:
+            torch.set_num_threads(settings.num_threads)
+        self._lines = lines
+        self._model = model = _load(settings)
+        text_config = model.config.get_text_config()
+        self._eos = _eos_tokens(model)
+        trained = getattr(text_config, "max_position_embeddings", None) or 1 << 20
+        self._max_context = min(settings.max_context or trained, trained)
+        page_size = 32
+        self._sampler = Sampler()
+        self._manager = model.init_continuous_batching(
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
+            continuous_batching_config=ContinuousBatchingConfig(
+                page_size=page_size,
+                num_blocks=max(settings.kv_cache_tokens, self._max_context) // page_size + 1,
+                max_batch_tokens=settings.max_batch_tokens,
+                max_requests_per_batch=settings.max_running,
+                use_cuda_graph=False,  # a graph would replay one step's sampling for all requests
+                use_async_batching=False,  # the sampler's rows are those of the step that runs
+            ),
+        )
+        self._sampler.install(self._manager.logit_processor)
+        self._told: dict[str, int] = {}  # tokens that were told, by request
+        info = {
+            "engine": f"transformers {transformers.__version__}",
+            "max_context": self._max_context,
+            "max_running": settings.max_running,
+            "features": ["embeddings"],
+        }
+        self._manager.start()
+        lines.say("ready", info)
+
+    def run(self) -> None:
+        """Until the gateway is gone, or generation broke down."""
+        while True:
+            waits = 0 if self._told else IDLE_S
+            for kind, content in self._lines.heard(waits):
+                getattr(self, f"_on_{kind}")(content)
+            if self._told:
+                self._tell()
+            else:
+                self._lines.say("idle", True)
+            if not self._manager.is_running():
+                error = self._manager.background_thread_status.fatal_error
+                self._lines.say("fatal", f"generation broke down: {error}")
+                os._exit(1)
+
+    def _on_submit(self, request: dict[str, Any]) -> None:
+        name = request["id"]
+        self._told[name] = 0
+        self._sampler.add(request)
+        self._manager.add_request(
+            request["prompt"],
+            request_id=name,
+            max_new_tokens=request["max_tokens"],
+            streaming=True,
+            eos_token_id=-1 if request["ignore_eos"] else self._eos,
+        )
+
+    def _on_cancel(self, name: str) -> None:
+        if self._told.pop(name, None) is not None:
+            self._manager.cancel_request(name)
+            self._sampler.remove(name)
+
+    def _on_embed(self, request: dict[str, Any]) -> None:
+        try:
+            with self._manager.pause():
+                vectors = [_embedding(self._model, tokens) for tokens in request["inputs"]]
+        except Exception as e:  # whatever it is, it is this request's and not the engine's
+            error = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+            self._lines.say("failed", {"id": request["id"], "error": error})
+            return
+        self._lines.say("embeddings", {"id": request["id"], "vectors": vectors})
+
+    def _tell(self) -> None:
+        """One line for all tokens since the last one."""
+        tokens: dict[str, tuple[list[int], Any]] = {}
+        finished: list[tuple[str, str]] = []
+        output = self._manager.get_result(timeout=0.05)
+        while output is not None:
+            name = output.request_id
+            if name in self._told:
+                if output.error is not None:
+                    self._forget(name)
+                    self._lines.say("failed", {"id": name, "error": output.error})
+                else:
+                    self._collect(output, tokens, finished)
+            queue = self._manager.output_router.output_queue
+            output = None if queue.empty() else self._manager.get_result(timeout=0)
+        if tokens or finished:
+            self._lines.say(
+                "step",
+                {
+                    "tokens": [(name, *told) for name, told in tokens.items()],
+                    "finished": finished,
+                    "running": len(self._told),
+                    "kv_cache_usage": self._kv_cache_usage(),
+                },
+            )
+
+    def _collect(
+        self, output: Any, tokens: dict[str, Any], finished: list[tuple[str, str]]
+    ) -> None:
+        name, told = output.request_id, self._told[output.request_id]
+        new = output.generated_tokens[told:]
+        self._told[name] = told + len(new)
+        is_ended = output.is_finished()
+        logprobs = self._sampler.take_logprobs(name, len(new))
+        if is_ended and new and new[-1] in self._eos and not self._sampler.ignores_eos(name):
+            finished.append((name, "stop"))
+            new, logprobs = new[:-1], None if logprobs is None else logprobs[:-1]
+        elif is_ended:
+            finished.append((name, "length"))
+        if name in tokens:
+            before, before_logprobs = tokens[name]
+            new = before + new
+            logprobs = None if logprobs is None else (before_logprobs or []) + logprobs
+        tokens[name] = (new, logprobs)
+        if is_ended:
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        del self._told[name]
+        self._sampler.remove(name)
+
+    def _kv_cache_usage(self) -> float:
+        processor = self._manager.batch_processor
+        if processor is None:
+            return 0.0
+        return round(1 - float(processor.cache.compute_free_capacity(relative=True)), 4)
+
+
+def _load(settings: Settings) -> Any:
+    """The model, as the artifact says it is to be loaded."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = Path(settings.folder)
+    model: Any
+    if settings.target is not None:
+        model = importlib.import_module(f"compression.targets.{settings.target}").load(folder)
+    else:
+        # A CPU without bfloat16 units is slower in it than in float32.
+        dtype: Any = "auto" if device == "cuda" else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.to(device).eval()
+
+
+def _eos_tokens(model: Any) -> list[int]:
+    found = model.generation_config.eos_token_id
+    if found is None:
+        found = model.config.get_text_config().eos_token_id
+    return [] if found is None else [found] if isinstance(found, int) else list(found)
+
+
+def _embedding(model: Any, tokens: list[int]) -> list[float]:
+    """The mean of the last hidden states, of unit length: (D,)."""
+    import torch
+
+    with torch.no_grad():
+        inputs = torch.tensor([tokens], device=model.device)
+        hidden = model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
+    mean = hidden[0].float().mean(0)
+    vector: list[float] = (mean / mean.norm().clamp_min(1e-12)).tolist()
+    return vector
+
+
+def main(arguments: list[str]) -> None:
+    """Entry point."""
+    lines = Lines()
+    try:
+        worker = Worker(Settings(**json.loads(arguments[0])), lines)
+    except Exception as e:
+        first = (str(e).splitlines() or [""])[0]
+        lines.say("fatal", f"{type(e).__name__}: {first}")
+        raise
+    worker.run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

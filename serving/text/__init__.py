@@ -1,0 +1,1 @@
+"""From text to tokens and back: the stages before and after an engine."""
