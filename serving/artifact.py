@@ -1,4 +1,4 @@
-"""What is served: a folder that an export or a compression left, checked before an engine sees it."""
+"""What is served: a folder of an export or a compression, checked before an engine sees it."""
 
 from __future__ import annotations
 
@@ -103,13 +103,10 @@ def _find(name: str, root: Path | None) -> Path:
 
 def _check_files(folder: Path, files: dict[str, str], lineage: dict[str, Any]) -> None:
     for file, listed in lineage.get("files", {}).items():
-        if file in ("lineage.json",):
-            continue
         if files.get(file) != listed["sha256"]:
-            rule = (
-                f"{file} is {'not there' if file not in files else 'not as lineage.json lists it'}"
-            )
-            raise DamagedError(KEY, folder, rule, "export or compress it again")
+            state = "not there" if file not in files else "not as lineage.json lists it"
+            fix = "export or compress it again"
+            raise DamagedError(KEY, folder, f"{file} is {state}", fix)
 
 
 def _format_of(folder: Path) -> Format:

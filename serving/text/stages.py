@@ -101,9 +101,10 @@ class Encoder:
         if chat.tools and "tools" not in template:
             raise TextError("tools", "the model's chat template knows no tools")
         try:
-            rendered, _ = render_jinja_template(
+            tools: Any = chat.tools
+            rendered: Any = render_jinja_template(
                 conversations=[chat.messages],
-                tools=chat.tools,
+                tools=tools,
                 chat_template=template,
                 add_generation_prompt=True,
                 **{**self._special, **chat.options},
@@ -111,7 +112,7 @@ class Encoder:
         except Exception as e:  # a template is a program of the model's author: anything can come
             reason = (str(e).splitlines() or [type(e).__name__])[0]
             raise TextError("messages", f"the chat template refuses them: {reason}") from e
-        text: str = rendered[0]
+        text: str = rendered[0][0]
         return text
 
 
