@@ -1,0 +1,92 @@
+"""Entry point: composes the settings and serves until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from typing import Any, NoReturn
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from monitoring.errors import ConfigError, ExitCode, SpotforgeError
+from serving.schemas import register_schemas
+from trainer.cli import CONFIG_DIR, explain
+from trainer.schemas import refuse_unknown_keys
+
+_LISTS_KEYS = "python -m serving --cfg job"
+_HELP = """\
+Serve a model: python -m serving artifact=DIR [key=value ...]
+
+  python -m serving artifact=runs/demo/export
+  python -m serving artifact=runs/demo/compressed/int8_weight_only/torchao port=8080
+  python -m serving artifact=demo keys=keys.json admin_port=8001 log.requests=requests.jsonl
+
+Keys (key=value):
+  artifact                    folder of an export or a compression, or a run (its export)
+  model_name                  as clients call it; default: the run's or the folder's name
+  host, port                  to listen on: 127.0.0.1, 8000
+  admin_host, admin_port      for the admin endpoints; default: none
+  keys                        file of API keys; default: whoever can connect may ask
+  engine.name                 auto | transformers | openvino | vllm
+  engine.max_context, .max_running, .max_batch_tokens, .kv_cache_mb, .num_threads
+  engine.openvino_bits, .vllm_command, .url
+  engine.start_timeout_s, .silence_s, .step_timeout_s, .probe_interval_s
+  admission.max_queued_requests, .max_queued_tokens, .request_timeout_s
+  text.topology               single | split; text.encoders, text.decoders
+  log.requests, .with_text, .drift, .drift_share
+  rollout.canary_requests, .canary_max_error_rate, .canary_max_slowdown
+  cache, drain_timeout_s
+
+Options:
+  --cfg job                   print the whole configuration and stop
+
+SIGTERM lets what runs end; a second one ends it at once.
+Exit codes: 0 stopped when told to; 2 refused; 1 failed.
+"""
+
+
+def _run(tree: DictConfig) -> None:
+    try:
+        config: Any = OmegaConf.to_object(tree)
+        refuse_unknown_keys(config)
+        config.check()
+    except (ConfigError, OmegaConfBaseException) as e:
+        _refuse(e)  # here, since Hydra would print its overrides first
+    from serving.server import serve
+
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    logging.getLogger("spotforge.serving").setLevel(logging.INFO)
+    try:
+        asyncio.run(serve(config))
+    except SpotforgeError as e:
+        print(e, file=sys.stderr)
+        sys.exit(e.exit_code)
+    sys.exit(ExitCode.FINISHED)
+
+
+def main() -> None:
+    """Entry point; ends the process with an exit code."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that one line of ours is all there is
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(_HELP)
+        return
+    register_schemas()
+    try:
+        folder = str(CONFIG_DIR)
+        hydra.main(version_base="1.3", config_path=folder, config_name="serving")(_run)()
+    except (ConfigError, HydraException, OmegaConfBaseException) as e:
+        _refuse(e)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    print(explain(error, _LISTS_KEYS), file=sys.stderr)
+    sys.exit(ExitCode.BAD_CONFIG)
+
+
+if __name__ == "__main__":
+    main()

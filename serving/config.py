@@ -1,0 +1,205 @@
+"""The settings of `python -m serving`. Imports no torch: the gateway has no use for it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from monitoring.errors import ConfigError
+
+
+class EngineName(Enum):
+    """What generates. `auto` picks by artifact and host, and says why."""
+
+    auto = "auto"
+    transformers = "transformers"
+    openvino = "openvino"
+    vllm = "vllm"
+
+
+class Topology(Enum):
+    """Where the stages run: `single` in the gateway, `split` in processes of their own."""
+
+    single = "single"
+    split = "split"
+
+
+@dataclass
+class EngineConfig:
+    """How tokens are made.
+
+    Attributes:
+        name: Which engine.
+        max_context: Tokens of prompt and answer together; null: what the model can.
+        max_running: Sequences in a step, at most.
+        max_batch_tokens: Tokens in a step, at most; a longer prompt takes several steps.
+        kv_cache_mb: Room for keys and values; null: for all running sequences at 512 tokens, and
+            for one of the whole context.
+        num_threads: On a CPU; null: the engine's own choice.
+        openvino_bits: Of the weights, where openvino is prepared from dense ones: 8, 4 or 32.
+        vllm_command: Of vLLM's server, e.g. [/opt/vllm/bin/vllm, serve]; null: `url` is one.
+        url: Of a server that speaks OpenAI's API, e.g. http://127.0.0.1:8001/v1.
+        start_timeout_s: For loading, and one token.
+        silence_s: An engine that says and does nothing for so long is killed and started again.
+        step_timeout_s: One that says nothing for so long, however busy, too.
+        probe_interval_s: A token is asked for when none was made for so long.
+    """
+
+    name: EngineName = EngineName.auto
+    max_context: int | None = None
+    max_running: int = 32
+    max_batch_tokens: int = 512
+    kv_cache_mb: int | None = None
+    num_threads: int | None = None
+    openvino_bits: int = 8
+    vllm_command: list[str] | None = None
+    url: str | None = None
+    start_timeout_s: float = 600.0
+    silence_s: float = 3.0
+    step_timeout_s: float = 120.0
+    probe_interval_s: float = 10.0
+
+
+@dataclass
+class AdmissionConfig:
+    """Who gets in.
+
+    Attributes:
+        max_queued_requests: That wait for a place in the engine; null: a quarter of those running.
+        max_queued_tokens: Prompt tokens of those that wait.
+        request_timeout_s: From arrival to the last token; a client may ask for less.
+    """
+
+    max_queued_requests: int | None = None
+    max_queued_tokens: int = 65536
+    request_timeout_s: float = 600.0
+
+
+@dataclass
+class TextConfig:
+    """The stages around the engine.
+
+    Attributes:
+        topology: Where they run.
+        encoders: Processes that make text into tokens, with topology=split.
+        decoders: Processes that make tokens into text, likewise.
+    """
+
+    topology: Topology = Topology.single
+    encoders: int = 1
+    decoders: int = 1
+
+
+@dataclass
+class LogConfig:
+    """What is written down, as JSON lines; null: nothing.
+
+    Attributes:
+        requests: A line for each request: id, key, artifact, counts and times, but no text.
+        with_text: Prompts and completions as well, in the same file.
+        drift: A line for each sampled request: lengths, buckets of token ids, log-probability.
+        drift_share: Of the requests that are sampled, 0 to 1.
+    """
+
+    requests: str | None = None
+    with_text: bool = False
+    drift: str | None = None
+    drift_share: float = 0.1
+
+
+@dataclass
+class RolloutConfig:
+    """How a new artifact takes over.
+
+    Attributes:
+        canary_requests: That a canary answers before it is judged.
+        canary_max_error_rate: More errors than the champion by this share: it is rolled back.
+        canary_max_slowdown: Times the champion's time to a token: beyond it is rolled back.
+    """
+
+    canary_requests: int = 50
+    canary_max_error_rate: float = 0.02
+    canary_max_slowdown: float = 1.5
+
+
+@dataclass
+class ServingConfig:
+    """All settings.
+
+    Attributes:
+        artifact: Folder, or run, that is served.
+        model_name: As clients call it; null: the run's or the folder's name.
+        host: To listen on.
+        port: Likewise; 0: any that is free.
+        admin_port: For the admin endpoints, on 127.0.0.1; null: there are none.
+        admin_host: Where those listen.
+        keys: File of API keys; null: anybody who can connect may ask.
+        cache: Folder for what engines prepare; null: SPOTFORGE_CACHE/serving.
+        drain_timeout_s: For requests that run when it is told to stop.
+    """
+
+    artifact: str = MISSING
+    model_name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    admin_host: str = "127.0.0.1"
+    admin_port: int | None = None
+    keys: str | None = None
+    cache: str | None = None
+    drain_timeout_s: float = 120.0
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+    def check(self) -> None:
+        """Raises ConfigError for numbers that cannot be, and settings that would have no effect."""
+        positive: dict[str, Any] = {
+            f"engine.{key}": getattr(self.engine, key)
+            for key in (
+                "max_context",
+                "max_running",
+                "max_batch_tokens",
+                "kv_cache_mb",
+                "num_threads",
+                "start_timeout_s",
+                "silence_s",
+                "step_timeout_s",
+                "probe_interval_s",
+            )
+        }
+        positive |= {
+            "admission.max_queued_requests": self.admission.max_queued_requests,
+            "admission.max_queued_tokens": self.admission.max_queued_tokens,
+            "admission.request_timeout_s": self.admission.request_timeout_s,
+            "text.encoders": self.text.encoders,
+            "text.decoders": self.text.decoders,
+            "drain_timeout_s": self.drain_timeout_s,
+        }
+        for key, value in positive.items():
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(key, value, "must be above 0, and a number", "give more")
+        for key, port in (("port", self.port), ("admin_port", self.admin_port)):
+            if port is not None and not 0 <= port < 65536:
+                raise ConfigError(key, port, "is no port", "give 0 to 65535")
+        if self.engine.openvino_bits not in (4, 8, 32):
+            rule = "weights of an IR have 4, 8 or 32 bits"
+            raise ConfigError("engine.openvino_bits", self.engine.openvino_bits, rule, "choose one")
+        if not 0 <= self.log.drift_share <= 1:
+            raise ConfigError("log.drift_share", self.log.drift_share, "is no share", "give 0 to 1")
+        if self.log.with_text and self.log.requests is None:
+            rule = "has no effect without a log of requests"
+            raise ConfigError("log.with_text", True, rule, "set log.requests=FILE")
+        is_vllm = self.engine.name is EngineName.vllm
+        for key in ("vllm_command", "url"):
+            if getattr(self.engine, key) is not None and not is_vllm:
+                rule = f"has no effect with engine.name={self.engine.name.value}"
+                raise ConfigError(f"engine.{key}", getattr(self.engine, key), rule, "remove it")
+        if is_vllm and (self.engine.vllm_command is None) == (self.engine.url is None):
+            rule = "vllm is a command or a url"
+            raise ConfigError("engine.name", "vllm", rule, "set one of vllm_command and url")

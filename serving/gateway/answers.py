@@ -1,0 +1,219 @@
+"""Answers as OpenAI's API has them: whole, or as a stream of events."""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from typing import Any
+
+from serving.gateway.errors import ApiError
+from serving.gateway.gateway import Generation
+from serving.text.stages import TextChunk, TextLogprob
+from serving.text.tools import ToolCallParser
+
+Chunks = AsyncIterator[tuple[int, TextChunk]]
+
+
+class Answer(ABC):
+    """Of one request.
+
+    Args:
+        generation: Whose tokens they are.
+        model: Name, as the client called it.
+        num_choices: Of it.
+        include_usage: Whether a stream ends with its usage.
+    """
+
+    prefix: str
+    kind: str
+    chunk_kind: str
+
+    def __init__(
+        self, generation: Generation, model: str, num_choices: int, include_usage: bool
+    ) -> None:
+        self._generation, self._num_choices = generation, num_choices
+        self._include_usage = include_usage
+        self._head = {
+            "id": f"{self.prefix}-{generation.id}",
+            "object": self.kind,
+            "created": int(time.time()),
+            "model": model,
+            # OpenAI's field for what weights answered.
+            "system_fingerprint": f"fp_{generation.deployment.artifact.version}",
+        }
+
+    async def whole(self, chunks: Chunks) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+        choices: list[list[TextChunk]] = [[] for _ in range(self._num_choices)]
+        async for index, chunk in chunks:
+            choices[index].append(chunk)
+        return {
+            **self._head,
+            "choices": [self._choice(index, parts) for index, parts in enumerate(choices)],
+            "usage": self._usage(),
+        }
+
+    async def events(self, chunks: Chunks) -> AsyncIterator[bytes]:
+        """The same as server-sent events; an error in the middle is an event of its own."""
+        head = self._head | {"object": self.chunk_kind}
+        if self._include_usage:
+            head["usage"] = None
+        try:
+            async for index, chunk in chunks:
+                for delta in self._deltas(index, chunk):
+                    yield _event({**head, "choices": [delta]})
+        except ApiError as e:
+            yield _event(e.body())
+            return
+        finally:
+            await chunks.aclose()  # type: ignore[attr-defined]
+        if self._include_usage:
+            yield _event({**head, "choices": [], "usage": self._usage()})
+        yield b"data: [DONE]\n\n"
+
+    @abstractmethod
+    def _choice(self, index: int, parts: list[TextChunk]) -> dict[str, Any]:
+        """Of a whole answer."""
+
+    @abstractmethod
+    def _deltas(self, index: int, chunk: TextChunk) -> list[dict[str, Any]]:
+        """Of a stream; none where there is nothing to tell yet."""
+
+    def _usage(self) -> dict[str, Any]:
+        prompt, completion = self._generation.prompt_tokens, self._generation.completion_tokens
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        }
+
+
+class CompletionAnswer(Answer):
+    """Of `/v1/completions`."""
+
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._offsets = [0] * self._num_choices
+
+    def _choice(self, index: int, parts: list[TextChunk]) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": "".join(part.text for part in parts),
+            "logprobs": self._logprobs(index, parts),
+            "finish_reason": parts[-1].finish_reason,
+        }
+
+    def _deltas(self, index: int, chunk: TextChunk) -> list[dict[str, Any]]:
+        if not chunk.text and not chunk.logprobs and chunk.finish_reason is None:
+            return []
+        return [self._choice(index, [chunk])]
+
+    def _logprobs(self, index: int, parts: list[TextChunk]) -> dict[str, Any] | None:
+        tokens = [token for part in parts for token in part.logprobs or ()]
+        if all(part.logprobs is None for part in parts):
+            return None
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(token.text)
+        return {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [dict(token.top) for token in tokens],
+            "text_offset": offsets,
+        }
+
+
+class ChatAnswer(Answer):
+    """Of `/v1/chat/completions`.
+
+    Args:
+        finds_tools: Whether calls of tools are looked for in the text.
+    """
+
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, *args: Any, finds_tools: bool) -> None:
+        super().__init__(*args)
+        self._parsers = [ToolCallParser() if finds_tools else None] * self._num_choices
+        if finds_tools:
+            self._parsers = [ToolCallParser() for _ in range(self._num_choices)]
+        self._calls = [0] * self._num_choices
+        self._has_begun = [False] * self._num_choices
+
+    def _choice(self, index: int, parts: list[TextChunk]) -> dict[str, Any]:
+        said, calls = self._split(index, "".join(part.text for part in parts), True)
+        message: dict[str, Any] = {"role": "assistant", "content": said, "refusal": None}
+        if calls:
+            message |= {"content": said or None, "tool_calls": calls}
+        logprobs = [token for part in parts for token in part.logprobs or ()]
+        has_logprobs = any(part.logprobs is not None for part in parts)
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": _chat_logprobs(logprobs) if has_logprobs else None,
+            "finish_reason": "tool_calls" if calls else parts[-1].finish_reason,
+        }
+
+    def _deltas(self, index: int, chunk: TextChunk) -> list[dict[str, Any]]:
+        deltas: list[dict[str, Any]] = []
+        if not self._has_begun[index]:
+            self._has_begun[index] = True
+            deltas.append(_delta(index, {"role": "assistant", "content": "", "refusal": None}))
+        said, calls = self._split(index, chunk.text, chunk.finish_reason is not None)
+        if said or chunk.logprobs:
+            logprobs = None if chunk.logprobs is None else _chat_logprobs(chunk.logprobs)
+            deltas.append(_delta(index, {"content": said}, logprobs))
+        for call in calls:
+            at = self._calls[index]
+            self._calls[index] += 1
+            deltas.append(_delta(index, {"tool_calls": [{"index": at, **call}]}))
+        if chunk.finish_reason is not None:
+            reason = "tool_calls" if self._calls[index] else chunk.finish_reason
+            deltas.append(_delta(index, {}, None, reason))
+        return deltas
+
+    def _split(self, index: int, text: str, is_last: bool) -> tuple[str, list[dict[str, Any]]]:
+        parser = self._parsers[index]
+        if parser is None:
+            return text, []
+        said, calls = parser.feed(text, is_last)
+        return said, [
+            {
+                "id": f"call_{self._generation.id[:16]}{index}{self._calls[index] + i}",
+                "type": "function",
+                "function": call,
+            }
+            for i, call in enumerate(calls)
+        ]
+
+
+def _delta(
+    index: int,
+    delta: dict[str, Any],
+    logprobs: dict[str, Any] | None = None,
+    finish_reason: str | None = None,
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _chat_logprobs(tokens: list[TextLogprob]) -> dict[str, Any]:
+    def described(text: str, logprob: float) -> dict[str, Any]:
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    return {
+        "content": [
+            described(token.text, token.logprob)
+            | {"top_logprobs": [described(text, logprob) for text, logprob in token.top]}
+            for token in tokens
+        ],
+        "refusal": None,
+    }
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"

@@ -1,0 +1,306 @@
+"""The routes that clients see."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import base64
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from monitoring.environment import describe_environment
+from serving.gateway.answers import Answer, ChatAnswer, Chunks, CompletionAnswer
+from serving.gateway.errors import ApiError
+from serving.gateway.gateway import Gateway, Generation, Sampling
+from serving.gateway.schema import ChatRequest, CompletionRequest, EmbeddingRequest
+from serving.models import Model
+from serving.text.stages import Chat
+
+T = TypeVar("T")
+
+_CLOSED_REQUEST = 499  # nginx's status for a client that went away; nobody reads it
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's shape of errors."""
+
+    error: ErrorDetail
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": about}
+    for status, about in {
+        400: "The request cannot be as it is.",
+        401: "There is no such API key.",
+        404: "There is no such thing.",
+        408: "The request came too slowly.",
+        413: "The body is too large.",
+        429: "Too much is asked for: come back after `Retry-After` seconds.",
+        431: "The headers are too large.",
+        503: "The engine, or the server, is not there now.",
+        504: "The deadline passed.",
+    }.items()
+}
+_STREAMED: dict[str, Any] = {
+    "description": "The answer; with `stream`, server-sent events.",
+    "content": {
+        "application/json": {"schema": {"type": "object"}},
+        "text/event-stream": {"schema": {"type": "string"}},
+    },
+}
+
+
+def make_app(gateway: Gateway) -> FastAPI:
+    """The application, with all routes.
+
+    Args:
+        gateway: State; its models may come later.
+    """
+    app = FastAPI(
+        title="spotforge serving",
+        description="An OpenAI-compatible API over the models that are served here.",
+        docs_url=None,
+        redoc_url=None,
+        responses=_ERRORS,
+    )
+    app.state.gateway = gateway
+    _add_error_handlers(app)
+    _add_health(app, gateway)
+    _add_generation(app, gateway)
+    _drop_422(app)
+    return app
+
+
+def _drop_422(app: FastAPI) -> None:
+    """FastAPI documents its own answer to an invalid body; ours is a 400."""
+    described = app.openapi()
+    for operations in described["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        described["components"]["schemas"].pop(name, None)
+
+
+def _add_generation(app: FastAPI, gateway: Gateway) -> None:
+    @app.post("/v1/completions", tags=["generation"], responses={200: _STREAMED})
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continues a text."""
+        schema = None if body.response_format is None else body.response_format.schema_of_text()
+        sampling = _sampling(body, body.max_tokens, body.logprobs, schema)
+        prompts = body.prompts()
+        generation = await _begin(gateway, request, body.model, prompts, sampling)
+        answer = CompletionAnswer(
+            generation, body.model, len(prompts) * body.n, body.includes_usage()
+        )
+        return await _respond(request, generation, answer, body.stream)
+
+    @app.post("/v1/chat/completions", tags=["generation"], responses={200: _STREAMED})
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Answers in a conversation."""
+        schema = None if body.response_format is None else body.response_format.schema_of_text()
+        sampling = _sampling(body, body.limit(), body.wanted_logprobs(), schema)
+        tools = body.offered_tools()
+        messages = [message.for_template() for message in body.messages]
+        chat = Chat(messages, tools, body.chat_template_kwargs or {})
+        generation = await _begin(gateway, request, body.model, [chat], sampling)
+        answer = ChatAnswer(
+            generation,
+            body.model,
+            body.n,
+            body.includes_usage(),
+            finds_tools=tools is not None,
+        )
+        return await _respond(request, generation, answer, body.stream)
+
+    @app.post("/v1/embeddings", tags=["generation"])
+    async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
+        """The mean of the last hidden states of each input, of unit length."""
+        key, model = gateway.authorize(request), gateway.model(body.model)
+        vectors, num_tokens, version = await _unless_gone(
+            request, gateway.embed(request, key, model, body.inputs())
+        )
+        data = [
+            {"object": "embedding", "index": i, "embedding": _encoded(vector, body.encoding_format)}
+            for i, vector in enumerate(vectors)
+        ]
+        usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+        content = {"object": "list", "data": data, "model": body.model, "usage": usage}
+        return JSONResponse(content, headers={"x-artifact-version": version})
+
+    @app.get("/v1/models", tags=["models"])
+    async def models(request: Request) -> dict[str, Any]:
+        """What can be asked for."""
+        gateway.authorize(request)
+        return {"object": "list", "data": [_describe(m) for m in gateway.models.values()]}
+
+    @app.get("/v1/models/{name:path}", tags=["models"])
+    async def model(name: str, request: Request) -> dict[str, Any]:
+        """One of them."""
+        gateway.authorize(request)
+        return _describe(gateway.model(name))
+
+
+def _add_health(app: FastAPI, gateway: Gateway) -> None:
+    @app.get("/livez", tags=["health"], response_class=PlainTextResponse)
+    async def livez() -> str:
+        """Whether the gateway answers."""
+        return "ok"
+
+    @app.get("/readyz", tags=["health"])
+    async def readyz() -> JSONResponse:
+        """Whether it would answer a request: 503 while an engine makes no tokens, or it stops."""
+        engines = {m.name: m.champion.engine.is_ready for m in gateway.models.values()}
+        state = {"ready": gateway.is_ready, "draining": gateway.is_draining, "models": engines}
+        return JSONResponse(state, 200 if gateway.is_ready else 503)
+
+    @app.get("/version", tags=["health"])
+    async def version() -> dict[str, Any]:
+        """Of the code, the engines and the artifacts."""
+        environment = describe_environment()
+        return {
+            "git": environment["git"],
+            "packages": environment["packages"],
+            "models": {
+                model.name: {
+                    "artifact": model.champion.artifact.digest,
+                    "engine": model.champion.engine.info.engine,
+                }
+                for model in gateway.models.values()
+            },
+        }
+
+    @app.get("/metrics", tags=["health"], response_class=PlainTextResponse)
+    async def metrics() -> PlainTextResponse:
+        """For Prometheus."""
+        gateway.refresh_metrics()
+        return PlainTextResponse(
+            gateway.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        if first["type"] == "json_invalid":
+            return ApiError(400, "the body is no valid JSON").response()
+        message = f"{where}: {first['msg']}" if where else first["msg"]
+        return ApiError(400, message, where or None).response()
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        response = ApiError(error.status_code, str(error.detail)).response()
+        response.headers.update(error.headers or {})
+        return response
+
+
+async def _begin(
+    gateway: Gateway, request: Request, name: str, prompts: list[Any], sampling: Sampling
+) -> Generation:
+    key, model = gateway.authorize(request), gateway.model(name)
+    return await _unless_gone(request, gateway.begin(request, key, model, prompts, sampling))
+
+
+async def _respond(
+    request: Request, generation: Generation, answer: Answer, is_stream: bool
+) -> Response:
+    chunks = generation.chunks()
+    headers = {
+        "x-request-id": generation.id,
+        "x-artifact-version": generation.deployment.artifact.version,
+    }
+    if not is_stream:
+        body = await _unless_gone(request, answer.whole(chunks))
+        return JSONResponse(body, headers=headers)
+    # An error before the first token still has a status of its own.
+    first = await _unless_gone(request, anext(chunks))
+    events = answer.events(_again(first, chunks))
+    headers["cache-control"] = "no-cache"
+    headers["x-accel-buffering"] = "no"  # nginx would hold tokens back
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+
+async def _again(first: Any, rest: Chunks) -> AsyncIterator[Any]:
+    try:
+        yield first
+        async for item in rest:
+            yield item
+    finally:
+        await rest.aclose()  # type: ignore[attr-defined]
+
+
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The result of some work, which is cancelled when the client goes away."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(_CLOSED_REQUEST, "the client went away")
+        return task.result()
+    finally:
+        for future in (task, gone):
+            if not future.done():
+                future.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _sampling(
+    body: CompletionRequest | ChatRequest,
+    max_tokens: int | None,
+    logprobs: int | None,
+    schema: dict[str, Any] | None,
+) -> Sampling:
+    return Sampling(
+        max_tokens,
+        body.temperature,
+        body.top_p,
+        body.n,
+        body.seed,
+        logprobs,
+        body.stops(),
+        body.ignore_eos,
+        schema,
+    )
+
+
+def _encoded(vector: list[float], encoding: str) -> list[float] | str:
+    if encoding == "float":
+        return vector
+    return base64.b64encode(array.array("f", vector).tobytes()).decode()
+
+
+def _describe(model: Model) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "spotforge",
+        "artifact": model.champion.artifact.digest,
+        "max_context": model.champion.engine.info.max_context,
+    }

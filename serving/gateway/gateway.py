@@ -1,0 +1,441 @@
+"""What every request goes through: who asks, may it run, the tokens, and what is noted of it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from serving.admission import (
+    Admission,
+    DeadlineExpired,
+    Limits,
+    Priority,
+    Rejected,
+    Slot,
+)
+from serving.config import ServingConfig
+from serving.deployment import Deployment
+from serving.engine import EngineError, TokenRequest
+from serving.gateway.errors import ApiError
+from serving.keys import Key, Keys
+from serving.metrics import Metrics
+from serving.models import Model
+from serving.telemetry import Telemetry
+from serving.text.stages import Chat, TextChunk, TextError
+
+ANYBODY = Key("anonymous", sha256="", created="")
+_TIMEOUT_HEADER = "x-request-timeout"
+_PRIORITY_HEADER = "x-priority"
+_DAY_S = 86_400.0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the sequences of a request are made; see `TokenRequest`."""
+
+    max_tokens: int | None
+    temperature: float
+    top_p: float
+    n: int
+    seed: int | None
+    logprobs: int | None
+    stop: list[str]
+    ignore_eos: bool
+    schema: dict[str, object] | None
+
+
+class Gateway:
+    """State of the server.
+
+    Attributes:
+        config: Settings.
+        models: By the name that clients use.
+        admission: Who may run.
+        metrics: What `/metrics` shows.
+        is_draining: It was told to stop.
+    """
+
+    def __init__(self, config: ServingConfig, keys: Keys | None, telemetry: Telemetry) -> None:
+        self.config, self.keys, self.telemetry = config, keys, telemetry
+        self.models: dict[str, Model] = {}
+        self.metrics = Metrics()
+        self.admission = Admission(
+            Limits(
+                max_running=config.engine.max_running,
+                max_queued_requests=config.admission.max_queued_requests,
+                max_queued_tokens=config.admission.max_queued_tokens,
+                request_timeout_s=config.admission.request_timeout_s,
+            )
+        )
+        self.is_draining = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests would be answered now."""
+        return (
+            not self.is_draining
+            and bool(self.models)
+            and all(model.champion.engine.is_ready for model in self.models.values())
+        )
+
+    def authorize(self, request: Request) -> Key:
+        """Whose request it is.
+
+        Raises:
+            ApiError: 401.
+        """
+        if self.keys is None:
+            return ANYBODY
+        key = self.keys.find(request.headers.get("authorization"))
+        if key is None:
+            text = "there is no such API key: send Authorization: Bearer sf-..."
+            raise ApiError(401, text, code="invalid_api_key")
+        return key
+
+    def model(self, name: str) -> Model:
+        """By its name; raises ApiError 404."""
+        model = self.models.get(name)
+        if model is None:
+            there = ", ".join(sorted(self.models))
+            text = f"there is no model {name[:64]!r}; there is {there}"
+            raise ApiError(404, text, "model", "model_not_found")
+        return model
+
+    def deadline_s(self, request: Request) -> float:
+        """Seconds that the request may take; a client can ask for less than the setting."""
+        most = self.config.admission.request_timeout_s
+        asked = request.headers.get(_TIMEOUT_HEADER)
+        if asked is None:
+            return most
+        try:
+            seconds = float(asked)
+        except ValueError:
+            seconds = -1.0
+        if not 0 < seconds < _DAY_S:
+            raise ApiError(400, f"{_TIMEOUT_HEADER} is no number of seconds", _TIMEOUT_HEADER)
+        return min(most, seconds)
+
+    async def begin(
+        self,
+        request: Request,
+        key: Key,
+        model: Model,
+        prompts: Sequence[str | list[int] | Chat],
+        sampling: Sampling,
+    ) -> Generation:
+        """Tokens of the prompts, and a place in the engine for them.
+
+        Raises:
+            ApiError: What the client is told instead.
+        """
+        arrived_s = time.monotonic()
+        deadline_s = self.deadline_s(request)
+        deployment = model.pick()
+        with deployment:
+            tokens = await self._encode(deployment, prompts)
+            max_tokens = _max_tokens(deployment, tokens, sampling)
+            _check_features(deployment, sampling)
+            sequences = len(tokens) * sampling.n
+            prompt_tokens = sum(map(len, tokens)) * sampling.n
+            slot = await self._admit(request, key, model, prompt_tokens, max_tokens, sequences)
+        return Generation(
+            self, key, model, deployment, tokens, max_tokens, sampling, slot, arrived_s, deadline_s
+        )
+
+    async def embed(
+        self, request: Request, key: Key, model: Model, inputs: Sequence[str | list[int]]
+    ) -> tuple[list[list[float]], int, str]:
+        """A vector for each input, the number of tokens, and the artifact's version.
+
+        Raises:
+            ApiError: What the client is told instead.
+        """
+        with model.pick() as deployment:
+            info = deployment.engine.info
+            if "embeddings" not in info.features:
+                raise ApiError(400, f"{info.engine} makes no embeddings", "model", "unsupported")
+            tokens = await self._encode(deployment, inputs)
+            if (longest := max(map(len, tokens))) > info.max_context:
+                text = f"an input has {longest} tokens, but the context has {info.max_context}"
+                raise ApiError(400, text, "input", "context_length_exceeded")
+            num_tokens = sum(map(len, tokens))
+            slot = await self._admit(request, key, model, num_tokens, 0, 1)
+            try:
+                vectors = await deployment.engine.embed(uuid.uuid4().hex, tokens)
+            except EngineError as e:
+                raise _lost(e) from e
+            finally:
+                slot.release(num_tokens)
+            return vectors, num_tokens, deployment.artifact.version
+
+    def refresh_metrics(self) -> None:
+        """Sets what is a state rather than a count."""
+        metrics = self.metrics
+        metrics.waiting.set(self.admission.waiting)
+        for model in self.models.values():
+            for deployment in filter(None, (model.champion, model.canary)):
+                labels, engine = (model.name, deployment.artifact.version), deployment.engine
+                stats = engine.stats()
+                metrics.running.labels(*labels).set(stats.running)
+                metrics.kv_cache_usage.labels(*labels).set(stats.kv_cache_usage)
+                metrics.restarts.labels(*labels).set(stats.restarts)
+                metrics.ready.labels(*labels).set(engine.is_ready)
+
+    async def _admit(
+        self,
+        request: Request,
+        key: Key,
+        model: Model,
+        prompt_tokens: int,
+        max_tokens: int,
+        sequences: int,
+    ) -> Slot:
+        is_batch = request.headers.get(_PRIORITY_HEADER) == "batch"
+        try:
+            return await self.admission.acquire(
+                key.id,
+                prompt_tokens,
+                max_tokens,
+                self.deadline_s(request),
+                sequences,
+                Priority.batch if is_batch else Priority.interactive,
+                key.limits,
+            )
+        except Rejected as e:
+            self.metrics.rejections.labels(model.name, key.id, e.reason).inc()
+            raise _refusal(e) from e
+        except DeadlineExpired as e:
+            self.metrics.rejections.labels(model.name, key.id, "expired").inc()
+            raise ApiError(504, str(e), code="deadline", retry_after_s=1) from e
+
+    async def _encode(
+        self, deployment: Deployment, prompts: Sequence[str | list[int] | Chat]
+    ) -> list[list[int]]:
+        texts = [prompt for prompt in prompts if not isinstance(prompt, list)]
+        try:
+            encoded = iter(await deployment.text.encode(texts))
+        except TextError as e:
+            raise ApiError(400, f"{e.param}: {e.message}", e.param) from e
+        return [prompt if isinstance(prompt, list) else next(encoded) for prompt in prompts]
+
+
+class Generation:
+    """One request that was let in: its sequences, and what is noted of them.
+
+    Attributes:
+        id: Unique; each response and each line of the logs carries it.
+        deployment: Who answers.
+        prompt_tokens: Of all prompts.
+        completion_tokens: Generated so far, of all choices.
+    """
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        key: Key,
+        model: Model,
+        deployment: Deployment,
+        prompts: list[list[int]],
+        max_tokens: int,
+        sampling: Sampling,
+        slot: Slot,
+        arrived_s: float,
+        deadline_s: float,
+    ) -> None:
+        self.id = uuid.uuid4().hex
+        self.deployment = deployment
+        self.prompt_tokens = sum(map(len, prompts))
+        self.completion_tokens = 0
+        self._gateway, self._key, self._model = gateway, key, model
+        self._prompts, self._max_tokens, self._sampling = prompts, max_tokens, sampling
+        self._slot, self._arrived_s, self._deadline_s = slot, arrived_s, deadline_s
+        self._started_s = time.monotonic()
+        self._first_s: float | None = None
+        self._drift = gateway.telemetry.sample(prompts)
+        labels = (model.name, deployment.artifact.version, key.id)
+        metrics = gateway.metrics
+        self._between = metrics.between_tokens.labels(*labels)
+        self._generated = metrics.generation_tokens.labels(*labels)
+        self._labels = labels
+        deployment.__enter__()
+
+    async def chunks(self) -> AsyncIterator[tuple[int, TextChunk]]:
+        """(choice, text) until all choices have ended; leaving early cancels what still runs.
+
+        Raises:
+            ApiError: The engine lost it, or its time is over.
+        """
+        metrics = self._gateway.metrics
+        metrics.queue.labels(*self._labels).observe(self._started_s - self._arrived_s)
+        metrics.prompt_tokens.labels(*self._labels).inc(self.prompt_tokens)
+        reasons: list[str] = []
+        error: ApiError | None = None
+        is_over = False
+        try:
+            async with asyncio.timeout(self._arrived_s + self._deadline_s - time.monotonic()):
+                requests = self._requests()
+                stream = self._one(requests[0]) if len(requests) == 1 else self._all(requests)
+                last_s: dict[int, float] = {}
+                try:
+                    async for index, chunk in stream:
+                        self._note(index, chunk, last_s)
+                        if chunk.finish_reason is not None:
+                            reasons.append(chunk.finish_reason)
+                        yield index, chunk
+                finally:
+                    await stream.aclose()  # type: ignore[attr-defined]
+            is_over = True
+        except TimeoutError as e:
+            text = f"not finished within its {self._deadline_s:g} s"
+            error = ApiError(504, text, code="deadline")
+            raise error from e
+        except EngineError as e:
+            error = _lost(e)
+            raise error from e
+        finally:
+            self._close(reasons, error, is_over)
+
+    def _requests(self) -> list[TokenRequest]:
+        sampling = self._sampling
+        seed = random.getrandbits(63) if sampling.seed is None else sampling.seed
+        logprobs = sampling.logprobs
+        if logprobs is None and self._drift is not None:
+            logprobs = 0 if self.deployment.engine.info.max_logprobs >= 0 else None
+        return [
+            TokenRequest(
+                id=f"{self.id}-{i * sampling.n + j}",
+                prompt=prompt,
+                max_tokens=self._max_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=seed + i * sampling.n + j,
+                logprobs=logprobs,
+                ignore_eos=sampling.ignore_eos,
+                schema=sampling.schema,
+            )
+            for i, prompt in enumerate(self._prompts)
+            for j in range(sampling.n)
+        ]
+
+    async def _one(self, request: TokenRequest) -> AsyncIterator[tuple[int, TextChunk]]:
+        stream = self.deployment.generate(request, self._sampling.stop)
+        try:
+            async for chunk in stream:
+                yield 0, chunk
+        finally:
+            await stream.aclose()  # type: ignore[attr-defined]
+
+    async def _all(self, requests: list[TokenRequest]) -> AsyncIterator[tuple[int, TextChunk]]:
+        """Several sequences at once, as their chunks come."""
+        queue: asyncio.Queue[tuple[int, TextChunk] | EngineError] = asyncio.Queue()
+
+        async def run(index: int, request: TokenRequest) -> None:
+            try:
+                async for chunk in self.deployment.generate(request, self._sampling.stop):
+                    queue.put_nowait((index, chunk))
+            except EngineError as e:
+                queue.put_nowait(e)
+
+        tasks = [asyncio.create_task(run(i, request)) for i, request in enumerate(requests)]
+        try:
+            left = len(tasks)
+            while left:
+                item = await queue.get()
+                if isinstance(item, EngineError):
+                    raise item
+                left -= item[1].finish_reason is not None
+                yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _note(self, index: int, chunk: TextChunk, last_s: dict[int, float]) -> None:
+        now_s = time.monotonic()
+        if chunk.num_tokens:
+            self.completion_tokens += chunk.num_tokens
+            self._generated.inc(chunk.num_tokens)
+            if index in last_s:
+                self._between.observe((now_s - last_s[index]) / chunk.num_tokens)
+            last_s[index] = now_s
+            if self._first_s is None:
+                self._first_s = now_s - self._arrived_s
+                self._gateway.metrics.first_token.labels(*self._labels).observe(self._first_s)
+        if self._drift is not None:
+            self._drift.add(chunk)
+
+    def _close(self, reasons: list[str], error: ApiError | None, is_over: bool) -> None:
+        gateway, took_s = self._gateway, time.monotonic() - self._arrived_s
+        self.deployment.__exit__()
+        self._slot.release(self.prompt_tokens * self._sampling.n + self.completion_tokens)
+        metrics = gateway.metrics
+        for reason in reasons:
+            metrics.success.labels(*self._labels, reason).inc()
+        if error is not None:
+            metrics.failed.labels(*self._labels).inc()
+        elif not is_over:
+            metrics.cancelled.labels(*self._labels).inc()
+        else:
+            metrics.whole.labels(*self._labels).observe(took_s)
+        first_s = took_s if self._first_s is None else self._first_s
+        if is_over or error is not None:  # a client that went away says nothing of the artifact
+            token_s = (took_s - first_s) / max(1, self.completion_tokens - 1)
+            self._model.note(self.deployment.artifact.version, error is None, first_s, token_s)
+        status = "ok" if is_over else "cancelled" if error is None else (error.code or "error")
+        gateway.telemetry.request(
+            id=self.id,
+            key=self._key.id,
+            model=self._model.name,
+            artifact=self.deployment.artifact.digest,
+            status=status,
+            finish_reasons=reasons,
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            queue_s=round(self._started_s - self._arrived_s, 6),
+            first_token_s=None if self._first_s is None else round(self._first_s, 6),
+            total_s=round(took_s, 6),
+        )
+        if self._drift is not None and is_over:
+            gateway.telemetry.drift(self.id, self.deployment.artifact.digest, self._drift)
+
+
+def _max_tokens(deployment: Deployment, prompts: list[list[int]], sampling: Sampling) -> int:
+    """New tokens at most; raises ApiError 400 where prompt and answer do not fit."""
+    longest, context = max(map(len, prompts)), deployment.engine.info.max_context
+    wanted = 1 if sampling.max_tokens is None else sampling.max_tokens
+    if longest + wanted > context:
+        text = (
+            f"the prompt has {longest} tokens and max_tokens is {wanted}: together"
+            f" {longest + wanted}, but the model's context has {context}"
+        )
+        raise ApiError(400, text, "max_tokens", "context_length_exceeded")
+    return context - longest if sampling.max_tokens is None else sampling.max_tokens
+
+
+def _check_features(deployment: Deployment, sampling: Sampling) -> None:
+    info = deployment.engine.info
+    if sampling.schema is not None and "json_schema" not in info.features:
+        text = f"{info.engine} cannot hold its answers to a schema"
+        raise ApiError(400, text, "response_format", "unsupported")
+    if sampling.logprobs is not None and sampling.logprobs > info.max_logprobs:
+        text = f"{info.engine} tells at most {max(0, info.max_logprobs)} alternatives a token"
+        raise ApiError(400, text, "logprobs", "unsupported")
+
+
+def _lost(error: EngineError) -> ApiError:
+    text = f"the engine lost the request: {error}"
+    return ApiError(503, text, code="engine", retry_after_s=1)
+
+
+def _refusal(rejected: Rejected) -> ApiError:
+    status = 503 if rejected.reason == "draining" else 429
+    if rejected.reason == "too_many_sequences":
+        status = 400
+    retry_s = rejected.retry_after_s
+    return ApiError(status, str(rejected), code=rejected.reason, retry_after_s=retry_s)

@@ -1,0 +1,237 @@
+"""Requests as OpenAI's API has them: what is not supported is refused, not ignored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+_SEED = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+_TOKEN_ID = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Body):
+    """Of a stream."""
+
+    include_usage: bool = False
+
+
+class JsonSchema(_Body):
+    """A schema that the answer is to satisfy."""
+
+    name: str = Field(max_length=64)
+    schema_: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(_Body):
+    """What the answer is to be."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema is given with type=json_schema, and only with it")
+        return self
+
+    def schema_of_text(self) -> dict[str, Any] | None:
+        """None: any text."""
+        if self.type == "json_object":
+            return {"type": "object"}
+        return None if self.json_schema is None else self.json_schema.schema_
+
+
+class _Sampling(_Body):
+    """What completions and chats have in common."""
+
+    model: str = Field(max_length=256)
+    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
+    n: int = Field(1, ge=1, le=128)
+    seed: _SEED | None = None
+    stop: str | list[Annotated[str, Field(max_length=512)]] | None = Field(None, max_length=512)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, max_length=256)
+    ignore_eos: bool = Field(False, description="Go on to max_tokens (as in vLLM).")
+    presence_penalty: float = Field(0, ge=0, le=0, description="Only 0 is supported.")
+    frequency_penalty: float = Field(0, ge=0, le=0, description="Only 0 is supported.")
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> _Sampling:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is given with stream=true, and only with it")
+        if isinstance(self.stop, list) and len(self.stop) > 4:
+            raise ValueError("stop has at most 4 texts")
+        return self
+
+    def stops(self) -> list[str]:
+        """Always a list."""
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(_Sampling):
+    """Body of `/v1/completions`."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=128)]
+        | Annotated[list[_TOKEN_ID], Field(min_length=1)]
+        | Annotated[
+            list[Annotated[list[_TOKEN_ID], Field(min_length=1)]],
+            Field(min_length=1, max_length=128),
+        ]
+    )
+    max_tokens: int = Field(16, ge=1, lt=2**31)
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: Literal[False] = False
+    best_of: Literal[1] | None = None
+    suffix: None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    response_format: ResponseFormat | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """One or more."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+
+class FunctionCall(_Body):
+    """What a model asked for."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(_Body):
+    """Likewise."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class TextPart(_Body):
+    """A part of a message; only text is understood."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Body):
+    """Of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates expect it: one text, arguments as objects."""
+        content = self.content
+        if isinstance(content, list):
+            content = "".join(part.text for part in content)
+        message: dict[str, Any] = {"role": self.role, "content": content or ""}
+        if self.role == "developer":
+            message["role"] = "system"
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_calls:
+            message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
+
+
+class Function(_Body):
+    """That a model may ask for."""
+
+    name: str = Field(max_length=64)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Body):
+    """Likewise."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class ChatRequest(_Sampling):
+    """Body of `/v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1, max_length=4096)
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is given with logprobs=true, and only with it")
+        return self
+
+    def limit(self) -> int | None:
+        """New tokens at most; None: as many as fit."""
+        return self.max_completion_tokens or self.max_tokens
+
+    def wanted_logprobs(self) -> int | None:
+        """Alternatives for each token."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        """For the template."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        return [tool.model_dump(exclude_none=True) for tool in self.tools]
+
+
+class EmbeddingRequest(_Body):
+    """Body of `/v1/embeddings`."""
+
+    model: str = Field(max_length=256)
+    input: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=2048)]
+        | Annotated[list[_TOKEN_ID], Field(min_length=1)]
+        | Annotated[
+            list[Annotated[list[_TOKEN_ID], Field(min_length=1)]],
+            Field(min_length=1, max_length=2048),
+        ]
+    )
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: None = None
+    user: str | None = Field(None, max_length=256)
+
+    def inputs(self) -> list[str | list[int]]:
+        """One or more."""
+        if isinstance(self.input, str):
+            return [self.input]
+        if isinstance(self.input[0], int):
+            return [self.input]
+        return list(self.input)

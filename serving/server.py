@@ -1,0 +1,136 @@
+"""The process: it starts what is served, listens, and ends without cutting anybody off."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+
+from monitoring.errors import ConfigError
+from serving.artifact import resolve
+from serving.config import ServingConfig
+from serving.deployment import Deployment
+from serving.gateway.app import make_app
+from serving.gateway.gateway import Gateway
+from serving.keys import Keys
+from serving.models import Model
+from serving.telemetry import Telemetry
+
+_log = logging.getLogger("spotforge.serving")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers, which would end streams: ours drain first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(config: ServingConfig) -> None:
+    """Serves until SIGTERM or SIGINT, then lets what runs end. A second signal ends it at once.
+
+    Raises:
+        SpotforgeError: It does not start.
+    """
+    artifact = resolve(config.artifact)
+    keys = None if config.keys is None else Keys.load(Path(config.keys).expanduser())
+    gateway = Gateway(config, keys, Telemetry(config.log))
+    name = config.model_name or _name_of(artifact.folder)
+    listener = _listen("port", config.host, config.port)
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _on_signal, stopping)
+    # It listens at once, so that /livez and /readyz answer while the engine starts.
+    server = _server(gateway, config)
+    serving = asyncio.create_task(server.serve([listener]))
+    stopped = asyncio.create_task(stopping.wait())
+    cache = cache_folder(config)
+    starting = asyncio.create_task(Deployment.start(artifact, config, cache))
+    try:
+        await asyncio.wait([starting, stopped], return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            champion = starting.result()
+            gateway.models[name] = Model(name, champion, int(time.time()))
+            gateway.admission.resize(champion.engine.info.max_running)
+            host, port = listener.getsockname()[:2]
+            print(f"{name} ({artifact.version}) at http://{host}:{port}/v1", flush=True)
+            await stopped
+            await _drain(gateway, config.drain_timeout_s)
+    finally:
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        server.should_exit = True
+        await serving
+        for model in gateway.models.values():
+            await model.champion.close()
+
+
+def _on_signal(stopping: asyncio.Event) -> None:
+    if stopping.is_set():
+        os._exit(1)  # told twice: the engines die with this process
+    stopping.set()
+
+
+async def _drain(gateway: Gateway, timeout_s: float) -> None:
+    gateway.is_draining = True
+    gateway.admission.drain()
+    _log.warning("told to stop: %d sequences still run", gateway.admission.running)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await gateway.admission.idle()
+    except TimeoutError:
+        _log.error("%d sequences are cut off", gateway.admission.running)
+
+
+def _server(gateway: Gateway, config: ServingConfig) -> _Server:
+    return _Server(
+        uvicorn.Config(
+            make_app(gateway),
+            http="httptools",
+            loop="uvloop",
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=5,
+        )
+    )
+
+
+def _listen(key: str, host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as e:
+        listener.close()
+        raise ConfigError(key, port, e.strerror or str(e), "choose another; 0 is any") from e
+    listener.listen(2048)
+    return listener
+
+
+def cache_folder(config: ServingConfig) -> Path:
+    """For what engines prepare."""
+    if config.cache is not None:
+        return Path(config.cache).expanduser()
+    home = os.environ.get("SPOTFORGE_CACHE", "~/.cache/spotforge")
+    return Path(home).expanduser() / "serving"
+
+
+def _name_of(folder: Path) -> str:
+    """The run's, for its export and what is compressed of it; else the folder's."""
+    for parent in folder.parents:
+        if parent.parent.name == "runs":
+            return parent.name
+    return folder.name

@@ -1,0 +1,82 @@
+"""The two text stages as the gateway calls them, wherever they run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Protocol
+
+from serving.engine import TokenChunk
+from serving.text.stages import Chat, Decoder, Encoder, TextChunk
+from serving.text.tokenizer import TokenizerFiles
+
+_LONG_TEXT = 20_000  # characters; more take so long that others would wait
+
+
+class SequenceDecoder(Protocol):
+    """Of one sequence; fed in order."""
+
+    async def feed(self, chunk: TokenChunk) -> TextChunk:
+        """See `Decoder.feed`."""
+        ...
+
+    def close(self) -> None:
+        """No more comes."""
+        ...
+
+
+class TextStages(Protocol):
+    """Before and after an engine."""
+
+    async def encode(self, prompts: Sequence[str | Chat]) -> list[list[int]]:
+        """Token ids of each; raises TextError."""
+        ...
+
+    def decoder(self, stop: Sequence[str]) -> SequenceDecoder:
+        """For one more sequence."""
+        ...
+
+    async def close(self) -> None:
+        """Ends what runs."""
+        ...
+
+
+class LocalStages:
+    """In this process."""
+
+    def __init__(self, files: TokenizerFiles) -> None:
+        self._encoder, self._tokenizer = Encoder(files), files.tokenizer()
+
+    async def encode(self, prompts: Sequence[str | Chat]) -> list[list[int]]:
+        """See `TextStages`."""
+        size = sum(_length(prompt) for prompt in prompts)
+        if size > _LONG_TEXT:  # the library is Rust and lets others run
+            return await asyncio.to_thread(self._encode, prompts)
+        return self._encode(prompts)
+
+    def _encode(self, prompts: Sequence[str | Chat]) -> list[list[int]]:
+        return [self._encoder.encode(prompt) for prompt in prompts]
+
+    def decoder(self, stop: Sequence[str]) -> SequenceDecoder:
+        """See `TextStages`."""
+        return _LocalDecoder(Decoder(self._tokenizer, stop))
+
+    async def close(self) -> None:
+        """Nothing runs."""
+
+
+class _LocalDecoder:
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+
+    async def feed(self, chunk: TokenChunk) -> TextChunk:
+        return self._decoder.feed(chunk)
+
+    def close(self) -> None:
+        pass
+
+
+def _length(prompt: str | Chat) -> int:
+    if isinstance(prompt, str):
+        return len(prompt)
+    return sum(len(str(message.get("content", ""))) for message in prompt.messages)

@@ -1,0 +1,72 @@
+"""Calls of functions out of a model's text, as Hermes' and Qwen's templates have them.
+
+<tool_call>
+{"name": "weather", "arguments": {"city": "Pune"}}
+</tool_call>
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+OPENS, CLOSES = "<tool_call>", "</tool_call>"
+
+
+class ToolCallParser:
+    """Splits a text that comes in pieces into what is said and what is called."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._is_inside = False
+
+    def feed(self, text: str, is_last: bool) -> tuple[str, list[dict[str, Any]]]:
+        """What is said, and the calls that are complete.
+
+        Args:
+            text: The next piece.
+            is_last: There is no more: what was held back is told as text.
+
+        Returns:
+            Text, and `{"name": ..., "arguments": JSON text}` for each call.
+        """
+        self._held += text
+        said, calls = "", []
+        while True:
+            mark = CLOSES if self._is_inside else OPENS
+            before, found, after = self._held.partition(mark)
+            if not found:
+                break
+            if self._is_inside:
+                call = _parse(before)
+                if call is None:
+                    said += OPENS + before + CLOSES  # no call, so the client is to see it
+                else:
+                    calls.append(call)
+            else:
+                said += before
+            self._held, self._is_inside = after, not self._is_inside
+        if is_last:
+            said += (OPENS if self._is_inside else "") + self._held
+            self._held = ""
+        elif not self._is_inside:
+            keep = next(
+                (n for n in range(len(OPENS) - 1, 0, -1) if self._held.endswith(OPENS[:n])), 0
+            )
+            said += self._held[: len(self._held) - keep]
+            self._held = self._held[len(self._held) - keep :]
+        return said, calls
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    try:
+        call = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return None
+    arguments = call.get("arguments", {})
+    return {
+        "name": call["name"],
+        "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments),
+    }
