@@ -137,6 +137,7 @@ class ServingConfig:
         port: Likewise; 0: any that is free.
         admin_port: For the admin endpoints, on 127.0.0.1; null: there are none.
         admin_host: Where those listen.
+        artifact_root: Folder that artifacts for a swap must lie in; null: the working directory.
         keys: File of API keys; null: anybody who can connect may ask.
         cache: Folder for what engines prepare; null: SPOTFORGE_CACHE/serving.
         drain_timeout_s: For requests that run when it is told to stop.
@@ -148,6 +149,7 @@ class ServingConfig:
     port: int = 8000
     admin_host: str = "127.0.0.1"
     admin_port: int | None = None
+    artifact_root: str | None = None
     keys: str | None = None
     cache: str | None = None
     drain_timeout_s: float = 120.0
@@ -187,6 +189,9 @@ class ServingConfig:
         for key, port in (("port", self.port), ("admin_port", self.admin_port)):
             if port is not None and not 0 <= port < 65536:
                 raise ConfigError(key, port, "is no port", "give 0 to 65535")
+        if self.keys is None and self.admin_host not in ("127.0.0.1", "::1", "localhost"):
+            rule = "whoever can connect there could stop the server or swap what it serves"
+            raise ConfigError("admin_host", self.admin_host, rule, "set keys=FILE, or 127.0.0.1")
         if self.engine.openvino_bits not in (4, 8, 32):
             rule = "weights of an IR have 4, 8 or 32 bits"
             raise ConfigError("engine.openvino_bits", self.engine.openvino_bits, rule, "choose one")

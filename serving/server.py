@@ -9,19 +9,22 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 
 from monitoring.errors import ConfigError
 from serving.artifact import resolve
 from serving.config import ServingConfig
 from serving.deployment import Deployment
-from serving.gateway.app import make_app
+from serving.gateway.admin import add_admin
+from serving.gateway.app import add_error_handlers, make_app
 from serving.gateway.gateway import Gateway
 from serving.keys import Keys
 from serving.models import Model
+from serving.rollout import Rollout
 from serving.telemetry import Telemetry
 
 _log = logging.getLogger("spotforge.serving")
@@ -50,17 +53,23 @@ async def serve(config: ServingConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, stopping)
+    cache, rollouts = cache_folder(config), dict[str, Rollout]()
     # It listens at once, so that /livez and /readyz answer while the engine starts.
-    server = _server(gateway, config)
-    serving = asyncio.create_task(server.serve([listener]))
+    apps = {listener: make_app(gateway)}
+    if config.admin_port is not None:
+        admin = _admin_app(gateway, rollouts, stopping.set)
+        apps[_listen("admin_port", config.admin_host, config.admin_port)] = admin
+    servers = [_server(app, socket) for socket, app in apps.items()]
     stopped = asyncio.create_task(stopping.wait())
-    cache = cache_folder(config)
     starting = asyncio.create_task(Deployment.start(artifact, config, cache))
     try:
         await asyncio.wait([starting, stopped], return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             champion = starting.result()
-            gateway.models[name] = Model(name, champion, int(time.time()))
+            gateway.models[name] = model = Model(name, champion, int(time.time()))
+            root = Path(config.artifact_root or ".")
+            resize = gateway.admission.resize
+            rollouts[name] = Rollout(model, config, cache, root, resize)
             gateway.admission.resize(champion.engine.info.max_running)
             host, port = listener.getsockname()[:2]
             print(f"{name} ({artifact.version}) at http://{host}:{port}/v1", flush=True)
@@ -69,8 +78,11 @@ async def serve(config: ServingConfig) -> None:
     finally:
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
-        server.should_exit = True
-        await serving
+        for server, serving in servers:
+            server.should_exit = True
+            await serving
+        for rollout in rollouts.values():
+            await rollout.close()
         for model in gateway.models.values():
             await model.champion.close()
 
@@ -92,10 +104,17 @@ async def _drain(gateway: Gateway, timeout_s: float) -> None:
         _log.error("%d sequences are cut off", gateway.admission.running)
 
 
-def _server(gateway: Gateway, config: ServingConfig) -> _Server:
-    return _Server(
+def _admin_app(gateway: Gateway, rollouts: dict[str, Rollout], stop: Callable[[], None]) -> FastAPI:
+    app = FastAPI(title="spotforge serving: administration", docs_url=None, redoc_url=None)
+    add_error_handlers(app)
+    add_admin(app, gateway, rollouts, stop)
+    return app
+
+
+def _server(app: FastAPI, listener: socket.socket) -> tuple[_Server, asyncio.Task[None]]:
+    server = _Server(
         uvicorn.Config(
-            make_app(gateway),
+            app,
             http="httptools",
             loop="uvloop",
             log_config=None,
@@ -105,6 +124,7 @@ def _server(gateway: Gateway, config: ServingConfig) -> _Server:
             timeout_graceful_shutdown=5,
         )
     )
+    return server, asyncio.create_task(server.serve([listener]))
 
 
 def _listen(key: str, host: str, port: int) -> socket.socket:

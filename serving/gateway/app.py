@@ -79,7 +79,7 @@ def make_app(gateway: Gateway) -> FastAPI:
         responses=_ERRORS,
     )
     app.state.gateway = gateway
-    _add_error_handlers(app)
+    add_error_handlers(app)
     _add_health(app, gateway)
     _add_generation(app, gateway)
     _drop_422(app)
@@ -193,7 +193,9 @@ def _add_health(app: FastAPI, gateway: Gateway) -> None:
         )
 
 
-def _add_error_handlers(app: FastAPI) -> None:
+def add_error_handlers(app: FastAPI) -> None:
+    """Gives every error OpenAI's shape."""
+
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
         return error.response()

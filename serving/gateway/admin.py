@@ -1,0 +1,124 @@
+"""The routes for whoever runs the server; on a port of their own, on loopback unless told."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from monitoring.errors import ConfigError, SpotforgeError
+from serving.gateway.errors import ApiError
+from serving.gateway.gateway import Gateway
+from serving.rollout import Busy, Event, Rollout
+
+
+class SwapRequest(BaseModel):
+    """Body of `/admin/swap`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    artifact: str = Field(min_length=1, max_length=1024)
+    model: str | None = Field(None, description="Which one; none: the only one.")
+    canary: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Share of the requests that it gets first; none: all, at once."
+    )
+
+
+class RollbackRequest(BaseModel):
+    """Body of `/admin/rollback`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+
+
+def add_admin(
+    app: FastAPI, gateway: Gateway, rollouts: dict[str, Rollout], stop: Callable[[], None]
+) -> None:
+    """Adds the routes.
+
+    Args:
+        app: Another one than that of the clients.
+        gateway: State.
+        rollouts: By model.
+        stop: What SIGTERM does.
+    """
+
+    def authorize(request: Request) -> None:
+        if gateway.keys is not None and not gateway.authorize(request).admin:
+            raise ApiError(403, "the key is not an admin's", code="admin_only")
+
+    def rollout_of(name: str | None) -> Rollout:
+        if name is None and len(rollouts) == 1:
+            return next(iter(rollouts.values()))
+        if name not in rollouts:
+            there = ", ".join(sorted(rollouts)) or "none yet"
+            raise ApiError(404, f"there is no model {name!r}; there is {there}", "model")
+        return rollouts[name]
+
+    @app.post("/admin/swap")
+    async def swap(body: SwapRequest, request: Request) -> dict[str, Any]:
+        """Answers once the artifact made a token and took over, or became the canary."""
+        authorize(request)
+        return await _answer(rollout_of(body.model).swap(body.artifact, body.canary))
+
+    @app.post("/admin/rollback")
+    async def roll_back(body: RollbackRequest, request: Request) -> dict[str, Any]:
+        """Ends a canary's trial; without one, serves the artifact from before."""
+        authorize(request)
+        return await _answer(rollout_of(body.model).roll_back())
+
+    @app.post("/admin/drain", status_code=202)
+    async def drain(request: Request) -> dict[str, Any]:
+        """As SIGTERM: what runs ends, nothing new begins, then the process ends."""
+        authorize(request)
+        stop()
+        return {"running": gateway.admission.running, "waiting": gateway.admission.waiting}
+
+    @app.get("/admin/status")
+    async def status(request: Request) -> dict[str, Any]:
+        """What is served, and what rollouts did."""
+        authorize(request)
+        return {
+            "ready": gateway.is_ready,
+            "draining": gateway.is_draining,
+            "running": gateway.admission.running,
+            "waiting": gateway.admission.waiting,
+            "models": {name: _status(gateway, name, rollouts[name]) for name in rollouts},
+        }
+
+
+async def _answer(work: Any) -> dict[str, Any]:
+    try:
+        event: Event = await work
+    except Busy as e:
+        raise ApiError(409, str(e), code="busy") from e
+    except ConfigError as e:
+        raise ApiError(400, str(e), e.key) from e
+    except SpotforgeError as e:
+        raise ApiError(409, f"rolled back: {e}", code="does_not_start") from e
+    return dataclasses.asdict(event)
+
+
+def _status(gateway: Gateway, name: str, rollout: Rollout) -> dict[str, Any]:
+    model = gateway.models[name]
+    deployments = {"champion": model.champion, "canary": model.canary}
+    return {
+        **{
+            role: None
+            if deployment is None
+            else {
+                "artifact": deployment.artifact.name,
+                "version": deployment.artifact.version,
+                "engine": deployment.engine.info.engine,
+                "ready": deployment.engine.is_ready,
+                **dataclasses.asdict(deployment.engine.stats()),
+            }
+            for role, deployment in deployments.items()
+        },
+        "canary_share": model.share if model.canary is not None else None,
+        "history": [dataclasses.asdict(event) for event in rollout.history],
+    }

@@ -1,0 +1,207 @@
+"""A new artifact takes over without a failed request, or does not take over at all.
+
+The new one starts beside the old one and has to make a token. Then it replaces it; or, as a canary,
+it first answers a share of the requests and is compared with the champion on those that came
+meanwhile. Requests that the old one has begun it ends; then it is stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import statistics
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from monitoring.errors import ConfigError, SpotforgeError
+from serving.artifact import resolve
+from serving.config import RolloutConfig, ServingConfig
+from serving.deployment import Deployment
+from serving.models import Model, Outcomes
+
+_log = logging.getLogger("spotforge.serving")
+_LOOKS_EVERY_S = 0.25
+
+
+class Busy(SpotforgeError):
+    """Another rollout goes on."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a rollout did.
+
+    Attributes:
+        time: Seconds since 1970.
+        what: `swapped`, `canary`, `promoted`, `rolled_back` or `refused`.
+        old: Version of the champion before.
+        new: Version of the artifact that was to replace it.
+        why: One line.
+    """
+
+    time: float
+    what: str
+    old: str
+    new: str
+    why: str
+
+
+class Rollout:
+    """Of one model.
+
+    Args:
+        model: Whose champion is replaced.
+        config: Settings of the server.
+        cache: For what engines prepare.
+        root: Folder that artifacts must lie in.
+        resize: Told how many sequences the new champion steps at once.
+
+    Attributes:
+        history: What happened, oldest first.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: ServingConfig,
+        cache: Path,
+        root: Path,
+        resize: Callable[[int], None],
+    ) -> None:
+        self._model, self._config, self._cache, self._root = model, config, cache, root
+        self._resize = resize
+        self.history: list[Event] = []
+        self._lock = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._previous: str | None = None  # name of the artifact that was champion before
+
+    async def swap(self, name: str, share: float | None = None) -> Event:
+        """Starts an artifact and makes it champion, or canary.
+
+        Args:
+            name: Of the artifact.
+            share: Of the requests, for a canary; None: all, at once.
+
+        Raises:
+            ConfigError: There is no such artifact, or no engine can run it.
+            SpotforgeError: It does not start; the champion goes on.
+            Busy: Another rollout goes on.
+        """
+        if self._lock.locked() or self._model.canary is not None:
+            raise Busy("another rollout goes on: wait for it, or roll it back")
+        async with self._lock:
+            artifact = resolve(name, self._root)
+            try:
+                new = await Deployment.start(artifact, self._config, self._cache)
+            except SpotforgeError as e:
+                self._note("refused", artifact.version, f"it does not start: {e}")
+                raise
+            if share is None:
+                return self._promote(new, "swapped", "it made a token")
+            self._model.outcomes = {
+                self._model.champion.artifact.version: Outcomes(),
+                new.artifact.version: Outcomes(),
+            }
+            self._model.canary, self._model.share = new, share
+            self._run(self._judge(new))
+            return self._note("canary", new.artifact.version, f"gets {share:.1%} of the requests")
+
+    async def roll_back(self) -> Event:
+        """Ends the trial that goes on; without one, serves the artifact from before again.
+
+        Raises:
+            ConfigError: There was none before.
+        """
+        if self._model.canary is not None:
+            return self._end_trial("it was asked for")
+        if self._previous is None:
+            raise ConfigError("rollback", "", "no other artifact was served before", "use swap")
+        return await self.swap(self._previous)
+
+    async def close(self) -> None:
+        """Stops a canary, and what old champions still do."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._model.canary is not None:
+            await self._model.canary.close()
+
+    async def _judge(self, canary: Deployment) -> None:
+        """Promotes the canary, or rolls it back, once enough is known."""
+        while self._model.canary is canary:
+            await asyncio.sleep(_LOOKS_EVERY_S)
+            if self._model.canary is not canary:
+                return
+            if canary.engine.stats().restarts:
+                self._end_trial("its engine died or hung")
+                return
+            champion = self._model.champion.artifact.version
+            verdict = judge(
+                self._model.outcomes[champion],
+                self._model.outcomes[canary.artifact.version],
+                self._config.rollout,
+            )
+            if verdict is None:
+                continue
+            is_good, why = verdict
+            if is_good:
+                self._promote(canary, "promoted", why)
+            else:
+                self._end_trial(why)
+
+    def _promote(self, new: Deployment, what: str, why: str) -> Event:
+        event = self._note(what, new.artifact.version, why)
+        old, self._model.champion = self._model.champion, new
+        self._model.canary, self._model.outcomes = None, {}
+        self._previous = old.artifact.name
+        self._resize(new.engine.info.max_running)
+        self._run(old.retire())
+        return event
+
+    def _end_trial(self, why: str) -> Event:
+        canary, self._model.canary, self._model.outcomes = self._model.canary, None, {}
+        assert canary is not None
+        self._run(canary.retire())
+        return self._note("rolled_back", canary.artifact.version, why)
+
+    def _note(self, what: str, new: str, why: str) -> Event:
+        event = Event(round(time.time(), 3), what, self._model.champion.artifact.version, new, why)
+        self.history.append(event)
+        _log.warning("%s: %s -> %s: %s: %s", self._model.name, event.old, new, what, why)
+        return event
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def judge(champion: Outcomes, canary: Outcomes, config: RolloutConfig) -> tuple[bool, str] | None:
+    """Whether a canary is as good as the champion, and why; None: not known yet.
+
+    Errors are compared as rates, times as medians of what both answered meanwhile. One error alone
+    decides nothing.
+    """
+    allowed = config.canary_max_error_rate
+    if champion.count:
+        allowed += champion.failed / champion.count
+    needed = config.canary_requests
+    if canary.failed >= 2 and canary.failed > allowed * needed:  # however good the rest would be
+        return False, f"{canary.failed} of {canary.count} requests failed"
+    if canary.count < needed:
+        return None
+    if canary.failed > allowed * canary.count and canary.failed >= 2:
+        return False, f"{canary.failed} of {canary.count} requests failed"
+    if len(champion.token_s) < min(needed, 10):
+        return True, f"{canary.count} requests, {canary.failed} failed; the champion had too few"
+    for what, ours, theirs in (
+        ("to the first token", canary.first_token_s, champion.first_token_s),
+        ("a token", canary.token_s, champion.token_s),
+    ):
+        new, old = statistics.median(ours), statistics.median(theirs)
+        if new > config.canary_max_slowdown * old:
+            return False, f"{1000 * new:.1f} ms {what}, where the champion takes {1000 * old:.1f}"
+    return True, f"{canary.count} requests, {canary.failed} failed, and it is as fast"
