@@ -1,0 +1,289 @@
+"""What keeps a hostile or broken client from the app.
+
+`guarded_protocol` watches bytes, before there is a request: headers that never end, too many of
+them, bytes that are no HTTP, too many connections. `BodyGuard` watches bodies. Whatever is refused
+is told in OpenAI's shape, and the connection is closed.
+"""
+
+import asyncio
+import json
+import math
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from monitoring.errors import ConfigError
+
+# The parser tells no positions: header bytes are counted by what is fed to it at a time.
+_PIECE_BYTES = 4_096
+
+# After a refusal so much is still read and dropped: closing at once would reset the connection, and
+# a client that is still sending would not see the answer.
+_LINGER_S = 1.0
+_LINGER_BYTES = 16 * 2**20
+
+
+@dataclass
+class Guard:
+    """What a client may do.
+
+    Attributes:
+        max_connections: Open at once, in this process.
+        max_header_bytes: Request line and headers, to within 4 KiB; trailers as well.
+        max_header_lines: Headers of a request.
+        header_timeout_s: From the connection, or the first byte of a request, to the headers' end.
+        max_body_bytes: Of a request.
+        max_body_bytes_of: The same for single paths, as `/v1/files`.
+        body_timeout_s: To the body's end, for one of `max_body_bytes`; where a path may have more,
+            it has as much more time.
+    """
+
+    max_connections: int = 512
+    max_header_bytes: int = 32 * 2**10
+    max_header_lines: int = 100
+    header_timeout_s: float = 10.0
+    max_body_bytes: int = 4 * 2**20
+    max_body_bytes_of: dict[str, int] = field(default_factory=dict)
+    body_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        values = {name: value for name, value in vars(self).items() if name != "max_body_bytes_of"}
+        for name, value in (values | self.max_body_bytes_of).items():
+            if not 0 < value < math.inf:
+                raise ConfigError(f"guard.{name}", value, "lets nobody in", "use a number above 0")
+
+
+def guarded_protocol(guard: Guard) -> type[HttpToolsProtocol]:
+    """The protocol to hand to uvicorn: `uvicorn.Config(app, http=guarded_protocol(guard))`."""
+    return type("GuardedProtocol", (_GuardedProtocol,), {"guard": guard})
+
+
+class _GuardedProtocol(HttpToolsProtocol):
+    """One connection.
+
+    What `uvicorn` does not bound is what yields no event: bytes since the last piece of a body or
+    the last end of headers, and the time until headers end.
+    """
+
+    guard: Guard
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.ws_protocol_class = None  # it would take the connection out of our hands
+        self._refused = False
+        self._dropped_bytes = 0
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._header_lines = 0
+        self._pending_bytes = 0
+        self._made_progress = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.guard.max_connections:
+            self._refuse(503, "too_many_connections", "the server has too many connections")
+            transport.close()  # no lingering: it would hold what there is too little of
+            return
+        self._start_header_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_header_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            self._dropped_bytes += len(data)
+            if self._dropped_bytes > _LINGER_BYTES:
+                self.transport.close()
+            return
+        for start in range(0, len(data), _PIECE_BYTES):
+            if self._refused or self.transport.is_closing():
+                return
+            piece = data[start : start + _PIECE_BYTES]
+            self._made_progress = False
+            super().data_received(piece)
+            self._pending_bytes = 0 if self._made_progress else self._pending_bytes + len(piece)
+            if self._pending_bytes > self.guard.max_header_bytes:
+                self._refuse_headers(f"more than {self.guard.max_header_bytes} bytes")
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and not self._refused and self._header_timer is None:
+            self._start_header_timer()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._made_progress = True
+        self._header_lines = 0
+        if self._header_timer is None:
+            self._start_header_timer()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        self._header_lines += 1
+        if self._header_lines > self.guard.max_header_lines:
+            self._refuse_headers(f"more than {self.guard.max_header_lines} lines")
+            raise ValueError("too many headers")  # the parser stops here
+
+    def on_headers_complete(self) -> None:
+        self._made_progress = True
+        self._stop_header_timer()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._made_progress = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._made_progress = True
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "invalid_http", msg)
+
+    def _refuse_headers(self, what: str) -> None:
+        self._refuse(431, "headers_too_large", f"the request's headers have {what}")
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        """Answers where an answer would be taken for one to this request; then closes."""
+        if self._refused:
+            return
+        self._refused = True
+        self._stop_header_timer()
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            answerable = cycle.more_body and not cycle.response_started and not self.pipeline
+            cycle.disconnected = True  # the app learns of it, and what it sends is dropped
+            cycle.message_event.set()
+            if not answerable:
+                self.transport.close()
+                return
+        headers, body = _refusal(status, code, message)
+        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()]
+        lines += [name + b": " + value for name, value in headers]
+        self.transport.write(b"\r\n".join([*lines, b"", body]))
+        self.loop.call_later(_LINGER_S, self.transport.close)
+
+    def _start_header_timer(self) -> None:
+        self._header_timer = self.loop.call_later(
+            self.guard.header_timeout_s, self._on_header_timeout
+        )
+
+    def _stop_header_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _on_header_timeout(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._start_header_timer()  # the request before it is still being answered
+            return
+        limit_s = self.guard.header_timeout_s
+        self._refuse(408, "header_timeout", f"no whole headers came within {limit_s:g} s")
+
+
+class BodyGuard:
+    """ASGI middleware that refuses bodies that are too large or too slow.
+
+    The app sees a refused request as one whose client went away.
+
+    Args:
+        app: The app within.
+        guard: What a client may do.
+    """
+
+    def __init__(self, app: ASGIApp, guard: Guard) -> None:
+        self._app = app
+        self._guard = guard
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        guard = self._guard
+        limit = guard.max_body_bytes_of.get(scope["path"], guard.max_body_bytes)
+        timeout_s = guard.body_timeout_s * max(1.0, limit / guard.max_body_bytes)
+        exchange = _Exchange(limit, timeout_s, receive, send)
+        length = next((v for name, v in scope["headers"] if name == b"content-length"), b"0")
+        if int(length) > limit:  # the parser took it for a number
+            await exchange.refuse_size()
+            return
+        try:
+            await self._app(scope, exchange.receive, exchange.send)
+        except ClientDisconnect:
+            pass  # its client is gone, or was refused
+
+
+class _Exchange:
+    """One request and its answer."""
+
+    def __init__(self, limit: int, timeout_s: float, receive: Receive, send: Send) -> None:
+        self._limit = limit
+        self._timeout_s = timeout_s
+        self._deadline_s = asyncio.get_running_loop().time() + timeout_s
+        self._receive = receive
+        self._send = send
+        self._size = 0
+        self._body_ended = False
+        self._answered = False
+        self._refused = False
+
+    async def receive(self) -> Message:
+        if self._refused:
+            return {"type": "http.disconnect"}
+        if self._body_ended:
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline_s):
+                message = await self._receive()
+        except TimeoutError:
+            text = f"the request's body did not come within {self._timeout_s:g} s"
+            return await self._refuse(408, "body_timeout", text)
+        self._size += len(message.get("body", b""))
+        self._body_ended = not message.get("more_body", False)
+        return await self.refuse_size() if self._size > self._limit else message
+
+    async def send(self, message: Message) -> None:
+        if not self._refused:
+            self._answered = True
+            await self._send(message)
+
+    async def refuse_size(self) -> Message:
+        """Answers 413."""
+        text = f"the request's body is larger than {self._limit} bytes"
+        return await self._refuse(413, "request_too_large", text)
+
+    async def _refuse(self, status: int, code: str, message: str) -> Message:
+        self._refused = True
+        headers, body = _refusal(status, code, message)
+        if not self._answered:
+            await self._send({"type": "http.response.start", "status": status, "headers": headers})
+            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+            await self._drop_rest()
+            await self._send({"type": "http.response.body"})
+        return {"type": "http.disconnect"}
+
+    async def _drop_rest(self) -> None:
+        most = self._size + _LINGER_BYTES
+        try:
+            async with asyncio.timeout(_LINGER_S):
+                while not self._body_ended and self._size < most:
+                    message = await self._receive()
+                    self._size += len(message.get("body", b""))
+                    self._body_ended = not message.get("more_body", False)
+        except TimeoutError:
+            pass
+
+
+def _refusal(status: int, code: str, message: str) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Headers and body in OpenAI's shape."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    error = {"message": message, "type": kind, "param": None, "code": code}
+    body = json.dumps({"error": error}).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+    ]
+    return headers, body
