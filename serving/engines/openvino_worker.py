@@ -1,0 +1,275 @@
+"""OpenVINO GenAI's continuous batching as an engine program; it runs in OpenVINO's own environment.
+
+    python -I openvino_worker.py '{"folder": "IR", ...}'
+
+speaks the lines of `serving/engine.py`. `-I` keeps this folder from the front of `sys.path`, where
+our `openvino.py` would hide the library. Only `lines.py` is taken from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import itertools
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parent))
+lines = importlib.import_module("lines")
+
+_BLOCK_TOKENS = 32  # of a KV cache's block, on a CPU
+_GREEDY_TEMPERATURE = 1e-4  # GenAI divides by it in float32, which gives NaN where it is tiny
+_KV_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "u8": 1}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of the program.
+
+    Attributes:
+        folder: Of the IR, its configuration and its tokenizer.
+        max_context: Tokens of prompt and answer together, at most; None: what the model can.
+        max_running: Sequences in a step, at most.
+        max_batch_tokens: Tokens in a step, at most: longer prompts are cut into several steps.
+        kv_cache_bytes: Room for keys and values, of all sequences together.
+        num_threads: Of the CPU; None: all cores.
+        properties: More of OpenVINO's, for its CPU plugin.
+    """
+
+    folder: str
+    max_context: int | None
+    max_running: int
+    max_batch_tokens: int
+    kv_cache_bytes: int
+    num_threads: int | None
+    properties: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Live:
+    """A sequence that is being generated."""
+
+    handle: Any
+    eos: set[int]
+    with_logprobs: bool
+
+
+class Worker:
+    """The program."""
+
+    def __init__(self, settings: Settings, told: Any) -> None:
+        import openvino_genai as genai
+
+        self._genai, self._lines = genai, told
+        folder = Path(settings.folder)
+        config = _text_config(_read_json(folder / "config.json"))
+        num_blocks = settings.kv_cache_bytes // (
+            _BLOCK_TOKENS * _kv_bytes_per_token(folder, settings.properties)
+        )
+        if num_blocks < 1:
+            raise ValueError(f"kv_cache_bytes={settings.kv_cache_bytes} hold no block of tokens")
+        self._vocab_size = config["vocab_size"]
+        limits = [settings.max_context, config.get("max_position_embeddings")]
+        # What does not fit the cache would be dropped half-way.
+        self._max_context = min(x for x in [*limits, num_blocks * _BLOCK_TOKENS] if x is not None)
+        self._eos = _eos_tokens(folder, config)
+        self._live: dict[str, _Live] = {}
+        self._numbers = itertools.count()
+        scheduler = genai.SchedulerConfig()
+        scheduler.num_kv_blocks = num_blocks
+        scheduler.max_num_seqs = settings.max_running
+        scheduler.max_num_batched_tokens = settings.max_batch_tokens
+        scheduler.dynamic_split_fuse = True
+        scheduler.enable_prefix_caching = True
+        properties = dict(settings.properties)
+        if settings.num_threads is not None:
+            properties["INFERENCE_NUM_THREADS"] = settings.num_threads
+        self._pipeline = genai.ContinuousBatchingPipeline(
+            settings.folder, scheduler, "CPU", properties
+        )
+        told.say(
+            "ready",
+            {
+                "engine": f"OpenVINO GenAI {genai.__version__.partition('-')[0]}",
+                "max_context": self._max_context,
+                "max_running": settings.max_running,
+                "max_logprobs": 0,
+                "features": ["json_schema"],
+            },
+        )
+
+    def run(self) -> None:
+        """Until the gateway is gone."""
+        while True:
+            is_busy = self._pipeline.has_non_finished_requests()
+            for kind, content in self._lines.heard(0 if is_busy else lines.IDLE_S):
+                getattr(self, f"_on_{kind}")(content)
+            if self._pipeline.has_non_finished_requests():
+                self._pipeline.step()  # it is what frees a cancelled sequence, too
+                self._tell()
+            elif not is_busy:
+                self._lines.say("idle", True)
+
+    def _on_submit(self, request: dict[str, Any]) -> None:
+        import numpy as np
+        import openvino
+
+        name = request["id"]
+        try:
+            self._check(request)
+            prompt = openvino.Tensor(np.array([request["prompt"]], np.int64))
+            config = self._generation_config(request)
+            handle = self._pipeline.add_request(next(self._numbers), prompt, config)
+        except Exception as e:  # whatever it is, it is this request's and not the engine's
+            self._fail(name, _one_line(e))
+            return
+        eos = set() if request["ignore_eos"] else self._eos
+        self._live[name] = _Live(handle, eos, request["logprobs"] is not None)
+
+    def _on_cancel(self, name: str) -> None:
+        if (live := self._live.pop(name, None)) is not None:
+            live.handle.cancel()
+
+    def _on_embed(self, request: dict[str, Any]) -> None:
+        self._fail(request["id"], "OpenVINO GenAI's text generation makes no embeddings")
+
+    def _check(self, request: dict[str, Any]) -> None:
+        """Raises ValueError for what this engine cannot do."""
+        prompt, logprobs = request["prompt"], request["logprobs"]
+        if len(prompt) + request["max_tokens"] > self._max_context:
+            total = f"{len(prompt)} + {request['max_tokens']} tokens"
+            raise ValueError(f"{total} are over the {self._max_context} of the context")
+        if min(prompt) < 0 or max(prompt) >= self._vocab_size:  # GenAI reads whatever lies there
+            raise ValueError(f"a token is not of the vocabulary of {self._vocab_size}")
+        if request["adapter"] is not None:
+            raise ValueError("this engine has no adapters")
+        if request["schema"] is not None and request["offset"]:
+            raise ValueError("a text that is to satisfy a schema cannot be resumed")
+        if logprobs:
+            raise ValueError("this engine tells the log-probability of each token only")
+        # GenAI's are of the distribution that it draws from.
+        is_own = request["temperature"] in (0, 1) and request["top_p"] == 1
+        if logprobs is not None and request["temperature"] and not is_own:
+            raise ValueError(
+                "this engine tells log-probabilities at temperature 0, or 1 with top_p 1, only"
+            )
+
+    def _generation_config(self, request: dict[str, Any]) -> Any:
+        config = self._genai.GenerationConfig()
+        config.max_new_tokens = request["max_tokens"]
+        config.ignore_eos = request["ignore_eos"]
+        if not request["ignore_eos"]:
+            config.stop_token_ids = self._eos
+        config.do_sample = request["temperature"] >= _GREEDY_TEMPERATURE
+        if config.do_sample:
+            config.temperature, config.top_p = request["temperature"], request["top_p"]
+            config.rng_seed = _seed(request["seed"], request["offset"])
+        config.logprobs = 0 if request["logprobs"] is None else 1
+        if request["schema"] is not None:
+            schema = json.dumps(request["schema"])
+            config.structured_output_config = self._genai.StructuredOutputConfig(json_schema=schema)
+        return config
+
+    def _tell(self) -> None:
+        """One line for the tokens of a step."""
+        tokens: list[tuple[str, list[int], Any]] = []
+        finished: list[tuple[str, str]] = []
+        for name, live in list(self._live.items()):
+            while name in self._live and live.handle.can_read():
+                [output] = live.handle.read().values()
+                self._collect(name, live, output, tokens, finished)
+            if name in self._live and live.handle.get_status() != self._genai.GenerationStatus.RUNNING:
+                del self._live[name]
+                self._fail(name, f"OpenVINO GenAI gave it up: {live.handle.get_status().name}")
+        if tokens or finished:
+            usage = self._pipeline.get_metrics().cache_usage / 100
+            step = {"tokens": tokens, "finished": finished, "running": len(self._live)}
+            self._lines.say("step", step | {"kv_cache_usage": round(usage, 4)})
+
+    def _collect(
+        self,
+        name: str,
+        live: _Live,
+        output: Any,
+        tokens: list[tuple[str, list[int], Any]],
+        finished: list[tuple[str, str]],
+    ) -> None:
+        new, logprobs = output.generated_ids, output.generated_log_probs
+        reason = output.finish_reason
+        if reason == self._genai.GenerationFinishReason.STOP:
+            finished.append((name, "stop"))
+            if new and new[-1] in live.eos:
+                new, logprobs = new[:-1], logprobs[:-1]
+        elif reason == self._genai.GenerationFinishReason.LENGTH:
+            finished.append((name, "length"))
+        if reason != self._genai.GenerationFinishReason.NONE:
+            del self._live[name]
+        told = [(logprob, []) for logprob in logprobs] if live.with_logprobs else None
+        tokens.append((name, new, told))
+
+    def _fail(self, name: str, error: str) -> None:
+        self._lines.say("failed", {"id": name, "error": error})
+
+
+def _seed(seed: int, offset: int) -> int:
+    """Of a request's random numbers: GenAI cannot skip those that were drawn before it was lost."""
+    digest = hashlib.sha256(f"{seed} {offset}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+def _kv_bytes_per_token(folder: Path, properties: dict[str, Any]) -> int:
+    """Of the keys and values of all layers, from the shapes of the IR's states: (N, H, T, D)."""
+    import openvino
+
+    size = _KV_BYTES[properties["KV_CACHE_PRECISION"]]
+    model = openvino.Core().read_model(folder / "openvino_model.xml")
+    shapes = [variable.get_info().data_shape for variable in model.get_variables()]
+    if not shapes:
+        raise ValueError(f"{folder}: the IR has no KV cache; export it again")
+    # Integers come with a scale and a zero point in float32, for each token and head.
+    side = 8 if size == 1 else 0
+    return sum(int(x[1].get_length()) * (int(x[3].get_length()) * size + side) for x in shapes)
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = config.get("text_config") or config
+    return nested
+
+
+def _eos_tokens(folder: Path, config: dict[str, Any]) -> set[int]:
+    path = folder / "generation_config.json"
+    found = _read_json(path).get("eos_token_id") if path.exists() else None
+    if found is None:
+        found = config.get("eos_token_id")
+    return set() if found is None else {found} if isinstance(found, int) else set(found)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _one_line(error: Exception) -> str:
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return kind + " ".join(str(error).split())[:300]
+
+
+def main(arguments: list[str]) -> None:
+    """Entry point."""
+    told = lines.Lines()
+    code = 2
+    try:
+        worker = Worker(Settings(**json.loads(arguments[0])), told)
+        code = 1
+        worker.run()
+    except Exception as e:
+        told.say("fatal", _one_line(e))
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
