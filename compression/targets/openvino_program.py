@@ -167,6 +167,32 @@ class OpenVino:
             raise ConfigError(key, python, "there is no such program", _FIX)
         self._python, self._key = path, key
 
+    @property
+    def python(self) -> str:
+        """Path of the environment's Python."""
+        return self._python
+
+    def openvino_version(self, timeout_s: float = 60) -> str:
+        """Of OpenVINO alone, without importing it, which is quick.
+
+        Raises:
+            MissingExtraError: It is not there.
+        """
+        code = "import importlib.metadata as m; print(m.version('openvino'))"
+        try:
+            done = subprocess.run(
+                [self._python, "-I", "-c", code],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=timeout_s,
+            )
+        except (OSError, subprocess.TimeoutExpired) as e:
+            raise ConfigError(self._key, self._python, f"does not run ({e})", _FIX) from e
+        if done.returncode != 0 or not done.stdout.strip():
+            raise MissingExtraError(self._key, self._python, "lacks openvino", _FIX)
+        return done.stdout.strip()
+
     def versions(self, timeout_s: float = 300) -> dict[str, str]:
         """Versions of what the environment holds; all of it can be imported.
 

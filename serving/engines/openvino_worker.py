@@ -98,7 +98,7 @@ class Worker:
                 "max_context": self._max_context,
                 "max_running": settings.max_running,
                 "max_logprobs": 0,
-                "features": ["json_schema"],
+                "features": [],
             },
         )
 
@@ -147,8 +147,10 @@ class Worker:
             raise ValueError(f"a token is not of the vocabulary of {self._vocab_size}")
         if request["adapter"] is not None:
             raise ValueError("this engine has no adapters")
-        if request["schema"] is not None and request["offset"]:
-            raise ValueError("a text that is to satisfy a schema cannot be resumed")
+        # GenAI can, but a schema that its compiler refuses breaks the pipeline in the midst of a
+        # step, and all that is in it is lost.
+        if request["schema"] is not None:
+            raise ValueError("this engine takes no JSON schema")
         if logprobs:
             raise ValueError("this engine tells the log-probability of each token only")
         # GenAI's are of the distribution that it draws from.
@@ -169,9 +171,6 @@ class Worker:
             config.temperature, config.top_p = request["temperature"], request["top_p"]
             config.rng_seed = _seed(request["seed"], request["offset"])
         config.logprobs = 0 if request["logprobs"] is None else 1
-        if request["schema"] is not None:
-            schema = json.dumps(request["schema"])
-            config.structured_output_config = self._genai.StructuredOutputConfig(json_schema=schema)
         return config
 
     def _tell(self) -> None:
@@ -182,7 +181,10 @@ class Worker:
             while name in self._live and live.handle.can_read():
                 [output] = live.handle.read().values()
                 self._collect(name, live, output, tokens, finished)
-            if name in self._live and live.handle.get_status() != self._genai.GenerationStatus.RUNNING:
+            if (
+                name in self._live
+                and live.handle.get_status() != self._genai.GenerationStatus.RUNNING
+            ):
                 del self._live[name]
                 self._fail(name, f"OpenVINO GenAI gave it up: {live.handle.get_status().name}")
         if tokens or finished:
@@ -208,6 +210,7 @@ class Worker:
             finished.append((name, "length"))
         if reason != self._genai.GenerationFinishReason.NONE:
             del self._live[name]
+        told: list[Any] | None
         told = [(logprob, []) for logprob in logprobs] if live.with_logprobs else None
         tokens.append((name, new, told))
 
