@@ -47,7 +47,8 @@ test-openvino: install  ## The real OpenVINO, in an environment of its own
 	  $(OPENVINO_VENV)/bin/python -m pip uninstall --quiet --yes torchvision && \
 	  touch $(OPENVINO_VENV)/installed; }
 	SPOTFORGE_OPENVINO_PYTHON=$(abspath $(OPENVINO_VENV))/bin/python $(BIN)/python -m pytest \
-	  -m openvino tests/compression/targets/test_openvino.py
+	  -m openvino tests/compression/targets/test_openvino.py \
+	  tests/serving/test_openvino_engine.py
 
 lint: install
 	$(BIN)/ruff check .

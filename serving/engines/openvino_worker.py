@@ -77,6 +77,8 @@ class Worker:
         # What does not fit the cache would be dropped half-way.
         self._max_context = min(x for x in [*limits, num_blocks * _BLOCK_TOKENS] if x is not None)
         self._eos = _eos_tokens(folder, config)
+        self._max_running = settings.max_running
+        self._waiting: dict[str, dict[str, Any]] = {}  # GenAI heeds no limit but the tokens
         self._live: dict[str, _Live] = {}
         self._numbers = itertools.count()
         scheduler = genai.SchedulerConfig()
@@ -105,9 +107,11 @@ class Worker:
     def run(self) -> None:
         """Until the gateway is gone."""
         while True:
-            is_busy = self._pipeline.has_non_finished_requests()
+            is_busy = bool(self._waiting) or self._pipeline.has_non_finished_requests()
             for kind, content in self._lines.heard(0 if is_busy else lines.IDLE_S):
                 getattr(self, f"_on_{kind}")(content)
+            while self._waiting and len(self._live) < self._max_running:
+                self._add(self._waiting.pop(next(iter(self._waiting))))
             if self._pipeline.has_non_finished_requests():
                 self._pipeline.step()  # it is what frees a cancelled sequence, too
                 self._tell()
@@ -115,12 +119,19 @@ class Worker:
                 self._lines.say("idle", True)
 
     def _on_submit(self, request: dict[str, Any]) -> None:
+        try:
+            self._check(request)
+        except ValueError as e:
+            self._fail(request["id"], _one_line(e))
+        else:
+            self._waiting[request["id"]] = request
+
+    def _add(self, request: dict[str, Any]) -> None:
         import numpy as np
         import openvino
 
         name = request["id"]
         try:
-            self._check(request)
             prompt = openvino.Tensor(np.array([request["prompt"]], np.int64))
             config = self._generation_config(request)
             handle = self._pipeline.add_request(next(self._numbers), prompt, config)
@@ -131,6 +142,7 @@ class Worker:
         self._live[name] = _Live(handle, eos, request["logprobs"] is not None)
 
     def _on_cancel(self, name: str) -> None:
+        self._waiting.pop(name, None)
         if (live := self._live.pop(name, None)) is not None:
             live.handle.cancel()
 
@@ -189,7 +201,11 @@ class Worker:
                 self._fail(name, f"OpenVINO GenAI gave it up: {live.handle.get_status().name}")
         if tokens or finished:
             usage = self._pipeline.get_metrics().cache_usage / 100
-            step = {"tokens": tokens, "finished": finished, "running": len(self._live)}
+            step = {
+                "tokens": tokens,
+                "finished": finished,
+                "running": len(self._live) + len(self._waiting),
+            }
             self._lines.say("step", step | {"kv_cache_usage": round(usage, 4)})
 
     def _collect(
