@@ -335,6 +335,14 @@ def test_more_than_the_cache_holds_wait_for_one_another(ir, model):
 
 
 @real
+def test_nothing_is_forked_that_would_keep_its_pipes(program):
+    program.generate()
+    program.process.kill()
+    for line in program.process.stdout:  # ends only when nobody else holds it
+        assert json.loads(line)
+
+
+@real
 def test_it_ends_with_the_gateway(program):
     program.submit("endless", max_tokens=CONTEXT - len(PROMPT))
     program.hear()
@@ -346,4 +354,5 @@ def test_a_fatal_error_is_one_line(tmp_path):
     program = Program(tmp_path)
     kind, error = program.hear()
     assert kind == "fatal" and "config.json" in error
-    assert program.close() == 2
+    assert program.process.wait(20) == 2
+    program.close()
