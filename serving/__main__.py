@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
@@ -25,6 +26,7 @@ Serve a model: python -m serving artifact=DIR [key=value ...]
   python -m serving artifact=runs/demo/export
   python -m serving artifact=runs/demo/compressed/int8_weight_only/torchao port=8080
   python -m serving artifact=demo keys=keys.json admin_port=8001 log.requests=requests.jsonl
+  python -m serving key create NAME [requests_per_minute=60 ...]    also: key list, key revoke NAME
 
 Keys (key=value):
   artifact                    folder of an export or a compression, or a run (its export)
@@ -32,13 +34,13 @@ Keys (key=value):
   host, port                  to listen on: 127.0.0.1, 8000
   admin_host, admin_port      for the admin endpoints; default: none
   keys                        file of API keys; default: whoever can connect may ask
-  engine.name                 auto | transformers | openvino | vllm
+  engine.name                 auto | transformers | openvino
   engine.max_context, .max_running, .max_batch_tokens, .kv_cache_mb, .num_threads
-  engine.openvino_bits, .vllm_command, .url
+  engine.openvino_bits        8 | 4 | 32, where an IR is made of dense weights
   engine.start_timeout_s, .silence_s, .step_timeout_s, .probe_interval_s
+  guard.max_connections, .max_header_bytes, .header_timeout_s, .max_body_bytes, .body_timeout_s
   admission.max_queued_requests, .max_queued_tokens, .request_timeout_s
-  text.topology               single | split; text.encoders, text.decoders
-  log.requests, .with_text, .drift, .drift_share
+  log.requests, .drift, .drift_share
   rollout.canary_requests, .canary_max_error_rate, .canary_max_slowdown
   cache, drain_timeout_s
 
@@ -77,10 +79,29 @@ def main() -> None:
         return
     register_schemas()
     try:
+        if sys.argv[1:2] == ["key"]:
+            sys.exit(_key_command(sys.argv[2:]))
         folder = str(CONFIG_DIR)
         hydra.main(version_base="1.3", config_path=folder, config_name="serving")(_run)()
     except (ConfigError, HydraException, OmegaConfBaseException) as e:
         _refuse(e)
+
+
+def _key_command(words: list[str]) -> int:
+    """`key create NAME [name=value ...]`, `key revoke NAME`, `key list`; each with `keys=FILE`."""
+    from serving import keys
+
+    files = [word.removeprefix("keys=") for word in words if word.startswith("keys=")]
+    path = Path(files[-1] if files else "keys.json").expanduser()
+    match [word for word in words if not word.startswith("keys=")]:
+        case ["create", name, *settings]:
+            return keys.create_command(path, name, settings)
+        case ["revoke", name]:
+            return keys.revoke_command(path, name)
+        case ["list"]:
+            return keys.list_command(path)
+    fix = "use key create NAME [name=value ...] | key revoke NAME | key list [keys=FILE]"
+    raise ConfigError("key", " ".join(words), "is no command", fix)
 
 
 def _refuse(error: Exception) -> NoReturn:

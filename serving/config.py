@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from monitoring.errors import ConfigError
+from serving.gateway.guard import Guard
 
 
 class EngineName(Enum):
@@ -18,14 +19,6 @@ class EngineName(Enum):
     auto = "auto"
     transformers = "transformers"
     openvino = "openvino"
-    vllm = "vllm"
-
-
-class Topology(Enum):
-    """Where the stages run: `single` in the gateway, `split` in processes of their own."""
-
-    single = "single"
-    split = "split"
 
 
 @dataclass
@@ -41,8 +34,6 @@ class EngineConfig:
             for one of the whole context.
         num_threads: On a CPU; null: the engine's own choice.
         openvino_bits: Of the weights, where openvino is prepared from dense ones: 8, 4 or 32.
-        vllm_command: Of vLLM's server, e.g. [/opt/vllm/bin/vllm, serve]; null: `url` is one.
-        url: Of a server that speaks OpenAI's API, e.g. http://127.0.0.1:8001/v1.
         start_timeout_s: For loading, and one token.
         silence_s: An engine that says and does nothing for so long is killed and started again.
         step_timeout_s: One that says nothing for so long, however busy, too.
@@ -56,8 +47,6 @@ class EngineConfig:
     kv_cache_mb: int | None = None
     num_threads: int | None = None
     openvino_bits: int = 8
-    vllm_command: list[str] | None = None
-    url: str | None = None
     start_timeout_s: float = 600.0
     silence_s: float = 3.0
     step_timeout_s: float = 120.0
@@ -80,33 +69,16 @@ class AdmissionConfig:
 
 
 @dataclass
-class TextConfig:
-    """The stages around the engine.
-
-    Attributes:
-        topology: Where they run.
-        encoders: Processes that make text into tokens, with topology=split.
-        decoders: Processes that make tokens into text, likewise.
-    """
-
-    topology: Topology = Topology.single
-    encoders: int = 1
-    decoders: int = 1
-
-
-@dataclass
 class LogConfig:
     """What is written down, as JSON lines; null: nothing.
 
     Attributes:
         requests: A line for each request: id, key, artifact, counts and times, but no text.
-        with_text: Prompts and completions as well, in the same file.
         drift: A line for each sampled request: lengths, buckets of token ids, log-probability.
         drift_share: Of the requests that are sampled, 0 to 1.
     """
 
     requests: str | None = None
-    with_text: bool = False
     drift: str | None = None
     drift_share: float = 0.1
 
@@ -154,8 +126,8 @@ class ServingConfig:
     cache: str | None = None
     drain_timeout_s: float = 120.0
     engine: EngineConfig = field(default_factory=EngineConfig)
+    guard: Guard = field(default_factory=Guard)
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
-    text: TextConfig = field(default_factory=TextConfig)
     log: LogConfig = field(default_factory=LogConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
@@ -179,8 +151,6 @@ class ServingConfig:
             "admission.max_queued_requests": self.admission.max_queued_requests,
             "admission.max_queued_tokens": self.admission.max_queued_tokens,
             "admission.request_timeout_s": self.admission.request_timeout_s,
-            "text.encoders": self.text.encoders,
-            "text.decoders": self.text.decoders,
             "drain_timeout_s": self.drain_timeout_s,
         }
         for key, value in positive.items():
@@ -197,14 +167,3 @@ class ServingConfig:
             raise ConfigError("engine.openvino_bits", self.engine.openvino_bits, rule, "choose one")
         if not 0 <= self.log.drift_share <= 1:
             raise ConfigError("log.drift_share", self.log.drift_share, "is no share", "give 0 to 1")
-        if self.log.with_text and self.log.requests is None:
-            rule = "has no effect without a log of requests"
-            raise ConfigError("log.with_text", True, rule, "set log.requests=FILE")
-        is_vllm = self.engine.name is EngineName.vllm
-        for key in ("vllm_command", "url"):
-            if getattr(self.engine, key) is not None and not is_vllm:
-                rule = f"has no effect with engine.name={self.engine.name.value}"
-                raise ConfigError(f"engine.{key}", getattr(self.engine, key), rule, "remove it")
-        if is_vllm and (self.engine.vllm_command is None) == (self.engine.url is None):
-            rule = "vllm is a command or a url"
-            raise ConfigError("engine.name", "vllm", rule, "set one of vllm_command and url")

@@ -22,6 +22,7 @@ from serving.deployment import Deployment
 from serving.gateway.admin import add_admin
 from serving.gateway.app import add_error_handlers, make_app
 from serving.gateway.gateway import Gateway
+from serving.gateway.guard import BodyGuard, Guard, guarded_protocol
 from serving.keys import Keys
 from serving.models import Model
 from serving.rollout import Rollout
@@ -59,7 +60,7 @@ async def serve(config: ServingConfig) -> None:
     if config.admin_port is not None:
         admin = _admin_app(gateway, rollouts, stopping.set)
         apps[_listen("admin_port", config.admin_host, config.admin_port)] = admin
-    servers = [_server(app, socket) for socket, app in apps.items()]
+    servers = [_server(app, config.guard, socket) for socket, app in apps.items()]
     stopped = asyncio.create_task(stopping.wait())
     starting = asyncio.create_task(Deployment.start(artifact, config, cache))
     try:
@@ -111,11 +112,13 @@ def _admin_app(gateway: Gateway, rollouts: dict[str, Rollout], stop: Callable[[]
     return app
 
 
-def _server(app: FastAPI, listener: socket.socket) -> tuple[_Server, asyncio.Task[None]]:
+def _server(
+    app: FastAPI, guard: Guard, listener: socket.socket
+) -> tuple[_Server, asyncio.Task[None]]:
     server = _Server(
         uvicorn.Config(
-            app,
-            http="httptools",
+            BodyGuard(app, guard),
+            http=guarded_protocol(guard),
             loop="uvloop",
             log_config=None,
             access_log=False,

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from monitoring.errors import ConfigError
+from compression.targets.openvino_program import PYTHON, WeightFormat
+from monitoring.errors import ConfigError, SpotforgeError
 from serving.artifact import Artifact, Format
 from serving.config import EngineConfig, EngineName
 from serving.engine import Engine
+from serving.engines import openvino
 from serving.engines.process import ProcessEngine, Watch
 
 _TOKENS_OF_A_SEQUENCE = 512  # what the default KV cache has room for, for all that run
 _TRANSFORMERS = {Format.huggingface, Format.torchao, Format.compressed_tensors}
+_FORMATS = {
+    8: WeightFormat("int8"),
+    4: WeightFormat("int4"),
+    32: WeightFormat("fp32"),
+}
 
 
 async def build(artifact: Artifact, config: EngineConfig, cache: Path) -> tuple[Engine, str]:
     """An engine that is not started yet, and why it is this one.
+
+    `auto` takes OpenVINO for its own IRs, and for dense weights on a host without a GPU where
+    SPOTFORGE_OPENVINO_PYTHON names one; transformers for all else, and where an IR cannot be made.
 
     Args:
         artifact: What it is to run.
@@ -28,11 +40,53 @@ async def build(artifact: Artifact, config: EngineConfig, cache: Path) -> tuple[
     Raises:
         ConfigError: No engine here can run the artifact, or not the one that was asked for.
     """
+    if artifact.format is Format.gguf:
+        rule, fix = "no engine here runs GGUF", "serve the export, or run it in llama.cpp"
+        raise ConfigError("artifact", artifact.name, rule, fix)
     if config.name is EngineName.transformers:
         return _transformers(artifact, config), "it was asked for"
-    if config.name is EngineName.vllm:
-        raise ConfigError("engine.name", "vllm", "is not there yet", "choose transformers")
-    return _transformers(artifact, config), "no other is there yet"
+    if config.name is EngineName.openvino:
+        return await _openvino(artifact, config, cache), "it was asked for"
+    if artifact.format is Format.openvino:
+        return await _openvino(artifact, config, cache), "the artifact is an IR"
+    why = _why_not_openvino(artifact)
+    if why is None:
+        try:
+            return await _openvino(artifact, config, cache), "this host has no GPU"
+        except SpotforgeError as e:
+            why = f"OpenVINO does not do: {e}"
+    return _transformers(artifact, config), why
+
+
+def _why_not_openvino(artifact: Artifact) -> str | None:
+    """None: it is worth the try."""
+    if artifact.format is not Format.huggingface:
+        return f"it alone runs {artifact.format.value}"
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        return "this host has a GPU"
+    if not os.environ.get(PYTHON):
+        return f"{PYTHON} names no OpenVINO, which would be faster"
+    return None
+
+
+async def _openvino(artifact: Artifact, config: EngineConfig, cache: Path) -> Engine:
+    if artifact.format not in (Format.openvino, Format.huggingface):
+        rule = f"OpenVINO does not run {artifact.format.value}"
+        raise ConfigError("engine.name", "openvino", rule, "serve the export that it was made from")
+    weights = _FORMATS[config.openvino_bits]
+    prepare = openvino.prepare  # minutes, the first time
+    ir = await asyncio.to_thread(prepare, artifact.folder, artifact.digest, cache, weights)
+    max_context, kv_cache_tokens = kv_cache(artifact.folder, config)
+    described = _described(artifact.folder)
+    arguments = openvino.command(
+        ir,
+        max_context=max_context,
+        max_running=config.max_running,
+        max_batch_tokens=config.max_batch_tokens,
+        kv_cache_bytes=kv_cache_tokens * _bytes_of_a_token(described, 2),  # in float16 there
+        num_threads=config.num_threads,
+    )
+    return ProcessEngine(arguments, watch_of(config))
 
 
 def _transformers(artifact: Artifact, config: EngineConfig) -> Engine:
@@ -69,8 +123,7 @@ def kv_cache(folder: Path, config: EngineConfig) -> tuple[int, int]:
     Raises:
         ConfigError: The cache is smaller than one context, or the context larger than the model's.
     """
-    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    described = described.get("text_config") or described
+    described = _described(folder)
     trained = int(described.get("max_position_embeddings") or 1 << 20)
     max_context = config.max_context or trained
     if max_context > trained:
@@ -78,7 +131,7 @@ def kv_cache(folder: Path, config: EngineConfig) -> tuple[int, int]:
         raise ConfigError("engine.max_context", max_context, rule, "give less")
     if config.kv_cache_mb is None:
         return max_context, max(max_context, config.max_running * _TOKENS_OF_A_SEQUENCE)
-    tokens = config.kv_cache_mb * 10**6 // _bytes_of_a_token(described)
+    tokens = config.kv_cache_mb * 10**6 // _bytes_of_a_token(described, 4)
     if tokens < max_context:
         rule = f"has room for {tokens} tokens, which is less than one context ({max_context})"
         fix = f"give more, or engine.max_context={tokens}"
@@ -86,9 +139,15 @@ def kv_cache(folder: Path, config: EngineConfig) -> tuple[int, int]:
     return max_context, tokens
 
 
-def _bytes_of_a_token(described: dict[str, Any]) -> int:
-    """Keys and values of all layers, in float32: what a CPU keeps them in."""
+def _described(folder: Path) -> dict[str, Any]:
+    """What `config.json` says of the language model."""
+    described: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return described.get("text_config") or described
+
+
+def _bytes_of_a_token(described: dict[str, Any], itemsize: int) -> int:
+    """Keys and values of all layers."""
     heads = int(described["num_attention_heads"])
     head_dim = int(described.get("head_dim") or described["hidden_size"] // heads)
     key_value_heads = int(described.get("num_key_value_heads") or heads)
-    return 2 * int(described["num_hidden_layers"]) * key_value_heads * head_dim * 4
+    return 2 * int(described["num_hidden_layers"]) * key_value_heads * head_dim * itemsize
