@@ -53,7 +53,6 @@ class TokenRequest:
         offset: How many of the prompt's last tokens were generated already, by an engine that was
             lost: the seed's stream goes on from there.
         schema: JSON schema that the text is to satisfy; None: any text.
-        adapter: Name of a LoRA adapter; None: the model as it is.
     """
 
     id: str
@@ -66,7 +65,6 @@ class TokenRequest:
     ignore_eos: bool = False
     offset: int = 0
     schema: dict[str, Any] | None = None
-    adapter: str | None = None
 
 
 class TokenLogprob(NamedTuple):
@@ -106,7 +104,8 @@ class EngineInfo:
         max_context: Tokens of prompt and answer together, at most.
         max_running: Sequences that it steps at once.
         max_logprobs: Alternatives that it can tell; -1: it tells no log-probabilities.
-        features: Of `embeddings`, `json_schema`, `adapters`.
+        features: Of `embeddings`, `json_schema`, and `logprobs_when_sampling`: they are the
+            model's own at any temperature and top_p, not only where sampling changes nothing.
     """
 
     engine: str

@@ -157,8 +157,6 @@ class Worker:
             raise ValueError(f"{total} are over the {self._max_context} of the context")
         if min(prompt) < 0 or max(prompt) >= self._vocab_size:  # GenAI reads whatever lies there
             raise ValueError(f"a token is not of the vocabulary of {self._vocab_size}")
-        if request["adapter"] is not None:
-            raise ValueError("this engine has no adapters")
         # GenAI can, but a schema that its compiler refuses breaks the pipeline in the midst of a
         # step, and all that is in it is lost.
         if request["schema"] is not None:

@@ -81,7 +81,7 @@ class Worker:
             "engine": f"transformers {transformers.__version__}",
             "max_context": self._max_context,
             "max_running": settings.max_running,
-            "features": ["embeddings"],
+            "features": ["embeddings", "logprobs_when_sampling"],
         }
         self._manager.start()
         lines.say("ready", info)

@@ -217,6 +217,12 @@ class Gateway:
     async def _encode(
         self, deployment: Deployment, prompts: Sequence[str | list[int] | Chat]
     ) -> list[list[int]]:
+        vocab_size = deployment.text.vocab_size
+        for prompt in prompts:
+            # An engine would look it up beyond its embedding's end, and be lost for everybody.
+            if isinstance(prompt, list) and (largest := max(prompt)) >= vocab_size:
+                text = f"token {largest} is not in the vocabulary of {vocab_size}"
+                raise ApiError(400, text, "prompt")
         texts = [prompt for prompt in prompts if not isinstance(prompt, list)]
         try:
             encoded = iter(await deployment.text.encode(texts))
@@ -278,18 +284,16 @@ class Generation:
         error: ApiError | None = None
         is_over = False
         try:
-            async with asyncio.timeout(self._arrived_s + self._deadline_s - time.monotonic()):
-                requests = self._requests()
-                stream = self._one(requests[0]) if len(requests) == 1 else self._all(requests)
-                last_s: dict[int, float] = {}
-                try:
-                    async for index, chunk in stream:
-                        self._note(index, chunk, last_s)
-                        if chunk.finish_reason is not None:
-                            reasons.append(chunk.finish_reason)
-                        yield index, chunk
-                finally:
-                    await stream.aclose()  # type: ignore[attr-defined]
+            stream = self._stream(self._requests())
+            last_s: dict[int, float] = {}
+            try:
+                async for index, chunk in stream:
+                    self._note(index, chunk, last_s)
+                    if chunk.finish_reason is not None:
+                        reasons.append(chunk.finish_reason)
+                    yield index, chunk
+            finally:
+                await stream.aclose()  # type: ignore[attr-defined]
             is_over = True
         except TimeoutError as e:
             text = f"not finished within its {self._deadline_s:g} s"
@@ -305,8 +309,12 @@ class Generation:
         sampling = self._sampling
         seed = random.getrandbits(63) if sampling.seed is None else sampling.seed
         logprobs = sampling.logprobs
-        if logprobs is None and self._drift is not None:
-            logprobs = 0 if self.deployment.engine.info.max_logprobs >= 0 else None
+        if (
+            logprobs is None
+            and self._drift is not None
+            and _tells_logprobs(self.deployment, sampling)
+        ):
+            logprobs = 0
         return [
             TokenRequest(
                 id=f"{self.id}-{i * sampling.n + j}",
@@ -323,17 +331,13 @@ class Generation:
             for j in range(sampling.n)
         ]
 
-    async def _one(self, request: TokenRequest) -> AsyncIterator[tuple[int, TextChunk]]:
-        stream = self.deployment.generate(request, self._sampling.stop)
-        try:
-            async for chunk in stream:
-                yield 0, chunk
-        finally:
-            await stream.aclose()  # type: ignore[attr-defined]
+    async def _stream(self, requests: list[TokenRequest]) -> AsyncIterator[tuple[int, TextChunk]]:
+        """All sequences at once, as their chunks come; raises EngineError, TimeoutError.
 
-    async def _all(self, requests: list[TokenRequest]) -> AsyncIterator[tuple[int, TextChunk]]:
-        """Several sequences at once, as their chunks come."""
-        queue: asyncio.Queue[tuple[int, TextChunk] | EngineError] = asyncio.Queue()
+        The consumer's task changes between the first chunk and the others, so that
+        `asyncio.timeout` would cancel one that has ended long before: the deadline is an item.
+        """
+        queue: asyncio.Queue[tuple[int, TextChunk] | Exception] = asyncio.Queue()
 
         async def run(index: int, request: TokenRequest) -> None:
             try:
@@ -342,16 +346,20 @@ class Generation:
             except EngineError as e:
                 queue.put_nowait(e)
 
+        left_s = self._arrived_s + self._deadline_s - time.monotonic()
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(left_s, queue.put_nowait, TimeoutError())
         tasks = [asyncio.create_task(run(i, request)) for i, request in enumerate(requests)]
         try:
             left = len(tasks)
             while left:
                 item = await queue.get()
-                if isinstance(item, EngineError):
+                if isinstance(item, Exception):
                     raise item
                 left -= item[1].finish_reason is not None
                 yield item
         finally:
+            timer.cancel()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -423,9 +431,22 @@ def _check_features(deployment: Deployment, sampling: Sampling) -> None:
     if sampling.schema is not None and "json_schema" not in info.features:
         text = f"{info.engine} cannot hold its answers to a schema"
         raise ApiError(400, text, "response_format", "unsupported")
-    if sampling.logprobs is not None and sampling.logprobs > info.max_logprobs:
+    if sampling.logprobs is None:
+        return
+    if not _tells_logprobs(deployment, sampling):
+        text = f"{info.engine} tells none unless temperature is 0, or both it and top_p are 1"
+        raise ApiError(400, text, "logprobs", "unsupported")
+    if sampling.logprobs > info.max_logprobs:
         text = f"{info.engine} tells at most {max(0, info.max_logprobs)} alternatives a token"
         raise ApiError(400, text, "logprobs", "unsupported")
+
+
+def _tells_logprobs(deployment: Deployment, sampling: Sampling) -> bool:
+    info = deployment.engine.info
+    if info.max_logprobs < 0:
+        return False
+    is_own = sampling.temperature == 0 or (sampling.temperature == 1 and sampling.top_p == 1)
+    return is_own or "logprobs_when_sampling" in info.features
 
 
 def _lost(error: EngineError) -> ApiError:

@@ -28,6 +28,11 @@ class SequenceDecoder(Protocol):
 class TextStages(Protocol):
     """Before and after an engine."""
 
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        ...
+
     async def encode(self, prompts: Sequence[str | Chat]) -> list[list[int]]:
         """Token ids of each; raises TextError."""
         ...
@@ -46,6 +51,7 @@ class LocalStages:
 
     def __init__(self, files: TokenizerFiles) -> None:
         self._encoder, self._tokenizer = Encoder(files), files.tokenizer()
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     async def encode(self, prompts: Sequence[str | Chat]) -> list[list[int]]:
         """See `TextStages`."""

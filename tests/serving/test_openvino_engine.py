@@ -295,7 +295,6 @@ def test_what_it_cannot_do_is_that_requests_failure(program):
         "top": {"logprobs": 2},
         "tempered": {"logprobs": 0, "temperature": 0.5},
         "nucleus": {"logprobs": 0, "temperature": 1.0, "top_p": 0.5},
-        "adapter": {"adapter": "mine"},
         "schema": {"schema": {"type": "nonsense"}},
     }
     for name, fields in refused.items():

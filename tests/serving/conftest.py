@@ -1,0 +1,214 @@
+"""A tiny model that is served, and an engine that needs no model."""
+
+import asyncio
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+import uvicorn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from serving.artifact import resolve
+from serving.config import ServingConfig
+from serving.deployment import Deployment
+from serving.engine import EngineInfo, EngineStats, TokenChunk, TokenLogprob
+from serving.gateway.app import make_app
+from serving.gateway.gateway import Gateway
+from serving.models import Model
+from serving.telemetry import Telemetry
+from serving.text.pipeline import LocalStages
+from serving.text.tokenizer import load
+from trainer.data.tokenizer import train_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def save_model(folder, seed=0):
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=320,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # larger than at random, so that logits say something
+            parameter.mul_(6.0 if parameter.ndim == 2 else 1.0)
+    model.save_pretrained(folder)
+    tokenizer = train_tokenizer(
+        ["the cat sat on a mat\n", "dogs ran far, naïve ☕ and ate fish\n"], 300
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="session")
+def export(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served") / "tiny"
+    save_model(folder)
+    return folder
+
+
+class FakeEngine:
+    """Says the tokens of `text`, over and over; a token each `token_s` seconds."""
+
+    def __init__(self, tokens, token_s=0.0, max_running=4):
+        self.tokens, self.token_s = tokens, token_s
+        self.info = EngineInfo(
+            "fake 1", 512, max_running, features=["embeddings", "logprobs_when_sampling"]
+        )
+        self.is_ready = True
+        self.running, self.cancelled, self.seen = 0, 0, []
+        self.fails = None
+
+    async def start(self):
+        return self.info
+
+    async def submit(self, request):
+        self.seen.append(request)
+        self.running += 1
+        try:
+            for i in range(request.max_tokens):
+                await asyncio.sleep(self.token_s)
+                if self.fails is not None:
+                    raise self.fails
+                token = self.tokens[i % len(self.tokens)]
+                told = None
+                if request.logprobs is not None:
+                    told = [TokenLogprob(-0.5, [(token, -0.5)][: request.logprobs])]
+                is_last = i + 1 == request.max_tokens
+                yield TokenChunk([token], told, "length" if is_last else None)
+                if is_last:
+                    return
+        except GeneratorExit:
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+
+    async def embed(self, id, inputs):
+        return [[float(len(ids)), 0.0] for ids in inputs]
+
+    def stats(self):
+        return EngineStats(running=self.running)
+
+    async def close(self):
+        self.is_ready = False
+
+
+class Served:
+    """A gateway in a thread, over a fake engine."""
+
+    def __init__(self, export, cache, text="the cat sat on a mat\n", keys=None, **settings):
+        self.config = ServingConfig(artifact=str(export))
+        engine_settings = {k: settings.pop(k) for k in ("token_s", "max_running") if k in settings}
+        for key, value in settings.items():
+            group, name = key.split("__")
+            setattr(getattr(self.config, group), name, value)
+        artifact = resolve(str(export))
+        files = load(artifact, cache)
+        tokens = files.tokenizer().encode(text).ids
+        self.engine = FakeEngine(tokens, **engine_settings)
+        self.config.engine.max_running = self.engine.info.max_running
+        self.files, self.artifact = files, artifact
+        self.keys = keys
+
+    def __enter__(self):
+        self.gateway = Gateway(self.config, self.keys, Telemetry(self.config.log))
+        deployment = Deployment(self.artifact, self.engine, LocalStages(self.files))
+        self.gateway.models["tiny"] = Model("tiny", deployment, 1)
+        self.app = make_app(self.gateway)
+        config = uvicorn.Config(
+            self.app, port=0, log_config=None, lifespan="off", http="httptools", loop="uvloop"
+        )
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        return self
+
+    def __exit__(self, *_):
+        self.server.should_exit = True
+        self.thread.join(10)
+
+
+@pytest.fixture(scope="session")
+def served(export, tmp_path_factory):
+    """Parts for a gateway: `with served(token_s=0.1) as s:`."""
+    cache = tmp_path_factory.mktemp("serving-cache")
+    return lambda **settings: Served(export, cache, **settings)
+
+
+class Process:
+    """`python -m serving`, as a user starts it."""
+
+    def __init__(self, folder, *words, env=None):
+        self.errors = open(os.devnull, "w") if env is None else env.pop("errors")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "serving", f"artifact={folder}", "port=0", *words],
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env={**os.environ, "SPOTFORGE_OPENVINO_PYTHON": "", **(env or {})},
+        )
+        ready, _, _ = select.select([self.process.stdout], [], [], 120)
+        line = self.process.stdout.readline() if ready else ""
+        if " at http" not in line:
+            self.process.kill()
+            raise RuntimeError(f"it did not start: {line!r}, exit code {self.process.wait()}")
+        self.name, _, rest = line.partition(" ")
+        self.url = rest.strip().rpartition(" at ")[2].removesuffix("/v1")
+
+    def engine_pid(self):
+        """Of the only child."""
+        with open(f"/proc/{self.process.pid}/task/{self.process.pid}/children") as file:
+            return int(file.read().split()[0])
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(60)
+        finally:
+            self.process.stdout.close()
+            with contextlib.suppress(OSError):
+                self.errors.close()
+
+
+@pytest.fixture(scope="session")
+def server(export):
+    """One server with the transformers engine, for all tests that leave it as it was."""
+    process = Process(export, "engine.num_threads=1", "admin_port=0", "engine.max_running=8")
+    yield process
+    process.stop()
+
+
+def stream_lines(response):
+    """The events of a stream of httpx, parsed; `[DONE]` as it is."""
+    for line in response.iter_lines():
+        if line.startswith("data: "):
+            data = line.removeprefix("data: ")
+            yield data if data == "[DONE]" else json.loads(data)

@@ -1,0 +1,288 @@
+"""OpenAI's own client against the gateway, and what the gateway answers to what is wrong."""
+
+import json
+import time
+
+import httpx
+import pytest
+from openai import (
+    APIError,
+    AuthenticationError,
+    BadRequestError,
+    NotFoundError,
+    OpenAI,
+    RateLimitError,
+)
+
+from serving.engine import EngineError
+from serving.keys import Keys, create
+from tests.serving.conftest import stream_lines
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def fast(served):
+    with served() as running:
+        yield running
+
+
+@pytest.fixture
+def client(fast):
+    with OpenAI(base_url=f"{fast.url}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+def test_a_chat(client, fast):
+    answer = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=6)
+    assert answer.choices[0].message.content == fast.files.tokenizer().decode(
+        fast.engine.tokens[:6]
+    )
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 6
+    prompt = fast.engine.seen[-1].prompt
+    assert fast.files.tokenizer().decode(prompt) == "<user>hello\n<assistant>"
+    assert answer.usage.prompt_tokens == len(prompt)
+    assert answer.system_fingerprint == f"fp_{fast.artifact.version}"
+
+
+def test_a_stream_says_the_same(client):
+    words = dict(model="tiny", messages=HELLO, max_tokens=9)
+    whole = client.chat.completions.create(**words).choices[0].message.content
+    options = {"include_usage": True}
+    chunks = list(client.chat.completions.create(**words, stream=True, stream_options=options))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 9
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_several_choices_and_prompts(client, fast):
+    answer = client.completions.create(model="tiny", prompt=["a", "b c"], n=2, max_tokens=3, seed=7)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert answer.usage.completion_tokens == 12
+    assert [request.seed for request in fast.engine.seen[-4:]] == [7, 8, 9, 10]
+
+
+def test_a_stop_string_is_left_out_and_ends_the_engines_work(client, fast):
+    before = fast.engine.cancelled
+    answer = client.completions.create(model="tiny", prompt="x", max_tokens=50, stop=["sat on"])
+    assert answer.choices[0].text == "the cat "
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens < 50
+    assert fast.engine.cancelled == before + 1
+
+
+def test_log_probabilities(client):
+    answer = client.completions.create(model="tiny", prompt="x", max_tokens=3, logprobs=1)
+    found = answer.choices[0].logprobs
+    assert "".join(found.tokens) == answer.choices[0].text
+    assert found.token_logprobs == [-0.5] * 3
+    assert found.text_offset == [0, len(found.tokens[0]), len("".join(found.tokens[:2]))]
+    answer = client.chat.completions.create(
+        model="tiny", messages=HELLO, max_tokens=2, logprobs=True, top_logprobs=1
+    )
+    content = answer.choices[0].logprobs.content
+    assert [len(token.top_logprobs) for token in content] == [1, 1]
+    assert bytes(content[0].bytes).decode() == content[0].token
+
+
+def test_embeddings_as_numbers_and_as_bytes(client):
+    whole = client.embeddings.create(model="tiny", input=["a", "b c"], encoding_format="float")
+    packed = client.embeddings.create(model="tiny", input=["a", "b c"])  # base64 by default
+    assert [e.embedding for e in whole.data] == [e.embedding for e in packed.data]
+    assert whole.usage.prompt_tokens == sum(int(e.embedding[0]) for e in whole.data)
+
+
+def test_models(client, fast):
+    [model] = client.models.list().data
+    assert model.id == "tiny" and model.artifact == fast.artifact.digest
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(NotFoundError, match="there is tiny"):
+        client.models.retrieve("large")
+
+
+def test_tool_calls(served):
+    call = '<tool_call>{"name": "weather", "arguments": {"city": "Pune"}}</tool_call>'
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    with served(text=f"well {call}") as running:
+        with OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0) as client:
+            size = len(running.engine.tokens)
+            words = dict(model="tiny", messages=HELLO, tools=tools, max_tokens=size)
+            choice = client.chat.completions.create(**words).choices[0]
+            assert choice.finish_reason == "tool_calls"
+            assert choice.message.content == "well "
+            [found] = choice.message.tool_calls
+            assert json.loads(found.function.arguments) == {"city": "Pune"}
+            chunks = list(client.chat.completions.create(**words, stream=True))
+            calls = [c.choices[0].delta.tool_calls for c in chunks if c.choices[0].delta.tool_calls]
+            assert calls[0][0].function.name == "weather"
+            text = "".join(c.choices[0].delta.content or "" for c in chunks)
+            assert text == "well "
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "message"),
+    [
+        ({"max_tokens": 1000}, "max_tokens", "has 512"),
+        ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": 100}, None, "more than the 4 that run at once"),
+        ({"messages": []}, "messages", "at least 1"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, None, "at most 4"),
+        ({"top_logprobs": 2}, None, "only with it"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "less than or equal to 0"),
+        ({"extra_body": {"no_such_key": 1}}, "no_such_key", "not permitted"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "schema"),
+    ],
+)
+def test_what_cannot_be_is_refused(client, change, param, message):
+    words = {"model": "tiny", "messages": HELLO, "max_tokens": 4, **change}
+    with pytest.raises(BadRequestError, match=message) as caught:
+        client.chat.completions.create(**words)
+    assert caught.value.param == param
+    assert caught.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{bad",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b'{"model": "tiny", "prompt": "x", "temperature": NaN}',
+        b'{"model": "tiny", "prompt": "x", "max_tokens": 1e400}',
+        b'{"model": "tiny", "prompt": {"a": 1}}',
+        b'{"model": "tiny", "prompt": []}',
+        b'{"model": "tiny", "prompt": [-1]}',
+        b'{"model": "tiny", "prompt": [[]]}',
+        b'{"model": "tiny", "prompt": ""}',
+        b'{"model": "tiny", "prompt": "x", "seed": 99999999999999999999999}',
+        b'{"model": 5, "prompt": "x"}',
+        b"[" * 100_000,
+    ],
+)
+def test_bodies_that_are_none(fast, body):
+    answer = httpx.post(f"{fast.url}/v1/completions", content=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert httpx.get(f"{fast.url}/livez").text == "ok"
+
+
+def test_a_token_that_the_vocabulary_lacks_is_the_clients_mistake(fast):
+    body = {"model": "tiny", "prompt": [99999], "max_tokens": 1}
+    answer = httpx.post(f"{fast.url}/v1/completions", json=body)
+    assert answer.status_code == 400
+    assert "vocabulary" in answer.json()["error"]["message"]
+
+
+def test_unknown_models_and_paths(client, fast):
+    with pytest.raises(NotFoundError, match="there is tiny"):
+        client.completions.create(model="../../etc/passwd", prompt="x")
+    answer = httpx.get(f"{fast.url}/v1/nothing")
+    assert answer.status_code == 404 and answer.json()["error"]["type"] == "not_found_error"
+    assert httpx.get(f"{fast.url}/v1/completions").status_code == 405
+
+
+def test_a_client_that_goes_away_frees_its_slot(served):
+    with served(token_s=0.02) as running:
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 400, "stream": True}
+        for is_stream in (True, False):
+            with httpx.Client() as client:
+                if is_stream:
+                    with client.stream(
+                        "POST", f"{running.url}/v1/completions", json=body
+                    ) as answer:
+                        next(answer.iter_lines())
+                else:
+                    with pytest.raises(httpx.ReadTimeout):
+                        body["stream"] = False
+                        client.post(f"{running.url}/v1/completions", json=body, timeout=0.3)
+            left_s = time.monotonic()
+            while running.engine.running or running.gateway.admission.running:
+                assert time.monotonic() - left_s < 0.5
+                time.sleep(0.005)
+            assert time.monotonic() - left_s < 0.2
+
+
+def test_more_than_fits_is_told_to_come_back(served):
+    with served(token_s=0.05, max_running=2, admission__max_queued_requests=1) as running:
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 40, "stream": True}
+        url = f"{running.url}/v1/completions"
+        with httpx.Client() as client, client.stream("POST", url, json=body) as one:
+            with client.stream("POST", url, json=body) as two:
+                lines = one.iter_lines(), two.iter_lines()  # they close what they read when gone
+                assert all(map(next, lines))
+                running.gateway.admission._limits.max_queued_requests = 0
+                with OpenAI(base_url=f"{running.url}/v1", api_key="a", max_retries=0) as openai:
+                    began_s = time.monotonic()
+                    with pytest.raises(RateLimitError) as caught:
+                        openai.completions.create(model="tiny", prompt="x")
+                    assert time.monotonic() - began_s < 0.5
+                assert int(caught.value.response.headers["retry-after"]) >= 1
+                assert caught.value.code == "queue_full"
+
+
+def test_a_deadline_ends_a_stream_with_an_error(served):
+    with served(token_s=0.05) as running:
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 400, "stream": True}
+        headers = {"x-request-timeout": "0.4"}
+        url = f"{running.url}/v1/completions"
+        with httpx.stream("POST", url, json=body, headers=headers) as answer:
+            events = list(stream_lines(answer))
+        assert events[-1]["error"]["code"] == "deadline"
+        assert running.engine.running == 0
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 400}
+        assert httpx.post(url, json=body, headers=headers).status_code == 504
+
+
+def test_an_engine_that_loses_a_request(served):
+    with served() as running:
+        running.engine.fails = EngineError("gone")
+        with OpenAI(base_url=f"{running.url}/v1", api_key="a", max_retries=0) as client:
+            with pytest.raises(APIError, match="gone") as caught:
+                client.completions.create(model="tiny", prompt="x")
+            assert caught.value.status_code == 503
+        assert running.gateway.admission.running == 0
+        metrics = httpx.get(f"{running.url}/metrics").text
+        assert 'spotforge_request_failed_total{key="anonymous",model="tiny"' in metrics
+
+
+def test_keys(served, tmp_path):
+    path = tmp_path / "keys.json"
+    secret = create(path, "alice")
+    with served(keys=Keys.load(path)) as running:
+        for key, works in ((secret, True), ("sf-wrong", False)):
+            with OpenAI(base_url=f"{running.url}/v1", api_key=key, max_retries=0) as client:
+                if works:
+                    client.completions.create(model="tiny", prompt="x", max_tokens=1)
+                else:
+                    with pytest.raises(AuthenticationError):
+                        client.completions.create(model="tiny", prompt="x", max_tokens=1)
+        metrics = httpx.get(f"{running.url}/metrics").text
+        assert 'spotforge_prompt_tokens_total{key="alice",model="tiny"' in metrics
+        assert secret not in metrics and secret not in path.read_text()
+
+
+def test_what_is_written_down_holds_no_text(served, tmp_path):
+    settings = {
+        "log__requests": str(tmp_path / "requests.jsonl"),
+        "log__drift": str(tmp_path / "drift.jsonl"),
+        "log__drift_share": 1.0,
+    }
+    with served(**settings) as running:
+        body = {"model": "tiny", "prompt": "secretword", "max_tokens": 5}
+        answer = httpx.post(f"{running.url}/v1/completions", json=body)
+    [request] = map(json.loads, (tmp_path / "requests.jsonl").read_text().splitlines())
+    assert request["id"] == answer.headers["x-request-id"] == answer.json()["id"][5:]
+    assert request["artifact"] == running.artifact.digest
+    assert (request["status"], request["completion_tokens"]) == ("ok", 5)
+    [drift] = map(json.loads, (tmp_path / "drift.jsonl").read_text().splitlines())
+    assert drift["id"] == request["id"] and drift["mean_logprob"] == -0.5
+    assert sum(drift["prompt_buckets"]) == drift["prompt_tokens"] == request["prompt_tokens"]
+    for file in tmp_path.iterdir():
+        assert "secretword" not in file.read_text() and "the cat" not in file.read_text()
