@@ -74,6 +74,9 @@ async def serve(config: ServingConfig) -> None:
             gateway.admission.resize(champion.engine.info.max_running)
             host, port = listener.getsockname()[:2]
             print(f"{name} ({artifact.version}) at http://{host}:{port}/v1", flush=True)
+            if len(apps) > 1:
+                host, port = list(apps)[1].getsockname()[:2]
+                print(f"administration at http://{host}:{port}", flush=True)
             await stopped
             await _drain(gateway, config.drain_timeout_s)
     finally:

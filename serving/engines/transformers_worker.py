@@ -14,7 +14,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from serving.engines.lines import IDLE_S, Lines
 
@@ -97,9 +97,7 @@ class Worker:
             else:
                 self._lines.say("idle", True)
             if not self._manager.is_running():
-                error = self._manager.background_thread_status.fatal_error
-                self._lines.say("fatal", f"generation broke down: {error}")
-                os._exit(1)
+                self._die(self._manager.background_thread_status.fatal_error)
 
     def _on_submit(self, request: dict[str, Any]) -> None:
         name = request["id"]
@@ -137,6 +135,8 @@ class Worker:
             name = output.request_id
             if name in self._told:
                 if output.error is not None:
+                    if self._manager.background_thread_status.local_status:
+                        self._die(output.error)  # all are lost here, and taken up by the next
                     self._forget(name)
                     self._lines.say("failed", {"id": name, "error": output.error})
                 else:
@@ -174,6 +174,10 @@ class Worker:
         tokens[name] = (new, logprobs)
         if is_ended:
             self._forget(name)
+
+    def _die(self, error: object) -> NoReturn:
+        self._lines.say("fatal", f"generation broke down: {error}")
+        os._exit(1)
 
     def _forget(self, name: str) -> None:
         del self._told[name]

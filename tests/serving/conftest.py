@@ -1,7 +1,6 @@
 """A tiny model that is served, and an engine that needs no model."""
 
 import asyncio
-import contextlib
 import json
 import os
 import select
@@ -166,14 +165,13 @@ def served(export, tmp_path_factory):
 class Process:
     """`python -m serving`, as a user starts it."""
 
-    def __init__(self, folder, *words, env=None):
-        self.errors = open(os.devnull, "w") if env is None else env.pop("errors")
+    def __init__(self, folder, *words):
         self.process = subprocess.Popen(
             [sys.executable, "-m", "serving", f"artifact={folder}", "port=0", *words],
             stdout=subprocess.PIPE,
-            stderr=self.errors,
+            stderr=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, "SPOTFORGE_OPENVINO_PYTHON": "", **(env or {})},
+            env={**os.environ, "SPOTFORGE_OPENVINO_PYTHON": ""},
         )
         ready, _, _ = select.select([self.process.stdout], [], [], 120)
         line = self.process.stdout.readline() if ready else ""
@@ -182,6 +180,10 @@ class Process:
             raise RuntimeError(f"it did not start: {line!r}, exit code {self.process.wait()}")
         self.name, _, rest = line.partition(" ")
         self.url = rest.strip().rpartition(" at ")[2].removesuffix("/v1")
+
+    def admin_url(self):
+        """It is the second line."""
+        return self.process.stdout.readline().split()[-1]
 
     def engine_pid(self):
         """Of the only child."""
@@ -194,8 +196,6 @@ class Process:
             return self.process.wait(60)
         finally:
             self.process.stdout.close()
-            with contextlib.suppress(OSError):
-                self.errors.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,172 @@
+"""The transformers engine as a process: its tokens, and what becomes of them when it dies."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from monitoring.errors import SpotforgeError
+from serving.engine import EngineError, TokenRequest
+from serving.engines.process import ProcessEngine, Watch
+
+PROMPT = [70, 71, 72, 73, 74]
+
+
+def engine(folder, max_context=256, **watch):
+    settings = dict(
+        folder=str(folder),
+        target=None,
+        max_context=max_context,
+        max_running=8,
+        max_batch_tokens=64,
+        kv_cache_tokens=2048,
+        num_threads=1,
+    )
+    command = [sys.executable, "-m", "serving.engines.transformers_worker", json.dumps(settings)]
+    return ProcessEngine(command, Watch(**watch))
+
+
+async def tokens_of(running, name, prompt=PROMPT, max_tokens=20, **settings):
+    found, logprobs = [], []
+    settings = {"ignore_eos": True, **settings}
+    async for chunk in running.submit(TokenRequest(name, prompt, max_tokens, **settings)):
+        found += chunk.tokens
+        logprobs += chunk.logprobs or []
+        reason = chunk.finish_reason
+    return found, logprobs, reason
+
+
+def with_engine(folder, work, **watch):
+    async def run():
+        running = engine(folder, **watch)
+        await running.start()
+        try:
+            return await work(running)
+        finally:
+            await running.close()
+
+    return asyncio.run(run())
+
+
+def test_greedy_tokens_are_those_of_generate(export):
+    model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
+    prompts = [PROMPT, list(range(60, 200)), [5]]  # the second is longer than a step
+
+    async def work(running):
+        every = [tokens_of(running, str(i), p, temperature=0) for i, p in enumerate(prompts)]
+        return [found for found, _, _ in await asyncio.gather(*every)]
+
+    found = with_engine(export, work)
+    for prompt, tokens in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt])
+        wanted = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=20,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert tokens == wanted[0, len(prompt) :].tolist()
+
+
+def test_sampling_logprobs_eos_and_embeddings(export):
+    model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
+
+    async def work(running):
+        alone, _, _ = await tokens_of(running, "a", seed=5)
+        names = [f"b{i}" for i in range(6)]
+        together = await asyncio.gather(
+            *(tokens_of(running, n, seed=i, temperature=0.9) for i, n in enumerate(names)),
+            tokens_of(running, "c", seed=5, logprobs=3),
+            tokens_of(running, "d", seed=5, temperature=0, top_p=0.5),
+        )
+        assert together[6][0] == alone, "the others in the batch decide what is drawn"
+        assert len({tuple(found) for found, _, _ in together[:6]}) == 6
+        seeds = [
+            tokens_of(running, f"e{i}", seed=i, ignore_eos=False, max_tokens=200) for i in range(8)
+        ]
+        ended = await asyncio.gather(*seeds)
+        vectors = await running.embed("v", [PROMPT, [1, 2]])
+        return alone, together[6][1], ended, vectors
+
+    alone, logprobs, ended, vectors = with_engine(export, work)
+    with torch.no_grad():
+        output = model(torch.tensor([PROMPT + alone]), output_hidden_states=True)
+        hidden = model(torch.tensor([PROMPT]), output_hidden_states=True).hidden_states[-1][0]
+    wanted = output.logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
+    for i, (token, found) in enumerate(zip(alone, logprobs, strict=True)):
+        assert found.logprob == pytest.approx(wanted[i, token].item(), abs=1e-3)
+        assert [t for t, _ in found.top] == wanted[i].topk(3).indices.tolist()
+    for found, _, reason in ended:
+        assert 0 not in found  # EOS itself is not told
+        assert reason == ("length" if len(found) == 200 else "stop")
+    mean = hidden.mean(0)
+    assert torch.allclose(torch.tensor(vectors[0]), mean / mean.norm(), atol=1e-4)
+
+
+def test_a_request_outlives_its_engine(export):
+    async def work(running):
+        wanted, _, _ = await tokens_of(running, "w", max_tokens=150, seed=3)
+        for number in (signal.SIGKILL, signal.SIGSTOP):
+            task = asyncio.create_task(tokens_of(running, str(number), max_tokens=150, seed=3))
+            while not running._live or not next(iter(running._live.values())).tokens:
+                await asyncio.sleep(0.001)
+            hit_s, pid = time.monotonic(), running.pid
+            os.kill(pid, number)
+            while running.is_ready:
+                await asyncio.sleep(0.02)
+            assert time.monotonic() - hit_s < 5
+            found, _, reason = await task
+            assert (found, reason) == (wanted, "length")
+            assert running.is_ready and running.pid != pid
+        assert running.stats().restarts == 2
+
+    with_engine(export, work, silence_s=2.0)
+
+
+def test_what_kills_an_engine_twice_is_given_up(export):
+    """A token beyond the embedding: the gateway refuses it, and an engine would be lost."""
+
+    async def work(running):
+        with pytest.raises(EngineError, match="failed twice"):
+            await tokens_of(running, "poison", prompt=[99999])
+        while not running.is_ready:
+            await asyncio.sleep(0.05)
+        assert len((await tokens_of(running, "after"))[0]) == 20
+
+    with_engine(export, work)
+
+
+def test_leaving_early_cancels(export):
+    async def work(running):
+        stream = running.submit(TokenRequest("a", PROMPT, 200, ignore_eos=True))
+        await anext(stream)
+        await stream.aclose()
+        left_s = time.monotonic()
+        while running.stats().running:
+            assert time.monotonic() - left_s < 2
+            await asyncio.sleep(0.005)
+        made = running.stats().generation_tokens
+        await asyncio.sleep(0.3)
+        assert running.stats().generation_tokens == made
+
+    with_engine(export, work)
+
+
+def test_one_that_does_not_start_says_why(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+
+    async def start():
+        running = engine(tmp_path)
+        with pytest.raises(SpotforgeError, match="no file named model.safetensors"):
+            await running.start()
+        assert running.pid is None
+
+    asyncio.run(start())

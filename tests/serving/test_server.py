@@ -1,0 +1,186 @@
+"""`python -m serving` as a user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+
+from serving.config import RolloutConfig
+from serving.models import Outcomes
+from serving.rollout import judge
+from tests.serving.conftest import Process, save_model, stream_lines
+
+
+def complete(url, **fields):
+    body = {"model": "tiny", "prompt": "the cat", "max_tokens": 20, "ignore_eos": True, **fields}
+    return httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+
+
+def test_it_serves(server):
+    assert httpx.get(f"{server.url}/readyz").json()["ready"] is True
+    version = httpx.get(f"{server.url}/version").json()
+    assert version["models"]["tiny"]["engine"].startswith("transformers")
+    one, two = complete(server.url, seed=3).json(), complete(server.url, seed=3).json()
+    assert one["choices"] == two["choices"]
+    assert one["usage"]["completion_tokens"] == 20
+    long = complete(server.url, prompt="x" * 6000)
+    assert long.status_code == 400 and "512" in long.json()["error"]["message"]
+    assert complete(server.url, prompt=[10**6]).status_code == 400
+    assert httpx.get(f"{server.url}/readyz").json()["ready"] is True
+
+
+def test_the_gateway_imports_no_torch():
+    code = "import sys, serving.server; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_sigterm_lets_streams_end(export):
+    process = Process(export, "engine.num_threads=1", "engine.max_running=8")
+    answers = []
+
+    def read():
+        body = {
+            "model": "tiny",
+            "prompt": "a",
+            "max_tokens": 300,
+            "stream": True,
+            "ignore_eos": True,
+        }
+        with httpx.stream("POST", f"{process.url}/v1/completions", json=body, timeout=60) as answer:
+            answers.append((answer.status_code, list(stream_lines(answer))))
+
+    threads = [threading.Thread(target=read) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    while "num_requests_running{" not in (text := httpx.get(f"{process.url}/metrics").text) or (
+        " 8.0"
+        not in next(x for x in text.splitlines() if x.startswith("spotforge_num_requests_running{"))
+    ):
+        time.sleep(0.01)
+    engine_pid = process.engine_pid()
+    process.process.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    late = complete(process.url)
+    assert late.status_code == 503 and late.json()["error"]["code"] == "draining"
+    assert httpx.get(f"{process.url}/readyz").status_code == 503
+    for thread in threads:
+        thread.join(60)
+    assert process.process.wait(30) == 0
+    process.process.stdout.close()
+    for status, events in answers:
+        assert status == 200 and events[-1] == "[DONE]"
+        assert events[-2]["choices"][0]["finish_reason"] == "length"
+    assert len(answers) == 8
+    with pytest.raises(ProcessLookupError):
+        os.kill(engine_pid, 0)
+
+
+def test_the_engine_dies_with_the_gateway(export):
+    process = Process(export)
+    engine_pid = process.engine_pid()
+    process.process.kill()
+    process.process.wait(10)
+    process.process.stdout.close()
+    for _ in range(200):
+        try:
+            os.kill(engine_pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.02)
+    raise AssertionError("the engine is still there")
+
+
+@pytest.mark.long
+def test_swap_without_a_failed_request(export, tmp_path):
+    save_model(tmp_path / "next", seed=1)
+    save_model(tmp_path / "broken", seed=2)
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"no weights")
+    words = ["engine.num_threads=1", "admin_port=0", f"artifact_root={tmp_path}"]
+    process = Process(export, *words, "rollout.canary_requests=5", "rollout.canary_max_slowdown=50")
+    admin, statuses, versions, done = process.admin_url(), [], [], threading.Event()
+
+    def ask():
+        while not done.is_set():
+            answer = complete(process.url, max_tokens=5)
+            statuses.append(answer.status_code)
+            versions.append(answer.headers.get("x-artifact-version"))
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        swap = f"{admin}/admin/swap"
+        refused = httpx.post(swap, json={"artifact": "broken"}, timeout=60)
+        assert refused.status_code == 409 and "rolled back" in refused.json()["error"]["message"]
+        assert httpx.post(swap, json={"artifact": "../served"}).status_code == 400
+        first = versions[-1]
+        swapped = httpx.post(swap, json={"artifact": "next"}, timeout=60).json()
+        assert (swapped["what"], swapped["old"]) == ("swapped", first)
+        asked = len(versions)
+        while len(versions) < asked + 6:
+            time.sleep(0.02)
+        assert set(versions[-2:]) == {swapped["new"]}
+        canary = {"artifact": "next", "canary": 0.5}
+        assert httpx.post(swap, json=canary, timeout=60).json()["what"] == "canary"
+        while (status := httpx.get(f"{admin}/admin/status").json()["models"]["tiny"])["canary"]:
+            time.sleep(0.05)
+        assert status["history"][-1]["what"] == "promoted"
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join(60)
+        assert process.stop() == 0
+    assert set(statuses) == {200}
+
+
+@pytest.mark.parametrize(
+    ("failed", "token_s", "verdict"),
+    [(0, 0.1, True), (1, 0.1, True), (5, 0.1, False), (0, 0.2, False)],
+)
+def test_how_a_canary_is_judged(failed, token_s, verdict):
+    config = RolloutConfig(canary_requests=50)
+    champion = Outcomes(500, 2, [0.5] * 500, [0.1] * 500)
+    canary = Outcomes(50 - failed, failed, [0.5] * (50 - failed), [token_s] * (50 - failed))
+    is_good, why = judge(champion, canary, config)
+    assert is_good is verdict, why
+    assert judge(champion, Outcomes(10, 0, [0.5] * 10, [0.1] * 10), config) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["artifact=/no/such"], "there is no such folder"),
+        ([], "artifact"),
+        (["artifact=x", "engine.max_running=0"], "engine.max_running=0"),
+        (["artifact=x", "no_such_key=1"], "no_such_key"),
+        (["artifact=x", "port=99999"], "port=99999"),
+        (["artifact=x", "admin_host=0.0.0.0"], "admin_host=0.0.0.0"),
+        (["key", "make"], "is no command"),
+    ],
+)
+def test_what_is_refused(words, said):
+    done = subprocess.run(
+        [sys.executable, "-m", "serving", *words], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_key_commands(tmp_path):
+    def key(*words):
+        command = [sys.executable, "-m", "serving", "key", *words, f"keys={tmp_path / 'k.json'}"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    secret = key("create", "alice", "requests_per_minute=60").stdout.strip()
+    assert secret.startswith("sf-")
+    assert "alice" in key("list").stdout and secret not in key("list").stdout
+    assert key("create", "alice").returncode == 2
+    assert key("revoke", "alice").returncode == 0
+    assert json.loads((tmp_path / "k.json").read_text()) == []
