@@ -9,6 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -70,6 +71,9 @@ def test_commands_run_in_their_order(folder):
             arguments += [] if "model=pretrained" in arguments else SMALL
         if arguments[2] == "compression":
             arguments += ["evaluation.num_samples=4", "evaluation.new_tokens=2"]
+        if arguments[2] == "serving":
+            serve(arguments, folder)
+            continue
         result = subprocess.run(
             [sys.executable, *arguments[1:]],
             cwd=folder,
@@ -82,6 +86,22 @@ def test_commands_run_in_their_order(folder):
         assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
     resumed = (folder / "runs" / "notes" / "metrics.jsonl").read_text()
     assert '"resumed": true' in resumed, "the third command did not go on with the first one's run"
+
+
+def serve(arguments, folder):
+    """Starts a server, asks it once, and tells it to stop."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments[1:], "port=0"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        url = process.stdout.readline().split()[-1]
+        answer = httpx.post(f"{url}/completions", json={"model": "notes", "prompt": "note 1:"})
+        process.terminate()
+    assert answer.status_code == 200 and process.returncode == 0
 
 
 def test_make_targets_and_extras_exist():
