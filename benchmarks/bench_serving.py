@@ -1,0 +1,238 @@
+"""CPU per token, and the times that clients see, at 1, 8 and 32 streams; peers in the same run.
+
+    python -m benchmarks.bench_serving [--streams 1 8 32] [--rounds 3]
+
+A random Llama of 40M parameters; prompts of 64 tokens, answers of 64, one after another a stream.
+What is compared is the CPU time of the server's whole process tree for a token: wall-clock times
+swing on a shared machine. OpenVINO is there where SPOTFORGE_OPENVINO_PYTHON names one. It prints a
+table and writes `benchmarks/results/serving.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from compression.targets.openvino_program import PYTHON
+from monitoring.environment import describe_environment
+from trainer.data.tokenizer import train_tokenizer
+
+RESULT = Path("benchmarks/results/serving.json")
+PROMPT_TOKENS = NEW_TOKENS = 64
+_VOCAB_SIZE = 8192
+
+
+def save_model(folder: Path) -> None:
+    """A random Llama of 40M parameters with a tokenizer."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=10,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=_VOCAB_SIZE,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 9))) for _ in range(20_000)]
+    train_tokenizer([" ".join(words)] * 3, _VOCAB_SIZE).save_pretrained(folder)
+
+
+def servers(folder: Path) -> dict[str, list[str]]:
+    """Commands, to which the port is appended."""
+    ours = ["-m", "serving", f"artifact={folder}", "engine.kv_cache_mb=400"]
+    found = {
+        "FastAPI + generate behind a lock": ["-m", "benchmarks.peer_generate", str(folder)],
+        "spotforge, transformers": [*ours, "engine.name=transformers"],
+    }
+    if os.environ.get(PYTHON):
+        openvino = [*ours, "engine.name=openvino"]
+        found["spotforge, openvino int8"] = openvino
+        found["spotforge, openvino float32"] = [*openvino, "engine.openvino_bits=32"]
+    return found
+
+
+class Server:
+    """A server that is up, and its process tree."""
+
+    def __init__(self, name: str, command: list[str], cache: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        port = f"port={self.port}" if "serving" in command else str(self.port)
+        self._began_s = time.monotonic()
+        self._process = subprocess.Popen(
+            [sys.executable, *command, port],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"SPOTFORGE_CACHE": str(cache)},
+        )
+        url = f"http://127.0.0.1:{self.port}/readyz"
+        while True:
+            if self._process.poll() is not None:
+                raise RuntimeError(f"{name} did not start")
+            try:
+                if httpx.get(url).status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            time.sleep(0.02)
+        self.start_s = time.monotonic() - self._began_s
+
+    def tree(self) -> list[psutil.Process]:
+        """All processes."""
+        parent = psutil.Process(self._process.pid)
+        return [parent, *parent.children(recursive=True)]
+
+    def cpu_s(self) -> list[float]:
+        """User and system time, by process."""
+        return [sum(process.cpu_times()[:2]) for process in self.tree()]
+
+    def rss_bytes(self) -> int:
+        """Of all processes."""
+        return sum(process.memory_info().rss for process in self.tree())
+
+    def stop(self) -> None:
+        """Ends it."""
+        self._process.terminate()
+        self._process.wait(60)
+
+
+async def load(port: int, streams: int, rounds: int) -> dict[str, list[float]]:
+    """Asks; returns times to the first token and between events, in seconds."""
+    first: list[float] = []
+    between: list[float] = []
+
+    async def stream(seed: int) -> None:
+        draw = random.Random(seed)
+        for _ in range(rounds):
+            prompt = [draw.randrange(1, 256) for _ in range(PROMPT_TOKENS)]
+            body = json.dumps(
+                {
+                    "model": "model",
+                    "prompt": prompt,
+                    "max_tokens": NEW_TOKENS,
+                    "temperature": 0,
+                    "ignore_eos": True,
+                    "stream": True,
+                }
+            ).encode()
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(
+                b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+                b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+            )
+            last_s, count = time.monotonic(), 0
+            status = await reader.readline()
+            assert b" 200 " in status, status
+            async for line in reader:
+                if not line.startswith(b"data: "):
+                    continue
+                if line.startswith(b"data: [DONE]"):
+                    break
+                now_s = time.monotonic()
+                (between if count else first).append(now_s - last_s)
+                last_s, count = now_s, count + 1
+            writer.close()
+
+    await asyncio.gather(*(stream(i) for i in range(streams)))
+    return {"first": first, "between": between}
+
+
+def measure(server: Server, streams: int, rounds: int) -> dict[str, float]:
+    """One row."""
+    asyncio.run(load(server.port, min(streams, 2), 1))  # warm
+    cpu_before, began_s = server.cpu_s(), time.monotonic()
+    times = asyncio.run(load(server.port, streams, rounds))
+    took_s, cpu_after = time.monotonic() - began_s, server.cpu_s()
+    tokens = streams * rounds * NEW_TOKENS
+    between = sorted(times["between"])
+    return {
+        "cpu_ms_per_token": round(1000 * (sum(cpu_after) - sum(cpu_before)) / tokens, 3),
+        "gateway_cpu_ms_per_token": round(1000 * (cpu_after[0] - cpu_before[0]) / tokens, 3),
+        "tokens_per_s": round(tokens / took_s, 1),
+        "first_token_p50_ms": round(1000 * statistics.median(times["first"]), 1),
+        "first_token_p99_ms": round(1000 * _p99(sorted(times["first"])), 1),
+        "between_p50_ms": round(1000 * statistics.median(between), 1),
+        "between_p99_ms": round(1000 * _p99(between), 1),
+        "rss_mb": round(server.rss_bytes() / 1e6),
+    }
+
+
+def _p99(ordered: list[float]) -> float:
+    return ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+
+
+def table(rows: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Markdown: a server a row, CPU-ms a token and more at each number of streams."""
+    keys = list(next(iter(next(iter(rows.values())).values())))
+    lines = [f"| server | streams | {' | '.join(keys)} |", "|---" * (len(keys) + 2) + "|"]
+    for name, found in rows.items():
+        for streams, row in found.items():
+            cells = [name, streams, *(f"{value:g}" for value in row.values())]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--rounds", type=int, default=3, help="requests of a stream")
+    options = parser.parse_args()
+    rows: dict[str, dict[str, dict[str, float]]] = {}
+    starts: dict[str, float] = {}
+    result = {
+        "environment": describe_environment(),
+        "load_average": os.getloadavg(),
+        "prompt_tokens": PROMPT_TOKENS,
+        "new_tokens": NEW_TOKENS,
+        "rounds": options.rounds,
+        "start_to_ready_s": starts,
+        "rows": rows,
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder, cache = Path(name) / "model", Path(name) / "cache"
+        save_model(folder)
+        for server_name, command in servers(folder).items():
+            if "serving" in command:
+                Server(server_name, command, cache).stop()  # what is prepared once is there
+            server = Server(server_name, command, cache)
+            starts[server_name] = round(server.start_s, 2)
+            try:
+                for streams in options.streams:
+                    row = measure(server, streams, options.rounds)
+                    rows.setdefault(server_name, {})[str(streams)] = row
+                    print(server_name, streams, row, flush=True)
+            finally:
+                server.stop()
+            RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
