@@ -40,6 +40,9 @@ Keys (key=value):
   engine.start_timeout_s, .silence_s, .step_timeout_s, .probe_interval_s
   guard.max_connections, .max_header_bytes, .header_timeout_s, .max_body_bytes, .body_timeout_s
   admission.max_queued_requests, .max_queued_tokens, .request_timeout_s
+  batches.dir                 folder for files and batches; default: there are none
+  batches.broker              redis://... or amqp://..., where workers wait; default: none needed
+  batches.max_file_mb, .concurrency, .max_lines, .lease_s
   log.requests, .drift, .drift_share
   rollout.canary_requests, .canary_max_error_rate, .canary_max_slowdown
   cache, drain_timeout_s

@@ -84,6 +84,41 @@ class LogConfig:
 
 
 @dataclass
+class BatchesConfig:
+    """Files and batches.
+
+    Attributes:
+        dir: Folder for them; null: there are none.
+        broker: URL of Redis or RabbitMQ, where workers wait; null: the gateway works on them.
+        max_file_mb: Of an upload.
+        concurrency: Lines that the gateway works on at once; null: 8.
+        max_lines: Of a batch; null: 50,000.
+        lease_s: After a crash, lines that were begun are begun again so late; null: 30.
+    """
+
+    dir: str | None = None
+    broker: str | None = None
+    max_file_mb: int = 200
+    concurrency: int | None = None
+    max_lines: int | None = None
+    lease_s: float | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError for settings that would have no effect, or no queue."""
+        if self.broker is not None:
+            if self.dir is None:
+                rule = "has no effect without a folder"
+                raise ConfigError("batches.broker", self.broker, rule, "set batches.dir=DIR")
+            if self.broker.partition("://")[0] not in ("redis", "rediss", "amqp", "amqps"):
+                rule = "is no URL of Redis or RabbitMQ"
+                raise ConfigError("batches.broker", self.broker, rule, "give redis://HOST:PORT/0")
+            for key in ("concurrency", "max_lines", "lease_s"):
+                if (value := getattr(self, key)) is not None:
+                    rule, fix = "has no effect with a broker", f"give it to the workers: {key}=N"
+                    raise ConfigError(f"batches.{key}", value, rule, fix)
+
+
+@dataclass
 class RolloutConfig:
     """How a new artifact takes over.
 
@@ -129,6 +164,7 @@ class ServingConfig:
     guard: Guard = field(default_factory=Guard)
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    batches: BatchesConfig = field(default_factory=BatchesConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
     def check(self) -> None:
@@ -151,6 +187,10 @@ class ServingConfig:
             "admission.max_queued_requests": self.admission.max_queued_requests,
             "admission.max_queued_tokens": self.admission.max_queued_tokens,
             "admission.request_timeout_s": self.admission.request_timeout_s,
+            "batches.concurrency": self.batches.concurrency,
+            "batches.max_file_mb": self.batches.max_file_mb,
+            "batches.max_lines": self.batches.max_lines,
+            "batches.lease_s": self.batches.lease_s,
             "drain_timeout_s": self.drain_timeout_s,
         }
         for key, value in positive.items():
@@ -167,3 +207,4 @@ class ServingConfig:
             raise ConfigError("engine.openvino_bits", self.engine.openvino_bits, rule, "choose one")
         if not 0 <= self.log.drift_share <= 1:
             raise ConfigError("log.drift_share", self.log.drift_share, "is no share", "give 0 to 1")
+        self.batches.check()

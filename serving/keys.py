@@ -94,6 +94,11 @@ class Keys:
             return None
         return self._by_digest.get(_digest(token.strip()))
 
+    def named(self, id: str) -> Key | None:
+        """The key of that name, for what is done in its name later; None: it was revoked."""
+        self._read_again()
+        return next((key for key in self._by_digest.values() if key.id == id), None)
+
     def _read_again(self) -> None:
         version = _version(self._path)
         if version == self._version:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ from fastapi import FastAPI
 
 from monitoring.errors import ConfigError
 from serving.artifact import resolve
+from serving.batches.service import open_batches
 from serving.config import ServingConfig
 from serving.deployment import Deployment
 from serving.gateway.admin import add_admin
@@ -48,6 +50,8 @@ async def serve(config: ServingConfig) -> None:
     artifact = resolve(config.artifact)
     keys = None if config.keys is None else Keys.load(Path(config.keys).expanduser())
     gateway = Gateway(config, keys, Telemetry(config.log))
+    batches = open_batches(config.batches)
+    guard = _guard(config)
     name = config.model_name or _name_of(artifact.folder)
     listener = _listen("port", config.host, config.port)
     stopping = asyncio.Event()
@@ -56,11 +60,12 @@ async def serve(config: ServingConfig) -> None:
         loop.add_signal_handler(number, _on_signal, stopping)
     cache, rollouts = cache_folder(config), dict[str, Rollout]()
     # It listens at once, so that /livez and /readyz answer while the engine starts.
-    apps = {listener: make_app(gateway)}
+    app = make_app(gateway, batches)
+    apps = {listener: app}
     if config.admin_port is not None:
         admin = _admin_app(gateway, rollouts, stopping.set)
         apps[_listen("admin_port", config.admin_host, config.admin_port)] = admin
-    servers = [_server(app, config.guard, socket) for socket, app in apps.items()]
+    servers = [_server(app, guard, socket) for socket, app in apps.items()]
     stopped = asyncio.create_task(stopping.wait())
     starting = asyncio.create_task(Deployment.start(artifact, config, cache))
     try:
@@ -72,16 +77,22 @@ async def serve(config: ServingConfig) -> None:
             resize = gateway.admission.resize
             rollouts[name] = Rollout(model, config, cache, root, resize)
             gateway.admission.resize(champion.engine.info.max_running)
+            if batches is not None:
+                await batches.queue.start(BodyGuard(app, guard))
             host, port = listener.getsockname()[:2]
             print(f"{name} ({artifact.version}) at http://{host}:{port}/v1", flush=True)
             if len(apps) > 1:
                 host, port = list(apps)[1].getsockname()[:2]
                 print(f"administration at http://{host}:{port}", flush=True)
             await stopped
+            if batches is not None:
+                batches.queue.stop()
             await _drain(gateway, config.drain_timeout_s)
     finally:
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
+        if batches is not None:
+            await batches.queue.close()
         for server, serving in servers:
             server.should_exit = True
             await serving
@@ -89,6 +100,8 @@ async def serve(config: ServingConfig) -> None:
             await rollout.close()
         for model in gateway.models.values():
             await model.champion.close()
+        if batches is not None:
+            batches.database.close()
 
 
 def _on_signal(stopping: asyncio.Event) -> None:
@@ -113,6 +126,13 @@ def _admin_app(gateway: Gateway, rollouts: dict[str, Rollout], stop: Callable[[]
     add_error_handlers(app)
     add_admin(app, gateway, rollouts, stop)
     return app
+
+
+def _guard(config: ServingConfig) -> Guard:
+    """With room for uploads, and for the form around them."""
+    upload_bytes = config.batches.max_file_mb * 2**20 + 2**16
+    limits = {"/v1/files": upload_bytes, **config.guard.max_body_bytes_of}
+    return dataclasses.replace(config.guard, max_body_bytes_of=limits)
 
 
 def _server(

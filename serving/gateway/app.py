@@ -15,7 +15,9 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from monitoring.environment import describe_environment
+from serving.batches.service import BatchService
 from serving.gateway.answers import Answer, ChatAnswer, Chunks, CompletionAnswer
+from serving.gateway.batches import add_batches
 from serving.gateway.errors import ApiError
 from serving.gateway.gateway import Gateway, Generation, Sampling
 from serving.gateway.schema import ChatRequest, CompletionRequest, EmbeddingRequest
@@ -49,6 +51,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         401: "There is no such API key.",
         404: "There is no such thing.",
         408: "The request came too slowly.",
+        409: "Its state does not allow that.",
         413: "The body is too large.",
         429: "Too much is asked for: come back after `Retry-After` seconds.",
         431: "The headers are too large.",
@@ -65,11 +68,12 @@ _STREAMED: dict[str, Any] = {
 }
 
 
-def make_app(gateway: Gateway) -> FastAPI:
+def make_app(gateway: Gateway, batches: BatchService | None = None) -> FastAPI:
     """The application, with all routes.
 
     Args:
         gateway: State; its models may come later.
+        batches: Those of files and batches are there with it.
     """
     app = FastAPI(
         title="spotforge serving",
@@ -82,6 +86,8 @@ def make_app(gateway: Gateway) -> FastAPI:
     add_error_handlers(app)
     _add_health(app, gateway)
     _add_generation(app, gateway)
+    if batches is not None:
+        add_batches(app, gateway, batches.database, batches.queue)
     _drop_422(app)
     return app
 

@@ -29,6 +29,7 @@ from serving.models import Model
 from serving.telemetry import Telemetry
 from serving.text.stages import Chat, TextChunk, TextError
 
+OWNER = "spotforge.owner"  # in an ASGI scope, set by batches in this process; HTTP cannot
 ANYBODY = Key("anonymous", sha256="", created="")
 _TIMEOUT_HEADER = "x-request-timeout"
 _PRIORITY_HEADER = "x-priority"
@@ -92,7 +93,9 @@ class Gateway:
         """
         if self.keys is None:
             return ANYBODY
-        key = self.keys.find(request.headers.get("authorization"))
+        owner = request.scope.get(OWNER)
+        header = request.headers.get("authorization")
+        key = self.keys.find(header) if owner is None else self.keys.named(owner)
         if key is None:
             text = "there is no such API key: send Authorization: Bearer sf-..."
             raise ApiError(401, text, code="invalid_api_key")

@@ -1,0 +1,59 @@
+"""Lists as OpenAI pages them: `limit` items after the one that was the last."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from serving.batches.database import Database
+from serving.gateway.errors import ApiError
+
+Page = dict[str, Any]
+
+
+def page(
+    database: Database,
+    table: str,
+    where: str,
+    values: Sequence[str],
+    after: str | None,
+    limit: int,
+    order: str,
+    describe: Callable[[sqlite3.Row], dict[str, Any]],
+) -> Page:
+    """One page of a table.
+
+    Args:
+        database: Whose.
+        table: Which.
+        where: SQL of what belongs to the list.
+        values: Of its placeholders.
+        after: Id of the last item of the page before; None: the first page.
+        limit: Items at most.
+        order: `asc` or `desc`, by age.
+        describe: A row as the client sees it.
+
+    Raises:
+        ApiError: 404, there is nothing of the id `after` in the list.
+    """
+    bound = ""
+    if after is not None:
+        query = f"SELECT seq FROM {table} WHERE {where} AND id = ?"
+        rows = database.read(query, *values, after)
+        if not rows:
+            raise ApiError(404, f"there is no {after[:64]!r} in the list", "after")
+        bound = f"AND seq {'>' if order == 'asc' else '<'} {rows[0]['seq']}"
+    rows = database.read(
+        f"SELECT * FROM {table} WHERE {where} {bound} ORDER BY seq {order} LIMIT ?",
+        *values,
+        limit + 1,
+    )
+    data = [describe(row) for row in rows[:limit]]
+    return {
+        "object": "list",
+        "data": data,
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+        "has_more": len(rows) > limit,
+    }

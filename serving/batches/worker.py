@@ -1,0 +1,85 @@
+"""A worker for batches, on the gateway's host.
+
+    SPOTFORGE_API_KEY=sf-... python -m serving.batches.worker \\
+        dir=/srv/batches broker=redis://127.0.0.1:6379/0 gateway=http://127.0.0.1:8000
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from monitoring.errors import ConfigError, ExitCode
+
+_KEY = "SPOTFORGE_API_KEY"
+
+
+@dataclass
+class WorkerConfig:
+    """Settings, as `key=value`.
+
+    Attributes:
+        dir: The gateway's `batches.dir`.
+        broker: The gateway's `batches.broker`.
+        gateway: Its address, without /v1.
+        name: Of this worker, where a host has several.
+        batches: That it works on at once, each in a process.
+        concurrency: Lines of each at once.
+        max_lines: Of a batch.
+        request_timeout_s: For the answer to a line; the gateway's own is to be shorter.
+        visibility_timeout_s: Redis gives a batch to another worker, too, after so long: how late a
+            batch goes on whose worker's host is gone.
+        lease_s: A line goes to another worker when its own has not been heard of for so long.
+    """
+
+    dir: str = MISSING
+    broker: str = MISSING
+    gateway: str = MISSING
+    name: str = "1"
+    batches: int = 1
+    concurrency: int = 8
+    max_lines: int = 50_000
+    request_timeout_s: float = 660.0
+    visibility_timeout_s: float = 3600.0
+    lease_s: float = 30.0
+
+    def folder(self) -> Path:
+        """Of files and batches."""
+        return Path(self.dir).expanduser()
+
+    def check(self) -> None:
+        """Raises ConfigError for what is missing, and numbers that cannot be."""
+        for key in ("dir", "broker", "gateway"):
+            if getattr(self, key) == MISSING:
+                raise ConfigError(key, "???", "is missing", f"set {key}=...")
+        for key, value in vars(self).items():
+            if isinstance(value, int | float) and not 0 < value < math.inf:
+                raise ConfigError(key, value, "must be above 0, and a number", "give more")
+
+
+def main() -> None:
+    """Entry point; ends the process with an exit code."""
+    try:
+        given = OmegaConf.from_cli(sys.argv[1:])
+        config: Any = OmegaConf.merge(OmegaConf.structured(WorkerConfig), given)
+        config = WorkerConfig(**config)
+        config.check()
+    except (ConfigError, OmegaConfBaseException) as e:
+        print(str(e).splitlines()[0], file=sys.stderr)
+        sys.exit(ExitCode.BAD_CONFIG)
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    from serving.batches.celery_queue import work
+
+    work(config, os.environ.get(_KEY))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The routes of files and batches."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import FileResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import UploadFile
+
+from serving.batches.batches import Batches
+from serving.batches.database import Database
+from serving.batches.files import Files
+from serving.batches.queue import Queue
+from serving.gateway.errors import ApiError
+from serving.gateway.gateway import Gateway
+
+_UPLOAD: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "purpose"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"const": "batch"},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+class BatchRequest(BaseModel):
+    """Body of `/v1/batches`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    input_file_id: str = Field(max_length=64)
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+    completion_window: Literal["24h"]
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+            Field(max_length=16),
+        ]
+        | None
+    ) = None
+
+
+def add_batches(app: FastAPI, gateway: Gateway, database: Database, queue: Queue) -> None:
+    """Adds the routes.
+
+    Args:
+        app: To it.
+        gateway: Says who asks.
+        database: Of the folder.
+        queue: Where new batches go.
+    """
+    _add_files(app, gateway, Files(database))
+    _add_batches(app, gateway, Batches(database), queue)
+
+
+def _add_files(app: FastAPI, gateway: Gateway, files: Files) -> None:
+    @app.post("/v1/files", tags=["batches"], openapi_extra=_UPLOAD)
+    async def create_file(request: Request) -> dict[str, Any]:
+        """Takes a file of requests: one JSON object a line."""
+        owner = gateway.authorize(request).id
+        async with request.form(max_files=1, max_fields=4) as form:
+            content, purpose = form.get("file"), form.get("purpose")
+            if not isinstance(content, UploadFile):
+                raise ApiError(400, "file: the form has none", "file")
+            if purpose != "batch":
+                raise ApiError(400, "purpose: only batch is supported", "purpose")
+            name = content.filename or "file"
+            return await asyncio.to_thread(files.add, owner, name, content.file)
+
+    @app.get("/v1/files", tags=["batches"])
+    async def list_files(
+        request: Request,
+        purpose: str | None = None,
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> dict[str, Any]:
+        """The key's files."""
+        owner = gateway.authorize(request).id
+        return files.list_page(owner, purpose, after, limit, order)
+
+    @app.get("/v1/files/{file_id}", tags=["batches"])
+    async def file(file_id: str, request: Request) -> dict[str, Any]:
+        """One of them."""
+        return files.get(gateway.authorize(request).id, file_id)
+
+    @app.get("/v1/files/{file_id}/content", tags=["batches"], response_class=FileResponse)
+    async def content(file_id: str, request: Request) -> FileResponse:
+        """What is in it."""
+        path = files.path(gateway.authorize(request).id, file_id)
+        return FileResponse(path, media_type="application/octet-stream")
+
+    @app.delete("/v1/files/{file_id}", tags=["batches"])
+    async def delete_file(file_id: str, request: Request) -> dict[str, Any]:
+        """Deletes it, unless a batch still reads it."""
+        files.delete(gateway.authorize(request).id, file_id)
+        return {"id": file_id, "object": "file", "deleted": True}
+
+
+def _add_batches(app: FastAPI, gateway: Gateway, batches: Batches, queue: Queue) -> None:
+    @app.post("/v1/batches", tags=["batches"])
+    async def create_batch(body: BatchRequest, request: Request) -> dict[str, Any]:
+        """Has the requests of a file answered within a day."""
+        owner = gateway.authorize(request).id
+        batch = await asyncio.to_thread(
+            batches.create, owner, body.input_file_id, body.endpoint, body.metadata
+        )
+        try:
+            await queue.put(batch["id"])
+        except ConnectionError as e:
+            await asyncio.to_thread(batches.forget, batch["id"])
+            raise ApiError(503, "the queue takes no batches now", None, "queue", 5) from e
+        return batch
+
+    @app.get("/v1/batches", tags=["batches"])
+    async def list_batches(
+        request: Request,
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    ) -> dict[str, Any]:
+        """The key's batches, the newest first."""
+        return batches.list_page(gateway.authorize(request).id, after, limit)
+
+    @app.get("/v1/batches/{batch_id}", tags=["batches"])
+    async def batch(batch_id: str, request: Request) -> dict[str, Any]:
+        """One of them: how far it is, and where its answers are."""
+        return batches.get(gateway.authorize(request).id, batch_id)
+
+    @app.post("/v1/batches/{batch_id}/cancel", tags=["batches"])
+    async def cancel(batch_id: str, request: Request) -> dict[str, Any]:
+        """Begins no more of its requests."""
+        owner = gateway.authorize(request).id
+        return await asyncio.to_thread(batches.cancel, owner, batch_id)

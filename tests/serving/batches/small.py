@@ -1,0 +1,85 @@
+"""What the tests of batches have in common."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import openai
+
+ROOT = Path(__file__).parents[3]
+
+
+def wait_until(is_true, timeout_s=8.0):
+    deadline_s = time.monotonic() + timeout_s
+    while not (value := is_true()):
+        assert time.monotonic() < deadline_s, "it did not come"
+        time.sleep(0.02)
+    return value
+
+
+class SmallGateway:
+    """The program `small_gateway`, its folder and what its engine was asked."""
+
+    def __init__(self, folder, delay_s, *settings):
+        self.folder, self.log, self.output = folder, folder / "asked", folder / "output"
+        self._command = [sys.executable, "-m", "tests.serving.batches.small_gateway"]
+        self._command += [str(self.log), str(delay_s), "artifact=small", "model_name=small"]
+        self._command += [f"batches.dir={folder / 'batches'}", *settings]
+        self.port = 0
+        self.log.touch()
+        self.start()
+
+    def start(self):
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(
+                [*self._command, f"port={self.port}"], cwd=ROOT, stdout=output, stderr=output
+            )
+        wait_until(lambda: "/v1\n" in self.output.read_text() or self.process.poll() is not None)
+        self.url = self.output.read_text().split(" at ")[1].split("/v1")[0]
+        self.port = int(self.url.rpartition(":")[2])
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self):
+        self.process.terminate()
+        assert self.process.wait(10) == 0, self.output.read_text()
+
+    def client(self, key="none"):
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=10)
+
+    def asked(self):
+        return self.log.read_text().splitlines()
+
+
+def request(name, prompt, **body):
+    """A line of an input file."""
+    body = {"model": "small", "prompt": prompt, "max_tokens": 64, **body}
+    return {"custom_id": name, "method": "POST", "url": "/v1/completions", "body": body}
+
+
+def upload(client, lines):
+    content = b"".join(
+        (line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines
+    )
+    return client.files.create(file=("input.jsonl", content), purpose="batch")
+
+
+def begin(client, lines, endpoint="/v1/completions"):
+    file = upload(client, lines)
+    return client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window="24h")
+
+
+def end(client, batch, timeout_s=8.0):
+    def ended():
+        now = client.batches.retrieve(batch.id)
+        return now if now.status in ("completed", "failed", "expired", "cancelled") else None
+
+    return wait_until(ended, timeout_s)
+
+
+def read(client, file_id):
+    return [json.loads(line) for line in client.files.content(file_id).text.splitlines()]
