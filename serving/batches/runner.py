@@ -10,6 +10,7 @@ from typing import Any
 
 from serving.batches.ledger import Ledger, Line, Nothing
 
+_UNREACHABLE_S = 1.0  # before a gateway that was not there is asked again
 _LOOK_AGAIN_S = 0.2  # whether others have done what they work on
 _LONGEST_WAIT_S = 30.0  # before it is seen whether a line is still wanted
 _MAX_LOST = 3  # a request that kills the engine must not do so for a day
@@ -117,7 +118,9 @@ class Runner:
                 lost += reply.is_lost
                 if reply.retry_after_s is None or lost == _MAX_LOST:
                     break
-            wait_s = 1.0 if reply is None else min(reply.retry_after_s or 0.0, _LONGEST_WAIT_S)
+            wait_s = _UNREACHABLE_S
+            if reply is not None:
+                wait_s = min(reply.retry_after_s or 0.0, _LONGEST_WAIT_S)
             if self._is_stopping or not await asyncio.to_thread(self._ledger.is_wanted, line):
                 return False
             await asyncio.sleep(wait_s)

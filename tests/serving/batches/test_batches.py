@@ -256,9 +256,7 @@ def test_an_engine_that_is_full_is_asked_again(small_gateway):
         batch = end(client, begin(client, [request(str(i), f"p{i}") for i in range(12)]))
         assert batch.request_counts.completed == 12 and batch.error_file_id is None
         metrics = httpx.get(f"{gateway.url}/metrics").text
-        refused = [
-            line for line in metrics.splitlines() if "queue_full" in line
-        ]
+        refused = [line for line in metrics.splitlines() if "queue_full" in line]
     assert refused, metrics
     assert sorted(gateway.asked()) == sorted(f"p{i}" for i in range(12))
 

@@ -1,0 +1,210 @@
+"""Every line is committed once, whoever is killed and however many work on it."""
+
+import asyncio
+import collections
+import json
+import random
+import threading
+
+import pytest
+
+from serving.batches.batches import Batches
+from serving.batches.database import Database
+from serving.batches.files import Files
+from serving.batches.ledger import Ledger, Line, Nothing
+from serving.batches.runner import Reply, Runner
+from tests.serving.batches.small import begin, end, read, request, wait_until
+
+
+@pytest.fixture
+def database(tmp_path):
+    database = Database(tmp_path)
+    yield database
+    database.close()
+
+
+def new_batch(database, num_lines, tmp_path):
+    path = tmp_path / "input.jsonl"
+    lines = (json.dumps(request(f"r{i}", f"p{i}")) + "\n" for i in range(num_lines))
+    path.write_text("".join(lines))
+    with path.open("rb") as content:
+        file = Files(database).add("alice", "input.jsonl", content)
+    return Batches(database).create("alice", file["id"], "/v1/completions", None)["id"]
+
+
+def output(database, batch_id):
+    batch = Batches(database).get("alice", batch_id)
+    assert batch["status"] == "completed"
+    text = Files(database).path("alice", batch["output_file_id"]).read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def answer(line, by="x"):
+    return {"status_code": 200, "request_id": by, "body": line.body["prompt"]}
+
+
+def test_a_killed_gateway_goes_on_where_it_was(small_gateway):
+    gateway = small_gateway(0.03, "batches.concurrency=4", "batches.lease_s=0.5")
+    generator = random.Random(1)
+    with gateway.client() as client:
+        batch = begin(client, [request(f"r{i}", f"p{i}") for i in range(60)])
+    done = 0
+    for goal in (10, 25, 45):
+        with gateway.client() as client:
+            wait_until(
+                lambda goal=goal: client.batches.retrieve(batch.id).request_counts.completed >= goal
+            )
+        asyncio.run(asyncio.sleep(generator.random() * 0.05))
+        gateway.kill()
+        database = Database(gateway.folder / "batches")
+        query = "SELECT number FROM lines WHERE result IS NOT NULL"
+        committed = {f"p{row['number'] - 1}" for row in database.read(query)}
+        database.close()
+        asked_before = len(gateway.asked())
+        gateway.start()
+        done = max(done, len(committed))
+        wait_until(lambda before=asked_before: len(gateway.asked()) > before)
+        assert not committed & set(gateway.asked()[asked_before:])
+    with gateway.client() as client:
+        batch = end(client, batch)
+        assert batch.request_counts.model_dump() == {"total": 60, "completed": 60, "failed": 0}
+        names = [line["custom_id"] for line in read(client, batch.output_file_id)]
+    assert names == [f"r{i}" for i in range(60)]
+    twice = [text for text, n in collections.Counter(gateway.asked()).items() if n > 1]
+    assert len(twice) <= 3 * 4  # no more than what ran when it was killed
+    gateway.stop()
+    left = {path.name for path in (gateway.folder / "batches/files").iterdir()}
+    assert left == {batch.input_file_id, batch.output_file_id}
+
+
+def test_a_stopped_gateway_loses_nothing_that_runs(small_gateway):
+    gateway = small_gateway(0.2, "batches.concurrency=4")
+    with gateway.client() as client:
+        batch = begin(client, [request(f"r{i}", f"p{i}") for i in range(24)])
+        wait_until(lambda: len(gateway.asked()) >= 8)
+    gateway.stop()
+    gateway.start()  # at once: what it gave back waits for no lease
+    with gateway.client() as client:
+        assert end(client, batch, 5.0).request_counts.completed == 24
+    assert sorted(gateway.asked()) == sorted(f"p{i}" for i in range(24))
+
+
+def test_two_workers_share_the_lines(database, tmp_path):
+    batch_id = new_batch(database, 100, tmp_path)
+    asked = []
+
+    async def ask(line):
+        asked.append(line.number)
+        await asyncio.sleep(random.random() * 0.01)
+        return Reply(200, "x", line.body["prompt"])
+
+    def work():
+        connection = Database(tmp_path)
+        asyncio.run(Runner(Ledger(connection, 30.0), ask, 4, 1000).run(batch_id))
+        connection.close()
+
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(asked) == list(range(1, 101))
+    assert [line["response"]["body"] for line in output(database, batch_id)] == [
+        f"p{i}" for i in range(100)
+    ]
+
+
+def test_the_first_answer_counts_where_two_ask_the_same(database, tmp_path):
+    """The claim of the first ran out: a worker that is slow, or was stopped and woke up again."""
+    batch_id = new_batch(database, 20, tmp_path)
+    ledger = Ledger(database, 0.0)
+    ledger.prepare(batch_id, 100)
+    first = ledger.take(batch_id, "slow")
+    again = ledger.take(batch_id, "other")
+    assert isinstance(first, Line) and first == again
+    committed = []
+
+    def commit(name):
+        connection = Database(tmp_path)
+        for _ in range(20):
+            committed.append(Ledger(connection, 0.0).commit(first, answer(first, name)))
+        connection.close()
+
+    threads = [threading.Thread(target=commit, args=(str(i),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert committed.count(True) == 1
+    counts = Batches(database).get("alice", batch_id)["request_counts"]
+    assert counts == {"total": 20, "completed": 1, "failed": 0}
+
+
+def test_an_answer_after_the_end_is_thrown_away(database, tmp_path):
+    batch_id = new_batch(database, 2, tmp_path)
+    ledger = Ledger(database, 0.0)
+    ledger.prepare(batch_id, 100)
+    late = ledger.take(batch_id, "late")
+    Batches(database).cancel("alice", batch_id)
+    assert ledger.take(batch_id, "other") is Nothing.LEFT
+    assert not ledger.commit(late, answer(late))
+    ledger.finish(batch_id)
+    assert not ledger.commit(late, answer(late))
+    batch = Batches(database).get("alice", batch_id)
+    assert batch["status"] == "cancelled" and batch["output_file_id"] is None
+
+
+def test_files_are_written_once_by_whoever_does(database, tmp_path, monkeypatch):
+    """Killed before the database knew of the files, and two that write them at once."""
+    batch_id = new_batch(database, 30, tmp_path)
+    ledger = Ledger(database, 30.0)
+    ledger.prepare(batch_id, 100)
+    while isinstance(line := ledger.take(batch_id, "w"), Line):
+        assert ledger.commit(line, answer(line))
+    assert line is Nothing.LEFT
+    with monkeypatch.context() as patch:
+        patch.setattr("serving.batches.ledger.insert", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ledger.finish(batch_id)
+    assert Batches(database).get("alice", batch_id)["status"] == "finalizing"
+    threads = [threading.Thread(target=ledger.finish, args=(batch_id,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [line["custom_id"] for line in output(database, batch_id)] == [
+        f"r{i}" for i in range(30)
+    ]
+    assert not list(tmp_path.glob("*.jsonl.*")) and not database.read("SELECT * FROM lines")
+    assert len(list((tmp_path / "files").iterdir())) == 2
+
+
+def test_a_worker_that_lives_keeps_its_lines(database, tmp_path):
+    """A task that outlives its claim many times over."""
+    batch_id = new_batch(database, 4, tmp_path)
+    asked = []
+
+    async def ask(line):
+        asked.append(line.number)
+        await asyncio.sleep(1.0)
+        return Reply(200, "x", "y")
+
+    async def both():
+        runners = [Runner(Ledger(database, 0.3), ask, 2, 10) for _ in range(2)]
+        await asyncio.gather(*(runner.run(batch_id) for runner in runners))
+
+    asyncio.run(both())
+    assert sorted(asked) == [1, 2, 3, 4]
+
+
+def test_a_gateway_that_cannot_be_reached_is_waited_for(database, tmp_path, monkeypatch):
+    monkeypatch.setattr("serving.batches.runner._UNREACHABLE_S", 0.01)
+    batch_id = new_batch(database, 3, tmp_path)
+    replies = collections.Counter()
+
+    async def ask(line):
+        replies[line.number] += 1
+        return None if replies[line.number] < 10 else Reply(200, "x", "y")
+
+    asyncio.run(Runner(Ledger(database, 30.0), ask, 2, 10).run(batch_id))
+    assert len(output(database, batch_id)) == 3
