@@ -1,0 +1,191 @@
+"""Batches on Celery with a real Redis, where there is one."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import openai
+import pytest
+
+from serving.batches.database import Database
+from serving.keys import create
+from tests.serving.batches.small import ROOT, SmallGateway, begin, end, read, request, wait_until
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("redis-server") is None, reason="needs redis-server: apt install redis-server"
+)
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Redis:
+    def __init__(self, folder):
+        self._folder, self.port = folder, free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self):
+        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1"]
+        command += ["--save", "", "--dir", str(self._folder)]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        wait_until(self._is_up)
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+
+    def _is_up(self):
+        try:
+            socket.create_connection(("127.0.0.1", self.port)).close()
+        except ConnectionRefusedError:
+            return False
+        return True
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("celery")
+
+
+@pytest.fixture(scope="module")
+def redis(folder):
+    server = Redis(folder)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def key(folder):
+    return create(folder / "keys.json", "worker")
+
+
+@pytest.fixture(scope="module")
+def gateway(folder, redis, key):
+    settings = [f"batches.broker={redis.url}", f"keys={folder / 'keys.json'}"]
+    gateway = SmallGateway(folder, 0.1, *settings)
+    yield gateway
+    gateway.stop()
+
+
+@pytest.fixture
+def start_worker(gateway, redis, key, tmp_path):
+    """Starts one, in a process group of its own."""
+    workers = []
+
+    def start(name, **settings):
+        given = {"dir": gateway.folder / "batches", "broker": redis.url, "gateway": gateway.url}
+        given |= {"name": name, "lease_s": 0.5, "concurrency": 2, **settings}
+        command = [sys.executable, "-m", "serving.batches.worker"]
+        command += [f"{name}={value}" for name, value in given.items()]
+        with (tmp_path / f"worker-{name}").open("w") as output:
+            worker = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**os.environ, "SPOTFORGE_API_KEY": key},
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        workers.append(worker)
+        return worker
+
+    yield start
+    for worker in workers:
+        kill(worker)
+
+
+def kill(worker):
+    try:
+        os.killpg(worker.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    worker.wait()
+
+
+def child(pid):
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+
+
+def lines(gateway, where):
+    database = Database(gateway.folder / "batches")
+    try:
+        return [dict(row) for row in database.read(f"SELECT * FROM lines WHERE {where}")]
+    finally:
+        database.close()
+
+
+def check_all_once(client, batch, num_lines):
+    assert batch.request_counts.model_dump() == {
+        "total": num_lines,
+        "completed": num_lines,
+        "failed": 0,
+    }
+    names = [line["custom_id"] for line in read(client, batch.output_file_id)]
+    assert names == [f"r{i}" for i in range(num_lines)]
+
+
+def requests(num_lines, name):
+    return [request(f"r{i}", f"{name} {i}") for i in range(num_lines)]
+
+
+def asked(gateway, name):
+    return [text for text in gateway.asked() if text.startswith(name)]
+
+
+@pytest.mark.parametrize("killed", ["task", "worker"])
+def test_a_killed_worker_s_batch_goes_on(gateway, start_worker, key, killed):
+    worker = start_worker("a", visibility_timeout_s=2)
+    with gateway.client(key) as client:
+        batch = begin(client, requests(40, killed))
+        wait_until(lambda: client.batches.retrieve(batch.id).request_counts.completed > 8)
+        if killed == "task":
+            os.kill(child(worker.pid), signal.SIGKILL)
+        else:
+            kill(worker)
+        time.sleep(0.1)
+        done = lines(gateway, "result IS NOT NULL")
+        committed = {f"{killed} {line['number'] - 1}" for line in done}
+        before = len(asked(gateway, killed))
+        if killed == "worker":
+            start_worker("b", visibility_timeout_s=2)
+        batch = end(client, batch, 20.0)
+        check_all_once(client, batch, 40)
+    assert len(committed) > 8 and not committed & set(asked(gateway, killed)[before:])
+    assert len(asked(gateway, killed)) <= 42  # no more than what ran when it was killed
+
+
+def test_a_task_outlives_the_visibility_timeout(gateway, start_worker, key):
+    for name in "ab":
+        start_worker(name, visibility_timeout_s=1)
+    with gateway.client(key) as client:
+        batch = begin(client, requests(60, "long"))
+        workers = "worker IS NOT NULL"
+        wait_until(lambda: len({line["worker"] for line in lines(gateway, workers)}) > 1)
+        check_all_once(client, end(client, batch, 15.0), 60)
+    assert sorted(asked(gateway, "long")) == sorted(f"long {i}" for i in range(60))
+
+
+def test_a_broker_that_is_gone_loses_nothing(gateway, start_worker, redis, key):
+    with gateway.client(key) as client:
+        forgotten = begin(client, requests(2, "forgotten"))
+        redis.stop()
+        number = len(client.batches.list().data)
+        with pytest.raises(openai.InternalServerError, match="queue takes no batches"):
+            begin(client, requests(1, "refused"))
+        assert len(client.batches.list().data) == number
+    gateway.kill()
+    gateway.start()  # it does not wait for the broker
+    redis.start()
+    start_worker("a")
+    with gateway.client(key) as client:
+        check_all_once(client, end(client, forgotten, 15.0), 2)
+        check_all_once(client, end(client, begin(client, requests(1, "new"))), 1)
