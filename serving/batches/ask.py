@@ -72,4 +72,5 @@ def _reply(response: httpx.Response) -> Reply:
 
 
 def _is_json(response: httpx.Response) -> bool:
-    return response.headers.get("content-type", "").startswith("application/json")
+    kind: str = response.headers.get("content-type", "")
+    return kind.startswith("application/json")

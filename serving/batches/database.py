@@ -76,7 +76,8 @@ class Database:
         self.folder = folder
         self._lock = threading.Lock()
         try:
-            (folder / "files").mkdir(parents=True, exist_ok=True, mode=0o700)
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            (folder / "files").mkdir(exist_ok=True, mode=0o700)
             self._connection = sqlite3.connect(
                 folder / "batches.sqlite3",
                 timeout=_BUSY_TIMEOUT_S,

@@ -78,7 +78,7 @@ class Runner:
         finally:
             renewing.cancel()
             await asyncio.gather(renewing, return_exceptions=True)
-            self._ledger.release(worker)
+            await asyncio.to_thread(self._ledger.release, worker)
         if not self._is_stopping:
             await asyncio.to_thread(self._ledger.finish, batch_id)
 

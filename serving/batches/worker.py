@@ -76,6 +76,8 @@ def main() -> None:
         print(str(e).splitlines()[0], file=sys.stderr)
         sys.exit(ExitCode.BAD_CONFIG)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    # Else Celery would end a batch first, which takes up to a day. So another worker gets it.
+    os.environ.setdefault("REMAP_SIGTERM", "SIGQUIT")
     from serving.batches.celery_queue import work
 
     work(config, os.environ.get(_KEY))

@@ -90,23 +90,26 @@ def _add_files(app: FastAPI, gateway: Gateway, files: Files) -> None:
     ) -> dict[str, Any]:
         """The key's files."""
         owner = gateway.authorize(request).id
-        return files.list_page(owner, purpose, after, limit, order)
+        return await asyncio.to_thread(files.list_page, owner, purpose, after, limit, order)
 
     @app.get("/v1/files/{file_id}", tags=["batches"])
     async def file(file_id: str, request: Request) -> dict[str, Any]:
         """One of them."""
-        return files.get(gateway.authorize(request).id, file_id)
+        owner = gateway.authorize(request).id
+        return await asyncio.to_thread(files.get, owner, file_id)
 
     @app.get("/v1/files/{file_id}/content", tags=["batches"], response_class=FileResponse)
     async def content(file_id: str, request: Request) -> FileResponse:
         """What is in it."""
-        path = files.path(gateway.authorize(request).id, file_id)
+        owner = gateway.authorize(request).id
+        path = await asyncio.to_thread(files.path, owner, file_id)
         return FileResponse(path, media_type="application/octet-stream")
 
     @app.delete("/v1/files/{file_id}", tags=["batches"])
     async def delete_file(file_id: str, request: Request) -> dict[str, Any]:
         """Deletes it, unless a batch still reads it."""
-        files.delete(gateway.authorize(request).id, file_id)
+        owner = gateway.authorize(request).id
+        await asyncio.to_thread(files.delete, owner, file_id)
         return {"id": file_id, "object": "file", "deleted": True}
 
 
@@ -132,12 +135,14 @@ def _add_batches(app: FastAPI, gateway: Gateway, batches: Batches, queue: Queue)
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
     ) -> dict[str, Any]:
         """The key's batches, the newest first."""
-        return batches.list_page(gateway.authorize(request).id, after, limit)
+        owner = gateway.authorize(request).id
+        return await asyncio.to_thread(batches.list_page, owner, after, limit)
 
     @app.get("/v1/batches/{batch_id}", tags=["batches"])
     async def batch(batch_id: str, request: Request) -> dict[str, Any]:
         """One of them: how far it is, and where its answers are."""
-        return batches.get(gateway.authorize(request).id, batch_id)
+        owner = gateway.authorize(request).id
+        return await asyncio.to_thread(batches.get, owner, batch_id)
 
     @app.post("/v1/batches/{batch_id}/cancel", tags=["batches"])
     async def cancel(batch_id: str, request: Request) -> dict[str, Any]:

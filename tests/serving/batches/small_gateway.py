@@ -37,7 +37,7 @@ class EchoEngine:
             log.write(text + "\n")
         if "boom" in text:
             raise EngineError("it went away")
-        await asyncio.sleep(1.5 if "slow" in text else self._delay_s)
+        await asyncio.sleep(0.8 if "slow" in text else self._delay_s)
         yield TokenChunk(request.prompt[: request.max_tokens], finish_reason="stop")
 
     def stats(self):

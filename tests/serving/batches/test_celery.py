@@ -71,7 +71,7 @@ def key(folder):
 @pytest.fixture(scope="module")
 def gateway(folder, redis, key):
     settings = [f"batches.broker={redis.url}", f"keys={folder / 'keys.json'}"]
-    gateway = SmallGateway(folder, 0.1, *settings)
+    gateway = SmallGateway(folder, 0.06, *settings)
     yield gateway
     gateway.stop()
 
@@ -141,22 +141,26 @@ def asked(gateway, name):
     return [text for text in gateway.asked() if text.startswith(name)]
 
 
-@pytest.mark.parametrize("killed", ["task", "worker"])
-def test_a_killed_worker_s_batch_goes_on(gateway, start_worker, key, killed):
-    worker = start_worker("a", visibility_timeout_s=2)
+@pytest.mark.parametrize("killed", ["task", "worker", "told"])
+def test_another_worker_goes_on_with_a_batch(gateway, start_worker, key, killed):
+    timeout_s = 2 if killed == "worker" else 3600
+    worker = start_worker("a", visibility_timeout_s=timeout_s)
     with gateway.client(key) as client:
         batch = begin(client, requests(40, killed))
         wait_until(lambda: client.batches.retrieve(batch.id).request_counts.completed > 8)
         if killed == "task":
             os.kill(child(worker.pid), signal.SIGKILL)
-        else:
+        elif killed == "worker":
             kill(worker)
+        else:
+            worker.terminate()
+            assert worker.wait(8) == 0
         time.sleep(0.1)
         done = lines(gateway, "result IS NOT NULL")
         committed = {f"{killed} {line['number'] - 1}" for line in done}
         before = len(asked(gateway, killed))
-        if killed == "worker":
-            start_worker("b", visibility_timeout_s=2)
+        if killed != "task":
+            start_worker("b", visibility_timeout_s=timeout_s)
         batch = end(client, batch, 20.0)
         check_all_once(client, batch, 40)
     assert len(committed) > 8 and not committed & set(asked(gateway, killed)[before:])
