@@ -59,7 +59,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[compression,deepspeed,wandb,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[compression,deepspeed,queue,wandb,dev]'
 	touch $@
 
 benchmark: install  ## Our loop beside a plain PyTorch loop and the Hugging Face Trainer
