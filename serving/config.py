@@ -12,6 +12,8 @@ from omegaconf import MISSING
 from monitoring.errors import ConfigError
 from serving.gateway.guard import Guard
 
+BROKERS = ("redis", "rediss", "amqp", "amqps")  # schemes of their URLs
+
 
 class EngineName(Enum):
     """What generates. `auto` picks by artifact and host, and says why."""
@@ -109,7 +111,7 @@ class BatchesConfig:
             if self.dir is None:
                 rule = "has no effect without a folder"
                 raise ConfigError("batches.broker", self.broker, rule, "set batches.dir=DIR")
-            if self.broker.partition("://")[0] not in ("redis", "rediss", "amqp", "amqps"):
+            if self.broker.partition("://")[0] not in BROKERS:
                 rule = "is no URL of Redis or RabbitMQ"
                 raise ConfigError("batches.broker", self.broker, rule, "give redis://HOST:PORT/0")
             for key in ("concurrency", "max_lines", "lease_s"):

@@ -13,6 +13,7 @@ from serving.batches.ledger import Line
 from serving.batches.runner import Reply
 from serving.gateway.gateway import OWNER
 
+_RETRY_S = 5.0
 _log = logging.getLogger("spotforge.serving")
 
 
@@ -40,7 +41,7 @@ async def ask_over_http(client: httpx.AsyncClient, line: Line) -> Reply | None:
     except httpx.TransportError as e:
         _log.warning("the gateway cannot be reached: %s", e or type(e).__name__)
         return None
-    if response.status_code in (502, 503, 504) and not _is_json(response):
+    if response.status_code in (502, 503, 504) and _json(response) is None:
         _log.warning("a proxy answers for the gateway: status %d", response.status_code)
         return None
     if response.status_code == 401:
@@ -59,18 +60,18 @@ def _headers() -> dict[str, str]:
 
 
 def _reply(response: httpx.Response) -> Reply:
-    body: Any = {"error": {"message": response.text[:1000], "type": "server_error"}}
-    if _is_json(response):
-        body = response.json()
+    body = _json(response)
+    if body is None:
+        body = {"error": {"message": response.text[:1000], "type": "server_error"}}
     retry_after = response.headers.get("retry-after")
-    return Reply(
-        response.status_code,
-        response.headers.get("x-request-id", ""),
-        body,
-        None if retry_after is None else float(retry_after),
-    )
+    if retry_after is not None:  # a proxy may say a date
+        retry_after = float(retry_after) if retry_after.isdecimal() else _RETRY_S
+    return Reply(response.status_code, response.headers.get("x-request-id", ""), body, retry_after)
 
 
-def _is_json(response: httpx.Response) -> bool:
-    kind: str = response.headers.get("content-type", "")
-    return kind.startswith("application/json")
+def _json(response: httpx.Response) -> Any:
+    """None where it is none."""
+    try:
+        return response.json()
+    except ValueError:
+        return None

@@ -42,7 +42,10 @@ class CeleryQueue:
     """
 
     def __init__(self, batches: Batches, broker: str) -> None:
-        self._batches, self._app = batches, _celery(broker)
+        self._batches, self._app = (
+            batches,
+            _celery(broker, {"socket_connect_timeout": _CONNECT_TIMEOUT_S}),
+        )
         self._resending: asyncio.Task[None] | None = None
 
     async def start(self, app: ASGIApp) -> None:
@@ -94,10 +97,14 @@ def work(config: WorkerConfig, key: str | None) -> None:
         "unacked_restore_interval": max(1.0, min(10.0, timeout_s / 4)),
         "unacked_restore_throttle": 1,
     }
-    app = _celery(config.broker, options if config.broker.startswith("redis") else {})
+    app = _celery(config.broker, options)
 
     def run_batch(batch_id: str) -> None:
-        asyncio.run(_run(config, key, batch_id))
+        try:
+            asyncio.run(_run(config, key, batch_id))
+        except Exception:  # a full disk, a folder that went away
+            _log.exception("%s: tried again later", batch_id)
+            raise
 
     app.task(
         name=_TASK,
@@ -118,10 +125,9 @@ async def _run(config: WorkerConfig, key: str | None, batch_id: str) -> None:
     database = Database(config.folder())
     headers = {} if key is None else {"authorization": f"Bearer {key}"}
     timeout = httpx.Timeout(config.request_timeout_s, connect=10.0)
+    gateway = config.gateway.removesuffix("/").removesuffix("/v1")
     try:
-        async with httpx.AsyncClient(
-            base_url=config.gateway, headers=headers, timeout=timeout
-        ) as client:
+        async with httpx.AsyncClient(base_url=gateway, headers=headers, timeout=timeout) as client:
 
             async def ask(line: Line) -> Reply | None:
                 return await ask_over_http(client, line)
@@ -132,7 +138,7 @@ async def _run(config: WorkerConfig, key: str | None, batch_id: str) -> None:
         database.close()
 
 
-def _celery(broker: str, options: dict[str, Any] | None = None) -> Celery:
+def _celery(broker: str, redis_options: dict[str, Any]) -> Celery:
     app = Celery("spotforge", broker=broker)
     app.conf.update(
         task_serializer="json",
@@ -140,11 +146,7 @@ def _celery(broker: str, options: dict[str, Any] | None = None) -> Celery:
         worker_prefetch_multiplier=1,
         broker_connection_retry_on_startup=True,
         broker_connection_timeout=_CONNECT_TIMEOUT_S,
-        broker_transport_options=options
-        if options is not None
-        else {"socket_connect_timeout": _CONNECT_TIMEOUT_S}
-        if broker.startswith("redis")
-        else {},
+        broker_transport_options=redis_options if broker.startswith("redis") else {},
         worker_hijack_root_logger=False,
     )
     return app

@@ -18,6 +18,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from monitoring.errors import ConfigError, ExitCode
+from serving.config import BROKERS
 
 _KEY = "SPOTFORGE_API_KEY"
 
@@ -29,7 +30,7 @@ class WorkerConfig:
     Attributes:
         dir: The gateway's `batches.dir`.
         broker: The gateway's `batches.broker`.
-        gateway: Its address, without /v1.
+        gateway: Its address.
         name: Of this worker, where a host has several.
         batches: That it works on at once, each in a process.
         concurrency: Lines of each at once.
@@ -56,10 +57,11 @@ class WorkerConfig:
         return Path(self.dir).expanduser()
 
     def check(self) -> None:
-        """Raises ConfigError for what is missing, and numbers that cannot be."""
-        for key in ("dir", "broker", "gateway"):
-            if getattr(self, key) == MISSING:
-                raise ConfigError(key, "???", "is missing", f"set {key}=...")
+        """Raises ConfigError for addresses that are none, and numbers that cannot be."""
+        for key, kinds in (("broker", BROKERS), ("gateway", ("http", "https"))):
+            if getattr(self, key).partition("://")[0] not in kinds:
+                rule = f"is no URL of {' | '.join(kinds)}"
+                raise ConfigError(key, getattr(self, key), rule, f"give {kinds[0]}://HOST:PORT")
         for key, value in vars(self).items():
             if isinstance(value, int | float) and not 0 < value < math.inf:
                 raise ConfigError(key, value, "must be above 0, and a number", "give more")
@@ -70,6 +72,8 @@ def main() -> None:
     try:
         given = OmegaConf.from_cli(sys.argv[1:])
         config: Any = OmegaConf.merge(OmegaConf.structured(WorkerConfig), given)
+        for key in sorted(OmegaConf.missing_keys(config)):
+            raise ConfigError(key, "???", "is missing", f"set {key}=...")
         config = WorkerConfig(**config)
         config.check()
     except (ConfigError, OmegaConfBaseException) as e:
@@ -78,8 +82,11 @@ def main() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     # Else Celery would end a batch first, which takes up to a day. So another worker gets it.
     os.environ.setdefault("REMAP_SIGTERM", "SIGQUIT")
-    from serving.batches.celery_queue import work
-
+    try:
+        from serving.batches.celery_queue import work
+    except ImportError as e:
+        print(f"a worker needs Celery ({e}): pip install 'spotforge[queue]'", file=sys.stderr)
+        sys.exit(ExitCode.BAD_CONFIG)
     work(config, os.environ.get(_KEY))
 
 

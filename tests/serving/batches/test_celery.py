@@ -82,7 +82,11 @@ def start_worker(gateway, redis, key, tmp_path):
     workers = []
 
     def start(name, **settings):
-        given = {"dir": gateway.folder / "batches", "broker": redis.url, "gateway": gateway.url}
+        given = {
+            "dir": gateway.folder / "batches",
+            "broker": redis.url,
+            "gateway": f"{gateway.url}/v1",
+        }
         given |= {"name": name, "lease_s": 0.5, "concurrency": 2, **settings}
         command = [sys.executable, "-m", "serving.batches.worker"]
         command += [f"{name}={value}" for name, value in given.items()]

@@ -6,8 +6,10 @@ import json
 import random
 import threading
 
+import httpx
 import pytest
 
+from serving.batches.ask import ask_over_http
 from serving.batches.batches import Batches
 from serving.batches.database import Database
 from serving.batches.files import Files
@@ -206,3 +208,48 @@ def test_a_gateway_that_cannot_be_reached_is_waited_for(database, tmp_path, monk
 
     asyncio.run(Runner(Ledger(database, 30.0), ask, 2, 10).run(batch_id))
     assert len(output(database, batch_id)) == 3
+
+
+def test_a_cancelled_batch_waits_for_no_place(database, tmp_path):
+    batch_id = new_batch(database, 3, tmp_path)
+
+    async def ask(line):
+        return Reply(429, "x", {}, retry_after_s=0.02)
+
+    async def run():
+        runner = Runner(Ledger(database, 30.0), ask, 2, 10)
+        running = asyncio.create_task(runner.run(batch_id))
+        await asyncio.sleep(0.2)
+        Batches(database).cancel("alice", batch_id)
+        await asyncio.wait_for(running, 5.0)
+
+    asyncio.run(run())
+    assert Batches(database).get("alice", batch_id)["status"] == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("response", "reply"),
+    [
+        (httpx.Response(502, text="<html>"), None),
+        (httpx.Response(401, json={}), None),
+        (httpx.Response(429, json={}, headers={"retry-after": "7"}), (429, 7.0)),
+        (httpx.Response(503, json={}, headers={"retry-after": "Wed, 01 Jan"}), (503, 5.0)),
+        (httpx.Response(500, text="oh"), (500, None)),
+        (httpx.ConnectError("refused"), None),
+        (httpx.ReadTimeout("slow"), None),
+    ],
+)
+def test_what_an_answer_over_http_means(response, reply):
+    def handle(_):
+        if isinstance(response, Exception):
+            raise response
+        return response
+
+    async def ask():
+        transport = httpx.MockTransport(handle)
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+            line = Line("b", 1, "r", "alice", "/v1/completions", {"prompt": "\ud800"})
+            return await ask_over_http(client, line)
+
+    got = asyncio.run(ask())
+    assert (got and (got.status, got.retry_after_s)) == reply
