@@ -42,10 +42,8 @@ class CeleryQueue:
     """
 
     def __init__(self, batches: Batches, broker: str) -> None:
-        self._batches, self._app = (
-            batches,
-            _celery(broker, {"socket_connect_timeout": _CONNECT_TIMEOUT_S}),
-        )
+        self._batches = batches
+        self._app = _celery(broker, {"socket_connect_timeout": _CONNECT_TIMEOUT_S})
         self._resending: asyncio.Task[None] | None = None
 
     async def start(self, app: ASGIApp) -> None:

@@ -82,11 +82,8 @@ def start_worker(gateway, redis, key, tmp_path):
     workers = []
 
     def start(name, **settings):
-        given = {
-            "dir": gateway.folder / "batches",
-            "broker": redis.url,
-            "gateway": f"{gateway.url}/v1",
-        }
+        given = {"dir": gateway.folder / "batches", "broker": redis.url}
+        given |= {"gateway": f"{gateway.url}/v1"}
         given |= {"name": name, "lease_s": 0.5, "concurrency": 2, **settings}
         command = [sys.executable, "-m", "serving.batches.worker"]
         command += [f"{name}={value}" for name, value in given.items()]
@@ -145,41 +142,52 @@ def asked(gateway, name):
     return [text for text in gateway.asked() if text.startswith(name)]
 
 
-@pytest.mark.parametrize("killed", ["task", "worker", "told"])
-def test_another_worker_goes_on_with_a_batch(gateway, start_worker, key, killed):
-    timeout_s = 2 if killed == "worker" else 3600
-    worker = start_worker("a", visibility_timeout_s=timeout_s)
+def committed(gateway, name):
+    return {f"{name} {row['number'] - 1}" for row in lines(gateway, "result IS NOT NULL")}
+
+
+def test_a_killed_worker_s_batch_goes_to_another(gateway, start_worker, key):
+    worker = start_worker("a", visibility_timeout_s=2)
     with gateway.client(key) as client:
-        batch = begin(client, requests(40, killed))
-        wait_until(lambda: client.batches.retrieve(batch.id).request_counts.completed > 8)
-        if killed == "task":
-            os.kill(child(worker.pid), signal.SIGKILL)
-        elif killed == "worker":
-            kill(worker)
-        else:
-            worker.terminate()
-            assert worker.wait(8) == 0
+        batch = begin(client, requests(40, "killed"))
+        wait_until(lambda: len(committed(gateway, "killed")) > 8)
+        kill(worker)
+        done, before = committed(gateway, "killed"), len(asked(gateway, "killed"))
+        start_worker("b", visibility_timeout_s=2)
+        check_all_once(client, end(client, batch, 20.0), 40)
+    assert len(done) > 8 and not done & set(asked(gateway, "killed")[before:])
+    assert len(asked(gateway, "killed")) <= 42  # no more than what ran when it was killed
+
+
+def test_a_killed_task_goes_on_and_a_worker_that_stops_gives_it_back(gateway, start_worker, key):
+    """At once: the visibility timeout is an hour."""
+    worker = start_worker("a")
+    with gateway.client(key) as client:
+        batch = begin(client, requests(80, "task"))
+        wait_until(lambda: len(committed(gateway, "task")) > 8)
+        os.kill(child(worker.pid), signal.SIGKILL)
         time.sleep(0.1)
-        done = lines(gateway, "result IS NOT NULL")
-        committed = {f"{killed} {line['number'] - 1}" for line in done}
-        before = len(asked(gateway, killed))
-        if killed != "task":
-            start_worker("b", visibility_timeout_s=timeout_s)
-        batch = end(client, batch, 20.0)
-        check_all_once(client, batch, 40)
-    assert len(committed) > 8 and not committed & set(asked(gateway, killed)[before:])
-    assert len(asked(gateway, killed)) <= 42  # no more than what ran when it was killed
+        done = committed(gateway, "task")
+        wait_until(lambda: len(committed(gateway, "task")) > len(done) + 8)
+        worker.terminate()
+        assert worker.wait(8) == 0
+        done = committed(gateway, "task")
+        before = len(asked(gateway, "task"))
+        start_worker("b")
+        check_all_once(client, end(client, batch, 15.0), 80)
+    assert 16 < len(done) < 80 and not done & set(asked(gateway, "task")[before:])
+    assert len(asked(gateway, "task")) <= 84
 
 
 def test_a_task_outlives_the_visibility_timeout(gateway, start_worker, key):
     for name in "ab":
         start_worker(name, visibility_timeout_s=1)
     with gateway.client(key) as client:
-        batch = begin(client, requests(60, "long"))
+        batch = begin(client, requests(120, "long"))
         workers = "worker IS NOT NULL"
         wait_until(lambda: len({line["worker"] for line in lines(gateway, workers)}) > 1)
-        check_all_once(client, end(client, batch, 15.0), 60)
-    assert sorted(asked(gateway, "long")) == sorted(f"long {i}" for i in range(60))
+        check_all_once(client, end(client, batch, 15.0), 120)
+    assert sorted(asked(gateway, "long")) == sorted(f"long {i}" for i in range(120))
 
 
 def test_a_broker_that_is_gone_loses_nothing(gateway, start_worker, redis, key):
