@@ -85,12 +85,16 @@ class Encoder:
         Raises:
             TextError: The template refuses the messages, or nothing is left of them.
         """
-        if isinstance(prompt, Chat):
-            ids = self._tokenizer.encode(self._render(prompt), add_special_tokens=False).ids
-        else:
-            ids = self._tokenizer.encode(prompt).ids
+        is_chat = isinstance(prompt, Chat)
+        text = self._render(prompt) if isinstance(prompt, Chat) else prompt
+        param = "messages" if is_chat else "prompt"
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise TextError(param, "has half of a surrogate pair, which is no character") from e
+        ids = self._tokenizer.encode(text, add_special_tokens=not is_chat).ids
         if not ids:
-            raise TextError("messages" if isinstance(prompt, Chat) else "prompt", "is empty")
+            raise TextError(param, "is empty")
         return list(ids)
 
     def _render(self, chat: Chat) -> str:

@@ -161,6 +161,7 @@ def test_what_cannot_be_is_refused(client, change, param, message):
         b'{"model": "tiny", "prompt": [-1]}',
         b'{"model": "tiny", "prompt": [[]]}',
         b'{"model": "tiny", "prompt": ""}',
+        b'{"model": "tiny", "prompt": "\\ud800"}',
         b'{"model": "tiny", "prompt": "x", "seed": 99999999999999999999999}',
         b'{"model": 5, "prompt": "x"}',
         b"[" * 100_000,

@@ -72,7 +72,7 @@ def test_a_request_that_is_refused_is_in_the_error_file(client):
     assert (batch.request_counts.completed, batch.request_counts.failed) == (1, 3)
     assert [line["custom_id"] for line in read(client, batch.output_file_id)] == ["good"]
     failed = read(client, batch.error_file_id)
-    assert [line["response"]["status_code"] for line in failed] == [400, 500, 503]
+    assert [line["response"]["status_code"] for line in failed] == [400, 400, 503]
     assert [line["custom_id"] for line in failed] == ["bad", "half", "lost"]
 
 
