@@ -93,7 +93,8 @@ class Rollout:
         if self._lock.locked() or self._model.canary is not None:
             raise Busy("another rollout goes on: wait for it, or roll it back")
         async with self._lock:
-            artifact = resolve(name, self._root)
+            # Gigabytes are digested: streams go on meanwhile.
+            artifact = await asyncio.to_thread(resolve, name, self._root)
             try:
                 new = await Deployment.start(artifact, self._config, self._cache)
             except SpotforgeError as e:

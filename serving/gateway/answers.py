@@ -139,9 +139,9 @@ class ChatAnswer(Answer):
 
     def __init__(self, *args: Any, finds_tools: bool) -> None:
         super().__init__(*args)
-        self._parsers = [ToolCallParser() if finds_tools else None] * self._num_choices
-        if finds_tools:
-            self._parsers = [ToolCallParser() for _ in range(self._num_choices)]
+        self._parsers = [
+            ToolCallParser() if finds_tools else None for _ in range(self._num_choices)
+        ]
         self._calls = [0] * self._num_choices
         self._has_begun = [False] * self._num_choices
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import asyncio
 import base64
+import functools
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any, TypeVar
 
@@ -92,6 +93,12 @@ def make_app(gateway: Gateway, batches: BatchService | None = None) -> FastAPI:
     return app
 
 
+@functools.cache
+def _environment() -> dict[str, object]:
+    """It does not change while a process runs, and git is asked for it."""
+    return describe_environment()
+
+
 def _drop_422(app: FastAPI) -> None:
     """FastAPI documents its own answer to an invalid body; ours is a 400."""
     described = app.openapi()
@@ -177,7 +184,7 @@ def _add_health(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/version", tags=["health"])
     async def version() -> dict[str, Any]:
         """Of the code, the engines and the artifacts."""
-        environment = describe_environment()
+        environment = await asyncio.to_thread(_environment)
         return {
             "git": environment["git"],
             "packages": environment["packages"],
