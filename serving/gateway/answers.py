@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from serving.gateway.errors import ApiError
-from serving.gateway.gateway import Generation
+from serving.gateway.generation import Generation
 from serving.text.stages import TextChunk, TextLogprob
 from serving.text.tools import ToolCallParser
 

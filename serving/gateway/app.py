@@ -20,7 +20,8 @@ from serving.batches.service import BatchService
 from serving.gateway.answers import Answer, ChatAnswer, Chunks, CompletionAnswer
 from serving.gateway.batches import add_batches
 from serving.gateway.errors import ApiError
-from serving.gateway.gateway import Gateway, Generation, Sampling
+from serving.gateway.gateway import Gateway
+from serving.gateway.generation import Generation, Sampling
 from serving.gateway.schema import ChatRequest, CompletionRequest, EmbeddingRequest
 from serving.models import Model
 from serving.text.stages import Chat

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from starlette.requests import Request
 
@@ -21,34 +18,20 @@ from serving.admission import (
 )
 from serving.config import ServingConfig
 from serving.deployment import Deployment
-from serving.engine import EngineError, TokenRequest
+from serving.engine import EngineError
 from serving.gateway.errors import ApiError
+from serving.gateway.generation import Generation, Sampling, lost, tells_logprobs
 from serving.keys import Key, Keys
 from serving.metrics import Metrics
 from serving.models import Model
 from serving.telemetry import Telemetry
-from serving.text.stages import Chat, TextChunk, TextError
+from serving.text.stages import Chat, TextError
 
 OWNER = "spotforge.owner"  # in an ASGI scope, set by batches in this process; HTTP cannot
 ANYBODY = Key("anonymous", sha256="", created="")
 _TIMEOUT_HEADER = "x-request-timeout"
 _PRIORITY_HEADER = "x-priority"
 _DAY_S = 86_400.0
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the sequences of a request are made; see `TokenRequest`."""
-
-    max_tokens: int | None
-    temperature: float
-    top_p: float
-    n: int
-    seed: int | None
-    logprobs: int | None
-    stop: list[str]
-    ignore_eos: bool
-    schema: dict[str, object] | None
 
 
 class Gateway:
@@ -148,7 +131,17 @@ class Gateway:
             prompt_tokens = sum(map(len, tokens)) * sampling.n
             slot = await self._admit(request, key, model, prompt_tokens, max_tokens, sequences)
         return Generation(
-            self, key, model, deployment, tokens, max_tokens, sampling, slot, arrived_s, deadline_s
+            self.metrics,
+            self.telemetry,
+            key,
+            model,
+            deployment,
+            tokens,
+            max_tokens,
+            sampling,
+            slot,
+            arrived_s,
+            deadline_s,
         )
 
     async def embed(
@@ -172,7 +165,7 @@ class Gateway:
             try:
                 vectors = await deployment.engine.embed(uuid.uuid4().hex, tokens)
             except EngineError as e:
-                raise _lost(e) from e
+                raise lost(e) from e
             finally:
                 slot.release(num_tokens)
             return vectors, num_tokens, deployment.artifact.version
@@ -234,188 +227,6 @@ class Gateway:
         return [prompt if isinstance(prompt, list) else next(encoded) for prompt in prompts]
 
 
-class Generation:
-    """One request that was let in: its sequences, and what is noted of them.
-
-    Attributes:
-        id: Unique; each response and each line of the logs carries it.
-        deployment: Who answers.
-        prompt_tokens: Of all prompts.
-        completion_tokens: Generated so far, of all choices.
-    """
-
-    def __init__(
-        self,
-        gateway: Gateway,
-        key: Key,
-        model: Model,
-        deployment: Deployment,
-        prompts: list[list[int]],
-        max_tokens: int,
-        sampling: Sampling,
-        slot: Slot,
-        arrived_s: float,
-        deadline_s: float,
-    ) -> None:
-        self.id = uuid.uuid4().hex
-        self.deployment = deployment
-        self.prompt_tokens = sum(map(len, prompts))
-        self.completion_tokens = 0
-        self._gateway, self._key, self._model = gateway, key, model
-        self._prompts, self._max_tokens, self._sampling = prompts, max_tokens, sampling
-        self._slot, self._arrived_s, self._deadline_s = slot, arrived_s, deadline_s
-        self._started_s = time.monotonic()
-        self._first_s: float | None = None
-        self._drift = gateway.telemetry.sample(prompts)
-        labels = (model.name, deployment.artifact.version, key.id)
-        metrics = gateway.metrics
-        self._between = metrics.between_tokens.labels(*labels)
-        self._generated = metrics.generation_tokens.labels(*labels)
-        self._labels = labels
-        deployment.__enter__()
-
-    async def chunks(self) -> AsyncIterator[tuple[int, TextChunk]]:
-        """(choice, text) until all choices have ended; leaving early cancels what still runs.
-
-        Raises:
-            ApiError: The engine lost it, or its time is over.
-        """
-        metrics = self._gateway.metrics
-        metrics.queue.labels(*self._labels).observe(self._started_s - self._arrived_s)
-        metrics.prompt_tokens.labels(*self._labels).inc(self.prompt_tokens)
-        reasons: list[str] = []
-        error: ApiError | None = None
-        is_over = False
-        try:
-            stream = self._stream(self._requests())
-            last_s: dict[int, float] = {}
-            try:
-                async for index, chunk in stream:
-                    self._note(index, chunk, last_s)
-                    if chunk.finish_reason is not None:
-                        reasons.append(chunk.finish_reason)
-                    yield index, chunk
-            finally:
-                await stream.aclose()  # type: ignore[attr-defined]
-            is_over = True
-        except TimeoutError as e:
-            text = f"not finished within its {self._deadline_s:g} s"
-            error = ApiError(504, text, code="deadline")
-            raise error from e
-        except EngineError as e:
-            error = _lost(e)
-            raise error from e
-        finally:
-            self._close(reasons, error, is_over)
-
-    def _requests(self) -> list[TokenRequest]:
-        sampling = self._sampling
-        seed = random.getrandbits(63) if sampling.seed is None else sampling.seed
-        logprobs = sampling.logprobs
-        if (
-            logprobs is None
-            and self._drift is not None
-            and _tells_logprobs(self.deployment, sampling)
-        ):
-            logprobs = 0
-        return [
-            TokenRequest(
-                id=f"{self.id}-{i * sampling.n + j}",
-                prompt=prompt,
-                max_tokens=self._max_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=seed + i * sampling.n + j,
-                logprobs=logprobs,
-                ignore_eos=sampling.ignore_eos,
-                schema=sampling.schema,
-            )
-            for i, prompt in enumerate(self._prompts)
-            for j in range(sampling.n)
-        ]
-
-    async def _stream(self, requests: list[TokenRequest]) -> AsyncIterator[tuple[int, TextChunk]]:
-        """All sequences at once, as their chunks come; raises EngineError, TimeoutError.
-
-        The consumer's task changes between the first chunk and the others, so that
-        `asyncio.timeout` would cancel one that has ended long before: the deadline is an item.
-        """
-        queue: asyncio.Queue[tuple[int, TextChunk] | Exception] = asyncio.Queue()
-
-        async def run(index: int, request: TokenRequest) -> None:
-            try:
-                async for chunk in self.deployment.generate(request, self._sampling.stop):
-                    queue.put_nowait((index, chunk))
-            except EngineError as e:
-                queue.put_nowait(e)
-
-        left_s = self._arrived_s + self._deadline_s - time.monotonic()
-        loop = asyncio.get_running_loop()
-        timer = loop.call_later(left_s, queue.put_nowait, TimeoutError())
-        tasks = [asyncio.create_task(run(i, request)) for i, request in enumerate(requests)]
-        try:
-            left = len(tasks)
-            while left:
-                item = await queue.get()
-                if isinstance(item, Exception):
-                    raise item
-                left -= item[1].finish_reason is not None
-                yield item
-        finally:
-            timer.cancel()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _note(self, index: int, chunk: TextChunk, last_s: dict[int, float]) -> None:
-        now_s = time.monotonic()
-        if chunk.num_tokens:
-            self.completion_tokens += chunk.num_tokens
-            self._generated.inc(chunk.num_tokens)
-            if index in last_s:
-                self._between.observe((now_s - last_s[index]) / chunk.num_tokens)
-            last_s[index] = now_s
-            if self._first_s is None:
-                self._first_s = now_s - self._arrived_s
-                self._gateway.metrics.first_token.labels(*self._labels).observe(self._first_s)
-        if self._drift is not None:
-            self._drift.add(chunk)
-
-    def _close(self, reasons: list[str], error: ApiError | None, is_over: bool) -> None:
-        gateway, took_s = self._gateway, time.monotonic() - self._arrived_s
-        self.deployment.__exit__()
-        self._slot.release(self.prompt_tokens * self._sampling.n + self.completion_tokens)
-        metrics = gateway.metrics
-        for reason in reasons:
-            metrics.success.labels(*self._labels, reason).inc()
-        if error is not None:
-            metrics.failed.labels(*self._labels).inc()
-        elif not is_over:
-            metrics.cancelled.labels(*self._labels).inc()
-        else:
-            metrics.whole.labels(*self._labels).observe(took_s)
-        first_s = took_s if self._first_s is None else self._first_s
-        if is_over or error is not None:  # a client that went away says nothing of the artifact
-            token_s = (took_s - first_s) / max(1, self.completion_tokens - 1)
-            self._model.note(self.deployment.artifact.version, error is None, first_s, token_s)
-        status = "ok" if is_over else "cancelled" if error is None else (error.code or "error")
-        gateway.telemetry.request(
-            id=self.id,
-            key=self._key.id,
-            model=self._model.name,
-            artifact=self.deployment.artifact.digest,
-            status=status,
-            finish_reasons=reasons,
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=self.completion_tokens,
-            queue_s=round(self._started_s - self._arrived_s, 6),
-            first_token_s=None if self._first_s is None else round(self._first_s, 6),
-            total_s=round(took_s, 6),
-        )
-        if self._drift is not None and is_over:
-            gateway.telemetry.drift(self.id, self.deployment.artifact.digest, self._drift)
-
-
 def _max_tokens(deployment: Deployment, prompts: list[list[int]], sampling: Sampling) -> int:
     """New tokens at most; raises ApiError 400 where prompt and answer do not fit."""
     longest, context = max(map(len, prompts)), deployment.engine.info.max_context
@@ -436,25 +247,12 @@ def _check_features(deployment: Deployment, sampling: Sampling) -> None:
         raise ApiError(400, text, "response_format", "unsupported")
     if sampling.logprobs is None:
         return
-    if not _tells_logprobs(deployment, sampling):
+    if not tells_logprobs(deployment, sampling):
         text = f"{info.engine} tells none unless temperature is 0, or both it and top_p are 1"
         raise ApiError(400, text, "logprobs", "unsupported")
     if sampling.logprobs > info.max_logprobs:
         text = f"{info.engine} tells at most {max(0, info.max_logprobs)} alternatives a token"
         raise ApiError(400, text, "logprobs", "unsupported")
-
-
-def _tells_logprobs(deployment: Deployment, sampling: Sampling) -> bool:
-    info = deployment.engine.info
-    if info.max_logprobs < 0:
-        return False
-    is_own = sampling.temperature == 0 or (sampling.temperature == 1 and sampling.top_p == 1)
-    return is_own or "logprobs_when_sampling" in info.features
-
-
-def _lost(error: EngineError) -> ApiError:
-    text = f"the engine lost the request: {error}"
-    return ApiError(503, text, code="engine", retry_after_s=1)
 
 
 def _refusal(rejected: Rejected) -> ApiError:
