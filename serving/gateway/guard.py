@@ -1,8 +1,8 @@
 """What keeps a hostile or broken client from the app.
 
 `guarded_protocol` watches bytes, before there is a request: headers that never end, too many of
-them, bytes that are no HTTP, too many connections. `BodyGuard` watches bodies. Whatever is refused
-is told in OpenAI's shape, and the connection is closed.
+them, bytes that are no HTTP, too many connections, answers that nobody reads. `BodyGuard` watches
+bodies. Whatever is refused is told in OpenAI's shape, and the connection is closed.
 """
 
 import asyncio
@@ -33,6 +33,8 @@ class Guard:
 
     Attributes:
         max_connections: Open at once, in this process.
+        max_connections_per_client: Of them from one address; null: no more bound than that. Behind
+            a proxy all clients have its address.
         max_header_bytes: Request line and headers, to within 4 KiB; trailers as well.
         max_header_lines: Headers of a request.
         header_timeout_s: From the connection, or the first byte of a request, to the headers' end.
@@ -40,20 +42,24 @@ class Guard:
         max_body_bytes_of: The same for single paths, as `/v1/files`.
         body_timeout_s: To the body's end, for one of `max_body_bytes`; where a path may have more,
             it has as much more time.
+        write_timeout_s: A client that lets its answer pile up for so long is cut off; it would keep
+            its place in the engine.
     """
 
     max_connections: int = 512
+    max_connections_per_client: int | None = None
     max_header_bytes: int = 32 * 2**10
     max_header_lines: int = 100
     header_timeout_s: float = 10.0
     max_body_bytes: int = 4 * 2**20
     max_body_bytes_of: dict[str, int] = field(default_factory=dict)
     body_timeout_s: float = 30.0
+    write_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
         values = {name: value for name, value in vars(self).items() if name != "max_body_bytes_of"}
         for name, value in (values | self.max_body_bytes_of).items():
-            if not 0 < value < math.inf:
+            if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"guard.{name}", value, "lets nobody in", "use a number above 0")
 
 
@@ -77,6 +83,7 @@ class _GuardedProtocol(HttpToolsProtocol):
         self._refused = False
         self._dropped_bytes = 0
         self._header_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
         self._header_lines = 0
         self._pending_bytes = 0
         self._made_progress = False
@@ -84,14 +91,26 @@ class _GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.guard.max_connections:
-            self._refuse(503, "too_many_connections", "the server has too many connections")
-            transport.close()  # no lingering: it would hold what there is too little of
+            self._refuse_connection(503, "the server has too many connections")
+            return
+        most = self.guard.max_connections_per_client
+        if most is not None and self._connections_of_client() > most:
+            self._refuse_connection(429, f"this address has {most} connections open already")
             return
         self._start_header_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_header_timer()
+        self._stop_write_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(self.guard.write_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop_write_timer()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
@@ -142,6 +161,17 @@ class _GuardedProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "invalid_http", msg)
 
+    def _connections_of_client(self) -> int:
+        address = self.client and self.client[0]
+        return sum(
+            isinstance(other, _GuardedProtocol) and (other.client and other.client[0]) == address
+            for other in self.connections
+        )
+
+    def _refuse_connection(self, status: int, message: str) -> None:
+        self._refuse(status, "too_many_connections", message)
+        self.transport.close()  # no lingering: it would hold what there is too little of
+
     def _refuse_headers(self, what: str) -> None:
         self._refuse(431, "headers_too_large", f"the request's headers have {what}")
 
@@ -174,6 +204,11 @@ class _GuardedProtocol(HttpToolsProtocol):
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def _on_header_timeout(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:

@@ -374,6 +374,50 @@ def test_connections_over_the_limit_are_told_so():
             client.close()
 
 
+def test_an_address_has_no_more_connections_than_it_may():
+    guard = Guard(max_connections_per_client=2)
+    with serve(BodyGuard(build_app(), guard), guard) as (address, _):
+        clients = [Client(address) for _ in range(2)]
+        assert all(client.send(get()).answer()[0] == 200 for client in clients)
+        Client(address).refusal(429, "too_many_connections")
+        clients.pop().close()
+        time.sleep(0.2)
+        clients.append(Client(address))
+        assert all(client.send(get()).answer()[0] == 200 for client in clients)
+        for client in clients:
+            client.close()
+
+
+def test_a_client_that_does_not_read_its_answer_is_cut_off():
+    app, ended = FastAPI(), []
+
+    @app.get("/endless")
+    async def endless():
+        async def chunks():
+            try:
+                while True:
+                    yield b"x" * 65_536
+                    await asyncio.sleep(0)
+            finally:
+                ended.append(time.monotonic())
+
+        return StreamingResponse(chunks())
+
+    guard = Guard(write_timeout_s=0.5)
+    with serve(BodyGuard(app, guard), guard) as (address, _):
+        idle, reads = Client(address), Client(address)
+        started = time.monotonic()
+        for client in (idle, reads):
+            client.send(get("/endless"))
+        while time.monotonic() < started + 1.5:  # it reads, if slowly, and is left alone
+            reads.socket.recv(2**20)
+            time.sleep(0.02)
+        assert len(ended) == 1 and 0.4 < ended[0] - started < 1.4
+        assert reads.socket.recv(2**20)
+        reads.close()
+        idle.close()
+
+
 def test_clients_that_leave_and_refusals_leave_nothing_behind():
     guard = Guard(header_timeout_s=0.3, body_timeout_s=0.3, max_body_bytes=1_000)
     app = build_app()
