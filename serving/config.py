@@ -76,11 +76,13 @@ class LogConfig:
 
     Attributes:
         requests: A line for each request: id, key, artifact, counts and times, but no text.
+        text: Prompts and answers are in it, too.
         drift: A line for each sampled request: lengths, buckets of token ids, log-probability.
         drift_share: Of the requests that are sampled, 0 to 1.
     """
 
     requests: str | None = None
+    text: bool = False
     drift: str | None = None
     drift_share: float = 0.1
 
@@ -209,4 +211,7 @@ class ServingConfig:
             raise ConfigError("engine.openvino_bits", self.engine.openvino_bits, rule, "choose one")
         if not 0 <= self.log.drift_share <= 1:
             raise ConfigError("log.drift_share", self.log.drift_share, "is no share", "give 0 to 1")
+        if self.log.text and self.log.requests is None:
+            rule, fix = "has no effect without a log of requests", "set log.requests=FILE"
+            raise ConfigError("log.text", True, rule, fix)
         self.batches.check()

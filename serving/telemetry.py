@@ -7,16 +7,18 @@ model found what it said.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from monitoring.errors import ConfigError
 from serving.config import LogConfig
-from serving.text.stages import TextChunk
+from serving.text.stages import Chat, TextChunk
 
 NUM_BUCKETS = 64  # of token ids: id modulo this
 
@@ -46,6 +48,25 @@ class DriftFeatures:
             self.logprob_count += 1
 
 
+class Transcript:
+    """What was said in one request.
+
+    Attributes:
+        prompts: As they came.
+        completions: Of each choice, so far.
+    """
+
+    def __init__(self, prompts: Sequence[str | list[int] | Chat], num_choices: int) -> None:
+        self.prompts = [
+            dataclasses.asdict(prompt) if isinstance(prompt, Chat) else prompt for prompt in prompts
+        ]
+        self.completions = [""] * num_choices
+
+    def add(self, index: int, chunk: TextChunk) -> None:
+        """More of a choice."""
+        self.completions[index] += chunk.text
+
+
 class Telemetry:
     """Writes the two files.
 
@@ -59,7 +80,7 @@ class Telemetry:
     def __init__(self, config: LogConfig) -> None:
         self._requests = _open("log.requests", config.requests)
         self._drift = _open("log.drift", config.drift)
-        self._share = config.drift_share
+        self._share, self._keeps_text = config.drift_share, config.text
 
     def sample(self, prompts: list[list[int]]) -> DriftFeatures | None:
         """Where a request's features go; None: it is not among those that are looked at."""
@@ -67,8 +88,16 @@ class Telemetry:
             return None
         return DriftFeatures(prompts)
 
-    def request(self, **fields: Any) -> None:
+    def transcript(
+        self, prompts: Sequence[str | list[int] | Chat], num_choices: int
+    ) -> Transcript | None:
+        """Where a request's text goes; None: nobody asked for it."""
+        return Transcript(prompts, num_choices) if self._keeps_text else None
+
+    def request(self, transcript: Transcript | None, **fields: Any) -> None:
         """A line for a request that has ended."""
+        if transcript is not None:
+            fields |= vars(transcript)
         if self._requests is not None:
             _write(self._requests, fields)
 

@@ -142,6 +142,7 @@ class Gateway:
             slot,
             arrived_s,
             deadline_s,
+            self.telemetry.transcript(prompts, sequences),
         )
 
     async def embed(

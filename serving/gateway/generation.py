@@ -16,7 +16,7 @@ from serving.gateway.errors import ApiError
 from serving.keys import Key
 from serving.metrics import Metrics
 from serving.models import Model
-from serving.telemetry import Telemetry
+from serving.telemetry import Telemetry, Transcript
 from serving.text.stages import TextChunk
 
 
@@ -58,6 +58,7 @@ class Generation:
         slot: Slot,
         arrived_s: float,
         deadline_s: float,
+        transcript: Transcript | None,
     ) -> None:
         self.id = uuid.uuid4().hex
         self.deployment = deployment
@@ -69,7 +70,7 @@ class Generation:
         self._slot, self._arrived_s, self._deadline_s = slot, arrived_s, deadline_s
         self._started_s = time.monotonic()
         self._first_s: float | None = None
-        self._drift = telemetry.sample(prompts)
+        self._drift, self._transcript = telemetry.sample(prompts), transcript
         labels = (model.name, deployment.artifact.version, key.id)
         self._between = metrics.between_tokens.labels(*labels)
         self._generated = metrics.generation_tokens.labels(*labels)
@@ -182,6 +183,8 @@ class Generation:
                 self._metrics.first_token.labels(*self._labels).observe(self._first_s)
         if self._drift is not None:
             self._drift.add(chunk)
+        if self._transcript is not None:
+            self._transcript.add(index, chunk)
 
     def _close(self, reasons: list[str], error: ApiError | None, is_over: bool) -> None:
         took_s = time.monotonic() - self._arrived_s
@@ -202,6 +205,7 @@ class Generation:
             self._model.note(self.deployment.artifact.version, error is None, first_s, token_s)
         status = "ok" if is_over else "cancelled" if error is None else (error.code or "error")
         self._telemetry.request(
+            self._transcript,
             id=self.id,
             key=self._key.id,
             model=self._model.name,

@@ -287,3 +287,17 @@ def test_what_is_written_down_holds_no_text(served, tmp_path):
     assert sum(drift["prompt_buckets"]) == drift["prompt_tokens"] == request["prompt_tokens"]
     for file in tmp_path.iterdir():
         assert "secretword" not in file.read_text() and "the cat" not in file.read_text()
+
+
+def test_text_is_written_down_where_it_is_asked_for(served, tmp_path):
+    log = tmp_path / "requests.jsonl"
+    with served(log__requests=str(log), log__text=True) as running:
+        body = {"model": "tiny", "prompt": ["secretword", "b"], "max_tokens": 5, "n": 2}
+        answer = httpx.post(f"{running.url}/v1/completions", json=body).json()
+        messages = [{"role": "user", "content": "another"}]
+        chat = {"model": "tiny", "messages": messages, "max_tokens": 3}
+        httpx.post(f"{running.url}/v1/chat/completions", json=chat)
+    completion, chat = map(json.loads, log.read_text().splitlines())
+    assert completion["prompts"] == ["secretword", "b"]
+    assert completion["completions"] == [choice["text"] for choice in answer["choices"]]
+    assert chat["prompts"][0]["messages"] == messages
