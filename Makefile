@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Every GPU there is, or two processes on a CPU.
 NPROC  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 2)
 
-.PHONY: train test test-long test-matrix test-sky test-llama test-openvino chaos lint install benchmark clean
+.PHONY: train test test-long test-matrix test-sky test-llama test-openvino chaos soak lint install benchmark clean
 
 train: install  ## The main job: learn to write Python from the standard library's source
 	$(BIN)/python -m trainer experiment=stdlib nproc=$(NPROC)
@@ -21,6 +21,9 @@ test-matrix: install  ## Every strategy at 1 to 4 ranks, resumed from every othe
 
 chaos: install  ## Hundreds of kills, stops and damages, from a seed; writes a page about them
 	$(BIN)/python -m tests.chaos
+
+soak: install  ## An hour of all that clients do, against a server of a small random model
+	$(BIN)/python -m tests.serving.soak
 
 SKY_VENV ?= .sky-venv
 test-sky: install  ## The real SkyPilot, in an environment of its own, with random price lists

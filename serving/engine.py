@@ -17,7 +17,7 @@ What an engine program is told and says is one JSON object a line, on its standa
                   "running": 3, "kv_cache_usage": 0.2}}
         {"failed": {"id": "ID", "error": "one line"}}
         {"embeddings": {"id": "ID", "vectors": [[0.1, ...], ...]}}
-        {"idle": true}                        twice a second while there is nothing to do
+        {"idle": {"kv_cache_usage": 0.0}}     twice a second while there is nothing to do
         {"fatal": "one line"}                 before it exits by itself
 
 LOGPROBS is a list, for each token [its log-probability, [[token, log-probability], ...]]: of the

@@ -116,7 +116,7 @@ class Worker:
                 self._pipeline.step()  # it is what frees a cancelled sequence, too
                 self._tell()
             elif not is_busy:
-                self._lines.say("idle", True)
+                self._lines.say("idle", {"kv_cache_usage": self._kv_cache_usage()})
 
     def _on_submit(self, request: dict[str, Any]) -> None:
         try:
@@ -198,13 +198,15 @@ class Worker:
                 del self._live[name]
                 self._fail(name, f"OpenVINO GenAI gave it up: {live.handle.get_status().name}")
         if tokens or finished:
-            usage = self._pipeline.get_metrics().cache_usage / 100
             step = {
                 "tokens": tokens,
                 "finished": finished,
                 "running": len(self._live) + len(self._waiting),
             }
-            self._lines.say("step", step | {"kv_cache_usage": round(usage, 4)})
+            self._lines.say("step", step | {"kv_cache_usage": self._kv_cache_usage()})
+
+    def _kv_cache_usage(self) -> float:
+        return round(float(self._pipeline.get_metrics().cache_usage) / 100, 4)
 
     def _collect(
         self,

@@ -277,6 +277,7 @@ class ProcessEngine:
                         future.set_result(content["vectors"])
                 elif kind == "idle":
                     self._stats.running = 0
+                    self._stats.kv_cache_usage = content["kv_cache_usage"]
                 elif kind == "fatal":
                     self._fatal = content
 

@@ -95,7 +95,7 @@ class Worker:
             if self._told:
                 self._tell()
             else:
-                self._lines.say("idle", True)
+                self._lines.say("idle", {"kv_cache_usage": self._kv_cache_usage()})
             if not self._manager.is_running():
                 self._die(self._manager.background_thread_status.fatal_error)
 
@@ -187,7 +187,12 @@ class Worker:
         processor = self._manager.batch_processor
         if processor is None:
             return 0.0
-        return round(1 - float(processor.cache.compute_free_capacity(relative=True)), 4)
+        cache = processor.cache
+        free_bytes = cache.compute_free_capacity(relative=False)
+        for allocator in cache.cache_allocators.values():
+            # Of prompts that may come again; given up as soon as the room is needed.
+            free_bytes += len(allocator.ledger.cached_blocks) * allocator.bytes_per_block
+        return round(1 - float(free_bytes / (cache.num_sectors * cache.bytes_per_sector)), 4)
 
 
 def _load(settings: Settings) -> Any:

@@ -41,7 +41,16 @@ def test_the_gateway_imports_no_torch():
     assert done.stdout.strip() == "False"
 
 
-def test_sigterm_lets_streams_end(export):
+def is_gone(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def terminate_under_streams(export, after_s=0.0):
+    """A server that is told to stop while eight clients read; asserts that it cuts none off."""
     process = Process(export, "engine.num_threads=1", "engine.max_running=8")
     answers = []
 
@@ -64,6 +73,7 @@ def test_sigterm_lets_streams_end(export):
         not in next(x for x in text.splitlines() if x.startswith("spotforge_num_requests_running{"))
     ):
         time.sleep(0.01)
+    time.sleep(after_s)
     engine_pid = process.engine_pid()
     process.process.send_signal(signal.SIGTERM)
     time.sleep(0.1)
@@ -78,8 +88,18 @@ def test_sigterm_lets_streams_end(export):
         assert status == 200 and events[-1] == "[DONE]"
         assert events[-2]["choices"][0]["finish_reason"] == "length"
     assert len(answers) == 8
-    with pytest.raises(ProcessLookupError):
-        os.kill(engine_pid, 0)
+    assert is_gone(engine_pid)
+
+
+def test_sigterm_lets_streams_end(export):
+    terminate_under_streams(export)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_twenty_sigterms_cut_off_no_stream(export):
+    for i in range(20):
+        terminate_under_streams(export, after_s=i * 0.02)
 
 
 def test_the_engine_dies_with_the_gateway(export):
@@ -89,9 +109,7 @@ def test_the_engine_dies_with_the_gateway(export):
     process.process.wait(10)
     process.process.stdout.close()
     for _ in range(200):
-        try:
-            os.kill(engine_pid, 0)
-        except ProcessLookupError:
+        if is_gone(engine_pid):
             return
         time.sleep(0.02)
     raise AssertionError("the engine is still there")
