@@ -4,14 +4,16 @@
 
 A random Llama of 40M parameters; prompts of 64 tokens, answers of 64, one after another a stream.
 What is compared is the CPU time of the server's whole process tree for a token: wall-clock times
-swing on a shared machine. OpenVINO is there where SPOTFORGE_OPENVINO_PYTHON names one. It prints a
-table and writes `benchmarks/results/serving.json`.
+swing on a shared machine. OpenVINO is there where SPOTFORGE_OPENVINO_PYTHON names one, llama.cpp
+where SPOTFORGE_LLAMA_PYTHON does (`make test-openvino`, `make test-llama`), LitServe where it is
+installed. It prints a table and writes `benchmarks/results/serving.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import os
 import random
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from trainer.data.tokenizer import train_tokenizer
 
 RESULT = Path("benchmarks/results/serving.json")
 PROMPT_TOKENS = NEW_TOKENS = 64
+LLAMA_PYTHON = "SPOTFORGE_LLAMA_PYTHON"
 _VOCAB_SIZE = 8192
 
 
@@ -52,46 +56,104 @@ def save_model(folder: Path) -> None:
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=0,
+        eos_token_id=None,  # not every peer can be told to go on after it
         pad_token_id=None,
     )
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(folder)
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 9))) for _ in range(20_000)]
-    train_tokenizer([" ".join(words)] * 3, _VOCAB_SIZE).save_pretrained(folder)
+    tokenizer = train_tokenizer([" ".join(words)] * 3, _VOCAB_SIZE)
+    tokenizer.save_pretrained(folder)
+    # Half a character is told with its other half: without them, each token is an event.
+    texts = [tokenizer.decode([i], skip_special_tokens=True) for i in range(_VOCAB_SIZE)]
+    silent = [i for i, text in enumerate(texts) if not text or "\ufffd" in text]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[silent] = 0.0
+    model.save_pretrained(folder)
 
 
-def servers(folder: Path) -> dict[str, list[str]]:
-    """Commands, to which the port is appended."""
-    ours = ["-m", "serving", f"artifact={folder}", "engine.kv_cache_mb=400"]
+@dataclass(frozen=True)
+class Peer:
+    """How a server is started and asked.
+
+    Attributes:
+        command: With `{port}` where that goes.
+        ready: Path that answers 200 once it is up.
+        model: As requests call it.
+        is_ours: Whether it is this project's.
+    """
+
+    command: list[str]
+    ready: str = "/readyz"
+    model: str = "model"
+    is_ours: bool = False
+
+
+def servers(folder: Path, streams: int) -> dict[str, Peer]:
+    """All that this machine has.
+
+    Args:
+        folder: Of the model.
+        streams: That may come at once, for servers that have to know.
+    """
+
+    def ours(*words: str) -> Peer:
+        command = [sys.executable, "-m", "serving", f"artifact={folder}", "port={port}"]
+        return Peer([*command, "engine.kv_cache_mb=400", *words], is_ours=True)
+
+    generate = [sys.executable, "-m", "benchmarks.peer_generate", str(folder), "{port}"]
+    program = "from transformers.cli.transformers import main; main()"
+    transformers = [sys.executable, "-c", program, "serve", str(folder)]
+    transformers += ["--continuous-batching", "--device", "cpu", "--port", "{port}"]
     found = {
-        "FastAPI + generate behind a lock": ["-m", "benchmarks.peer_generate", str(folder)],
-        "spotforge, transformers": [*ours, "engine.name=transformers"],
+        "FastAPI + generate behind a lock": Peer(generate),
+        "transformers serve, continuous batching": Peer(transformers, "/health", str(folder)),
     }
+    if importlib.util.find_spec("litserve") is not None:
+        litserve = [sys.executable, "-m", "benchmarks.peer_litserve", str(folder), "{port}"]
+        found["LitServe, static batches of 8"] = Peer(litserve, "/health")
+    if llama := os.environ.get(LLAMA_PYTHON):
+        file = folder.with_name("gguf") / "gguf" / "model.gguf"
+        program = str(Path(__file__).with_name("peer_llama.py"))
+        command = [llama, program, str(file), "{port}", str(streams)]
+        found["llama.cpp, Q8_0"] = Peer(command, "/health")
+    found["spotforge, transformers"] = ours("engine.name=transformers")
     if os.environ.get(PYTHON):
-        openvino = [*ours, "engine.name=openvino"]
-        found["spotforge, openvino int8"] = openvino
-        found["spotforge, openvino float32"] = [*openvino, "engine.openvino_bits=32"]
+        found["spotforge, openvino int8"] = ours("engine.name=openvino")
+        found["spotforge, openvino float32"] = ours(
+            "engine.name=openvino", "engine.openvino_bits=32"
+        )
     return found
+
+
+def save_gguf(folder: Path) -> None:
+    """The model in Q8_0, for llama.cpp; the embedding, which is the head too, is in float32."""
+    text = folder.with_name("text.txt")
+    draw = random.Random(1)
+    text.write_text("\n".join(random_prompt(draw) for _ in range(4_000)))
+    command = [sys.executable, "-m", "compression", f"model={folder}", "recipe=int8_weight_only"]
+    command += ["recipe.int8_weight_only.group_size=32", "target=gguf", "data=text"]
+    command += [f"data.path={text}", "data.max_seq_len=64", "data.validation_fraction=0.3"]
+    command += ["evaluation.num_samples=2"]
+    subprocess.run([*command, f"out={folder.with_name('gguf')}"], check=True, capture_output=True)
 
 
 class Server:
     """A server that is up, and its process tree."""
 
-    def __init__(self, name: str, command: list[str], cache: Path) -> None:
+    def __init__(self, name: str, peer: Peer, cache: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        port = f"port={self.port}" if "serving" in command else str(self.port)
+        self.model = peer.model
         self._began_s = time.monotonic()
         self._process = subprocess.Popen(
-            [sys.executable, *command, port],
+            [word.replace("{port}", str(self.port)) for word in peer.command],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"SPOTFORGE_CACHE": str(cache)},
+            env=os.environ | {"SPOTFORGE_CACHE": str(cache), "HF_HUB_OFFLINE": "1"},
         )
-        url = f"http://127.0.0.1:{self.port}/readyz"
+        url = f"http://127.0.0.1:{self.port}{peer.ready}"
         while True:
             if self._process.poll() is not None:
                 raise RuntimeError(f"{name} did not start")
@@ -118,11 +180,22 @@ class Server:
 
     def stop(self) -> None:
         """Ends it."""
+        tree = self.tree()
         self._process.terminate()
-        self._process.wait(60)
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        for process in psutil.wait_procs(tree, 5)[1]:  # workers of peers that stay behind
+            process.kill()
 
 
-async def load(port: int, streams: int, rounds: int) -> dict[str, list[float]]:
+def random_prompt(draw: random.Random) -> str:
+    """Of `PROMPT_TOKENS` tokens: each word is a space and a letter, which the tokenizer has."""
+    return "".join(f" {draw.choice('abcdefghijklmnop')}" for _ in range(PROMPT_TOKENS))
+
+
+async def load(port: int, model: str, streams: int, rounds: int) -> dict[str, list[float]]:
     """Asks; returns times to the first token and between events, in seconds."""
     first: list[float] = []
     between: list[float] = []
@@ -130,17 +203,8 @@ async def load(port: int, streams: int, rounds: int) -> dict[str, list[float]]:
     async def stream(seed: int) -> None:
         draw = random.Random(seed)
         for _ in range(rounds):
-            prompt = [draw.randrange(1, 256) for _ in range(PROMPT_TOKENS)]
-            body = json.dumps(
-                {
-                    "model": "model",
-                    "prompt": prompt,
-                    "max_tokens": NEW_TOKENS,
-                    "temperature": 0,
-                    "ignore_eos": True,
-                    "stream": True,
-                }
-            ).encode()
+            fields = {"model": model, "prompt": random_prompt(draw), "max_tokens": NEW_TOKENS}
+            body = json.dumps(fields | {"temperature": 0, "stream": True}).encode()
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(
                 b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
@@ -165,9 +229,9 @@ async def load(port: int, streams: int, rounds: int) -> dict[str, list[float]]:
 
 def measure(server: Server, streams: int, rounds: int) -> dict[str, float]:
     """One row."""
-    asyncio.run(load(server.port, min(streams, 2), 1))  # warm
+    asyncio.run(load(server.port, server.model, min(streams, 2), 1))  # warm
     cpu_before, began_s = server.cpu_s(), time.monotonic()
-    times = asyncio.run(load(server.port, streams, rounds))
+    times = asyncio.run(load(server.port, server.model, streams, rounds))
     took_s, cpu_after = time.monotonic() - began_s, server.cpu_s()
     tokens = streams * rounds * NEW_TOKENS
     between = sorted(times["between"])
@@ -218,10 +282,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, cache = Path(name) / "model", Path(name) / "cache"
         save_model(folder)
-        for server_name, command in servers(folder).items():
-            if "serving" in command:
-                Server(server_name, command, cache).stop()  # what is prepared once is there
-            server = Server(server_name, command, cache)
+        if os.environ.get(LLAMA_PYTHON):
+            save_gguf(folder)
+        for server_name, peer in servers(folder, max(options.streams)).items():
+            if peer.is_ours:
+                Server(server_name, peer, cache).stop()  # what is prepared once is there
+            server = Server(server_name, peer, cache)
             starts[server_name] = round(server.start_s, 2)
             try:
                 for streams in options.streams:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStream
 
 
 def make_app(folder: str) -> FastAPI:
-    """`/v1/completions`, of which it reads `prompt` (token ids) and `max_tokens`."""
+    """`/v1/completions`, of which it reads `prompt` (text) and `max_tokens`."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     app, lock = FastAPI(), asyncio.Lock()
@@ -32,7 +32,7 @@ def make_app(folder: str) -> FastAPI:
         async def events() -> AsyncIterator[str]:
             async with lock:
                 streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
-                ids = torch.tensor([body["prompt"]])
+                ids = tokenizer(body["prompt"], return_tensors="pt")["input_ids"]
                 size = body["max_tokens"]
                 settings: dict[str, Any] = dict(
                     min_new_tokens=size, max_new_tokens=size, do_sample=False

@@ -1,0 +1,164 @@
+"""Four times as many requests as a server can answer: who is refused, how fast, and at whose cost.
+
+    python -m benchmarks.bench_overload [--seconds 20] [--running 8]
+
+The model and the requests are those of bench_serving. First as many streams as run at once, one
+request after another each: that is the server's capacity. Then requests come by themselves, at
+random times, at four times that rate, whatever becomes of the ones before. It prints a line an
+engine and writes `benchmarks/results/overload.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bench_serving import NEW_TOKENS, Server, random_prompt, save_model, servers
+from monitoring.environment import describe_environment
+
+RESULT = Path("benchmarks/results/overload.json")
+TIMES = 4
+_REFUSAL_S = 0.05  # the goal
+
+
+@dataclass
+class Seen:
+    """By clients, in seconds."""
+
+    first: list[float] = field(default_factory=list)
+    refused: list[float] = field(default_factory=list)
+    whole: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+
+async def ask(port: int, draw: random.Random, seen: Seen) -> None:
+    """One streamed request, on a connection of its own."""
+    fields = {"model": "model", "prompt": random_prompt(draw), "max_tokens": NEW_TOKENS}
+    body = json.dumps(fields | {"temperature": 0, "stream": True}).encode()
+    began_s = time.monotonic()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+        b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    )
+    status = int((await reader.readline()).split()[1])
+    if status == 429:
+        seen.refused.append(time.monotonic() - began_s)
+        rest = (await reader.read()).lower()
+        if b"retry-after:" not in rest:
+            seen.wrong.append("a 429 without Retry-After")
+    elif status == 200:
+        is_first, is_whole = True, False
+        async for line in reader:
+            if line.startswith(b"data: ") and is_first:
+                seen.first.append(time.monotonic() - began_s)
+                is_first = False
+            is_whole = is_whole or line.startswith(b"data: [DONE]")
+        seen.whole += is_whole
+        if not is_whole:
+            seen.wrong.append("an answer that was cut off")
+    else:
+        seen.wrong.append(f"status {status}")
+    writer.close()
+
+
+async def at_capacity(port: int, streams: int, seconds: float) -> tuple[Seen, float]:
+    """What clients saw, and the requests a second."""
+    seen, began_s = Seen(), time.monotonic()
+
+    async def stream(seed: int) -> None:
+        draw = random.Random(seed)
+        while time.monotonic() < began_s + seconds:
+            await ask(port, draw, seen)
+
+    await asyncio.gather(*(stream(i) for i in range(streams)))
+    return seen, seen.whole / (time.monotonic() - began_s)
+
+
+async def overloaded(port: int, rate: float, seconds: float) -> Seen:
+    """Requests at random times, `rate` a second."""
+    seen, draw = Seen(), random.Random(0)
+    tasks = []
+    at_s = time.monotonic()
+    end_s = at_s + seconds
+    while at_s < end_s:
+        at_s += draw.expovariate(rate)
+        await asyncio.sleep(max(0.0, at_s - time.monotonic()))
+        tasks.append(asyncio.create_task(ask(port, draw, seen)))
+    await asyncio.gather(*tasks)
+    return seen
+
+
+def measure(server: Server, running: int, seconds: float) -> dict[str, Any]:
+    """One row."""
+    asyncio.run(at_capacity(server.port, running, 2))  # warm
+    capacity, rate = asyncio.run(at_capacity(server.port, running, seconds))
+    before_bytes = server.rss_bytes()
+    over = asyncio.run(overloaded(server.port, TIMES * rate, seconds))
+    after_bytes = server.rss_bytes()
+    if wrong := capacity.wrong + over.wrong:
+        raise RuntimeError(f"{len(wrong)} wrong answers, as: {wrong[0]}")
+    in_time = sum(s <= _REFUSAL_S for s in over.refused) / len(over.refused)
+    return {
+        "capacity_requests_per_s": round(rate, 2),
+        "offered": len(over.refused) + over.whole,
+        "answered": over.whole,
+        "refused": len(over.refused),
+        "refused_within_50_ms": round(in_time, 4),
+        "refusal_p50_ms": round(1000 * _quantile(over.refused, 0.5), 1),
+        "refusal_p99_ms": round(1000 * _quantile(over.refused, 0.99), 1),
+        "first_token_p99_ms_at_capacity": round(1000 * _quantile(capacity.first, 0.99), 1),
+        "first_token_p99_ms": round(1000 * _quantile(over.first, 0.99), 1),
+        "first_token_p99_ratio": round(
+            _quantile(over.first, 0.99) / _quantile(capacity.first, 0.99), 2
+        ),
+        "rss_mb": round(after_bytes / 1e6),
+        "rss_growth": round(after_bytes / before_bytes - 1, 4),
+    }
+
+
+def _quantile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=20, help="of each of the two parts")
+    parser.add_argument("--running", type=int, default=8, help="engine.max_running")
+    options = parser.parse_args()
+    rows: dict[str, dict[str, Any]] = {}
+    result = {
+        "environment": describe_environment(),
+        "load_average": os.getloadavg(),
+        "times_capacity": TIMES,
+        "max_running": options.running,
+        "seconds": options.seconds,
+        "rows": rows,
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder, cache = Path(name) / "model", Path(name) / "cache"
+        save_model(folder)
+        for server_name, peer in servers(folder, options.running).items():
+            if not peer.is_ours:
+                continue
+            words = [*peer.command, f"engine.max_running={options.running}"]
+            server = Server(server_name, replace(peer, command=words), cache)
+            try:
+                rows[server_name] = measure(server, options.running, options.seconds)
+            finally:
+                server.stop()
+            print(server_name, json.dumps(rows[server_name]), flush=True)
+            RESULT.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
