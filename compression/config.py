@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from compression.recipe import AutoConfig, HealConfig, ModelStep, Step
+from compression.recipe import AutoConfig, HealConfig, MixedConfig, ModelStep, Step
 from monitoring.errors import ConfigError
 from parallel.config import Dtype
 
@@ -129,6 +129,12 @@ class CompressionConfig:
         return any(step.needs_data for step in self.recipe.values())
 
     @property
+    def has_speed_budget(self) -> bool:
+        """Whether bits are chosen by the time that they take."""
+        steps = self.recipe.values()
+        return any(isinstance(s, MixedConfig) and s.budget_tokens_per_s is not None for s in steps)
+
+    @property
     def recipe_name(self) -> str:
         """As `prune_wanda+int4_gptq`."""
         return "+".join(self.recipe)
@@ -194,6 +200,13 @@ class CompressionConfig:
                 step.check(f"recipe.{name}")
             else:
                 step.build(f"recipe.{name}")
+        if self.has_speed_budget and len(self.targets) > 1:
+            named = ",".join(target.value for target in self.targets)
+            rule = "budget_tokens_per_s is of one target's kernels"
+            raise ConfigError("target", named, rule, "name one target")
+        if self.has_speed_budget and not self.evaluation.speed:
+            rule = "budget_tokens_per_s has to be measured"
+            raise ConfigError("evaluation.speed", "false", rule, "leave it true")
         if self.is_auto and len(steps) > 1:
             rule = "auto tries whole recipes"
             raise ConfigError("recipe", self.recipe_name, rule, "name it alone")

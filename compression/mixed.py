@@ -1,18 +1,20 @@
 """Which layers get more bits: those that pay most in KL for what a bit of theirs costs.
 
-Each part of each block (its attention, its MLP) is rounded to few bits by itself, and what that
-does to the model's next-token distribution is measured, all in one walk over the blocks: every
-part has a stream of hidden states of its own, which is the parent's as far as its block.
+Each part of each block is rounded to few bits by itself, and what that does to the model's
+next-token distribution is measured, all in one walk over the blocks: every part has a stream of
+hidden states of its own, which is the parent's as far as its block. P parts of L blocks run
+P * L / 2 blocks on the samples, and the head P times.
 
 Shapes: N samples of T tokens.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +28,34 @@ from compression.scheme import Scheme
 from compression.stream import BlockStream
 from monitoring.errors import ConfigError
 
+if TYPE_CHECKING:
+    from compression.decode_cost import DecodeCost
+
 Parts = Mapping[str, list[str]]  # a part's name -> its layers' full names
+
+# Engines make one matrix of these, so that they cannot have different bits: vLLM's
+# `packed_modules_mapping`.
+_FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
 
 
 def parts_of(layers: Mapping[str, int]) -> dict[str, list[str]]:
-    """Layers that are judged together: those of one module, as `model.layers.0.mlp`."""
+    """Layers that are judged together: one, or those that engines fuse, as `mlp.gate_up_proj`."""
     parts: dict[str, list[str]] = {}
     for name in layers:
-        parts.setdefault(name.rpartition(".")[0], []).append(name)
+        parts.setdefault(part_of(name), []).append(name)
     return parts
+
+
+def part_of(layer: str) -> str:
+    """The part that a layer is of."""
+    module, _, name = layer.rpartition(".")
+    return f"{module}.{_FUSED.get(name, name)}"
 
 
 @torch.no_grad()
@@ -104,7 +125,9 @@ def shapes_of(stream: BlockStream, layers: Mapping[str, int]) -> dict[str, tuple
 def check_budget(
     step: MixedConfig, key: str, shapes: Mapping[str, tuple[int, int]], scale_bytes: int
 ) -> None:
-    """Raises ConfigError for a budget that nothing fits; see `choose_schemes`."""
+    """Raises ConfigError for a budget of bytes that nothing fits; see `choose_schemes`."""
+    if step.budget_tokens_per_s is not None:
+        return  # takes a measurement
     nothing_known = dict.fromkeys(parts_of(dict.fromkeys(shapes, 0)), 0.0)
     choose_schemes(step, key, nothing_known, shapes, scale_bytes)
 
@@ -115,8 +138,11 @@ def choose_schemes(
     kl: Mapping[str, float],
     shapes: Mapping[str, tuple[int, int]],
     scale_bytes: int,
+    cost: DecodeCost | None = None,
 ) -> dict[str, Scheme]:
     """Of each layer: more bits for the parts that pay most KL for a byte, as the budget goes.
+
+    Where the budget is of tokens/s, for a millisecond.
 
     Args:
         step: With the budget.
@@ -124,12 +150,19 @@ def choose_schemes(
         kl: See `measure_kl`.
         shapes: See `shapes_of`.
         scale_bytes: Of a scale.
+        cost: Measured, for a budget of tokens/s.
 
     Raises:
-        ConfigError: Even few bits everywhere are above the budget.
+        ConfigError: Even the smallest, or fastest, is above the budget.
     """
     low, high = step.schemes(key)
     parts = parts_of(dict.fromkeys(shapes, 0))
+    if step.budget_tokens_per_s is not None:
+        assert cost is not None
+        costs = {part: cost.added_ms(names) for part, names in parts.items()}
+        cost.check(step, key, costs)
+        left = 1000 / step.budget_tokens_per_s - cost.least_ms(costs)
+        return _spend(left, costs, kl, parts, low, high)
 
     def size(names: list[str], scheme: Scheme) -> float:
         return sum(scheme.bytes_of(*shapes[name], scale_bytes) for name in names)
@@ -146,17 +179,31 @@ def choose_schemes(
         rule = f"{step.bits} bits everywhere, with their scales, take {least:.4g}"
         raise ConfigError(f"{key}.{setting}", value, rule, "raise it, or lower bits")
     costs = {part: size(names, high) - size(names, low) for part, names in parts.items()}
-    chosen = dict.fromkeys(every, low)
-    for part in sorted(parts, key=lambda part: kl[part] / costs[part], reverse=True):
-        if costs[part] <= left:
-            left -= costs[part]
+    return _spend(left, costs, kl, parts, low, high)
+
+
+def _spend(
+    left: float,
+    costs: Mapping[str, float],
+    kl: Mapping[str, float],
+    parts: Parts,
+    low: Scheme,
+    high: Scheme,
+) -> dict[str, Scheme]:
+    """More bits where they cost nothing, then where a unit of cost pays most, as far as it goes."""
+    chosen = {name: low for names in parts.values() for name in names}
+    pays = {part: kl[part] / cost if cost > 0 else math.inf for part, cost in costs.items()}
+    for part in sorted(parts, key=lambda part: pays[part], reverse=True):
+        cost = max(0.0, costs[part])
+        if cost <= left:
+            left -= cost
             chosen |= dict.fromkeys(parts[part], high)
     return chosen
 
 
 def describe(kl: Mapping[str, float], schemes: Mapping[str, Scheme]) -> dict[str, Any]:
     """For the report: of each part, the KL of few bits and the bits that it got."""
-    bits = {name.rpartition(".")[0]: scheme.bits for name, scheme in schemes.items()}
+    bits = {part_of(name): scheme.bits for name, scheme in schemes.items()}
     return {part: {"kl_nats": value, "bits": bits[part]} for part, value in kl.items()}
 
 

@@ -148,7 +148,9 @@ class MixedConfig(StepConfig):
         high_bits: Of a weight elsewhere.
         group_size: As in the other steps, for both.
         budget_bits: Of a weight in the mean, scales counted; or
-        budget_mb: of all quantized weights, scales counted.
+        budget_mb: of all quantized weights, scales counted; or
+        budget_tokens_per_s: of decoding on this machine as `evaluation` times it, with the kernels
+            that the target runs.
         samples: Of the calibration, on which the KL is measured.
         damping: As in GPTQ.
     """
@@ -158,6 +160,7 @@ class MixedConfig(StepConfig):
     group_size: int | None = 128
     budget_bits: float | None = 5.0
     budget_mb: float | None = None
+    budget_tokens_per_s: float | None = None
     samples: int = 4
     damping: float = 0.01
 
@@ -167,10 +170,20 @@ class MixedConfig(StepConfig):
         if self.high_bits <= self.bits:
             rule = f"is not above bits={self.bits}"
             raise ConfigError(f"{key}.high_bits", self.high_bits, rule, "use 8")
-        if (self.budget_bits is None) == (self.budget_mb is None):
-            rule = "exactly one of budget_bits and budget_mb is the budget"
-            fix = f"set one of them, and {key}.budget_bits=null for the other"
-            raise ConfigError(f"{key}.budget_mb", self.budget_mb, rule, fix)
+        budgets = {
+            "budget_mb": self.budget_mb,
+            "budget_tokens_per_s": self.budget_tokens_per_s,
+            "budget_bits": self.budget_bits,
+        }
+        given = [name for name, value in budgets.items() if value is not None]
+        if len(given) != 1:
+            name = given[0] if given else "budget_bits"
+            rule = "exactly one of budget_bits, budget_mb and budget_tokens_per_s is the budget"
+            fix = f"set one of them, and {key}.budget_bits=null beside another"
+            raise ConfigError(f"{key}.{name}", budgets[name], rule, fix)
+        if self.budget_tokens_per_s is not None and not 0 < self.budget_tokens_per_s < math.inf:
+            value = self.budget_tokens_per_s
+            raise ConfigError(f"{key}.budget_tokens_per_s", value, "must be above 0", "lower it")
         if self.samples < 1:
             raise ConfigError(f"{key}.samples", self.samples, "must be above 0", "use 4")
         high = Scheme(Number.int, self.high_bits, self.group_size, self.symmetric)

@@ -73,6 +73,9 @@ class Packer(Protocol):
     def runner(self, folder: Path) -> Runner | None:
         """The same, to be timed; None where it runs elsewhere."""
 
+    def check_layer_times(self, key: str) -> None:
+        """Raises ConfigError where the layers of an artifact cannot be timed one at a time."""
+
     def layer_bytes(self, folder: Path, layers: set[str]) -> int | None:
         """Of all that a folder holds for some layers; None where it does not say."""
 
@@ -99,7 +102,7 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
     work = out / WORK
     made_from = _made_from(config, source, samples)
     claim(work, made_from)
-    stages = Stages(config, parent, samples, work, stop_requested)
+    stages = Stages(config, parent, samples, packers, work, stop_requested)
     began = time.process_time()
     try:
         model, result = stages.run()
@@ -207,6 +210,8 @@ def _packers(
         packers[target] = importlib.import_module(f"compression.targets.{target.value}")
         packers[target].check(schemes, "target")
         packers[target].check_parent(parent, layers, "target")
+        if config.has_speed_budget:
+            packers[target].check_layer_times("target")
     return packers
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -76,6 +76,18 @@ class TorchRunner:
             output = model(token, past_key_values=output.past_key_values, use_cache=True)
         decode_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
         return Timing(prompt_tokens / prefill_s, new_tokens / decode_s, 1000 * cpu_s / new_tokens)
+
+    @torch.no_grad()
+    def layer_ms(self, names: Iterable[str]) -> dict[str, float]:
+        """Wall-clock milliseconds of each layer for one token, one after another, each once."""
+        found = {}
+        for name in names:
+            layer = self._model.get_submodule(name)
+            x = torch.ones(1, 1, layer.in_features, dtype=self._model.dtype)
+            began = time.perf_counter()
+            layer(x)
+            found[name] = 1000 * (time.perf_counter() - began)
+        return found
 
 
 def measure(

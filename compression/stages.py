@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from compression import progress
-from compression.config import CompressionConfig
+from compression.config import CompressionConfig, Target
+from compression.decode_cost import DecodeCost, TimedTarget, measure_cost
 from compression.evaluate import perplexity
 from compression.heal import heal
 from compression.layerwise import compress
 from compression.methods.gptq import Gptq
-from compression.mixed import choose_schemes, describe, measure_kl, shapes_of
+from compression.mixed import choose_schemes, describe, measure_kl, parts_of, shapes_of
 from compression.recipe import (
     BlockStep,
     HealConfig,
@@ -52,6 +53,7 @@ class Stages:
         config: Of the compression.
         parent: What it begins with.
         samples: To calibrate with, and to judge by.
+        packers: Of the targets.
         work: Folder for what is done; a stage that is there is not done again.
         stop_requested: Polled.
     """
@@ -61,12 +63,13 @@ class Stages:
         config: CompressionConfig,
         parent: Path,
         samples: Samples,
+        packers: Mapping[Target, TimedTarget],
         work: Path,
         stop_requested: Callable[[], bool],
     ) -> None:
         self.notes: dict[str, Any] = {}
         self._config, self._parent, self._samples = config, parent, samples
-        self._work, self._stop_requested = work, stop_requested
+        self._packers, self._work, self._stop_requested = packers, work, stop_requested
         self._has_zeros = False
 
     def run(self) -> tuple[Path, Result]:
@@ -144,6 +147,12 @@ class Stages:
         """GPTQ with the bits that each layer's KL is worth; measured once, and kept."""
         stream, told = BlockStream(model), self._work / f"{name}.json"
         scale_dtype: torch.dtype = getattr(torch, self._config.scale_dtype)
+        cost = None
+        shapes = shapes_of(stream, layers)
+        if step.budget_tokens_per_s is not None:
+            cost = self._decode_cost(model, name, step, layers, shapes)
+            parts = parts_of(layers)
+            cost.check(step, f"recipe.{name}", {p: cost.added_ms(n) for p, n in parts.items()})
         if not told.exists():
             with (
                 tempfile.TemporaryDirectory(dir=self._work) as scratch,
@@ -154,10 +163,45 @@ class Stages:
                 kl = measure_kl(stream, layers, low, scale_dtype, ids, Path(scratch), advance)
             told.write_text(json.dumps(kl))
         kl = json.loads(told.read_text())
-        shapes = shapes_of(stream, layers)
-        schemes = choose_schemes(step, f"recipe.{name}", kl, shapes, scale_dtype.itemsize)
-        self.notes[name] = describe(kl, schemes)
+        schemes = choose_schemes(step, f"recipe.{name}", kl, shapes, scale_dtype.itemsize, cost)
+        self.notes[name] = {"parts": describe(kl, schemes)}
+        if cost is not None:
+            _, high = step.schemes(f"recipe.{name}")
+            predicted = 1000 / cost.predicted_ms(schemes, high)
+            self.notes[name] |= {"predicted_tokens_per_s": predicted, "decode": cost.describe()}
         return Gptq(step.scheme(f"recipe.{name}"), step.damping, schemes)
+
+    def _decode_cost(
+        self,
+        model: Path,
+        name: str,
+        step: MixedConfig,
+        layers: Mapping[str, int],
+        shapes: Mapping[str, tuple[int, int]],
+    ) -> DecodeCost:
+        """What bits cost in time; measured once, and kept, so that a stop changes no choice."""
+        told = self._work / f"{name}-decode.json"
+        if not told.exists():
+            (packer,) = self._packers.values()
+            dtype: torch.dtype = getattr(torch, self._config.dtype.value)
+            scale_dtype: torch.dtype = getattr(torch, self._config.scale_dtype)
+            with (
+                tempfile.TemporaryDirectory(dir=self._work) as scratch,
+                progress.bar(f"{name}: what bits cost in time") as advance,
+            ):
+                cost = measure_cost(
+                    model,
+                    layers,
+                    shapes,
+                    step.schemes(f"recipe.{name}"),
+                    (dtype, scale_dtype),
+                    packer,
+                    self._config.evaluation,
+                    Path(scratch),
+                    advance,
+                )
+            told.write_text(json.dumps(cost.describe()))
+        return DecodeCost.parse(json.loads(told.read_text()))
 
     def _prune(self, model: Path, name: str, step: StructuredPruneConfig, folder: Path) -> Path:
         """The smaller model."""

@@ -138,6 +138,12 @@ def runner(folder: Path) -> None:
     """None: transformers loads it, but it is llama.cpp that runs it."""
 
 
+def check_layer_times(key: str) -> None:
+    """Raises ConfigError: the kernels are llama.cpp's."""
+    rule = "llama.cpp runs it, and says no time of a single layer"
+    raise ConfigError(key, "gguf", rule, "set a budget of bits or MB, or another target")
+
+
 def layer_bytes(folder: Path, layers: set[str]) -> int:
     """Of all that is stored for some layers' weights, scales counted."""
     import gguf

@@ -14,12 +14,13 @@ from compression.targets.packing import (
     load_folder,
     stored_bytes,
     takes_any,
+    times_layers,
     torch_runner,
     write_folder,
 )
 
 check_parent, load, layer_bytes = takes_any, load_folder, stored_bytes
-runner = torch_runner
+runner, check_layer_times = torch_runner, times_layers
 
 
 def check(schemes: set[Scheme], key: str) -> None:

@@ -58,6 +58,12 @@ def load(folder: Path) -> Any:
     return _Ir(folder)
 
 
+def check_layer_times(key: str) -> None:
+    """Raises ConfigError: what is timed is a whole model."""
+    rule = "OpenVINO compiles a model as a whole, in a process of its own: no layer is timed alone"
+    raise ConfigError(key, "openvino", rule, "set a budget of bits or MB, or another target")
+
+
 def layer_bytes(folder: Path, layers: set[str]) -> int | None:
     """Not known: an IR's file does not say what is whose."""
 

@@ -87,6 +87,10 @@ def takes_any(parent: Path, layers: Collection[str], key: str) -> None:
     """The `check_parent` of targets that hold whatever transformers loads."""
 
 
+def times_layers(key: str) -> None:
+    """The `check_layer_times` of targets whose layers run in this process."""
+
+
 def load_folder(folder: Path) -> Any:
     """A model that transformers knows how to load by itself."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()

@@ -18,13 +18,14 @@ from compression.targets.packing import (
     load_folder,
     stored_bytes,
     takes_any,
+    times_layers,
     torch_runner,
     write_folder,
 )
 from monitoring.errors import ConfigError, MissingExtraError
 
 check_parent, load, layer_bytes = takes_any, load_folder, stored_bytes
-runner = torch_runner
+runner, check_layer_times = torch_runner, times_layers
 
 
 def check(schemes: set[Scheme], key: str) -> None:

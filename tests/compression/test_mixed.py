@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compression.artifact import read_report
+from compression.decode_cost import DecodeCost
 from compression.grid import fit_grid
 from compression.mixed import choose_schemes, measure_kl, parts_of, shapes_of
 from compression.recipe import MixedConfig
@@ -27,10 +28,11 @@ def measured(parent, folder, num_samples=3):
 @torch.no_grad()
 def test_the_kl_is_that_of_the_whole_model_with_one_part_rounded(parent, tmp_path):
     layers, ids, kl = measured(parent, tmp_path)
-    assert len(kl) == 6  # attention and MLP of three blocks
+    assert len(kl) == 12  # of three blocks: what engines fuse is one part
     model = AutoModelForCausalLM.from_pretrained(parent).eval()
     log_p = model(ids).logits.log_softmax(-1)
-    part = "model.layers.1.self_attn"
+    part = "model.layers.1.self_attn.qkv_proj"
+    assert len(parts_of(layers)[part]) == 3
     for name in parts_of(layers)[part]:
         layer = model.get_submodule(name)
         layer.weight.data = (
@@ -46,12 +48,12 @@ def test_the_budget_goes_to_the_parts_that_pay_most(parent):
     layers = choose_layers(stream, ["*"], [])
     shapes = shapes_of(stream, layers)
     kl = dict.fromkeys(parts_of(layers), 0.1)
-    kl["model.layers.2.mlp"], kl["model.layers.0.self_attn"] = 5.0, 2.0
+    kl["model.layers.2.mlp.gate_up_proj"], kl["model.layers.0.self_attn.o_proj"] = 5.0, 2.0
     step = MixedConfig(group_size=32, budget_bits=6.0)
     chosen = choose_schemes(step, "recipe.mixed", kl, shapes, 2)
     bits = {part: {chosen[name].bits for name in names} for part, names in parts_of(layers).items()}
-    assert bits["model.layers.2.mlp"] == bits["model.layers.0.self_attn"] == {8}
-    assert {8} != bits["model.layers.1.mlp"]
+    assert bits["model.layers.2.mlp.gate_up_proj"] == bits["model.layers.0.self_attn.o_proj"] == {8}
+    assert bits["model.layers.1.mlp.gate_up_proj"] == {4}
     total = sum(chosen[name].bytes_of(*shape, 2) for name, shape in shapes.items())
     num_weights = sum(outputs * inputs for outputs, inputs in shapes.values())
     assert 5.0 < 8 * total / num_weights <= 6.0
@@ -85,9 +87,72 @@ def test_the_command(compress, parent, tmp_path):
     assert code == 2 and "4 bits everywhere, with their scales, take 4.5; raise it" in err
     assert not (tmp_path / "x").exists()
     code, _, err = compress(*words, "recipe.mixed.budget_mb=1")
-    assert code == 2 and "exactly one of budget_bits and budget_mb" in err
+    assert code == 2 and "exactly one of budget_bits, budget_mb and" in err
     code, _, err = compress(*words)
     assert code == 0, err
     report = read_report(tmp_path / "x" / "compressed_tensors")
-    assert {part["bits"] for part in report["stages"]["mixed"].values()} == {4, 8}
+    assert {part["bits"] for part in report["stages"]["mixed"]["parts"].values()} == {4, 8}
     assert report["reloaded_snr_db"] > 20
+
+
+def cost_of(shapes, low_ms=10.0):
+    """Attention is as fast with more bits, an MLP takes a millisecond more a layer."""
+    layer_ms = {name: (1.0, 2.0 if "mlp" in name else 0.9) for name in shapes}
+    return DecodeCost(parent_tokens_per_s=80.0, low_ms=low_ms, layer_ms=layer_ms)
+
+
+def test_a_budget_of_tokens_per_s_buys_bits_where_a_millisecond_pays_most(parent):
+    stream = BlockStream(parent)
+    layers = choose_layers(stream, ["*"], [])
+    shapes = shapes_of(stream, layers)
+    kl = dict.fromkeys(parts_of(layers), 0.1)
+    kl["model.layers.1.mlp.down_proj"] = 3.0
+    cost = cost_of(shapes)
+    # 12 layers of attention take 1.2 ms less: 8.8 ms a token is the fastest, 1 ms is left.
+    step = MixedConfig(group_size=32, budget_bits=None, budget_tokens_per_s=1000 / 9.85)
+    chosen = choose_schemes(step, "recipe.mixed", kl, shapes, 2, cost)
+    more = {name for name, scheme in chosen.items() if scheme.bits == 8}
+    in_attention = {name for name in shapes if "self_attn" in name}
+    assert more == in_attention | {"model.layers.1.mlp.down_proj"}
+    _, high = step.schemes("recipe.mixed")
+    assert cost.predicted_ms(chosen, high) == pytest.approx(9.8)
+    assert DecodeCost.parse(cost.describe()) == cost
+    step.budget_tokens_per_s = 120.0
+    wanted = (
+        r"budget_tokens_per_s=120.0: the fastest .* is 113.6 .*4 bits everywhere: 100, 8 bits: "
+    )
+    with pytest.raises(ConfigError, match=wanted + r"56.18, the parent: 80"):
+        choose_schemes(step, "recipe.mixed", kl, shapes, 2, cost)
+
+
+SPEED = ["recipe=mixed", "recipe.mixed.group_size=32", "recipe.mixed.budget_bits=null"]
+
+
+def test_a_budget_of_tokens_per_s_is_measured_here(compress, parent, tmp_path):
+    words = [f"model={parent}", *SPEED, "out=x", "layers.include=['*.mlp.*']"]
+    code, _, err = compress(*words, "recipe.mixed.budget_tokens_per_s=1e9")
+    assert code == 2 and err.count("the fastest that bits reach here is") == 1, err
+    assert not (tmp_path / "x").exists()
+    code, _, err = compress(*words, "recipe.mixed.budget_tokens_per_s=0.001")
+    assert code == 0, err
+    report = read_report(tmp_path / "x" / "compressed_tensors")
+    mixed = report["stages"]["mixed"]
+    assert {part["bits"] for part in mixed["parts"].values()} == {8}  # time for all
+    assert len(mixed["decode"]["layer_ms"]) == 9 and mixed["predicted_tokens_per_s"] > 0.001
+    assert all(ms > 0 for pair in mixed["decode"]["layer_ms"].values() for ms in pair)
+    assert report["speed"]["child"]["decode_tokens_per_s"] > 0.001
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["target=gguf"], "target=gguf: llama.cpp runs it"),
+        (["target=[huggingface,compressed_tensors]"], "name one target"),
+        (["evaluation.speed=false"], "has to be measured"),
+        (["recipe.mixed.budget_tokens_per_s=0"], "must be above 0"),
+    ],
+)
+def test_a_speed_that_cannot_be_measured_is_refused(words, said, compress, parent, tmp_path):
+    budget = "recipe.mixed.budget_tokens_per_s=10"
+    code, _, err = compress(f"model={parent}", *SPEED, budget, *words, "out=x")
+    assert code == 2 and said in err and not (tmp_path / "x").exists(), err

@@ -1,0 +1,153 @@
+"""What bits cost in decoding on this machine, a linear layer at a time, for `mixed`.
+
+The model is rounded, packed and loaded as the target has it, once with few bits everywhere and
+once with more; each layer of both is timed where it stands, on one token. So what is timed are the
+kernels that the artifact will run, with weights that come from memory as they do in decoding.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from compression.config import EvaluationConfig
+from compression.layerwise import compress
+from compression.methods.rounding import RoundToNearest
+from compression.progress import Advance
+from compression.recipe import MixedConfig
+from compression.result import Result
+from compression.scheme import Scheme
+from compression.speed import Runner, TorchRunner, measure
+from compression.targets.packing import torch_runner
+from monitoring.errors import ConfigError
+
+_LAYER_ROUNDS = 5  # for a round of the evaluation
+
+
+@dataclass(frozen=True)
+class DecodeCost:
+    """Milliseconds (wall clock) of one new token.
+
+    Attributes:
+        parent_tokens_per_s: Of the model as it was, timed in turn with the others.
+        low_ms: Of the whole model, with few bits everywhere.
+        layer_ms: Of each layer, with few bits and with more.
+    """
+
+    parent_tokens_per_s: float
+    low_ms: float
+    layer_ms: dict[str, tuple[float, float]]
+
+    def added_ms(self, layers: Iterable[str]) -> float:
+        """What more bits for some layers add; below 0 where they are the faster."""
+        return sum(high - low for low, high in (self.layer_ms[name] for name in layers))
+
+    def least_ms(self, added_ms: Mapping[str, float]) -> float:
+        """Of the fastest assignment, by what each part adds."""
+        return self.low_ms + sum(min(0.0, ms) for ms in added_ms.values())
+
+    def predicted_ms(self, schemes: Mapping[str, Scheme], high: Scheme) -> float:
+        """Of an assignment."""
+        chosen = [name for name, scheme in schemes.items() if scheme == high]
+        return self.low_ms + self.added_ms(chosen)
+
+    def check(self, step: MixedConfig, key: str, added_ms: Mapping[str, float]) -> None:
+        """Raises ConfigError for a budget that no assignment reaches, and says what one does."""
+        assert step.budget_tokens_per_s is not None
+        fastest = 1000 / self.least_ms(added_ms)
+        if step.budget_tokens_per_s <= fastest:
+            return
+        every_high = 1000 / (self.low_ms + sum(added_ms.values()))
+        rule = (
+            f"the fastest that bits reach here is {fastest:.4g} tokens/s "
+            f"({step.bits} bits everywhere: {1000 / self.low_ms:.4g}, {step.high_bits} bits: "
+            f"{every_high:.4g}, the parent: {self.parent_tokens_per_s:.4g})"
+        )
+        fix = "lower the budget, or choose a target or machine whose kernels profit from bits"
+        raise ConfigError(f"{key}.budget_tokens_per_s", step.budget_tokens_per_s, rule, fix)
+
+    def describe(self) -> dict[str, Any]:
+        """JSON types only."""
+        return asdict(self)
+
+    @classmethod
+    def parse(cls, described: dict[str, Any]) -> DecodeCost:
+        """What `describe` made, after JSON."""
+        layers = {name: (low, high) for name, (low, high) in described["layer_ms"].items()}
+        return cls(described["parent_tokens_per_s"], described["low_ms"], layers)
+
+
+class TimedTarget(Protocol):
+    """What packs a model that this process can time; see `compression.run.Packer`."""
+
+    def pack(self, result: Result, source: Path, out: Path) -> None: ...
+
+    def runner(self, folder: Path) -> Runner | None: ...
+
+
+def measure_cost(
+    model: Path,
+    layers: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, int]],
+    schemes: tuple[Scheme, Scheme],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    target: TimedTarget,
+    settings: EvaluationConfig,
+    folder: Path,
+    advance: Advance,
+) -> DecodeCost:
+    """Times both ends of what bits can do; three whole models are in memory.
+
+    Args:
+        model: A dense Hugging Face folder.
+        layers: With the number of their block.
+        shapes: Of each: those of one shape are taken to cost the same.
+        schemes: Of few bits and of more.
+        dtypes: Of what is not quantized, and of scales.
+        target: Of the artifact.
+        settings: As in the evaluation: lengths, rounds.
+        folder: For both artifacts.
+        advance: Told of the blocks that are packed.
+    """
+    runners: dict[str, TorchRunner] = {}
+    for which, scheme in zip(("low", "high"), schemes, strict=True):
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            codes, packed = Path(name) / "codes", Path(name) / "packed"
+            codes.mkdir()
+            packed.mkdir()
+            result = Result(codes, *dtypes)
+            compress(model, {which: RoundToNearest(scheme)}, layers, None, result, advance)
+            target.pack(result, model, packed)
+            runners[which] = _in_process(target.runner(packed))
+    everyone = {"parent": torch_runner(model), **runners}
+    speeds = measure(everyone, settings.prompt_tokens, settings.new_tokens, settings.rounds)
+    rounds: dict[str, list[dict[str, float]]] = {"low": [], "high": []}
+    for _ in range(settings.rounds * _LAYER_ROUNDS):
+        for which, runner in runners.items():  # in turn, so that noise meets both
+            rounds[which].append(runner.layer_ms(layers))
+    low, high = (_by_shape(rounds[which], shapes) for which in ("low", "high"))
+    layer_ms = {name: (low[shape], high[shape]) for name, shape in shapes.items()}
+    return DecodeCost(
+        speeds["parent"].decode_tokens_per_s, 1000 / speeds["low"].decode_tokens_per_s, layer_ms
+    )
+
+
+def _in_process(runner: Runner | None) -> TorchRunner:
+    assert isinstance(runner, TorchRunner)  # else `check_layer_times` has refused the target
+    return runner
+
+
+def _by_shape(
+    rounds: list[dict[str, float]], shapes: Mapping[str, tuple[int, int]]
+) -> dict[tuple[int, int], float]:
+    """Median over all layers of a shape, and all rounds."""
+    found: dict[tuple[int, int], list[float]] = {}
+    for name, shape in shapes.items():
+        found.setdefault(shape, []).extend(ms[name] for ms in rounds)
+    return {shape: statistics.median(values) for shape, values in found.items()}
