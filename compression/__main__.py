@@ -45,6 +45,7 @@ Keys (key=value):
   recipe.NAME.KEY             bits, group_size, symmetric, activation; sparsity, pattern; ...
   layers.include, .exclude    patterns of layers' names, e.g. layers.exclude=['*.down_proj']
   data=..., data.KEY          text to calibrate with and compare on, as for the trainer
+  calibration.messages        conversations instead, JSON lines, by the model's chat template
   calibration.num_samples, .min_tokens; evaluation.num_samples, .speed, .prompt_tokens, .new_tokens
   seed
 

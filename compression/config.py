@@ -59,11 +59,15 @@ class CalibrationConfig:
     """What methods that look at data are shown: samples of `data`'s training split.
 
     Attributes:
+        messages: JSON lines with `messages`, rendered by the model's chat template; takes the
+            place of `data` here and in the evaluation, which sees other conversations of it.
         num_samples: Of `data.max_seq_len` tokens.
         min_tokens: Fewer in all are refused.
-        max_seq_len: Of samples that the model makes itself, where there is no `data`.
+        max_seq_len: Of samples of `messages`, or that the model makes itself, where there is no
+            `data`.
     """
 
+    messages: str | None = None
     num_samples: int = 128
     min_tokens: int = 4096
     max_seq_len: int = 512

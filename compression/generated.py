@@ -1,10 +1,14 @@
 """Text that a model makes itself, for want of any other (LLM-QAT, Liu et al., arXiv 2305.17888).
 
+A chat model makes conversations: a user's words out of what its template puts before them (Magpie,
+Xu et al., arXiv 2406.08464), then an assistant's behind the template's generation prompt.
+
 Shapes: N samples of T tokens.
 """
 
 from __future__ import annotations
 
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from compression.chat import answer_prompt, query_prefix
 from compression.progress import bar
 from monitoring.errors import ConfigError, Interrupted
 from trainer.data.files import StopRequested
 
 _ROWS = 16  # that are generated at once
+_QUERY_TOKENS = 64  # of a user, at most
 
 
 @torch.no_grad()
@@ -40,15 +46,12 @@ def generate_samples(
         Interrupted: Told to stop.
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if first is None:
-        fix = "give data=text data.path=notes.txt, or the like"
-        raise ConfigError("data", "null", "the model has no token that starts a text", fix)
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
     longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", max_seq_len)
     if max_seq_len > longest:
         rule = f"the model has {longest} positions"
         raise ConfigError("calibration.max_seq_len", max_seq_len, rule, f"use {longest}")
+    make = _conversations if tokenizer.chat_template is not None else _texts
     torch.manual_seed(seed)
     batches = []
     num_batches = -(-num_samples // _ROWS)
@@ -58,19 +61,55 @@ def generate_samples(
             if stop_requested():
                 raise Interrupted("stopped while generating text; nothing was lost")
             rows = min(_ROWS, num_samples - number * _ROWS)
-            length = {"min_new_tokens": max_seq_len - 1, "max_new_tokens": max_seq_len - 1}
-            prompt = torch.full((rows, 1), first)
-            batches.append(
-                loaded.generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    do_sample=True,
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=1.0,
-                    pad_token_id=first,
-                    **length,
-                )
-            )
+            batches.append(make(loaded, tokenizer, rows, max_seq_len))
         advance(num_batches, num_batches)
     return torch.cat(batches)
+
+
+def _texts(model: Any, tokenizer: Any, rows: int, max_seq_len: int) -> Tensor:
+    """Behind the token that starts a text, none that ends it."""
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        fix = "give data=text data.path=notes.txt, or the like"
+        raise ConfigError("data", "null", "the model has no token that starts a text", fix)
+    settings = {"min_new_tokens": max_seq_len - 1, "pad_token_id": first}
+    return _sample(model, [[first]] * rows, max_seq_len - 1, **settings)
+
+
+def _conversations(model: Any, tokenizer: Any, rows: int, max_seq_len: int) -> Tensor:
+    """A user's words and an assistant's; where a turn ends early, what the model says next."""
+    before = query_prefix(tokenizer)
+    size = min(_QUERY_TOKENS, max_seq_len // 4)
+    if len(before) + size >= max_seq_len:
+        rule = f"the chat template puts {len(before)} tokens before a user's words"
+        raise ConfigError("calibration.max_seq_len", max_seq_len, rule, "raise it")
+    model.generation_config.eos_token_id = None  # the end of a turn is not the end of a sample
+    ends = set(tokenizer.all_special_ids)
+    prompts = []
+    for row in _sample(model, [before] * rows, size).tolist():
+        query = list(takewhile(lambda token: token not in ends, row[len(before) :]))
+        prompts.append(answer_prompt(tokenizer, tokenizer.decode(query))[:max_seq_len])
+    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+    answered = _sample(model, prompts, max_seq_len - shortest)
+    starts = [longest - len(prompt) for prompt in prompts]  # padding is on the left
+    return torch.stack(
+        [row[start : start + max_seq_len] for row, start in zip(answered, starts, strict=True)]
+    )
+
+
+def _sample(model: Any, prompts: list[list[int]], num_tokens: int, **settings: int) -> Tensor:
+    """Prompts, padded on the left, and what a model draws behind them."""
+    longest = max(map(len, prompts))
+    rows = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    drawn: Tensor = model.generate(
+        torch.tensor(rows),
+        attention_mask=torch.tensor(mask),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=num_tokens,
+        **settings,
+    )
+    return drawn

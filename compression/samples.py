@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from compression.artifact import find_run
+from compression.chat import KEY, read_samples
 from compression.config import CompressionConfig
 from compression.generated import generate_samples
 from monitoring.errors import ConfigError
@@ -49,7 +50,8 @@ def draw_samples(
     """Prepares the data as the trainer does, with the model's tokenizer, and draws samples.
 
     Calibration comes from the training split, in the trainer's seeded order; evaluation from the
-    documents that are held out of it. Without data, the model makes both itself.
+    documents that are held out of it. `calibration.messages` takes the place of both; without
+    data, the model makes both itself.
 
     Args:
         config: Of the compression; `data` or a `run` with data.
@@ -59,6 +61,8 @@ def draw_samples(
     Raises:
         ConfigError: There is no data, too little, or the two share text.
     """
+    if config.calibration.messages is not None:
+        return _conversations(config, config.calibration.messages, model)
     if config.data is None and config.parent.run is None:
         return _generated(config, model, stop_requested)
     data = data_config(config)
@@ -81,6 +85,17 @@ def draw_samples(
     )
     check_no_overlap(calibration, evaluation)
     return Samples(calibration, evaluation, prepared.digest)
+
+
+def _conversations(config: CompressionConfig, path: str, model: Path) -> Samples:
+    sizes = config.calibration.num_samples, config.evaluation.num_samples
+    max_seq_len = config.calibration.max_seq_len
+    samples = read_samples(Path(path), model, sizes, max_seq_len, config.seed)
+    calibration, evaluation = samples
+    _check_tokens(config, *calibration.shape)
+    check_no_overlap(calibration, evaluation, KEY)
+    digest = hashlib.sha256(torch.cat(samples).numpy().tobytes()).hexdigest()
+    return Samples(calibration, evaluation, f"messages:{digest}")
 
 
 def _generated(
@@ -115,12 +130,13 @@ def data_config(config: CompressionConfig) -> DataConfig:
     return run_data
 
 
-def check_no_overlap(calibration: Tensor, evaluation: Tensor) -> None:
+def check_no_overlap(calibration: Tensor, evaluation: Tensor, key: str = "data") -> None:
     """Raises ConfigError where text to compare on was calibrated with.
 
     Args:
         calibration: (N, T).
         evaluation: (M, T).
+        key: Where both come from.
     """
     size = min(_WINDOW, calibration.shape[1])
     seen = {tuple(w) for row in calibration for w in row.unfold(0, size, 1).tolist()}
@@ -128,7 +144,7 @@ def check_no_overlap(calibration: Tensor, evaluation: Tensor) -> None:
     shared = sum(window in seen for window in windows) / max(1, len(windows))
     if shared > _MOST_SHARED:
         raise ConfigError(
-            "data",
+            key,
             f"{shared:.0%} shared",
             f"that much of the held-out text is in the calibration, {size} tokens in a row",
             "remove repeated documents from the data",

@@ -1,13 +1,17 @@
 """Text to calibrate with and to compare on."""
 
+import json
+
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from transformers import AutoTokenizer
 
 from compression.samples import check_no_overlap, data_config, draw_samples
 from compression.schemas import register_schemas
 from monitoring.errors import ConfigError, Interrupted
+from tests.compression.conftest import save_model, sentences
 from trainer.cli import CONFIG_DIR
 
 
@@ -81,3 +85,106 @@ def test_without_data_the_model_makes_its_text(parent):
 def test_there_is_no_healing_without_text():
     with pytest.raises(ConfigError, match="data=null: there is no text to train on"):
         data_config(settings("parent.model=x"))
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "chat"
+    save_model(folder, num_hidden_layers=1)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory):
+    """A hundred; no one's words are another's."""
+    path = tmp_path_factory.mktemp("chat") / "chat.jsonl"
+    rows = []
+    for number, said in enumerate(sentences(100)):
+        turns = [("user", f"{number} {said}"), ("assistant", f"{said} {number}")]
+        rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def of_chat(path, *words):
+    sizes = ("calibration.num_samples=20", "calibration.min_tokens=100", "evaluation.num_samples=3")
+    return settings(f"calibration.messages={path}", "calibration.max_seq_len=64", *sizes, *words)
+
+
+def test_conversations_are_rendered_by_the_models_template(chat_model, conversations):
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    first, again = (
+        draw_samples(of_chat(conversations), chat_model, lambda: False) for _ in range(2)
+    )
+    assert first.calibration.shape == (20, 64) and first.evaluation.shape == (3, 64)
+    assert torch.equal(first.calibration, again.calibration) and first.digest == again.digest
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")  # one token, not eleven characters
+    assert first.calibration[0, 0] == start and (first.evaluation == start).sum() > 3
+    text = tokenizer.decode(first.calibration.flatten())
+    assert "<|im_end|>\n<|im_start|>assistant\n" in text
+    other = draw_samples(of_chat(conversations, "seed=1"), chat_model, lambda: False)
+    assert not torch.equal(first.calibration, other.calibration)
+    assert torch.equal(first.evaluation, other.evaluation)
+
+
+def test_a_chat_model_takes_text_as_it_is(chat_model, text):
+    words = ("calibration.num_samples=8", "calibration.min_tokens=100", "evaluation.num_samples=3")
+    samples = draw(chat_model, text, *words)
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    assert "im_start" not in tokenizer.decode(samples.calibration.flatten())
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "is no JSON lines"),
+        ('{"text": "hello"}', "chat.jsonl:1: has no `messages`"),
+        ('{"messages": ["hello"]}', "chat.jsonl:1: has no `messages`"),
+        ('{"messages": [{"role": "user", "content": "hi"}]}', "add conversations"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(line, said, chat_model, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(ConfigError, match="calibration.messages=.*" + said):
+        draw_samples(of_chat(path), chat_model, lambda: False)
+
+
+def test_conversations_need_a_template_that_takes_them(parent, chat_model, conversations, tmp_path):
+    with pytest.raises(ConfigError, match="has no chat template; give text"):
+        draw_samples(of_chat(conversations), parent, lambda: False)
+    with pytest.raises(ConfigError, match="calibration.messages=.*No such file"):
+        draw_samples(of_chat(tmp_path / "none.jsonl"), chat_model, lambda: False)
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    tokenizer.chat_template = "{{ raise_exception('no users') }}"
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="chat.jsonl:1: the model's chat template .*no users"):
+        draw_samples(of_chat(conversations), tmp_path, lambda: False)
+
+
+def test_a_chat_model_makes_conversations(chat_model):
+    words = [
+        f"parent.model={chat_model}",
+        "calibration.num_samples=18",
+        "calibration.max_seq_len=48",
+        "calibration.min_tokens=100",
+        "evaluation.num_samples=3",
+    ]
+    first, again = (draw_samples(settings(*words), chat_model, lambda: False) for _ in range(2))
+    assert first.calibration.shape == (18, 48) and torch.equal(first.evaluation, again.evaluation)
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    for row in first.calibration:
+        said = tokenizer.decode(row)
+        assert said.startswith("<|im_start|>user\n")
+        assert "<|im_end|>\n<|im_start|>assistant\n" in said
+    assert len({tuple(row) for row in first.calibration.tolist()}) == 18

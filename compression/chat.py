@@ -1,0 +1,161 @@
+"""Conversations as a chat model reads them: rendered by its own template, special tokens and all.
+
+Shapes: N samples of T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from monitoring.errors import ConfigError
+
+KEY = "calibration.messages"
+_HELD_OUT = 0.2  # share of the conversations that parent and child are compared on
+_MARK = "0123456789"  # stands for what a user says
+
+
+def read_samples(
+    path: Path, model: Path, sizes: tuple[int, int], max_seq_len: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Samples to calibrate with, and to compare on, out of a file of conversations.
+
+    A conversation's digest decides on which side it is, so that a repeated one is on one side
+    only. Those of a side follow one another and are cut into samples.
+
+    Args:
+        path: JSON lines; each has `messages`, a list of `{"role": ..., "content": ...}`.
+        model: Its tokenizer has a chat template.
+        sizes: N of both, at most.
+        max_seq_len: T.
+        seed: Of the order in which conversations are calibrated with.
+
+    Returns:
+        (N, T) int64 each; fewer samples where there are not enough conversations.
+
+    Raises:
+        ConfigError: No file of conversations, no template, one that refuses them, or not even one
+            sample for a side.
+    """
+    tokenizer = load_chat_tokenizer(model)
+    sides: tuple[list[list[int]], list[list[int]]] = ([], [])
+    for number, messages in _conversations(path):
+        text = render(tokenizer, messages, False, KEY, f"{path}:{number}")
+        draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / (1 << 48)
+        sides[draw < _HELD_OUT].append(_ids(tokenizer, text))
+    order = torch.randperm(len(sides[0]), generator=torch.Generator().manual_seed(seed))
+    calibration = _cut([sides[0][i] for i in order.tolist()], sizes[0], max_seq_len)
+    evaluation = _cut(sides[1], sizes[1], max_seq_len)
+    for what, found, ids in (
+        ("calibration", calibration, sides[0]),
+        ("held-out", evaluation, sides[1]),
+    ):
+        if not len(found):
+            rule = (
+                f"its {what} conversations have {sum(map(len, ids))} tokens, a sample {max_seq_len}"
+            )
+            fix = "add conversations, or lower calibration.max_seq_len"
+            raise ConfigError(KEY, path, rule, fix)
+    return calibration, evaluation
+
+
+def load_chat_tokenizer(model: Path) -> Any:
+    """A model's tokenizer.
+
+    Raises:
+        ConfigError: It has no chat template.
+    """
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    if tokenizer.chat_template is None:
+        rule = f"{model} has no chat template"
+        raise ConfigError(KEY, "...", rule, "give text: data=text data.path=notes.txt")
+    return tokenizer
+
+
+def query_prefix(tokenizer: Any) -> list[int]:
+    """All that a template puts before what a user says.
+
+    Raises:
+        ConfigError: The template refuses, or leaves out, what a user says.
+    """
+    said = [{"role": "user", "content": _MARK}]
+    before, mark, _ = render(tokenizer, said, True, "data", "null").partition(_MARK)
+    if not mark:
+        rule = "the model's chat template leaves out what a user says"
+        raise ConfigError("data", "null", rule, "give data=text data.path=notes.txt, or the like")
+    return _ids(tokenizer, before)
+
+
+def answer_prompt(tokenizer: Any, query: str) -> list[int]:
+    """A user's words, and the template's generation prompt: an assistant's words follow."""
+    said = [{"role": "user", "content": query}]
+    return _ids(tokenizer, render(tokenizer, said, True, "data", "null"))
+
+
+def render(
+    tokenizer: Any, messages: list[dict[str, Any]], is_prompt: bool, key: str, value: object
+) -> str:
+    """A conversation as text.
+
+    Args:
+        tokenizer: With a chat template.
+        messages: As OpenAI has them.
+        is_prompt: Ends with the template's generation prompt.
+        key: For errors.
+        value: For errors.
+
+    Raises:
+        ConfigError: The template refuses it.
+    """
+    try:
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=is_prompt
+        )
+    except Exception as e:  # a template is a program of the model's author: anything can come
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        rule = f"the model's chat template refuses it: {reason}"
+        raise ConfigError(key, value, rule, "give conversations that fit the template") from e
+    return text
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    """A template writes special tokens itself, BOS among them."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    return ids
+
+
+def _conversations(path: Path) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Each with the number of its line."""
+    fix = 'give JSON lines: {"messages": [{"role": "user", "content": "..."}, ...]}'
+    try:
+        with path.expanduser().open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                messages = row.get("messages") if isinstance(row, dict) else None
+                if not isinstance(messages, list) or not all(map(_is_message, messages)):
+                    rule = "has no `messages`, a list of objects with role and content"
+                    raise ConfigError(KEY, f"{path}:{number}", rule, fix)
+                yield number, messages
+    except ValueError as e:
+        raise ConfigError(KEY, path, f"is no JSON lines: {e}", fix) from e
+    except OSError as e:
+        raise ConfigError(KEY, path, e.strerror or str(e), fix) from e
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("role"), str)
+
+
+def _cut(conversations: list[list[int]], num_samples: int, max_seq_len: int) -> Tensor:
+    stream = torch.tensor([id_ for ids in conversations for id_ in ids], dtype=torch.int64)
+    num_samples = min(num_samples, len(stream) // max_seq_len)
+    return stream[: num_samples * max_seq_len].view(num_samples, max_seq_len)
