@@ -47,6 +47,7 @@ Keys (key=value):
   data=..., data.KEY          text to calibrate with and compare on, as for the trainer
   calibration.messages        conversations instead, JSON lines, by the model's chat template
   calibration.num_samples, .min_tokens; evaluation.num_samples, .speed, .prompt_tokens, .new_tokens
+  gate.max_perplexity_ratio, .max_kl, .min_greedy_agreement   else no artifact, and exit code 1
   seed
 
 Options:

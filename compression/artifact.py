@@ -17,6 +17,7 @@ REPORT = "compression.json"
 WORK = ".work"
 CANDIDATES = ".candidates"  # of recipe=auto
 AUTO = "auto.json"
+REJECTED = "rejected.json"  # the report of what did not pass the gate
 _WEIGHTS = ("*.safetensors", "*.gguf", "openvino_model.bin")
 
 
@@ -68,7 +69,7 @@ def check_replaceable(out: Path, recipe: str | None) -> None:
     if not out.is_dir():
         raise ConfigError("out", out, "is a file", "name a folder")
     for path in out.iterdir():
-        if path.name in (WORK, CANDIDATES, AUTO):
+        if path.name in (WORK, CANDIDATES, AUTO, REJECTED):
             continue
         if not (path / REPORT).is_file():
             rule = f"holds {path.name}, which is of no compression"

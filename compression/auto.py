@@ -17,6 +17,7 @@ from rich.table import Table
 
 from compression.artifact import AUTO, CANDIDATES, check_replaceable, places, read_report
 from compression.config import CompressionConfig, Target
+from compression.gate import GateError
 from compression.recipe import AutoConfig, GptqConfig, RoundConfig, Step
 from compression.run import run
 from compression.source import choose_layers
@@ -115,6 +116,8 @@ def _try(
         except ConfigError as e:
             if e.key not in ("target", PYTHON):
                 raise  # of the parent or the data: it would be the same for all
+            return _Tried(candidate, None, str(e))
+        except GateError as e:
             return _Tried(candidate, None, str(e))
     return _Tried(candidate, read_report(artifact), "")
 

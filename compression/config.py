@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -93,6 +94,34 @@ class EvaluationConfig:
 
 
 @dataclass
+class GateConfig:
+    """Limits that a result keeps, or does not take its place; null: none.
+
+    Each is held against the worse end of the figure's 95% interval.
+
+    Attributes:
+        max_perplexity_ratio: Of the child's perplexity to the parent's.
+        max_kl: KL(parent || child), nats a token.
+        min_greedy_agreement: Share of tokens at which both find the same next one likeliest.
+    """
+
+    max_perplexity_ratio: float | None = None
+    max_kl: float | None = None
+    min_greedy_agreement: float | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError for limits that cannot be."""
+        for name in ("max_perplexity_ratio", "max_kl"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"gate.{name}", value, "must be above 0", "or null, for none")
+        least = self.min_greedy_agreement
+        if least is not None and not 0 < least <= 1:
+            rule = "must be above 0, and at most 1"
+            raise ConfigError("gate.min_greedy_agreement", least, rule, "or null, for none")
+
+
+@dataclass
 class CompressionConfig:
     """`python -m compression run=... | model=... recipe=...`.
 
@@ -107,6 +136,7 @@ class CompressionConfig:
         layers: See `LayersConfig`.
         calibration: See `CalibrationConfig`.
         evaluation: See `EvaluationConfig`.
+        gate: See `GateConfig`.
         data: Any data of the trainer; null: the run's, or text that the model makes itself.
         recipe: Steps in order, by name.
     """
@@ -119,6 +149,7 @@ class CompressionConfig:
     layers: LayersConfig = field(default_factory=LayersConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
     data: Any = None
     recipe: Any = MISSING
 
@@ -194,6 +225,7 @@ class CompressionConfig:
             rule = "gguf has scales in float16, the others in bfloat16: one would round them again"
             fix = "set dtype=float32, or leave gguf to a command of its own"
             raise ConfigError("target", ",".join(t.value for t in self.targets), rule, fix)
+        self.gate.check()
         if self.seed < 0:
             raise ConfigError("seed", self.seed, "must not be below 0", "use 0")
         steps: list[tuple[str, Step]] = list(self.recipe.items())

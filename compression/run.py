@@ -2,7 +2,8 @@
 
 <out>/<target>/     a Hugging Face folder with lineage.json, and compression.json: the recipe,
                     what it did, and what it cost in quality
-<out>/.work/        a stopped compression goes on from here
+<out>/rejected.json the same of a result that did not pass the gate, of which no artifact is left
+<out>/.work/        a stopped compression goes on from here, and so does one with another gate
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from compression import progress
 from compression.artifact import (
+    REJECTED,
     REPORT,
     WORK,
     check_replaceable,
@@ -33,6 +35,7 @@ from compression.artifact import (
 )
 from compression.config import CompressionConfig, LayersConfig, Target
 from compression.evaluate import Quality, compare, final_hidden
+from compression.gate import GateError, failures
 from compression.mixed import check_budget, shapes_of
 from compression.recipe import HealConfig, MixedConfig, QatConfig, StructuredPruneConfig
 from compression.reload import ReloadError, logits_of, signal_to_noise_db
@@ -86,6 +89,7 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
     Raises:
         ConfigError: Something does not fit; nothing was written.
         Interrupted: Told to stop; the same command goes on.
+        GateError: The result is not good enough; its report is left, and no artifact.
         ReloadError: A packed artifact does not do what it should; it is not left behind.
     """
     # 1. What can be refused is refused before any work
@@ -125,7 +129,9 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
             "compression_cpu_s": round(cpu_s, 1),
             "parent_weight_bytes": weight_bytes(parent),
             "environment": describe_environment(),
+            "gate": asdict(config.gate),
         }
+        _judge(config, report, out)
         # 4. Packed, loaded by a process that knows nothing of this one, timed; only then in place
         for target, packer in packers.items():
             artifact = scratch / target.value
@@ -150,6 +156,19 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
             print_report(place, described)
     shutil.rmtree(work)
     return out
+
+
+def _judge(config: CompressionConfig, report: dict[str, Any], out: Path) -> None:
+    """Raises GateError for a result that is not to take its place; nothing else is there then."""
+    rejected = out / REJECTED
+    rejected.unlink(missing_ok=True)
+    failed = failures(config.gate, report["evaluation"])
+    if not failed:
+        return
+    rejected.write_text(json.dumps(report | {"failed": failed}, indent=1) + "\n")
+    for target in config.targets:  # of an earlier command: it would be taken for this one's
+        shutil.rmtree(out / target.value, ignore_errors=True)
+    raise GateError(f"{'; '.join(failed)}; no artifact was left, the report is {rejected}")
 
 
 def _forget(work: Path) -> None:
