@@ -9,22 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import dataclasses
 import itertools
-import json
 import logging
 import os
-import signal
-import sys
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from monitoring.errors import SpotforgeError
+from serving.child import STABLE_S, Child, backoff_s
 from serving.engine import (
     EngineError,
     EngineInfo,
@@ -34,15 +29,9 @@ from serving.engine import (
     TokenRequest,
 )
 
-T = TypeVar("T")
-
 _log = logging.getLogger("spotforge.serving")
-_LINE_BYTES = 1 << 26  # embeddings are the longest lines
 _DEATHS_OF_A_REQUEST = 2
-_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 _PROBE = "probe-"
-_BACKOFF_S = (0.0, 0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # by failures in a row
-_STABLE_S = 60.0  # an engine that lived this long has not failed in a row
 
 
 @dataclass(frozen=True)
@@ -104,16 +93,15 @@ class ProcessEngine:
     ) -> None:
         self._command, self._watch = list(command), watch or Watch()
         self._env = os.environ | (env or {})
-        self._process: asyncio.subprocess.Process | None = None
+        self._child: Child | None = None
+        self._ready: asyncio.Future[EngineInfo] | None = None
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
         self._live: dict[str, _Live] = {}
         self._embeds: dict[str, asyncio.Future[list[list[float]]]] = {}
         self._is_up = False  # a process is there, has said that it is ready, and made a token
         self._is_hung = False
-        self._heard_s = self._token_s = 0.0  # when there was a line, a token
-        self._said: deque[str] = deque(maxlen=20)  # the last lines of standard error
-        self._fatal: str | None = None
+        self._token_s = 0.0  # when there was one
         self._tasks: list[asyncio.Task[None]] = []
         self._up = asyncio.Event()
         self._probes = itertools.count()
@@ -134,7 +122,7 @@ class ProcessEngine:
     @property
     def pid(self) -> int | None:
         """Of the process that is there now."""
-        return None if self._process is None else self._process.pid
+        return None if self._child is None else self._child.pid
 
     async def start(self) -> EngineInfo:
         """See `Engine`."""
@@ -153,7 +141,7 @@ class ProcessEngine:
         self._stats.prompt_tokens += len(request.prompt)
         try:
             if self._up.is_set():
-                self._say({"submit": dataclasses.asdict(request)})
+                self._say("submit", dataclasses.asdict(request))
             # Otherwise it is handed over when the next process is up.
             while True:
                 chunk = await live.chunks.get()
@@ -164,7 +152,7 @@ class ProcessEngine:
                     return
         finally:
             if self._live.pop(request.id, None) is not None:
-                self._say({"cancel": request.id})
+                self._say("cancel", request.id)
 
     async def embed(self, id: str, inputs: list[list[int]]) -> list[list[float]]:
         """See `Engine`."""
@@ -175,7 +163,7 @@ class ProcessEngine:
         future = asyncio.get_running_loop().create_future()
         self._embeds[id] = future
         try:
-            self._say({"embed": {"id": id, "inputs": inputs}})
+            self._say("embed", {"id": id, "inputs": inputs})
             vectors: list[list[float]] = await future
             return vectors
         finally:
@@ -199,23 +187,12 @@ class ProcessEngine:
 
     async def _launch(self) -> None:
         """Starts a process, waits until it is ready, and has it make one token."""
-        self._fatal, self._is_hung = None, False
-        self._said.clear()
-        self._process = await asyncio.create_subprocess_exec(
-            *self._command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            limit=_LINE_BYTES,
-            env=self._env,
-            preexec_fn=_die_with_parent,
-        )
-        ready: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
-        self._reader = asyncio.create_task(self._read(self._process, ready))
-        self._errors = asyncio.create_task(self._read_errors(self._process))
+        self._is_hung = False
+        self._ready = asyncio.get_running_loop().create_future()
+        self._child = await Child.start(self._command, self._hear, self._env)
         try:
             async with asyncio.timeout(self._watch.start_timeout_s):
-                self._info = await self._unless_it_ends(ready)
+                self._info = await self._child.unless_it_ends(self._ready)
                 await self._probe()
         except TimeoutError as e:
             timeout_s = self._watch.start_timeout_s
@@ -223,16 +200,17 @@ class ProcessEngine:
         self._is_up = True
         self._up.set()
         for live in self._live.values():
-            self._say({"submit": dataclasses.asdict(live.rest())})
+            self._say("submit", dataclasses.asdict(live.rest()))
 
     async def _probe(self) -> None:
         """One token, of the process that is there."""
+        assert self._child is not None
         name = f"{_PROBE}{next(self._probes)}"
         live = self._live[name] = _Live(TokenRequest(name, [0], 1, temperature=0, ignore_eos=True))
         try:
-            self._say({"submit": dataclasses.asdict(live.request)})
+            self._say("submit", dataclasses.asdict(live.request))
             while True:
-                chunk = await self._unless_it_ends(asyncio.ensure_future(live.chunks.get()))
+                chunk = await self._child.unless_it_ends(live.chunks.get())
                 if isinstance(chunk, EngineError):
                     raise chunk
                 if chunk.finish_reason is not None:
@@ -240,54 +218,27 @@ class ProcessEngine:
         finally:
             self._live.pop(name, None)
 
-    async def _unless_it_ends(self, future: asyncio.Future[T]) -> T:
-        """A future's result; raises EngineError when the process ends before."""
-        waits: list[asyncio.Future[Any]] = [future, self._reader]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            if not future.done():
-                await self._errors
-                raise EngineError(self._last_words())
-            return future.result()
-        finally:
-            future.cancel()
+    def _say(self, kind: str, content: Any) -> None:
+        if self._child is not None:
+            self._child.say(kind, content)
 
-    def _say(self, message: dict[str, Any]) -> None:
-        process = self._process
-        if process is None or process.stdin is None or process.stdin.is_closing():
-            return
-        with contextlib.suppress(ConnectionError):
-            process.stdin.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
-
-    async def _read(
-        self, process: asyncio.subprocess.Process, ready: asyncio.Future[EngineInfo]
-    ) -> None:
-        assert process.stdout is not None
-        while line := await process.stdout.readline():
-            self._heard_s = time.monotonic()
-            for kind, content in json.loads(line).items():
-                if kind == "step":
-                    self._on_step(content)
-                elif kind == "ready":
-                    ready.set_result(EngineInfo(**content))
-                elif kind == "failed":
-                    self._on_failed(content["id"], content["error"])
-                elif kind == "embeddings":
-                    if (future := self._embeds.get(content["id"])) and not future.done():
-                        future.set_result(content["vectors"])
-                elif kind == "idle":
-                    self._stats.running = 0
-                    self._stats.kv_cache_usage = content["kv_cache_usage"]
-                elif kind == "fatal":
-                    self._fatal = content
-
-    async def _read_errors(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stderr is not None
-        while line := await process.stderr.readline():
-            self._said.append(line.decode(errors="replace").rstrip())
+    def _hear(self, kind: str, content: Any) -> None:
+        if kind == "step":
+            self._on_step(content)
+        elif kind == "ready":
+            assert self._ready is not None
+            self._ready.set_result(EngineInfo(**content))
+        elif kind == "failed":
+            self._on_failed(content["id"], content["error"])
+        elif kind == "embeddings":
+            if (future := self._embeds.get(content["id"])) and not future.done():
+                future.set_result(content["vectors"])
+        elif kind == "idle":
+            self._stats.running = 0
+            self._stats.kv_cache_usage = content["kv_cache_usage"]
 
     def _on_step(self, step: dict[str, Any]) -> None:
-        self._token_s = self._heard_s
+        self._token_s = time.monotonic()
         self._stats.running = step["running"]
         self._stats.kv_cache_usage = step["kv_cache_usage"]
         finished = dict(step["finished"])
@@ -313,14 +264,6 @@ class ProcessEngine:
         elif (future := self._embeds.get(name)) is not None and not future.done():
             future.set_exception(EngineError(error))
 
-    def _last_words(self) -> str:
-        code = None if self._process is None else self._process.returncode
-        said = self._fatal or next((line for line in reversed(self._said) if line), None)
-        ended = (
-            f"killed by signal {-code}" if code is not None and code < 0 else f"ended with {code}"
-        )
-        return f"{ended}: {said}" if said else f"{ended}, and said nothing"
-
     # -- Watching ----------------------------------------------------------------------------
 
     async def _supervise(self) -> None:
@@ -332,13 +275,13 @@ class ProcessEngine:
             await self._kill()
             _log.warning("engine: %s; it is started again", why)
             self._count_deaths(why)
-            failures = 0 if time.monotonic() - began_s > _STABLE_S else failures + 1
+            failures = 0 if time.monotonic() - began_s > STABLE_S else failures + 1
             await self._start_again(failures)
 
     async def _start_again(self, failures: int) -> None:
         """Until it is up, in longer and longer intervals."""
         while True:
-            await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
+            await asyncio.sleep(backoff_s(failures))
             self._stats.restarts += 1
             began_s = time.monotonic()
             try:
@@ -353,23 +296,16 @@ class ProcessEngine:
 
     async def _watch_one(self) -> str:
         """Returns why the process that is there is not to be kept."""
-        watch, process = self._watch, self._process
-        assert process is not None
-        cpu_s, cpu_changed_s = _cpu_seconds(process.pid), time.monotonic()
+        watch, child = self._watch, self._child
+        assert child is not None
         probing: asyncio.Task[None] | None = None
         probe_began_s = 0.0
         try:
             while True:
-                await asyncio.wait([self._reader], timeout=0.25)
-                now_s = time.monotonic()
-                if self._reader.done():
-                    await process.wait()
-                    await self._errors
-                    return self._last_words()
-                if (used_s := _cpu_seconds(process.pid)) != cpu_s:
-                    cpu_s, cpu_changed_s = used_s, now_s
-                silent_s = now_s - self._heard_s
-                still_s = min(silent_s, now_s - cpu_changed_s)
+                if await child.ends_within(0.25):
+                    return await child.last_words()
+                now_s, still_s = time.monotonic(), child.still_s()
+                silent_s = now_s - child.heard_s
                 self._is_hung = still_s > watch.silence_s
                 if self._is_hung:
                     return f"said nothing and did nothing for {still_s:.1f} s"
@@ -409,26 +345,6 @@ class ProcessEngine:
         """Ends the process, at once: what it held is handed to the next, or lost."""
         self._is_up = False
         self._up.clear()
-        process, self._process = self._process, None
-        if process is None:
-            return
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-        await process.wait()
-        await asyncio.gather(self._reader, self._errors, return_exceptions=True)
-
-
-def _cpu_seconds(pid: int) -> float | None:
-    """User and system time of a process; None where that is not known, or it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _die_with_parent() -> None:
-    """Has Linux kill the engine with the gateway, even where it hangs in a library."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        child, self._child = self._child, None
+        if child is not None:
+            await child.kill()

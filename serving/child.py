@@ -1,0 +1,189 @@
+"""A child process that talks in lines of JSON: engines are such, and so are text stages.
+
+It dies with the gateway, however that ends: its standard input closes, and Linux kills it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from monitoring.errors import SpotforgeError
+
+T = TypeVar("T")
+
+STABLE_S = 60.0  # a process that lived this long has not failed in a row
+_BACKOFF_S = (0.0, 0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # by failures in a row
+_BLOCK_BYTES = 1 << 20
+_LONGEST_LOOK_S = 1.0  # when this process stood still itself, that says nothing of its child
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class ChildEnded(SpotforgeError):
+    """The process ended before it did what was waited for; its last words say why."""
+
+
+class Child:
+    """One process, from its start to its end.
+
+    Attributes:
+        heard_s: When there was a line, by the monotonic clock.
+        fatal: Why it ends, where it said so itself.
+    """
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, hear: Callable[[str, Any], None]
+    ) -> None:
+        self._process, self._hear = process, hear
+        self.heard_s = time.monotonic()
+        self.fatal: str | None = None
+        self._said: deque[str] = deque(maxlen=20)  # the last lines of standard error
+        self._reader = asyncio.create_task(self._read())
+        self._errors = asyncio.create_task(self._read_errors())
+        self._unsent: list[bytes] = []
+        self._still_s = 0.0
+        self._looked_s, self._heard_at_look_s = time.monotonic(), self.heard_s
+        self._cpu_at_look_s = _cpu_seconds(process.pid)
+
+    @classmethod
+    async def start(
+        cls,
+        command: Sequence[str],
+        hear: Callable[[str, Any], None],
+        env: dict[str, str] | None = None,
+    ) -> Child:
+        """Starts a process.
+
+        Args:
+            command: Program and arguments.
+            hear: Called with the kind and the content of each line that it says.
+            env: Its environment; None: this process's.
+        """
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            limit=_BLOCK_BYTES,
+            env=env,
+            preexec_fn=_die_with_parent,
+            start_new_session=True,  # Ctrl-C is for the gateway, which drains
+        )
+        return cls(process, hear)
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    def say(self, kind: str, content: Any) -> None:
+        """A line for it; all of one turn of the event loop are one write."""
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._send)
+        self._unsent.append(_encode({kind: content}).encode() + b"\n")
+
+    def _send(self) -> None:
+        stdin, lines = self._process.stdin, b"".join(self._unsent)
+        self._unsent.clear()
+        assert stdin is not None
+        if not stdin.is_closing():
+            with contextlib.suppress(ConnectionError):
+                stdin.write(lines)
+
+    async def unless_it_ends(self, wanted: Awaitable[T]) -> T:
+        """What is waited for.
+
+        Raises:
+            ChildEnded: The process ended before.
+        """
+        future = asyncio.ensure_future(wanted)
+        try:
+            await asyncio.wait([future, self._reader], return_when=asyncio.FIRST_COMPLETED)
+            if not future.done():
+                raise ChildEnded(await self.last_words())
+            return future.result()
+        finally:
+            future.cancel()
+
+    async def ends_within(self, seconds: float) -> bool:
+        """Whether it said its last line by then."""
+        await asyncio.wait([self._reader], timeout=seconds)
+        return self._reader.done()
+
+    def still_s(self) -> float:
+        """Seconds without a line *and* without CPU time; to be asked for several times a second."""
+        now_s, cpu_s = time.monotonic(), _cpu_seconds(self.pid)
+        self._still_s += min(now_s - self._looked_s, _LONGEST_LOOK_S)
+        if (self.heard_s, cpu_s) != (self._heard_at_look_s, self._cpu_at_look_s):
+            self._still_s = 0.0
+        self._looked_s, self._heard_at_look_s, self._cpu_at_look_s = now_s, self.heard_s, cpu_s
+        return self._still_s
+
+    async def last_words(self) -> str:
+        """How it ended, and what it said of that; waits for its end."""
+        code = await self._process.wait()
+        await self._errors
+        said = self.fatal or next((line for line in reversed(self._said) if line), None)
+        ended = f"killed by signal {-code}" if code < 0 else f"ended with {code}"
+        return f"{ended}: {said}" if said else f"{ended}, and said nothing"
+
+    async def kill(self) -> None:
+        """Ends it, at once."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+        await self._process.wait()
+        await asyncio.gather(self._reader, self._errors)
+
+    async def _read(self) -> None:
+        assert self._process.stdout is not None
+        rest = b""
+        try:
+            while block := await self._process.stdout.read(_BLOCK_BYTES):
+                self.heard_s = time.monotonic()
+                *lines, rest = (rest + block).split(b"\n")
+                for line in lines:
+                    for kind, content in json.loads(line).items():
+                        if kind == "fatal":
+                            self.fatal = content
+                        else:
+                            self._hear(kind, content)
+        except Exception as e:  # whatever a process says, its end is what it costs
+            self.fatal = f"what it said makes no sense: {type(e).__name__}: {e}"
+            self._process.kill()
+
+    async def _read_errors(self) -> None:
+        assert self._process.stderr is not None
+        async for line in self._process.stderr:
+            self._said.append(line.decode(errors="replace").rstrip())
+
+
+def backoff_s(failures: int) -> float:
+    """How long to wait before the next start, by failures in a row."""
+    return _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)]
+
+
+def _cpu_seconds(pid: int) -> float | None:
+    """User and system time of a process; None where that is not known, or it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _die_with_parent() -> None:
+    """Has Linux kill the child with the gateway, even where it hangs in a library."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
