@@ -34,6 +34,8 @@ Keys (key=value):
   host, port                  to listen on: 127.0.0.1, 8000
   admin_host, admin_port      for the admin endpoints; default: none
   keys                        file of API keys; default: whoever can connect may ask
+  topology                    local | split: text stages in the gateway, or in processes
+  text.encoders, .decoders    numbers of those processes
   engine.name                 auto | transformers | openvino
   engine.max_context, .max_running, .max_batch_tokens, .kv_cache_mb, .num_threads
   engine.openvino_bits        8 | 4 | 32, where an IR is made of dense weights

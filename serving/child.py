@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import ctypes
 import json
+import logging
 import os
 import signal
 import sys
@@ -22,7 +23,8 @@ from monitoring.errors import SpotforgeError
 
 T = TypeVar("T")
 
-STABLE_S = 60.0  # a process that lived this long has not failed in a row
+_log = logging.getLogger("spotforge.serving")
+_STABLE_S = 60.0  # a process that lived this long has not failed in a row
 _BACKOFF_S = (0.0, 0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # by failures in a row
 _BLOCK_BYTES = 1 << 20
 _LONGEST_LOOK_S = 1.0  # when this process stood still itself, that says nothing of its child
@@ -54,7 +56,7 @@ class Child:
         self._unsent: list[bytes] = []
         self._still_s = 0.0
         self._looked_s, self._heard_at_look_s = time.monotonic(), self.heard_s
-        self._cpu_at_look_s = _cpu_seconds(process.pid)
+        self._cpu_at_look_s = 0.0
 
     @classmethod
     async def start(
@@ -122,10 +124,14 @@ class Child:
         return self._reader.done()
 
     def still_s(self) -> float:
-        """Seconds without a line *and* without CPU time; to be asked for several times a second."""
-        now_s, cpu_s = time.monotonic(), _cpu_seconds(self.pid)
+        """Seconds that it said nothing, used no CPU time and waited for none.
+
+        It is to be asked for several times a second.
+        """
+        now_s, (state, cpu_s) = time.monotonic(), _activity(self.pid)
         self._still_s += min(now_s - self._looked_s, _LONGEST_LOOK_S)
-        if (self.heard_s, cpu_s) != (self._heard_at_look_s, self._cpu_at_look_s):
+        has_changed = (self.heard_s, cpu_s) != (self._heard_at_look_s, self._cpu_at_look_s)
+        if has_changed or state == "R":  # it would run, were the host not that busy
             self._still_s = 0.0
         self._looked_s, self._heard_at_look_s, self._cpu_at_look_s = now_s, self.heard_s, cpu_s
         return self._still_s
@@ -169,18 +175,50 @@ class Child:
             self._said.append(line.decode(errors="replace").rstrip())
 
 
-def backoff_s(failures: int) -> float:
-    """How long to wait before the next start, by failures in a row."""
-    return _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)]
+async def keep_up(
+    name: str,
+    watch: Callable[[], Awaitable[str]],
+    end: Callable[[str], Awaitable[None]],
+    start: Callable[[], Awaitable[None]],
+) -> None:
+    """Starts a child again whenever it died or hung, until this is cancelled.
+
+    Args:
+        name: For the log.
+        watch: Returns why the process that is there is not to be kept, once that is so.
+        end: Ends the process, and hands over what it had; it is told why.
+        start: Starts another; raises SpotforgeError where that does not come up.
+    """
+    failures = 0  # in a row
+    while True:
+        began_s = time.monotonic()
+        why = await watch()
+        _log.warning("%s: %s; it is started again", name, why)
+        await end(why)
+        failures = 0 if time.monotonic() - began_s > _STABLE_S else failures + 1
+        is_up = False
+        while not is_up:
+            await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
+            began_s = time.monotonic()
+            try:
+                await start()
+                is_up = True
+            except SpotforgeError as e:
+                failures += 1
+                _log.error("%s: does not start: %s", name, e)
+        _log.warning("%s: up again after %.1f s", name, time.monotonic() - began_s)
 
 
-def _cpu_seconds(pid: int) -> float | None:
-    """User and system time of a process; None where that is not known, or it is gone."""
+def _activity(pid: int) -> tuple[str, float]:
+    """State, and user and system time, of a process; as of one that sleeps where that is unknown.
+
+    See proc_pid_stat(5).
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return None
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return "S", 0.0
+    return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _die_with_parent() -> None:

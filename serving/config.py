@@ -55,6 +55,26 @@ class EngineConfig:
     probe_interval_s: float = 10.0
 
 
+class Topology(Enum):
+    """Where text becomes tokens and back: in the gateway, or in processes that scale apart."""
+
+    local = "local"
+    split = "split"
+
+
+@dataclass
+class TextConfig:
+    """The text stages, where they are processes.
+
+    Attributes:
+        encoders: Processes that make tokens of text; null: 1.
+        decoders: Processes that make text of tokens; null: 1.
+    """
+
+    encoders: int | None = None
+    decoders: int | None = None
+
+
 @dataclass
 class AdmissionConfig:
     """Who gets in.
@@ -152,6 +172,7 @@ class ServingConfig:
         keys: File of API keys; null: anybody who can connect may ask.
         cache: Folder for what engines prepare; null: SPOTFORGE_CACHE/serving.
         drain_timeout_s: For requests that run when it is told to stop.
+        topology: Where the text stages run.
     """
 
     artifact: str = MISSING
@@ -164,6 +185,8 @@ class ServingConfig:
     keys: str | None = None
     cache: str | None = None
     drain_timeout_s: float = 120.0
+    topology: Topology = Topology.local
+    text: TextConfig = field(default_factory=TextConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     guard: Guard = field(default_factory=Guard)
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
@@ -196,6 +219,8 @@ class ServingConfig:
             "batches.max_lines": self.batches.max_lines,
             "batches.lease_s": self.batches.lease_s,
             "drain_timeout_s": self.drain_timeout_s,
+            "text.encoders": self.text.encoders,
+            "text.decoders": self.text.decoders,
         }
         for key, value in positive.items():
             if value is not None and not 0 < value < math.inf:
@@ -214,4 +239,9 @@ class ServingConfig:
         if self.log.text and self.log.requests is None:
             rule, fix = "has no effect without a log of requests", "set log.requests=FILE"
             raise ConfigError("log.text", True, rule, fix)
+        if self.topology is Topology.local:
+            for key in ("encoders", "decoders"):
+                if (count := getattr(self.text, key)) is not None:
+                    rule, fix = "has no effect in one process", "set topology=split"
+                    raise ConfigError(f"text.{key}", count, rule, fix)
         self.batches.check()

@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from serving.artifact import Artifact
-from serving.config import ServingConfig
-from serving.engine import Engine, TokenRequest
+from serving.config import ServingConfig, Topology
+from serving.engine import Engine, EngineInfo, TokenRequest
 from serving.engines.choose import build
 from serving.text.pipeline import LocalStages, TextStages
+from serving.text.split import SplitStages
 from serving.text.stages import TextChunk
 from serving.text.tokenizer import load
 
@@ -41,17 +42,25 @@ class Deployment:
             SpotforgeError: It does not start; nothing is left running.
         """
         engine, why = await build(artifact, config.engine, cache)
-        tokenizer = asyncio.create_task(asyncio.to_thread(load, artifact, cache))
-        starting = asyncio.create_task(engine.start())
+        starting: asyncio.Task[EngineInfo] = asyncio.create_task(engine.start())
+        texts = asyncio.create_task(_start_text(artifact, config, cache))
         try:
-            files, info = await asyncio.gather(tokenizer, starting)
+            info, text = await asyncio.gather(starting, texts)
         except BaseException:
             starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
+            texts.cancel()
+            await asyncio.gather(starting, texts, return_exceptions=True)
             await engine.close()
+            if texts.done() and not texts.cancelled() and texts.exception() is None:
+                await texts.result().close()
             raise
         _log.info("%s (%s): %s, since %s", artifact.name, artifact.version, info.engine, why)
-        return cls(artifact, engine, LocalStages(files))
+        return cls(artifact, engine, text)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it would answer a request now."""
+        return self.engine.is_ready and self.text.is_ready
 
     async def generate(
         self, request: TokenRequest, stop: Sequence[str]
@@ -93,3 +102,12 @@ class Deployment:
         """Now; what it still works on is lost."""
         await self.engine.close()
         await self.text.close()
+
+
+async def _start_text(artifact: Artifact, config: ServingConfig, cache: Path) -> TextStages:
+    files = await asyncio.to_thread(load, artifact, cache)
+    if config.topology is Topology.local:
+        return LocalStages(files)
+    text = SplitStages(files, config.text.encoders or 1, config.text.decoders or 1)
+    await text.start()
+    return text

@@ -35,6 +35,9 @@ class Metrics:
         )
         self.kv_cache_usage = gauge("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.")
         self.restarts = gauge("engine_restarts", "Times the engine was started again.")
+        self.text_restarts = gauge(
+            "text_restarts", "Times a process of a text stage was started again."
+        )
         self.ready = gauge("engine_ready", "1 where the engine makes tokens.")
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
         self.generation_tokens = counter("generation_tokens", "Tokens generated.")

@@ -52,7 +52,7 @@ class Model:
     def pick(self) -> Deployment:
         """Who answers the next request."""
         canary = self.canary
-        if canary is not None and canary.engine.is_ready and self._random.random() < self.share:
+        if canary is not None and canary.is_ready and self._random.random() < self.share:
             return canary
         return self.champion
 

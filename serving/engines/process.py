@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from monitoring.errors import SpotforgeError
-from serving.child import STABLE_S, Child, backoff_s
+from serving.child import Child, keep_up
 from serving.engine import (
     EngineError,
     EngineInfo,
@@ -40,7 +40,7 @@ class Watch:
 
     Attributes:
         start_timeout_s: For loading, and one token.
-        silence_s: Without a line *and* without using any CPU time.
+        silence_s: Without a line, without using any CPU time and without waiting for it.
         step_timeout_s: Without a line, however busy it is.
         probe_interval_s: A token is asked for when none was made for this long.
         probe_timeout_s: For that token, in an engine that has nothing else to do.
@@ -126,12 +126,9 @@ class ProcessEngine:
 
     async def start(self) -> EngineInfo:
         """See `Engine`."""
-        try:
-            await self._launch()
-        except BaseException:
-            await self._kill()
-            raise
-        self._tasks.append(asyncio.create_task(self._supervise()))
+        await self._launch()
+        work = keep_up("engine", self._watch_one, self._end, self._launch_again)
+        self._tasks.append(asyncio.create_task(work))
         return self.info
 
     async def submit(self, request: TokenRequest) -> AsyncIterator[TokenChunk]:
@@ -195,8 +192,12 @@ class ProcessEngine:
                 self._info = await self._child.unless_it_ends(self._ready)
                 await self._probe()
         except TimeoutError as e:
+            await self._kill()
             timeout_s = self._watch.start_timeout_s
             raise SpotforgeError(f"engine: made no token within {timeout_s:g} s") from e
+        except BaseException:
+            await self._kill()
+            raise
         self._is_up = True
         self._up.set()
         for live in self._live.values():
@@ -266,33 +267,13 @@ class ProcessEngine:
 
     # -- Watching ----------------------------------------------------------------------------
 
-    async def _supervise(self) -> None:
-        """Starts the engine again whenever it died or hung."""
-        failures = 0  # in a row
-        while True:
-            began_s = time.monotonic()
-            why = await self._watch_one()
-            await self._kill()
-            _log.warning("engine: %s; it is started again", why)
-            self._count_deaths(why)
-            failures = 0 if time.monotonic() - began_s > STABLE_S else failures + 1
-            await self._start_again(failures)
+    async def _end(self, why: str) -> None:
+        await self._kill()
+        self._count_deaths(why)
 
-    async def _start_again(self, failures: int) -> None:
-        """Until it is up, in longer and longer intervals."""
-        while True:
-            await asyncio.sleep(backoff_s(failures))
-            self._stats.restarts += 1
-            began_s = time.monotonic()
-            try:
-                await self._launch()
-            except SpotforgeError as e:
-                failures += 1
-                _log.error("engine: does not start: %s", e)
-                await self._kill()
-            else:
-                _log.warning("engine: up again after %.1f s", time.monotonic() - began_s)
-                return
+    async def _launch_again(self) -> None:
+        self._stats.restarts += 1
+        await self._launch()
 
     async def _watch_one(self) -> str:
         """Returns why the process that is there is not to be kept."""

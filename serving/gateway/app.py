@@ -177,9 +177,9 @@ def _add_health(app: FastAPI, gateway: Gateway) -> None:
 
     @app.get("/readyz", tags=["health"])
     async def readyz() -> JSONResponse:
-        """Whether it would answer a request: 503 while an engine makes no tokens, or it stops."""
-        engines = {m.name: m.champion.engine.is_ready for m in gateway.models.values()}
-        state = {"ready": gateway.is_ready, "draining": gateway.is_draining, "models": engines}
+        """Whether it would answer a request: 503 while a stage is not there, or it stops."""
+        models = {m.name: m.champion.is_ready for m in gateway.models.values()}
+        state = {"ready": gateway.is_ready, "draining": gateway.is_draining, "models": models}
         return JSONResponse(state, 200 if gateway.is_ready else 503)
 
     @app.get("/version", tags=["health"])

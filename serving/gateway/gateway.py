@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ class Gateway:
         return (
             not self.is_draining
             and bool(self.models)
-            and all(model.champion.engine.is_ready for model in self.models.values())
+            and all(model.champion.is_ready for model in self.models.values())
         )
 
     def authorize(self, request: Request) -> Key:
@@ -124,7 +125,7 @@ class Gateway:
         deadline_s = self.deadline_s(request)
         deployment = model.pick()
         with deployment:
-            tokens = await self._encode(deployment, prompts)
+            tokens = await self._encode(deployment, prompts, deadline_s)
             max_tokens = _max_tokens(deployment, tokens, sampling)
             _check_features(deployment, sampling)
             sequences = len(tokens) * sampling.n
@@ -157,7 +158,7 @@ class Gateway:
             info = deployment.engine.info
             if "embeddings" not in info.features:
                 raise ApiError(400, f"{info.engine} makes no embeddings", "model", "unsupported")
-            tokens = await self._encode(deployment, inputs)
+            tokens = await self._encode(deployment, inputs, self.deadline_s(request))
             if (longest := max(map(len, tokens))) > info.max_context:
                 text = f"an input has {longest} tokens, but the context has {info.max_context}"
                 raise ApiError(400, text, "input", "context_length_exceeded")
@@ -183,6 +184,7 @@ class Gateway:
                 metrics.kv_cache_usage.labels(*labels).set(stats.kv_cache_usage)
                 metrics.restarts.labels(*labels).set(stats.restarts)
                 metrics.ready.labels(*labels).set(engine.is_ready)
+                metrics.text_restarts.labels(*labels).set(deployment.text.restarts)
 
     async def _admit(
         self,
@@ -212,7 +214,10 @@ class Gateway:
             raise ApiError(504, str(e), code="deadline", retry_after_s=1) from e
 
     async def _encode(
-        self, deployment: Deployment, prompts: Sequence[str | list[int] | Chat]
+        self,
+        deployment: Deployment,
+        prompts: Sequence[str | list[int] | Chat],
+        deadline_s: float,
     ) -> list[list[int]]:
         vocab_size = deployment.text.vocab_size
         for prompt in prompts:
@@ -222,9 +227,15 @@ class Gateway:
                 raise ApiError(400, text, "prompt")
         texts = [prompt for prompt in prompts if not isinstance(prompt, list)]
         try:
-            encoded = iter(await deployment.text.encode(texts))
+            async with asyncio.timeout(deadline_s):
+                encoded = iter(await deployment.text.encode(texts))
         except TextError as e:
             raise ApiError(400, f"{e.param}: {e.message}", e.param) from e
+        except EngineError as e:
+            raise lost(e) from e
+        except TimeoutError as e:
+            text = f"no tokens of its text within {deadline_s:g} s"
+            raise ApiError(504, text, code="deadline") from e
         return [prompt if isinstance(prompt, list) else next(encoded) for prompt in prompts]
 
 

@@ -8,16 +8,16 @@ from typing import Protocol
 
 from serving.engine import TokenChunk
 from serving.text.stages import Chat, Decoder, Encoder, TextChunk
-from serving.text.tokenizer import TokenizerFiles
+from serving.text.tokenizer import TokenizerFiles, vocab_size
 
-_LONG_TEXT = 20_000  # characters; more take so long that others would wait
+LONG_TEXT = 20_000  # characters; more take so long that others would wait
 
 
 class SequenceDecoder(Protocol):
     """Of one sequence; fed in order."""
 
     async def feed(self, chunk: TokenChunk) -> TextChunk:
-        """See `Decoder.feed`."""
+        """See `Decoder.feed`; raises EngineError where the request is lost."""
         ...
 
     def close(self) -> None:
@@ -33,8 +33,23 @@ class TextStages(Protocol):
         """One more than the largest token id."""
         ...
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether both stages would answer now."""
+        ...
+
+    @property
+    def restarts(self) -> int:
+        """Times that a process of theirs was started again."""
+        ...
+
     async def encode(self, prompts: Sequence[str | Chat]) -> list[list[int]]:
-        """Token ids of each; raises TextError."""
+        """Token ids of each.
+
+        Raises:
+            TextError: One cannot be made into tokens.
+            EngineError: The request is lost.
+        """
         ...
 
     def decoder(self, stop: Sequence[str]) -> SequenceDecoder:
@@ -49,14 +64,16 @@ class TextStages(Protocol):
 class LocalStages:
     """In this process."""
 
+    is_ready, restarts = True, 0
+
     def __init__(self, files: TokenizerFiles) -> None:
         self._encoder, self._tokenizer = Encoder(files), files.tokenizer()
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = vocab_size(self._tokenizer)
 
     async def encode(self, prompts: Sequence[str | Chat]) -> list[list[int]]:
         """See `TextStages`."""
-        size = sum(_length(prompt) for prompt in prompts)
-        if size > _LONG_TEXT:  # the library is Rust and lets others run
+        size = sum(length(prompt) for prompt in prompts)
+        if size > LONG_TEXT:  # the library is Rust and lets others run
             return await asyncio.to_thread(self._encode, prompts)
         return self._encode(prompts)
 
@@ -82,7 +99,8 @@ class _LocalDecoder:
         pass
 
 
-def _length(prompt: str | Chat) -> int:
+def length(prompt: str | Chat) -> int:
+    """Characters, about."""
     if isinstance(prompt, str):
         return len(prompt)
     return sum(len(str(message.get("content", ""))) for message in prompt.messages)

@@ -60,6 +60,11 @@ class TokenizerFiles:
         return tokenizer
 
 
+def vocab_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest token id."""
+    return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
+
+
 def load(artifact: Artifact, cache: Path) -> TokenizerFiles:
     """Of an artifact, out of the cache or made now.
 

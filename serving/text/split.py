@@ -1,0 +1,167 @@
+"""The text stages as processes of their own, any number of each.
+
+A prompt goes to the encoder with the least to do. A sequence is at one decoder from its first to
+its last token, since a decoder has a state; when its process dies, another one is fed what the
+sequence had so far, and goes on. What a stage is told and says is one JSON object a line, on its
+standard input and output; N is the number of a prompt or sequence:
+
+    gateway -> encode, decode
+        {"files": {...}}                      first of all: the fields of `TokenizerFiles`
+        end of file                           the gateway is gone: exit
+    encode, decode -> gateway
+        {"ready": 32000}                      once, the size of the vocabulary
+        {"failed": [N, "one line"]}           it cannot
+        {"idle": true}                        twice a second while there is nothing to do
+
+    gateway -> encode
+        {"encode": [N, PROMPT]}               a text, or the fields of `Chat`
+    encode -> gateway
+        {"tokens": [N, [1, 2, ...]]}
+        {"refused": [N, PARAM, MESSAGE]}      of a `TextError`
+
+    gateway -> decode
+        {"open": [N, [STOP, ...], [[TOKENS, TEXT], ...]]}    with the chunks that it had elsewhere
+        {"feed": [N, TOKENS, LOGPROBS, FINISH_REASON, TEXT]} the fields of `TokenChunk`
+        {"close": N}
+    decode -> gateway
+        {"text": [N, TEXT, NUM_TOKENS, LOGPROBS, FINISH_REASON]}  of `TextChunk`; one for each feed
+
+Prompts may be answered in another order than they were asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from serving.engine import TokenChunk
+from serving.text.pipeline import length
+from serving.text.pool import Pool, Work, all_of
+from serving.text.stages import Chat, TextChunk, TextLogprob
+from serving.text.tokenizer import TokenizerFiles
+
+_LOAD_OF_A_PROMPT = 1_000  # in characters: what even a short one costs
+
+
+class SplitStages:
+    """In processes.
+
+    Args:
+        files: Of the tokenizer.
+        encoders: Processes that make tokens of text.
+        decoders: Processes that make text of tokens.
+        silence_s: A process that says and does nothing for so long is replaced.
+    """
+
+    def __init__(
+        self, files: TokenizerFiles, encoders: int = 1, decoders: int = 1, silence_s: float = 3.0
+    ) -> None:
+        self.encoders = Pool("encode", files, encoders, silence_s)
+        self.decoders = Pool("decode", files, decoders, silence_s)
+
+    async def start(self) -> None:
+        """Returns once all processes are ready.
+
+        Raises:
+            SpotforgeError: One does not start; nothing is left running.
+        """
+        try:
+            await all_of([self.encoders.start(), self.decoders.start()])
+        except BaseException:
+            await self.close()
+            raise
+
+    @property
+    def vocab_size(self) -> int:
+        """See `TextStages`."""
+        return self.encoders.workers[0].vocab_size
+
+    @property
+    def is_ready(self) -> bool:
+        """See `TextStages`."""
+        return self.encoders.is_ready and self.decoders.is_ready
+
+    @property
+    def restarts(self) -> int:
+        """See `TextStages`."""
+        workers = self.encoders.workers + self.decoders.workers
+        return sum(worker.restarts for worker in workers)
+
+    async def encode(self, prompts: Sequence[str | Chat]) -> list[list[int]]:
+        """See `TextStages`."""
+        return await all_of([self._encode(prompt) for prompt in prompts])
+
+    async def _encode(self, prompt: str | Chat) -> list[int]:
+        work = _Prompt(self.encoders.new_id(), prompt)
+        answer = work.ask()
+        self.encoders.add(work)
+        try:
+            tokens: list[int] = await answer
+            return tokens
+        finally:
+            self.encoders.remove(work)
+
+    def decoder(self, stop: Sequence[str]) -> _SplitDecoder:
+        """See `TextStages`."""
+        return _SplitDecoder(self.decoders, stop)
+
+    async def close(self) -> None:
+        """See `TextStages`."""
+        await asyncio.gather(self.encoders.close(), self.decoders.close())
+
+
+class _Prompt(Work):
+    def __init__(self, id: int, prompt: str | Chat) -> None:
+        super().__init__(id, _LOAD_OF_A_PROMPT + length(prompt))
+        self._prompt: str | dict[str, Any]
+        if isinstance(prompt, Chat):
+            self._prompt = vars(prompt)
+        else:
+            self._prompt = prompt
+
+    def messages(self) -> list[tuple[str, Any]]:
+        return [("encode", (self.id, self._prompt))]
+
+    def on_answer(self, content: Any) -> None:
+        assert self.answer is not None
+        self.answer.set_result(content[0])
+
+
+class _SplitDecoder(Work):
+    """A `SequenceDecoder` whose state is in a process."""
+
+    def __init__(self, pool: Pool, stop: Sequence[str]) -> None:
+        super().__init__(pool.new_id(), load=1)
+        self._pool, self._stop = pool, list(stop)
+        self._past: list[tuple[list[int], str | None]] = []
+        self._chunk = TokenChunk([])  # that is fed now, or was
+        pool.add(self)
+
+    async def feed(self, chunk: TokenChunk) -> TextChunk:
+        self._chunk, answer = chunk, self.ask()
+        if self.worker is not None:
+            self.worker.say("feed", (self.id, *chunk))
+        text: TextChunk = await answer
+        return text
+
+    def close(self) -> None:
+        if self.worker is not None:
+            self.worker.say("close", self.id)
+        self._pool.remove(self)
+
+    def messages(self) -> list[tuple[str, Any]]:
+        opened = ("open", (self.id, self._stop, self._past))
+        return [opened, ("feed", (self.id, *self._chunk))] if self.is_waiting else [opened]
+
+    def on_answer(self, content: Any) -> None:
+        assert self.answer is not None
+        # At once, not when the caller comes to it: the process may be replaced in between.
+        self._past.append((self._chunk.tokens, self._chunk.text))
+        text, num_tokens, logprobs, reason = content
+        if logprobs is not None:
+            logprobs = [
+                TextLogprob(own, logprob, [(other, p) for other, p in top])
+                for own, logprob, top in logprobs
+            ]
+        self.answer.set_result(TextChunk(text, num_tokens, logprobs, reason))

@@ -1,0 +1,264 @@
+"""Text stages as processes: they say what one process says, and survive what happens to theirs."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from monitoring.errors import ConfigError, SpotforgeError
+from serving.artifact import resolve
+from serving.config import ServingConfig, TextConfig, Topology
+from serving.deployment import Deployment
+from serving.engine import EngineError, TokenRequest
+from serving.gateway.app import make_app
+from serving.gateway.gateway import Gateway
+from serving.models import Model
+from serving.telemetry import Telemetry
+from serving.text import pool
+from serving.text.pipeline import LocalStages
+from serving.text.split import SplitStages
+from serving.text.stages import Chat, TextError
+from serving.text.tokenizer import TokenizerFiles, load
+from tests.serving.conftest import FakeEngine, Process
+
+TEXT = "naïve ☕🦊 the cat sat on a mat, 日本 and dogs ran\n"
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+@pytest.fixture(scope="module")
+def files(export, tmp_path_factory):
+    return load(resolve(str(export)), tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def runner():
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def split(files, runner):
+    """Two processes of each stage, for all tests: whatever one does to them, they come back."""
+    stages = SplitStages(files, encoders=2, decoders=2, silence_s=1.0)
+    runner.run(stages.start())
+    yield stages
+    runner.run(stages.close())
+
+
+def deployment(export, files, text, token_s=0.0):
+    engine = FakeEngine(files.tokenizer().encode(TEXT).ids, token_s, max_running=16)
+    return Deployment(resolve(str(export)), engine, text)
+
+
+async def until(condition, within_s=15.0):
+    began_s = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began_s < within_s
+        await asyncio.sleep(0.002)
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("completions", {"prompt": "the cat", "n": 2}, 200),
+        ("completions", {"prompt": ["naïve", "日本"], "logprobs": 1}, 200),
+        ("completions", {"prompt": "a", "stop": ["sat on", "日"], "stream": True}, 200),
+        ("completions", {"prompt": "a", "max_tokens": 7, "stream": True, "logprobs": 0}, 200),
+        ("completions", {"prompt": ["fine", "half \ud83e of it", ""]}, 400),
+        ("chat/completions", {"logprobs": True, "top_logprobs": 1, "stream": True}, 200),
+        ("chat/completions", {"stop": "zzz", "tools": [TOOL]}, 200),
+        ("chat/completions", {"stop": "🦊", "chat_template_kwargs": {"x": [1, None]}}, 200),
+    ],
+)
+def test_the_same_answers(export, files, split, runner, path, body, status):
+    body = {"model": "tiny", "max_tokens": 40, **body}
+    if path.startswith("chat"):
+        body["messages"] = [{"role": "user", "content": "naïve ☕"}]
+
+    async def ask(text):
+        config = ServingConfig(artifact=str(export))
+        gateway = Gateway(config, None, Telemetry(config.log))
+        served = deployment(export, files, text)
+        gateway.models["tiny"] = Model("tiny", served, 1)
+        transport = httpx.ASGITransport(make_app(gateway))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            content, kind = json.dumps(body), {"content-type": "application/json"}
+            answer = await client.post(f"/v1/{path}", content=content, headers=kind)
+        said = answer.text.replace(answer.headers.get("x-request-id", "no id"), "ID")
+        prompts = [request.prompt for request in served.engine.seen]
+        return answer.status_code, re.sub(r'"created":\d+', "", said), prompts
+
+    local, apart = runner.run(ask(LocalStages(files))), runner.run(ask(split))
+    assert local == apart
+    assert local[0] == status
+
+
+async def chunks_of(served, count, stop=("zzz", "\n")):
+    """All chunks of some sequences that run at once, of different lengths."""
+
+    async def one(i):
+        request = TokenRequest(f"s{i}", [70], 120 + i, logprobs=1)
+        return [chunk async for chunk in served.generate(request, stop[: i % 2])]
+
+    return await asyncio.gather(*(one(i) for i in range(count)))
+
+
+def test_decoders_share_the_sequences(export, files, split, runner):
+    async def work():
+        running = asyncio.create_task(chunks_of(deployment(export, files, split, 0.01), 8))
+        loads = [worker.load for worker in split.decoders.workers]
+        while not running.done() and sum(loads) < 8:
+            await asyncio.sleep(0.002)
+            loads = [worker.load for worker in split.decoders.workers]
+        await running
+        return loads, [worker.load for worker in split.decoders.workers]
+
+    assert runner.run(work()) == ([4, 4], [0, 0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_streams_outlive_their_decoder(export, files, split, runner, number):
+    async def work():
+        wanted = await chunks_of(deployment(export, files, LocalStages(files)), 8)
+        running = asyncio.create_task(chunks_of(deployment(export, files, split, 0.01), 8))
+        worker, restarts = split.decoders.workers[0], split.restarts
+        await until(lambda: worker.load == 4)
+        await asyncio.sleep(0.3)  # some tokens on
+        hit_s, pid = time.monotonic(), worker.pid
+        os.kill(pid, number)
+        await until(lambda: not worker.is_up)
+        assert time.monotonic() - hit_s < 4
+        assert await running == wanted
+        await until(lambda: worker.is_up)
+        assert split.is_ready and split.restarts > restarts and not is_alive(pid)
+
+    runner.run(work())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_prompts_outlive_their_encoder(files, split, runner, number):
+    async def work():
+        prompts = [f"{i} naïve {'cat ' * (i % 50)}" for i in range(400)]
+        wanted = await LocalStages(files).encode(prompts)
+        worker = split.encoders.workers[1]
+        running = asyncio.create_task(split.encode(prompts))
+        await until(lambda: worker.load)
+        os.kill(worker.pid, number)
+        assert worker.load, "it was too late"
+        assert await running == wanted
+        await until(lambda: worker.is_up)
+
+    runner.run(work())
+
+
+def test_nobody_lives(export, files, split, runner):
+    async def work():
+        workers = split.encoders.workers + split.decoders.workers
+        served = deployment(export, files, split)
+        wanted = await chunks_of(deployment(export, files, LocalStages(files)), 2)
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGKILL)
+        await until(lambda: not (split.encoders.is_ready or split.decoders.is_ready))
+        assert not served.is_ready
+        ids, found = await asyncio.gather(split.encode(["the cat"]), chunks_of(served, 2))
+        assert ids == await LocalStages(files).encode(["the cat"]) and found == wanted
+        await until(lambda: all(worker.is_up for worker in workers))
+        assert served.is_ready
+
+    runner.run(work())
+
+
+def test_a_long_prompt_holds_up_no_other(files, split, runner):
+    async def work():
+        long = "the cat sat " * 60_000
+        slow = [asyncio.create_task(split.encode([long])) for _ in range(2)]  # at both encoders
+        await until(lambda: all(worker.load for worker in split.encoders.workers))
+        for i in range(20):
+            await split.encode([f"short {i}"])
+        assert not any(task.done() for task in slow)
+        assert await slow[0] == await slow[1]
+
+    runner.run(work())
+
+
+def test_what_a_template_refuses_and_what_never_ends(files, runner, monkeypatch):
+    template = (
+        "{% if messages[0].content == 'no' %}{{ raise_exception('it has to be yes') }}{% endif %}"
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    )
+    monkeypatch.setattr(pool, "_ANSWER_TIMEOUT_S", 0.5)
+    broken = TokenizerFiles(files.backend, {"default": template}, {}, "")
+
+    async def work():
+        stages = SplitStages(broken, encoders=2)
+        await stages.start()
+        try:
+            with pytest.raises(TextError, match="it has to be yes") as refused:
+                await stages.encode(["fine", Chat([{"role": "user", "content": "no"}])])
+            assert refused.value.param == "messages"
+            with pytest.raises(EngineError, match="3 processes ended with it: gave no answer"):
+                await stages.encode([Chat([{"role": "user", "content": "yes"}])])
+            assert await stages.encode(["fine"]) == await LocalStages(files).encode(["fine"])
+        finally:
+            await stages.close()
+
+    runner.run(work())
+
+
+def test_one_that_does_not_start_leaves_nothing(files, runner):
+    async def work():
+        stages = SplitStages(TokenizerFiles("no json", {}, {}, ""), encoders=2)
+        with pytest.raises(SpotforgeError, match="ended with 1"):
+            await stages.start()
+        assert [w.pid for w in stages.encoders.workers + stages.decoders.workers] == [None] * 3
+
+    runner.run(work())
+
+
+def test_processes_die_with_the_gateway_and_have_no_torch(export):
+    words = ["topology=split", "text.decoders=2", "engine.num_threads=1"]
+    process = Process(export, *words)
+    body = {"model": "tiny", "prompt": "the cat", "max_tokens": 3, "ignore_eos": True}
+    answer = httpx.post(f"{process.url}/v1/completions", json=body, timeout=60)
+    assert answer.json()["usage"]["completion_tokens"] == 3
+    assert "spotforge_text_restarts{" in httpx.get(f"{process.url}/metrics").text
+    pid = process.process.pid
+    pids = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    stages = [p for p in pids if b"serving.text.worker" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    assert (len(pids), len(stages)) == (4, 3)
+    assert not any("libtorch" in Path(f"/proc/{p}/maps").read_text() for p in stages)
+    os.kill(stages[0], signal.SIGSTOP)  # even one that cannot see the end of its input
+    process.process.kill()
+    process.process.wait(10)
+    process.process.stdout.close()
+    deadline_s = time.monotonic() + 5
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("topology", "counts", "said"),
+    [
+        ("local", {"encoders": 2}, "text.encoders=2: has no effect"),
+        ("local", {"decoders": 1}, "text.decoders=1: has no effect"),
+        ("split", {"decoders": 0}, "text.decoders=0"),
+    ],
+)
+def test_settings_that_cannot_be(topology, counts, said):
+    config = ServingConfig("x", topology=Topology[topology], text=TextConfig(**counts))
+    with pytest.raises(ConfigError, match=said):
+        config.check()
