@@ -31,6 +31,7 @@ Serve a model: python -m serving artifact=DIR [key=value ...]
 Keys (key=value):
   artifact                    folder of an export or a compression, or a run (its export)
   model_name                  as clients call it; default: the run's or the folder's name
+  +adapters.NAME              folder of a LoRA adapter, which clients ask for as model NAME
   host, port                  to listen on: 127.0.0.1, 8000
   admin_host, admin_port      for the admin endpoints; default: none
   keys                        file of API keys; default: whoever can connect may ask

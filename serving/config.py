@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from monitoring.errors import ConfigError
+from serving.adapters import check_names
 from serving.gateway.guard import Guard
 
 BROKERS = ("redis", "rediss", "amqp", "amqps")  # schemes of their URLs
@@ -164,6 +165,7 @@ class ServingConfig:
     Attributes:
         artifact: Folder, or run, that is served.
         model_name: As clients call it; null: the run's or the folder's name.
+        adapters: Folders of LoRA adapters, by the names that clients call them.
         host: To listen on.
         port: Likewise; 0: any that is free.
         admin_port: For the admin endpoints, on 127.0.0.1; null: there are none.
@@ -177,6 +179,7 @@ class ServingConfig:
 
     artifact: str = MISSING
     model_name: str | None = None
+    adapters: dict[str, str] = field(default_factory=dict)
     host: str = "127.0.0.1"
     port: int = 8000
     admin_host: str = "127.0.0.1"
@@ -244,4 +247,5 @@ class ServingConfig:
                 if (count := getattr(self.text, key)) is not None:
                     rule, fix = "has no effect in one process", "set topology=split"
                     raise ConfigError(f"text.{key}", count, rule, fix)
+        check_names(self.adapters)
         self.batches.check()

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+from serving.adapters import Adapter, resolve_all
 from serving.artifact import Artifact
 from serving.config import ServingConfig, Topology
 from serving.engine import Engine, EngineInfo, TokenRequest
@@ -26,10 +27,18 @@ class Deployment:
         artifact: What is served.
         engine: What generates.
         text: The stages around it.
+        adapters: That the engine has, by name.
     """
 
-    def __init__(self, artifact: Artifact, engine: Engine, text: TextStages) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        engine: Engine,
+        text: TextStages,
+        adapters: dict[str, Adapter] | None = None,
+    ) -> None:
         self.artifact, self.engine, self.text = artifact, engine, text
+        self.adapters = adapters or {}
         self._users = 0
         self._unused = asyncio.Event()
         self._unused.set()
@@ -41,7 +50,8 @@ class Deployment:
         Raises:
             SpotforgeError: It does not start; nothing is left running.
         """
-        engine, why = await build(artifact, config.engine, cache)
+        adapters = await asyncio.to_thread(resolve_all, config.adapters, artifact)
+        engine, why = await build(artifact, config.engine, cache, adapters)
         starting: asyncio.Task[EngineInfo] = asyncio.create_task(engine.start())
         texts = asyncio.create_task(_start_text(artifact, config, cache))
         try:
@@ -55,7 +65,7 @@ class Deployment:
                 await texts.result().close()
             raise
         _log.info("%s (%s): %s, since %s", artifact.name, artifact.version, info.engine, why)
-        return cls(artifact, engine, text)
+        return cls(artifact, engine, text, adapters)
 
     @property
     def is_ready(self) -> bool:

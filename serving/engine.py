@@ -8,7 +8,7 @@ What an engine program is told and says is one JSON object a line, on its standa
     gateway -> engine
         {"submit": {...}}                     the fields of `TokenRequest`
         {"cancel": "ID"}
-        {"embed": {"id": "ID", "inputs": [[1, 2], ...]}}
+        {"embed": {"id": "ID", "inputs": [[1, 2], ...], "adapter": "NAME" or null}}
         end of file                           the gateway is gone: exit
     engine -> gateway
         {"ready": {...}}                      once, the fields of `EngineInfo`
@@ -18,6 +18,7 @@ What an engine program is told and says is one JSON object a line, on its standa
         {"failed": {"id": "ID", "error": "one line"}}
         {"embeddings": {"id": "ID", "vectors": [[0.1, ...], ...]}}
         {"idle": {"kv_cache_usage": 0.0}}     twice a second while there is nothing to do
+        {"refused": ["key", "value", "rule", "fix"]}    before it exits: it is a setting's fault
         {"fatal": "one line"}                 before it exits by itself
 
 LOGPROBS is a list, for each token [its log-probability, [[token, log-probability], ...]]: of the
@@ -53,6 +54,7 @@ class TokenRequest:
         offset: How many of the prompt's last tokens were generated already, by an engine that was
             lost: the seed's stream goes on from there.
         schema: JSON schema that the text is to satisfy; None: any text.
+        adapter: LoRA adapter that is added to the model; None: the model alone.
     """
 
     id: str
@@ -65,6 +67,7 @@ class TokenRequest:
     ignore_eos: bool = False
     offset: int = 0
     schema: dict[str, Any] | None = None
+    adapter: str | None = None
 
 
 class TokenLogprob(NamedTuple):
@@ -151,7 +154,8 @@ class Engine(Protocol):
         """Starts it and has it make one token.
 
         Raises:
-            SpotforgeError: It did not come up; nothing of it is left running.
+            SpotforgeError: It did not come up; nothing of it is left running. A ConfigError where
+                a setting is why.
         """
         ...
 
@@ -163,7 +167,9 @@ class Engine(Protocol):
         """
         ...
 
-    async def embed(self, id: str, inputs: list[list[int]]) -> list[list[float]]:
+    async def embed(
+        self, id: str, inputs: list[list[int]], adapter: str | None = None
+    ) -> list[list[float]]:
         """A vector of unit length for each list of token ids.
 
         Raises:

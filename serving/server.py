@@ -17,6 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from monitoring.errors import ConfigError
+from serving.adapters import key_of
 from serving.artifact import resolve
 from serving.batches.service import open_batches
 from serving.config import ServingConfig
@@ -26,7 +27,7 @@ from serving.gateway.app import add_error_handlers, make_app
 from serving.gateway.gateway import Gateway
 from serving.gateway.guard import BodyGuard, Guard, guarded_protocol
 from serving.keys import Keys
-from serving.models import Model
+from serving.models import AdaptedModel, Model
 from serving.rollout import Rollout
 from serving.telemetry import Telemetry
 
@@ -53,6 +54,9 @@ async def serve(config: ServingConfig) -> None:
     batches = open_batches(config.batches)
     guard = _guard(config)
     name = config.model_name or _name_of(artifact.folder)
+    if name in config.adapters:
+        rule = "the base has that name"
+        raise ConfigError(key_of(name), config.adapters[name], rule, "choose another")
     listener = _listen("port", config.host, config.port)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -73,6 +77,8 @@ async def serve(config: ServingConfig) -> None:
         if starting.done():
             champion = starting.result()
             gateway.models[name] = model = Model(name, champion, int(time.time()))
+            for adapter in config.adapters:
+                gateway.adapted[adapter] = AdaptedModel(adapter, model, model.created)
             root = Path(config.artifact_root or ".")
             resize = gateway.admission.resize
             rollouts[name] = Rollout(model, config, cache, root, resize)

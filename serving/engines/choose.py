@@ -11,6 +11,7 @@ from typing import Any
 
 from compression.targets.openvino_program import PYTHON, WeightFormat
 from monitoring.errors import ConfigError, SpotforgeError
+from serving.adapters import Adapter
 from serving.artifact import Artifact, Format
 from serving.config import EngineConfig, EngineName
 from serving.engine import Engine
@@ -26,16 +27,20 @@ _FORMATS = {
 }
 
 
-async def build(artifact: Artifact, config: EngineConfig, cache: Path) -> tuple[Engine, str]:
+async def build(
+    artifact: Artifact, config: EngineConfig, cache: Path, adapters: dict[str, Adapter]
+) -> tuple[Engine, str]:
     """An engine that is not started yet, and why it is this one.
 
     `auto` takes OpenVINO for its own IRs, and for dense weights on a host without a GPU where
-    SPOTFORGE_OPENVINO_PYTHON names one; transformers for all else, and where an IR cannot be made.
+    SPOTFORGE_OPENVINO_PYTHON names one; transformers for all else, for adapters, and where an IR
+    cannot be made.
 
     Args:
         artifact: What it is to run.
         config: Settings.
         cache: Folder for what is prepared.
+        adapters: By name.
 
     Raises:
         ConfigError: No engine here can run the artifact, or not the one that was asked for.
@@ -43,10 +48,15 @@ async def build(artifact: Artifact, config: EngineConfig, cache: Path) -> tuple[
     if artifact.format is Format.gguf:
         rule, fix = "no engine here runs GGUF", "serve the export, or run it in llama.cpp"
         raise ConfigError("artifact", artifact.name, rule, fix)
+    if adapters and EngineName.openvino.value in (config.name.value, artifact.format.value):
+        rule, fix = "the openvino engine has no adapters", "serve an export with transformers"
+        raise ConfigError("adapters", ", ".join(adapters), rule, fix)
     if config.name is EngineName.transformers:
-        return _transformers(artifact, config), "it was asked for"
+        return _transformers(artifact, config, adapters), "it was asked for"
     if config.name is EngineName.openvino:
         return await _openvino(artifact, config, cache), "it was asked for"
+    if adapters:
+        return _transformers(artifact, config, adapters), "it alone has adapters"
     if artifact.format is Format.openvino:
         return await _openvino(artifact, config, cache), "the artifact is an IR"
     why = _why_not_openvino(artifact)
@@ -55,7 +65,7 @@ async def build(artifact: Artifact, config: EngineConfig, cache: Path) -> tuple[
             return await _openvino(artifact, config, cache), "this host has no GPU"
         except SpotforgeError as e:
             why = f"OpenVINO does not do: {e}"
-    return _transformers(artifact, config), why
+    return _transformers(artifact, config, adapters), why
 
 
 def _why_not_openvino(artifact: Artifact) -> str | None:
@@ -89,7 +99,7 @@ async def _openvino(artifact: Artifact, config: EngineConfig, cache: Path) -> En
     return ProcessEngine(arguments, watch_of(config))
 
 
-def _transformers(artifact: Artifact, config: EngineConfig) -> Engine:
+def _transformers(artifact: Artifact, config: EngineConfig, adapters: dict[str, Adapter]) -> Engine:
     if artifact.format not in _TRANSFORMERS:
         rule = f"transformers does not run {artifact.format.value}"
         raise ConfigError("engine.name", "transformers", rule, "leave it out")
@@ -102,6 +112,7 @@ def _transformers(artifact: Artifact, config: EngineConfig) -> Engine:
         "max_batch_tokens": config.max_batch_tokens,
         "kv_cache_tokens": kv_cache_tokens,
         "num_threads": config.num_threads,
+        "adapters": {a.name: (str(a.folder), a.digest) for a in adapters.values()},
     }
     program = "serving.engines.transformers_worker"
     return ProcessEngine([sys.executable, "-m", program, json.dumps(settings)], watch_of(config))

@@ -18,8 +18,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from monitoring.errors import SpotforgeError
-from serving.child import Child, keep_up
+from monitoring.errors import ConfigError, SpotforgeError
+from serving.child import Child, ChildEnded, keep_up
 from serving.engine import (
     EngineError,
     EngineInfo,
@@ -101,6 +101,7 @@ class ProcessEngine:
         self._embeds: dict[str, asyncio.Future[list[list[float]]]] = {}
         self._is_up = False  # a process is there, has said that it is ready, and made a token
         self._is_hung = False
+        self._refused: ConfigError | None = None
         self._token_s = 0.0  # when there was one
         self._tasks: list[asyncio.Task[None]] = []
         self._up = asyncio.Event()
@@ -151,7 +152,9 @@ class ProcessEngine:
             if self._live.pop(request.id, None) is not None:
                 self._say("cancel", request.id)
 
-    async def embed(self, id: str, inputs: list[list[int]]) -> list[list[float]]:
+    async def embed(
+        self, id: str, inputs: list[list[int]], adapter: str | None = None
+    ) -> list[list[float]]:
         """See `Engine`."""
         if "embeddings" not in self.info.features:
             raise EngineError(f"{self.info.engine} makes no embeddings")
@@ -160,7 +163,7 @@ class ProcessEngine:
         future = asyncio.get_running_loop().create_future()
         self._embeds[id] = future
         try:
-            self._say("embed", {"id": id, "inputs": inputs})
+            self._say("embed", {"id": id, "inputs": inputs, "adapter": adapter})
             vectors: list[list[float]] = await future
             return vectors
         finally:
@@ -184,7 +187,7 @@ class ProcessEngine:
 
     async def _launch(self) -> None:
         """Starts a process, waits until it is ready, and has it make one token."""
-        self._is_hung = False
+        self._refused, self._is_hung = None, False
         self._ready = asyncio.get_running_loop().create_future()
         self._child = await Child.start(self._command, self._hear, self._env)
         try:
@@ -195,6 +198,9 @@ class ProcessEngine:
             await self._kill()
             timeout_s = self._watch.start_timeout_s
             raise SpotforgeError(f"engine: made no token within {timeout_s:g} s") from e
+        except ChildEnded as e:
+            await self._kill()
+            raise self._refused or e from None
         except BaseException:
             await self._kill()
             raise
@@ -237,6 +243,8 @@ class ProcessEngine:
         elif kind == "idle":
             self._stats.running = 0
             self._stats.kv_cache_usage = content["kv_cache_usage"]
+        elif kind == "refused":
+            self._refused = ConfigError(*content)
 
     def _on_step(self, step: dict[str, Any]) -> None:
         self._token_s = time.monotonic()

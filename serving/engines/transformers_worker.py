@@ -12,10 +12,12 @@ import importlib
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from monitoring.errors import ConfigError
+from serving.adapters import key_of, resolve
 from serving.engines.lines import IDLE_S, Lines
 
 
@@ -31,6 +33,7 @@ class Settings:
         max_batch_tokens: Tokens in a step, at most: longer prompts are cut into several steps.
         kv_cache_tokens: Room for keys and values, in tokens of all sequences together.
         num_threads: Of torch on a CPU; None: its own choice.
+        adapters: Folder and digest of each LoRA adapter, by name.
     """
 
     folder: str
@@ -40,6 +43,7 @@ class Settings:
     max_batch_tokens: int
     kv_cache_tokens: int
     num_threads: int | None
+    adapters: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
 class Worker:
@@ -64,6 +68,8 @@ class Worker:
         self._max_context = min(settings.max_context or trained, trained)
         page_size = 32
         self._sampler = Sampler()
+        self._adapters = _adapters(settings, model)
+        self._adapter_of: dict[str, str | None] = {}  # by request
         self._manager = model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
             continuous_batching_config=ContinuousBatchingConfig(
@@ -73,9 +79,13 @@ class Worker:
                 max_requests_per_batch=settings.max_running,
                 use_cuda_graph=False,  # a graph would replay one step's sampling for all requests
                 use_async_batching=False,  # the sampler's rows are those of the step that runs
+                # Blocks are found by their tokens, which have other keys and values by adapter.
+                allow_block_sharing=self._adapters is None,
             ),
         )
         self._sampler.install(self._manager.logit_processor)
+        if self._adapters is not None:
+            self._adapters.follow(model, self._step)
         self._told: dict[str, int] = {}  # tokens that were told, by request
         info = {
             "engine": f"transformers {transformers.__version__}",
@@ -102,6 +112,7 @@ class Worker:
     def _on_submit(self, request: dict[str, Any]) -> None:
         name = request["id"]
         self._told[name] = 0
+        self._adapter_of[name] = request["adapter"]
         self._sampler.add(request)
         self._manager.add_request(
             request["prompt"],
@@ -115,10 +126,13 @@ class Worker:
         if self._told.pop(name, None) is not None:
             self._manager.cancel_request(name)
             self._sampler.remove(name)
+            del self._adapter_of[name]
 
     def _on_embed(self, request: dict[str, Any]) -> None:
         try:
             with self._manager.pause():
+                if self._adapters is not None:
+                    self._adapters.use(request["adapter"])
                 vectors = [_embedding(self._model, tokens) for tokens in request["inputs"]]
         except Exception as e:  # whatever it is, it is this request's and not the engine's
             error = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
@@ -180,8 +194,16 @@ class Worker:
         os._exit(1)
 
     def _forget(self, name: str) -> None:
-        del self._told[name]
+        del self._told[name], self._adapter_of[name]
         self._sampler.remove(name)
+
+    def _step(self) -> list[tuple[int, str | None]]:
+        """Tokens and adapter of each request of the step that is about to be made."""
+        processor = self._manager.batch_processor
+        assert processor is not None
+        requests = processor.inputs_and_outputs.requests_in_batch
+        # One that was cancelled since may go to the base: nobody reads its tokens, or its cache.
+        return [(r.query_length, self._adapter_of.get(r.state.request_id)) for r in requests]
 
     def _kv_cache_usage(self) -> float:
         processor = self._manager.batch_processor
@@ -212,6 +234,20 @@ def _load(settings: Settings) -> Any:
     return model.to(device).eval()
 
 
+def _adapters(settings: Settings, model: Any) -> Any:
+    """`LoraLayers`; None where there are no adapters. Raises ConfigError for one that misfits."""
+    if not settings.adapters:
+        return None
+    from serving.engines.lora import LoraLayers
+
+    adapters = [resolve(name, folder) for name, (folder, _) in settings.adapters.items()]
+    for adapter in adapters:
+        if adapter.digest != settings.adapters[adapter.name][1]:
+            rule, fix = "its files changed since the server looked", "start it again, or swap"
+            raise ConfigError(key_of(adapter.name), adapter.folder, rule, fix)
+    return LoraLayers(model, adapters)
+
+
 def _eos_tokens(model: Any) -> list[int]:
     found = model.generation_config.eos_token_id
     if found is None:
@@ -236,6 +272,9 @@ def main(arguments: list[str]) -> None:
     lines = Lines()
     try:
         worker = Worker(Settings(**json.loads(arguments[0])), lines)
+    except ConfigError as e:
+        lines.say("refused", [e.key, str(e.value), e.rule, e.fix])
+        sys.exit(e.exit_code)
     except Exception as e:
         first = (str(e).splitlines() or [""])[0]
         lines.say("fatal", f"{type(e).__name__}: {first}")

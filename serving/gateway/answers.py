@@ -41,7 +41,7 @@ class Answer(ABC):
             "created": int(time.time()),
             "model": model,
             # OpenAI's field for what weights answered.
-            "system_fingerprint": f"fp_{generation.deployment.artifact.version}",
+            "system_fingerprint": f"fp_{generation.version}",
         }
 
     async def whole(self, chunks: Chunks) -> dict[str, Any]:

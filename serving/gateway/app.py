@@ -23,7 +23,7 @@ from serving.gateway.errors import ApiError
 from serving.gateway.gateway import Gateway
 from serving.gateway.generation import Generation, Sampling
 from serving.gateway.schema import ChatRequest, CompletionRequest, EmbeddingRequest
-from serving.models import Model
+from serving.models import AdaptedModel, Model
 from serving.text.stages import Chat
 
 T = TypeVar("T")
@@ -160,7 +160,8 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
     async def models(request: Request) -> dict[str, Any]:
         """What can be asked for."""
         gateway.authorize(request)
-        return {"object": "list", "data": [_describe(m) for m in gateway.models.values()]}
+        models = (gateway.models | gateway.adapted).values()
+        return {"object": "list", "data": [_describe(model) for model in models]}
 
     @app.get("/v1/models/{name:path}", tags=["models"])
     async def model(name: str, request: Request) -> dict[str, Any]:
@@ -191,10 +192,10 @@ def _add_health(app: FastAPI, gateway: Gateway) -> None:
             "packages": environment["packages"],
             "models": {
                 model.name: {
-                    "artifact": model.champion.artifact.digest,
+                    "artifact": model.identity(model.champion)[1],
                     "engine": model.champion.engine.info.engine,
                 }
-                for model in gateway.models.values()
+                for model in (gateway.models | gateway.adapted).values()
             },
         }
 
@@ -243,7 +244,7 @@ async def _respond(
     chunks = generation.chunks()
     headers = {
         "x-request-id": generation.id,
-        "x-artifact-version": generation.deployment.artifact.version,
+        "x-artifact-version": generation.version,
     }
     if not is_stream:
         body = await _unless_gone(request, answer.whole(chunks))
@@ -311,12 +312,13 @@ def _encoded(vector: list[float], encoding: str) -> list[float] | str:
     return base64.b64encode(array.array("f", vector).tobytes()).decode()
 
 
-def _describe(model: Model) -> dict[str, Any]:
+def _describe(model: Model | AdaptedModel) -> dict[str, Any]:
     return {
         "id": model.name,
         "object": "model",
         "created": model.created,
         "owned_by": "spotforge",
-        "artifact": model.champion.artifact.digest,
+        "parent": model.parent.name if isinstance(model, AdaptedModel) else None,
+        "artifact": model.identity(model.champion)[1],
         "max_context": model.champion.engine.info.max_context,
     }

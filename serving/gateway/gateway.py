@@ -24,7 +24,7 @@ from serving.gateway.errors import ApiError
 from serving.gateway.generation import Generation, Sampling, lost, tells_logprobs
 from serving.keys import Key, Keys
 from serving.metrics import Metrics
-from serving.models import Model
+from serving.models import AdaptedModel, Model
 from serving.telemetry import Telemetry
 from serving.text.stages import Chat, TextError
 
@@ -41,6 +41,7 @@ class Gateway:
     Attributes:
         config: Settings.
         models: By the name that clients use.
+        adapted: Models with an adapter, likewise.
         admission: Who may run.
         metrics: What `/metrics` shows.
         is_draining: It was told to stop.
@@ -49,6 +50,7 @@ class Gateway:
     def __init__(self, config: ServingConfig, keys: Keys | None, telemetry: Telemetry) -> None:
         self.config, self.keys, self.telemetry = config, keys, telemetry
         self.models: dict[str, Model] = {}
+        self.adapted: dict[str, AdaptedModel] = {}
         self.metrics = Metrics()
         self.admission = Admission(
             Limits(
@@ -85,11 +87,12 @@ class Gateway:
             raise ApiError(401, text, code="invalid_api_key")
         return key
 
-    def model(self, name: str) -> Model:
+    def model(self, name: str) -> Model | AdaptedModel:
         """By its name; raises ApiError 404."""
-        model = self.models.get(name)
+        models = self.models | self.adapted
+        model = models.get(name)
         if model is None:
-            there = ", ".join(sorted(self.models))
+            there = ", ".join(sorted(models))
             text = f"there is no model {name[:64]!r}; there is {there}"
             raise ApiError(404, text, "model", "model_not_found")
         return model
@@ -112,7 +115,7 @@ class Gateway:
         self,
         request: Request,
         key: Key,
-        model: Model,
+        model: Model | AdaptedModel,
         prompts: Sequence[str | list[int] | Chat],
         sampling: Sampling,
     ) -> Generation:
@@ -147,7 +150,11 @@ class Gateway:
         )
 
     async def embed(
-        self, request: Request, key: Key, model: Model, inputs: Sequence[str | list[int]]
+        self,
+        request: Request,
+        key: Key,
+        model: Model | AdaptedModel,
+        inputs: Sequence[str | list[int]],
     ) -> tuple[list[list[float]], int, str]:
         """A vector for each input, the number of tokens, and the artifact's version.
 
@@ -165,12 +172,13 @@ class Gateway:
             num_tokens = sum(map(len, tokens))
             slot = await self._admit(request, key, model, num_tokens, 0, 1)
             try:
-                vectors = await deployment.engine.embed(uuid.uuid4().hex, tokens)
+                id = uuid.uuid4().hex
+                vectors = await deployment.engine.embed(id, tokens, model.adapter)
             except EngineError as e:
                 raise lost(e) from e
             finally:
                 slot.release(num_tokens)
-            return vectors, num_tokens, deployment.artifact.version
+            return vectors, num_tokens, model.identity(deployment)[0]
 
     def refresh_metrics(self) -> None:
         """Sets what is a state rather than a count."""
@@ -190,7 +198,7 @@ class Gateway:
         self,
         request: Request,
         key: Key,
-        model: Model,
+        model: Model | AdaptedModel,
         prompt_tokens: int,
         max_tokens: int,
         sequences: int,

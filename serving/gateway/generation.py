@@ -15,7 +15,7 @@ from serving.engine import EngineError, TokenRequest
 from serving.gateway.errors import ApiError
 from serving.keys import Key
 from serving.metrics import Metrics
-from serving.models import Model
+from serving.models import AdaptedModel, Model
 from serving.telemetry import Telemetry, Transcript
 from serving.text.stages import TextChunk
 
@@ -41,6 +41,7 @@ class Generation:
     Attributes:
         id: Unique; each response and each line of the logs carries it.
         deployment: Who answers.
+        version: Of the artifact that answers, and of the adapter.
         prompt_tokens: Of all prompts.
         completion_tokens: Generated so far, of all choices.
     """
@@ -50,7 +51,7 @@ class Generation:
         metrics: Metrics,
         telemetry: Telemetry,
         key: Key,
-        model: Model,
+        model: Model | AdaptedModel,
         deployment: Deployment,
         prompts: list[list[int]],
         max_tokens: int,
@@ -71,7 +72,8 @@ class Generation:
         self._started_s = time.monotonic()
         self._first_s: float | None = None
         self._drift, self._transcript = telemetry.sample(prompts), transcript
-        labels = (model.name, deployment.artifact.version, key.id)
+        self.version, self._digest = model.identity(deployment)
+        labels = (model.name, self.version, key.id)
         self._between = metrics.between_tokens.labels(*labels)
         self._generated = metrics.generation_tokens.labels(*labels)
         self._labels = labels
@@ -132,6 +134,7 @@ class Generation:
                 logprobs=logprobs,
                 ignore_eos=sampling.ignore_eos,
                 schema=sampling.schema,
+                adapter=self._model.adapter,
             )
             for i, prompt in enumerate(self._prompts)
             for j in range(sampling.n)
@@ -209,7 +212,7 @@ class Generation:
             id=self.id,
             key=self._key.id,
             model=self._model.name,
-            artifact=self.deployment.artifact.digest,
+            artifact=self._digest,
             status=status,
             finish_reasons=reasons,
             prompt_tokens=self.prompt_tokens,
@@ -219,7 +222,7 @@ class Generation:
             total_s=round(took_s, 6),
         )
         if self._drift is not None and is_over:
-            self._telemetry.drift(self.id, self.deployment.artifact.digest, self._drift)
+            self._telemetry.drift(self.id, self._digest, self._drift)
 
 
 def tells_logprobs(deployment: Deployment, sampling: Sampling) -> bool:

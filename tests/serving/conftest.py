@@ -106,7 +106,7 @@ class FakeEngine:
         finally:
             self.running -= 1
 
-    async def embed(self, id, inputs):
+    async def embed(self, id, inputs, adapter=None):
         return [[float(len(ids)), 0.0] for ids in inputs]
 
     def stats(self):

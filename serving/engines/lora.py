@@ -1,0 +1,170 @@
+"""Many LoRA adapters on one model, each for the tokens of its own requests.
+
+Continuous batching lays the tokens of all requests of a step behind one another, as (1, T). Which
+of them are whose is known right before the model is called; a hook on each adapted layer then adds
+scale * B A x to the rows of each adapter's requests, and leaves the others as they are. The base's
+weights are neither copied nor changed, so any kind of linear layer will do, quantized ones too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from monitoring.errors import ConfigError
+from serving.adapters import WEIGHTS, Adapter, key_of, tensor_name
+
+
+class _Update(NamedTuple):
+    """Of a layer, by an adapter: A transposed, (in, r), and B transposed and scaled, (r, out)."""
+
+    down: Tensor
+    up: Tensor
+
+
+class _Share(NamedTuple):
+    """The rows of an adapter in a step: in the layers, and where the logits are made.
+
+    None: all rows there are.
+    """
+
+    adapter: str
+    rows: Tensor | None
+    logits_rows: Tensor | None
+
+
+class LoraLayers:
+    """The adapters of a model.
+
+    Args:
+        model: Gets hooks.
+        adapters: All that may be asked for.
+
+    Raises:
+        ConfigError: One does not fit the model.
+    """
+
+    def __init__(self, model: Any, adapters: Iterable[Adapter]) -> None:
+        self._updates: dict[str, dict[str, _Update]] = {}
+        self._shares: list[_Share] = []
+        self._counts: tuple[int, int] | None = None  # rows of a step, in layers and in the head
+        modules = dict(model.named_modules())
+        self._head, self._device = model.get_output_embeddings(), model.device
+        for adapter in adapters:
+            _check_fit(adapter, modules)
+            self._updates[adapter.name] = _load(adapter, model)
+        for layer in {layer for updates in self._updates.values() for layer in updates}:
+            modules[layer].register_forward_hook(functools.partial(self._add, layer))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._updates
+
+    def use(self, name: str | None) -> None:
+        """For all rows, until the next step.
+
+        Args:
+            name: Of the adapter; None: the base alone.
+        """
+        self._shares = [] if name is None else [_Share(name, None, None)]
+        self._counts = None
+
+    def follow(
+        self, model: nn.Module, requests: Callable[[], list[tuple[int, str | None]]]
+    ) -> None:
+        """Looks, before each step, whose tokens it has.
+
+        Args:
+            model: Is called with the tokens of a step, (1, T), and the indices of those whose
+                logits are wanted.
+            requests: Tells the number of tokens and the adapter of each request of the step that
+                is about to be made, in the order of the tokens.
+        """
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            num_tokens, kept = kwargs["input_ids"].shape[1], kwargs.get("logits_to_keep")
+            tokens = range(num_tokens) if kept is None else kept.tolist()
+            self._begin(requests(), num_tokens, tokens)
+
+        model.register_forward_pre_hook(before, with_kwargs=True)
+
+    def _begin(
+        self, requests: list[tuple[int, str | None]], num_tokens: int, kept: Sequence[int]
+    ) -> None:
+        owners = [name for count, name in requests for _ in range(count)]
+        if len(owners) != num_tokens:
+            raise RuntimeError(f"a step of {num_tokens} tokens has requests of {len(owners)}")
+        self._counts = num_tokens, len(kept)
+        self._shares = []
+        for name in {owner for owner in owners if owner is not None}:
+            rows = [row for row, owner in enumerate(owners) if owner == name]
+            # Indices beyond the requests with a new token are 0, and nobody reads those rows.
+            logits_rows = [row for row, token in enumerate(kept) if owners[token] == name]
+            self._shares.append(_Share(name, self._indices(rows), self._indices(logits_rows)))
+
+    def _indices(self, rows: list[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.long, device=self._device)
+
+    def _add(
+        self, layer: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor:
+        """To a layer's output: (..., out)."""
+        if not self._shares:
+            return output
+        x, flat = args[0].flatten(0, -2), output.flatten(0, -2)
+        is_head = module is self._head
+        if self._counts is not None and len(x) != self._counts[is_head]:
+            raise RuntimeError(f"{layer} has {len(x)} rows, in a step of {self._counts}")
+        for share in self._shares:
+            update = self._updates[share.adapter].get(layer)
+            if update is None:
+                continue
+            rows = share.logits_rows if is_head else share.rows
+            if rows is None:
+                flat = flat + _delta(x, update, flat.dtype)
+            else:
+                flat = flat.index_add(0, rows, _delta(x[rows], update, flat.dtype))
+        return flat.view(output.shape)
+
+
+def _delta(x: Tensor, update: _Update, dtype: torch.dtype) -> Tensor:
+    return (x.to(update.down.dtype) @ update.down @ update.up).to(dtype)
+
+
+def _check_fit(adapter: Adapter, modules: dict[str, nn.Module]) -> None:
+    key, fix = key_of(adapter.name), "serve it on the model that it was trained on"
+    for name, layer in adapter.layers.items():
+        module = modules.get(name)
+        if module is None:
+            raise ConfigError(key, adapter.folder, f"the base has no layer {name}", fix)
+        if isinstance(module, nn.Linear):
+            sizes = (module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):
+            sizes = (module.nx, module.nf)
+        else:
+            rule = f"{name} of the base is no linear layer, but {type(module).__name__}"
+            raise ConfigError(key, adapter.folder, rule, fix)
+        if sizes != (layer.in_features, layer.out_features):
+            ours = f"{layer.in_features} -> {layer.out_features}"
+            rule = f"it has {name} {ours}, the base {sizes[0]} -> {sizes[1]}"
+            raise ConfigError(key, adapter.folder, rule, fix)
+
+
+def _load(adapter: Adapter, model: Any) -> dict[str, _Update]:
+    """In the type that the model computes in."""
+    updates = {}
+    with safe_open(adapter.folder / WEIGHTS, framework="pt") as file:
+        for name, layer in adapter.layers.items():
+            down = file.get_tensor(tensor_name(name, "A")).float()
+            up = file.get_tensor(tensor_name(name, "B")).float() * layer.scale
+            if not bool(down.isfinite().all() and up.isfinite().all()):
+                rule = f"its matrices of {name} are not finite"
+                raise ConfigError(key_of(adapter.name), adapter.folder, rule, "train it again")
+            to = {"dtype": model.dtype, "device": model.device}
+            updates[name] = _Update(down.T.contiguous().to(**to), up.T.contiguous().to(**to))
+    return updates
