@@ -27,6 +27,7 @@ _log = logging.getLogger("spotforge.serving")
 _STABLE_S = 60.0  # a process that lived this long has not failed in a row
 _BACKOFF_S = (0.0, 0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # by failures in a row
 _BLOCK_BYTES = 1 << 20
+_LAST_WORDS_BYTES = 1_000
 _LONGEST_LOOK_S = 1.0  # when this process stood still itself, that says nothing of its child
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 _encode = json.JSONEncoder(separators=(",", ":")).encode
@@ -167,12 +168,17 @@ class Child:
                             self._hear(kind, content)
         except Exception as e:  # whatever a process says, its end is what it costs
             self.fatal = f"what it said makes no sense: {type(e).__name__}: {e}"
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
 
     async def _read_errors(self) -> None:
         assert self._process.stderr is not None
-        async for line in self._process.stderr:
-            self._said.append(line.decode(errors="replace").rstrip())
+        rest = b""
+        while block := await self._process.stderr.read(_BLOCK_BYTES):
+            *lines, rest = (rest + block).split(b"\n")
+            self._said.extend(line.decode(errors="replace").rstrip() for line in lines)
+            rest = rest[-_LAST_WORDS_BYTES:]  # a bar of progress never ends its line
+        self._said.append(rest.decode(errors="replace").rpartition("\r")[2].rstrip())
 
 
 async def keep_up(
