@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -24,6 +25,9 @@ from trainer.schemas import refuse_unknown_keys
 _LISTS_KEYS = "python -m compression --cfg job"
 # `model` is a group of the trainer's, too, and Hydra would look for an option of that name.
 _PARENT = re.compile(r"(?=(?:run|model)=)")
+_CFG, _CFG_VALUES = ("--cfg", "-c"), ("job", "hydra", "all")
+_VALUED = (*_CFG, "--config-dir", "-cd")
+_FLAGS = ("--multirun", "-m", "--resolve")
 _HELP = """\
 Make a trained model smaller: python -m compression run=DIR | model=DIR [recipe=...] [key=value ...]
 
@@ -50,7 +54,7 @@ Keys (key=value):
   gate.max_perplexity_ratio, .max_kl, .min_greedy_agreement   else no artifact, and exit code 1
   seed
 
-Options:
+Options, before words, after them or between:
   --cfg job                   print the whole configuration and stop
   --config-dir DIR            look for options (recipe/mine.yaml, ...) in DIR too
   --multirun                  run every combination of comma-separated values
@@ -98,21 +102,50 @@ def _stop_requested() -> bool:
 def main() -> None:
     """Entry point; ends the process with an exit code."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that one line of ours is all there is
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; ours are rich's
     if {"-h", "--help"} & set(sys.argv[1:]):
         names = sorted(path.stem for path in (CONFIG_DIR / "recipe").glob("*.yaml"))
         print(_HELP.format(recipes="  " + "\n  ".join(names)))
         return
-    sys.argv[1:] = [
-        _PARENT.sub("parent.", word, 1) if _PARENT.match(word) else word for word in sys.argv[1:]
-    ]
     register_schemas()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _stop)
     try:
-        folder = str(CONFIG_DIR)
-        hydra.main(version_base="1.3", config_path=folder, config_name="compression")(_run)()
+        words, options = _words_and_options(sys.argv[1:])
+        words = [_PARENT.sub("parent.", word, 1) if _PARENT.match(word) else word for word in words]
+        with tempfile.TemporaryDirectory() as folder:  # for the notes of Hydra's own on a sweep
+            sys.argv[1:] = [*words, f"hydra.sweep.dir={folder}", *options]
+            hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="compression")(
+                _run
+            )()
     except (ConfigError, HydraException, OmegaConfBaseException) as e:
         _refuse(e)
+
+
+def _words_and_options(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Words (key=value) and options in any order, apart: Hydra takes them one after the other.
+
+    Raises:
+        ConfigError: An option that there is not, or that lacks its value.
+    """
+    words, options = [], []
+    following = iter(arguments)
+    for argument in following:
+        name, equals, value = argument.partition("=")
+        if not argument.startswith("-"):
+            words.append(argument)
+        elif argument in _FLAGS:
+            options.append(argument)
+        elif name in _VALUED:
+            value = value if equals else next(following, "")
+            if not value or (name in _CFG and value not in _CFG_VALUES):
+                rule = "is none of job, hydra, all" if name in _CFG else "lacks its folder"
+                raise ConfigError(name, value, rule, "see python -m compression --help")
+            options += [name, value]
+        else:
+            rule = "there is no such option"
+            raise ConfigError("option", argument, rule, "see python -m compression --help")
+    return words, options
 
 
 def _refuse(error: Exception) -> NoReturn:

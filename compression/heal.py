@@ -56,7 +56,7 @@ def heal(
     """
     _write_data_option(folder / "conf", data)
     tokens_of_step = config.global_batch_size * data.max_seq_len
-    steps = max(1, -(-config.tokens // tokens_of_step))
+    steps = -(-config.tokens // tokens_of_step)
     words = [
         "model=pretrained",
         f"model.path={model}",

@@ -283,6 +283,19 @@ class HealConfig:
                 rule = "must be above 0, and a number"
                 raise ConfigError(f"{key}.{name}", getattr(self, name), rule, "give more")
 
+    def check_one_step(self, key: str, max_seq_len: int) -> None:
+        """Raises ConfigError for less to train on than one step takes.
+
+        Args:
+            key: The step's of the recipe, for errors.
+            max_seq_len: Tokens of a sample.
+        """
+        least = self.global_batch_size * max_seq_len
+        if self.tokens < least:
+            rule = f"one step takes {least}: {self.global_batch_size} samples of {max_seq_len}"
+            fix = f"give more, or lower {key}.global_batch_size or data.max_seq_len"
+            raise ConfigError(f"{key}.tokens", self.tokens, rule, fix)
+
 
 @dataclass
 class StructuredPruneConfig:
@@ -380,6 +393,10 @@ class QatConfig:
         """Raises ConfigError for numbers that cannot be."""
         self.training().check(key)
         self.scheme(key)
+
+    def check_one_step(self, key: str, max_seq_len: int) -> None:
+        """Raises ConfigError for less to train on than one step takes; see `HealConfig`."""
+        self.training().check_one_step(key, max_seq_len)
 
 
 @dataclass

@@ -195,7 +195,8 @@ def _check_layers(config: CompressionConfig, parent: Path) -> dict[str, int]:
     layers = choose_layers(stream, config.layers.include, config.layers.exclude)
     for name, step in config.recipe.items():
         if isinstance(step, HealConfig | QatConfig):
-            data_config(config)  # there has to be some to train on
+            max_seq_len = data_config(config).max_seq_len  # there has to be some to train on
+            step.check_one_step(f"recipe.{name}", max_seq_len)
         if isinstance(step, QatConfig):
             if config.layers != LayersConfig():
                 rule = "training rounds every layer of the decoder blocks"

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from hydra.errors import OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from monitoring.errors import ConfigError
@@ -47,6 +48,9 @@ def explain(error: Exception, lists_keys: str = "python -m trainer --cfg job") -
     for cause in chain:
         if isinstance(cause, ConfigError):
             return str(cause)
+        if isinstance(cause, OverrideParseException):
+            word = " ".join(cause.override.split())
+            return f"{word}: is no key=value; close its quotes and brackets, quote it for the shell"
     # OmegaConf's innermost error says most, but for those with its own placeholders left in.
     told = (
         c for c in reversed(chain) if isinstance(c, OmegaConfBaseException) and "$" not in str(c)

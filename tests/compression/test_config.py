@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from compression.__main__ import _words_and_options, main
 from compression.config import CompressionConfig, Target
 from monitoring.errors import ConfigError
 from tests.compression.test_samples import settings
@@ -37,17 +38,46 @@ def test_the_target_follows_from_the_recipe_unless_it_is_named():
         _ = settings("target=nope").targets
 
 
+def test_words_and_options_come_in_any_order():
+    given = ["--config-dir", "conf", "model=x", "--multirun", "recipe=a,b", "--cfg=job", "+a=1"]
+    words, options = _words_and_options(given)
+    assert words == ["model=x", "recipe=a,b", "+a=1"]
+    assert options == ["--config-dir", "conf", "--multirun", "--cfg", "job"]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("--nope", "option=--nope: there is no such option"),
+        ("--cfg=nope", "--cfg=nope: is none of job, hydra, all"),
+        ("--config-dir", "--config-dir=: lacks its folder"),
+        ("layers.exclude=['*.down_proj]", "layers.exclude=['*.down_proj]: is no key=value; close"),
+        ("recipe=[a", "recipe=[a: is no key=value; close its quotes"),
+        ("x", "x: is no key=value; close its quotes"),
+    ],
+)
+def test_words_that_cannot_be_read_are_refused_in_one_line(word, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compression", "model=x", word])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.count("\n") == 1 and err.startswith(said), err
+
+
 def test_help_comes_at_once_and_composing_needs_no_torch():
     code = (
         "import sys\n"
         "sys.argv = ['compression', '--cfg', 'job', 'model=x', 'recipe=int4_gptq']\n"
         "import compression.__main__ as m\n"
         "m.main()\n"
+        "import tqdm\n"
+        "assert tqdm.tqdm([1]).disable; print('no bars')\n"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules), 'imported'\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "group_size: 128" in done.stdout and "model: x" in done.stdout
+    assert "no bars" in done.stdout
     help_ = [sys.executable, "-m", "compression", "--help"]
     done = subprocess.run(help_, capture_output=True, text=True)
     assert all(recipe in done.stdout for recipe in RECIPES) and done.returncode == 0

@@ -94,6 +94,16 @@ def test_nothing_to_heal_towards_is_refused(compress, parent):
     assert code == 2 and "recipe.heal.tokens=0: must be above 0" in err
 
 
+@pytest.mark.parametrize(
+    ("recipe", "step"), [("[prune_wanda,heal]", "heal"), ("qat_int4", "qat_int4")]
+)
+def test_less_than_a_step_is_refused_before_the_work(recipe, step, compress, parent, tmp_path):
+    words = [f"recipe={recipe}", f"recipe.{step}.tokens=511", "out=x"]
+    code, _, err = compress(f"model={parent}", *words)
+    assert code == 2 and f"recipe.{step}.tokens=511: one step takes 512: 16 samples of 32" in err
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.long
 def test_trained_to_be_rounded(compress, trainer, text, tmp_path):
     """Rounding to 3 bits costs less after a training that felt it."""

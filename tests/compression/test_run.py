@@ -143,8 +143,9 @@ def test_a_run_brings_its_export_and_its_data(compress, parent, text, tmp_path):
 @pytest.mark.long
 def test_several_recipes_make_a_plot(compress, parent, tmp_path):
     words = (f"model={parent}", "evaluation.speed=false", "recipe=int8_weight_only,prune_wanda")
-    code, _, err = compress(*words, "--multirun")
+    code, _, err = compress("--multirun", *words)
     assert code == 0, err
+    assert not (tmp_path / "compressed/multirun.yaml").exists()
     assert (tmp_path / "compressed/pareto.png").stat().st_size > 10_000
     code, _, err = compress(*words, "out=x", "--multirun")
     assert code == 0, err
