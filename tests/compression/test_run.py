@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from compression import run as run_module
 from compression.artifact import read_report
 from tests.compression.conftest import SMALL, save_model
+from tests.compression.test_samples import settings
 from trainer.checkpoint import sha256_of
 
 
@@ -66,11 +67,18 @@ def test_an_artifact_computes_what_was_evaluated(
         assert torch.isfinite(load(artifact)(ids).logits).all()
 
 
-def test_lineage_lists_every_file(compress, parent, tmp_path):
-    assert compress(f"model={parent}", "out=x")[0] == 0
-    artifact = tmp_path / "x" / "compressed_tensors"
-    lineage = json.loads((artifact / "lineage.json").read_text())
-    found = {p.name: sha256_of(p) for p in artifact.iterdir() if p.name != "lineage.json"}
+@pytest.fixture(scope="module")
+def rounded(parent, text, tmp_path_factory):
+    """An artifact in int8."""
+    out = tmp_path_factory.mktemp("rounded") / "x"
+    words = ["data=jsonl", f"data.path={text}", "data.column=text", *SMALL]
+    config = settings(f"parent.model={parent}", f"out={out}", *words, "evaluation.speed=false")
+    return run_module.run(config, lambda: False) / "compressed_tensors"
+
+
+def test_lineage_lists_every_file(rounded, parent):
+    lineage = json.loads((rounded / "lineage.json").read_text())
+    found = {p.name: sha256_of(p) for p in rounded.iterdir() if p.name != "lineage.json"}
     assert {name: entry["sha256"] for name, entry in lineage["files"].items()} == found
     assert lineage["parent"]["files"]["model.safetensors"] == sha256_of(
         parent / "model.safetensors"
@@ -85,6 +93,7 @@ def test_steps_in_order_and_twice_the_same(compress, parent, tmp_path):
         "recipe=[prune_wanda,int4_gptq]",
         "recipe.int4_gptq.group_size=32",
         "recipe.prune_wanda.pattern=two_of_four",
+        "evaluation.speed=false",
     ]
     assert compress(*words, "out=a")[0] == 0
     assert compress(*words, "out=b")[0] == 0
@@ -101,6 +110,7 @@ def test_steps_in_order_and_twice_the_same(compress, parent, tmp_path):
 
 def test_a_stopped_compression_goes_on(compress, parent, tmp_path, monkeypatch):
     words = [f"model={parent}", "recipe=int4_gptq", "recipe.int4_gptq.group_size=32"]
+    words.append("evaluation.speed=false")
     assert compress(*words, "out=whole")[0] == 0
     asked = []
 
@@ -219,9 +229,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(words, said, compress, parent,
     assert out == "" and not (tmp_path / "x").exists()
 
 
-def test_a_quantized_model_is_refused(compress, parent, tmp_path):
-    assert compress(f"model={parent}", "out=x")[0] == 0
-    code, _, err = compress(f"model={tmp_path / 'x' / 'compressed_tensors'}", "out=y")
+def test_a_quantized_model_is_refused(compress, rounded):
+    code, _, err = compress(f"model={rounded}", "out=y")
     assert code == 2 and "is quantized already (compressed-tensors)" in err
 
 
