@@ -133,7 +133,7 @@ class LoraLayers:
 
 
 def _delta(x: Tensor, update: _Update, dtype: torch.dtype) -> Tensor:
-    return (x.to(update.down.dtype) @ update.down @ update.up).to(dtype)
+    return (x.float() @ update.down @ update.up).to(dtype)
 
 
 def _check_fit(adapter: Adapter, modules: dict[str, nn.Module]) -> None:
@@ -156,7 +156,7 @@ def _check_fit(adapter: Adapter, modules: dict[str, nn.Module]) -> None:
 
 
 def _load(adapter: Adapter, model: Any) -> dict[str, _Update]:
-    """In the type that the model computes in."""
+    """In float32, as PEFT computes them on a base of fewer bits, too."""
     updates = {}
     with safe_open(adapter.folder / WEIGHTS, framework="pt") as file:
         for name, layer in adapter.layers.items():
@@ -165,6 +165,6 @@ def _load(adapter: Adapter, model: Any) -> dict[str, _Update]:
             if not bool(down.isfinite().all() and up.isfinite().all()):
                 rule = f"its matrices of {name} are not finite"
                 raise ConfigError(key_of(adapter.name), adapter.folder, rule, "train it again")
-            to = {"dtype": model.dtype, "device": model.device}
-            updates[name] = _Update(down.T.contiguous().to(**to), up.T.contiguous().to(**to))
+            device = model.device
+            updates[name] = _Update(down.T.contiguous().to(device), up.T.contiguous().to(device))
     return updates
