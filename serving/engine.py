@@ -16,9 +16,10 @@ What an engine program is told and says is one JSON object a line, on its standa
                   "finished": [["ID", "stop" or "length"], ...],
                   "running": 3, "kv_cache_usage": 0.2}}
         {"failed": {"id": "ID", "error": "one line"}}
+        {"refused": {"id": "ID", "error": "one line"}}   its schema, which the client can change
         {"embeddings": {"id": "ID", "vectors": [[0.1, ...], ...]}}
         {"idle": {"kv_cache_usage": 0.0}}     twice a second while there is nothing to do
-        {"refused": ["key", "value", "rule", "fix"]}    before it exits: it is a setting's fault
+        {"misconfigured": ["key", "value", "rule", "fix"]}    before it exits: it is a setting's fault
         {"fatal": "one line"}                 before it exits by itself
 
 LOGPROBS is a list, for each token [its log-probability, [[token, log-probability], ...]]: of the
@@ -36,6 +37,10 @@ from monitoring.errors import SpotforgeError
 
 class EngineError(SpotforgeError):
     """An engine could not do what it was asked to; the request is lost, the gateway is not."""
+
+
+class EngineRefused(EngineError):
+    """A schema that an engine cannot hold a text to: another one may be fine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +168,7 @@ class Engine(Protocol):
         """Generates; the last chunk has a `finish_reason`. Leaving the loop early cancels.
 
         Raises:
+            EngineRefused: Its schema cannot be held to.
             EngineError: The request is lost.
         """
         ...

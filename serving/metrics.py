@@ -47,7 +47,9 @@ class Metrics:
         self.failed = counter("request_failed", "Requests that ended with an error.")
         self.cancelled = counter("request_cancelled", "Requests whose client went away.")
         self.rejections = counter(
-            "admission_rejections", "Requests that were not let in.", ("model", "key", "reason")
+            "admission_rejections",
+            "Requests that were not let in, or whose schema was refused.",
+            ("model", "key", "reason"),
         )
         self.first_token = histogram("time_to_first_token_seconds", "From arrival to a token.")
         self.between_tokens = histogram(

@@ -34,6 +34,10 @@ class Lines:
         except OSError:
             os._exit(0)
 
+    def post(self, kind: str, content: Any) -> None:
+        """Has a thread of the program heard beside the gateway."""
+        self._queue.put({kind: content})
+
     def heard(self, wait_s: float = 0) -> Iterator[tuple[str, Any]]:
         """All that was said to the program; waits for the first when nothing was.
 

@@ -23,6 +23,7 @@ from serving.child import Child, ChildEnded, keep_up
 from serving.engine import (
     EngineError,
     EngineInfo,
+    EngineRefused,
     EngineStats,
     TokenChunk,
     TokenLogprob,
@@ -101,7 +102,7 @@ class ProcessEngine:
         self._embeds: dict[str, asyncio.Future[list[list[float]]]] = {}
         self._is_up = False  # a process is there, has said that it is ready, and made a token
         self._is_hung = False
-        self._refused: ConfigError | None = None
+        self._misconfigured: ConfigError | None = None
         self._token_s = 0.0  # when there was one
         self._tasks: list[asyncio.Task[None]] = []
         self._up = asyncio.Event()
@@ -187,7 +188,7 @@ class ProcessEngine:
 
     async def _launch(self) -> None:
         """Starts a process, waits until it is ready, and has it make one token."""
-        self._refused, self._is_hung = None, False
+        self._misconfigured, self._is_hung = None, False
         self._ready = asyncio.get_running_loop().create_future()
         self._child = await Child.start(self._command, self._hear, self._env)
         try:
@@ -200,7 +201,7 @@ class ProcessEngine:
             raise SpotforgeError(f"engine: made no token within {timeout_s:g} s") from e
         except ChildEnded as e:
             await self._kill()
-            raise self._refused or e from None
+            raise self._misconfigured or e from None
         except BaseException:
             await self._kill()
             raise
@@ -236,15 +237,17 @@ class ProcessEngine:
             assert self._ready is not None
             self._ready.set_result(EngineInfo(**content))
         elif kind == "failed":
-            self._on_failed(content["id"], content["error"])
+            self._on_failed(content["id"], EngineError(content["error"]))
+        elif kind == "refused":
+            self._on_failed(content["id"], EngineRefused(content["error"]))
         elif kind == "embeddings":
             if (future := self._embeds.get(content["id"])) and not future.done():
                 future.set_result(content["vectors"])
         elif kind == "idle":
             self._stats.running = 0
             self._stats.kv_cache_usage = content["kv_cache_usage"]
-        elif kind == "refused":
-            self._refused = ConfigError(*content)
+        elif kind == "misconfigured":
+            self._misconfigured = ConfigError(*content)
 
     def _on_step(self, step: dict[str, Any]) -> None:
         self._token_s = time.monotonic()
@@ -267,11 +270,11 @@ class ProcessEngine:
             if (live := self._live.pop(name, None)) is not None:
                 live.chunks.put_nowait(TokenChunk([], None, reason))
 
-    def _on_failed(self, name: str, error: str) -> None:
+    def _on_failed(self, name: str, error: EngineError) -> None:
         if (live := self._live.pop(name, None)) is not None:
-            live.chunks.put_nowait(EngineError(error))
+            live.chunks.put_nowait(error)
         elif (future := self._embeds.get(name)) is not None and not future.done():
-            future.set_exception(EngineError(error))
+            future.set_exception(error)
 
     # -- Watching ----------------------------------------------------------------------------
 

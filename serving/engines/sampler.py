@@ -2,7 +2,8 @@
 
 transformers samples all requests of a batch alike, from one stream of random numbers. Here every
 request has its own temperature, top_p and seed, and the token at a position depends on nothing
-else in the batch: a request that is started again goes on with the same tokens.
+else in the batch: a request that is started again goes on with the same tokens. A request with a
+schema has only those that its grammar allows.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import torch
+from llguidance import LLMatcher
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.continuous_batching.cb_logits_processors import (
@@ -21,13 +24,19 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 
 class Sampler(ContinuousBatchingLogitsProcessor):
-    """Chooses each row's token; the argmax that transformers takes afterwards finds it."""
+    """Chooses each row's token; the argmax that transformers takes afterwards finds it.
+
+    Args:
+        eos: Tokens that end a text.
+    """
 
     supported_kwargs: dict[str, type] = {}
     ignored_kwargs: tuple[str, ...] = ()
 
-    def __init__(self) -> None:
+    def __init__(self, eos: list[int]) -> None:
+        self._eos = eos
         self._requests: dict[str, dict[str, Any]] = {}
+        self._texts: dict[str, _HeldText] = {}
         self._logprobs: dict[str, list[Any]] = {}
         self._rows: list[RequestState] = []
 
@@ -37,16 +46,29 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         processors.tensors_required = 1
         processors.do_processing = True
 
-    def add(self, request: dict[str, Any]) -> None:
-        """Before the request is handed over; the fields of `TokenRequest`."""
+    def add(self, request: dict[str, Any], matcher: LLMatcher | None) -> None:
+        """Before the request is handed over.
+
+        Args:
+            request: The fields of `TokenRequest`.
+            matcher: Of its schema, at the beginning of the text.
+        """
         self._requests[request["id"]] = request
+        if matcher is not None:
+            self._texts[request["id"]] = _HeldText(matcher, request)
         if request["logprobs"] is not None:
             self._logprobs[request["id"]] = []
 
     def remove(self, name: str) -> None:
         """A request that is over."""
         self._requests.pop(name, None)
+        self._texts.pop(name, None)
         self._logprobs.pop(name, None)
+
+    def error(self, name: str) -> str | None:
+        """Why a request was ended: its grammar went beyond what a step may take."""
+        text = self._texts.get(name)
+        return text.matcher.get_error() if text is not None and text.matcher.is_error() else None
 
     def ignores_eos(self, name: str) -> bool:
         """Whether a request goes on after EOS."""
@@ -87,11 +109,12 @@ class Sampler(ContinuousBatchingLogitsProcessor):
             if request is not None and request["temperature"] > 0:
                 position = len(state.initial_tokens) + len(state.generated_tokens)
                 drawn.append((i, request, random.Random(f"{request['seed']} {position}").random()))
-        chosen = scores.argmax(dim=-1)
+        allowed = self._allowed(scores)
+        chosen = allowed.argmax(dim=-1)
         if drawn:
             rows = torch.tensor([i for i, _, _ in drawn], device=scores.device)
             chosen[rows] = draw(
-                scores[rows],
+                allowed[rows],
                 *(
                     torch.tensor(column, device=scores.device, dtype=torch.float64)
                     for column in zip(
@@ -100,9 +123,27 @@ class Sampler(ContinuousBatchingLogitsProcessor):
                 ),
             )
         self._note_logprobs(scores, chosen, requests)
-        if not drawn:
+        if not drawn and allowed is scores:
             return scores
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen.unsqueeze(1), 0.0)
+
+    def _allowed(self, scores: Tensor) -> Tensor:
+        """The scores, without those of tokens that a row's grammar forbids: (N, V)."""
+        held = [
+            (i, text)
+            for i, state in enumerate(self._rows)
+            if (text := self._texts.get(state.request_id)) is not None
+        ]
+        if not held:
+            return scores
+        allowed = scores.clone()
+        for i, text in held:
+            mask = text.mask(self._rows[i], scores.shape[-1])
+            if text.matcher.is_error():
+                mask = torch.zeros(scores.shape[-1], dtype=torch.bool)
+                mask[self._eos] = True
+            allowed[i].masked_fill_(~mask.to(scores.device), -torch.inf)
+        return allowed
 
     def _note_logprobs(
         self, scores: Tensor, chosen: Tensor, requests: list[dict[str, Any] | None]
@@ -116,6 +157,27 @@ class Sampler(ContinuousBatchingLogitsProcessor):
             if kept is not None:
                 top = list(zip(indices.tolist(), values.tolist(), strict=True))
                 kept.append((logprobs[chosen[i]].item(), top))
+
+
+class _HeldText:
+    """A text that is held to a grammar, as far as it has come.
+
+    Its beginning may have been generated by an engine that was lost: it is in the prompt's end.
+    """
+
+    def __init__(self, matcher: LLMatcher, request: dict[str, Any]) -> None:
+        self.matcher = matcher
+        self._seen = len(request["prompt"]) - request["offset"]  # tokens, the prompt's included
+
+    def mask(self, state: RequestState, vocab_size: int) -> Tensor:
+        """Which tokens may be next: (V,) bool."""
+        initial = state.initial_tokens
+        new = initial[self._seen :] + state.generated_tokens[max(0, self._seen - len(initial)) :]
+        self._seen += len(new)
+        self.matcher.consume_tokens(new)
+        packed = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
+        bits = np.unpackbits(packed, count=vocab_size, bitorder="little")
+        return torch.from_numpy(bits).bool()
 
 
 def draw(scores: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:

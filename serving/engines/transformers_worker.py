@@ -14,11 +14,16 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from monitoring.errors import ConfigError
 from serving.adapters import key_of, resolve
 from serving.engines.lines import IDLE_S, Lines
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+    from serving.engines.grammars import Grammars
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,14 @@ class Worker:
     def __init__(self, settings: Settings, lines: Lines) -> None:
         import torch
         import transformers
-        from transformers import ContinuousBatchingConfig, GenerationConfig
+        from transformers import (
+            AutoTokenizer,
+            ContinuousBatchingConfig,
+            GenerationConfig,
+            PreTrainedTokenizerFast,
+        )
 
+        from serving.engines.grammars import Grammars
         from serving.engines.sampler import Sampler
 
         transformers.logging.set_verbosity_error()
@@ -67,7 +78,7 @@ class Worker:
         trained = getattr(text_config, "max_position_embeddings", None) or 1 << 20
         self._max_context = min(settings.max_context or trained, trained)
         page_size = 32
-        self._sampler = Sampler()
+        self._sampler = Sampler(self._eos)
         self._adapters = _adapters(settings, model)
         self._adapter_of: dict[str, str | None] = {}  # by request
         self._manager = model.init_continuous_batching(
@@ -87,11 +98,19 @@ class Worker:
         if self._adapters is not None:
             self._adapters.follow(model, self._step)
         self._told: dict[str, int] = {}  # tokens that were told, by request
+        self._compiling: dict[str, dict[str, Any]] = {}  # requests whose schema is being compiled
+        self._grammars: Grammars | None = None
+        features = ["embeddings", "logprobs_when_sampling"]
+        tokenizer = AutoTokenizer.from_pretrained(settings.folder)
+        if self._eos and isinstance(tokenizer, PreTrainedTokenizerFast):
+            vocab_size = text_config.vocab_size
+            self._grammars = Grammars(tokenizer, vocab_size, self._eos, self._on_grammar)
+            features.append("json_schema")
         info = {
             "engine": f"transformers {transformers.__version__}",
             "max_context": self._max_context,
             "max_running": settings.max_running,
-            "features": ["embeddings", "logprobs_when_sampling"],
+            "features": features,
         }
         self._manager.start()
         lines.say("ready", info)
@@ -99,10 +118,11 @@ class Worker:
     def run(self) -> None:
         """Until the gateway is gone, or generation broke down."""
         while True:
-            waits = 0 if self._told else IDLE_S
+            is_busy = len(self._told) > len(self._compiling)
+            waits = 0 if is_busy else IDLE_S
             for kind, content in self._lines.heard(waits):
                 getattr(self, f"_on_{kind}")(content)
-            if self._told:
+            if is_busy:
                 self._tell()
             else:
                 self._lines.say("idle", {"kv_cache_usage": self._kv_cache_usage()})
@@ -110,10 +130,37 @@ class Worker:
                 self._die(self._manager.background_thread_status.fatal_error)
 
     def _on_submit(self, request: dict[str, Any]) -> None:
+        self._told[request["id"]] = 0
+        self._adapter_of[request["id"]] = request["adapter"]
+        if request["schema"] is None:
+            self._begin(request, None)
+        elif self._grammars is None:
+            self._refuse(request["id"], "this engine takes no JSON schema")
+        else:
+            self._compiling[request["id"]] = request
+            self._grammars.compile(request["id"], request["schema"])
+
+    def _on_grammar(self, name: str, found: LLMatcher | str) -> None:
+        """On the thread of the grammars."""
+        self._lines.post("compiled", (name, found))
+
+    def _on_compiled(self, told: tuple[str, LLMatcher | str]) -> None:
+        name, found = told
+        request = self._compiling.pop(name, None)
+        if request is None:
+            return  # cancelled since
+        if isinstance(found, str):
+            self._refuse(name, found)
+        else:
+            self._begin(request, found)
+
+    def _refuse(self, name: str, why: str) -> None:
+        self._forget(name)
+        self._lines.say("refused", {"id": name, "error": why})
+
+    def _begin(self, request: dict[str, Any], matcher: LLMatcher | None) -> None:
         name = request["id"]
-        self._told[name] = 0
-        self._adapter_of[name] = request["adapter"]
-        self._sampler.add(request)
+        self._sampler.add(request, matcher)
         self._manager.add_request(
             request["prompt"],
             request_id=name,
@@ -123,10 +170,11 @@ class Worker:
         )
 
     def _on_cancel(self, name: str) -> None:
-        if self._told.pop(name, None) is not None:
+        if name not in self._told:
+            return
+        self._forget(name)
+        if self._compiling.pop(name, None) is None:
             self._manager.cancel_request(name)
-            self._sampler.remove(name)
-            del self._adapter_of[name]
 
     def _on_embed(self, request: dict[str, Any]) -> None:
         try:
@@ -172,6 +220,9 @@ class Worker:
         self, output: Any, tokens: dict[str, Any], finished: list[tuple[str, str]]
     ) -> None:
         name, told = output.request_id, self._told[output.request_id]
+        if output.is_finished() and (error := self._sampler.error(name)) is not None:
+            self._refuse(name, f"its grammar is too complex ({error})")
+            return
         new = output.generated_tokens[told:]
         self._told[name] = told + len(new)
         is_ended = output.is_finished()
@@ -273,7 +324,7 @@ def main(arguments: list[str]) -> None:
     try:
         worker = Worker(Settings(**json.loads(arguments[0])), lines)
     except ConfigError as e:
-        lines.say("refused", [e.key, str(e.value), e.rule, e.fix])
+        lines.say("misconfigured", [e.key, str(e.value), e.rule, e.fix])
         sys.exit(e.exit_code)
     except Exception as e:
         first = (str(e).splitlines() or [""])[0]

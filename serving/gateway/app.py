@@ -114,8 +114,7 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
     @app.post("/v1/completions", tags=["generation"], responses={200: _STREAMED})
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continues a text."""
-        schema = None if body.response_format is None else body.response_format.schema_of_text()
-        sampling = _sampling(body, body.max_tokens, body.logprobs, schema)
+        sampling = _sampling(body, body.max_tokens, body.logprobs)
         prompts = body.prompts()
         generation = await _begin(gateway, request, body.model, prompts, sampling)
         answer = CompletionAnswer(
@@ -126,8 +125,7 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
     @app.post("/v1/chat/completions", tags=["generation"], responses={200: _STREAMED})
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answers in a conversation."""
-        schema = None if body.response_format is None else body.response_format.schema_of_text()
-        sampling = _sampling(body, body.limit(), body.wanted_logprobs(), schema)
+        sampling = _sampling(body, body.limit(), body.wanted_logprobs())
         tools = body.offered_tools()
         messages = [message.for_template() for message in body.messages]
         chat = Chat(messages, tools, body.chat_template_kwargs or {})
@@ -291,7 +289,6 @@ def _sampling(
     body: CompletionRequest | ChatRequest,
     max_tokens: int | None,
     logprobs: int | None,
-    schema: dict[str, Any] | None,
 ) -> Sampling:
     return Sampling(
         max_tokens,
@@ -302,7 +299,7 @@ def _sampling(
         logprobs,
         body.stops(),
         body.ignore_eos,
-        schema,
+        body.schema_of_text(),
     )
 
 

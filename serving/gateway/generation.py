@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from serving.admission import Slot
 from serving.deployment import Deployment
-from serving.engine import EngineError, TokenRequest
+from serving.engine import EngineError, EngineRefused, TokenRequest
 from serving.gateway.errors import ApiError
 from serving.keys import Key
 from serving.metrics import Metrics
@@ -83,7 +83,7 @@ class Generation:
         """(choice, text) until all choices have ended; leaving early cancels what still runs.
 
         Raises:
-            ApiError: The engine lost it, or its time is over.
+            ApiError: The engine refused or lost it, or its time is over.
         """
         metrics = self._metrics
         metrics.queue.labels(*self._labels).observe(self._started_s - self._arrived_s)
@@ -106,6 +106,9 @@ class Generation:
         except TimeoutError as e:
             text = f"not finished within its {self._deadline_s:g} s"
             error = ApiError(504, text, code="deadline")
+            raise error from e
+        except EngineRefused as e:
+            error = ApiError(400, f"response_format: {e}", "response_format", "schema_refused")
             raise error from e
         except EngineError as e:
             error = lost(e)
@@ -196,14 +199,18 @@ class Generation:
         metrics = self._metrics
         for reason in reasons:
             metrics.success.labels(*self._labels, reason).inc()
-        if error is not None:
+        is_clients = error is not None and error.status < 500
+        if is_clients:
+            metrics.rejections.labels(self._model.name, self._key.id, "refused").inc()
+        elif error is not None:
             metrics.failed.labels(*self._labels).inc()
         elif not is_over:
             metrics.cancelled.labels(*self._labels).inc()
         else:
             metrics.whole.labels(*self._labels).observe(took_s)
         first_s = took_s if self._first_s is None else self._first_s
-        if is_over or error is not None:  # a client that went away says nothing of the artifact
+        # A client that went away, or asked for what cannot be, says nothing of the artifact.
+        if is_over or (error is not None and not is_clients):
             token_s = (took_s - first_s) / max(1, self.completion_tokens - 1)
             self._model.note(self.deployment.artifact.version, error is None, first_s, token_s)
         status = "ok" if is_over else "cancelled" if error is None else (error.code or "error")

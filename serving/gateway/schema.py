@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 _SEED = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+_SCHEMA_LEVELS = 100
+_SCHEMA_BYTES = 2**16
 _TOKEN_ID = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -28,6 +31,11 @@ class JsonSchema(_Body):
     description: str | None = None
     strict: bool | None = None
 
+    @model_validator(mode="after")
+    def _is_small(self) -> JsonSchema:
+        check_schema(self.schema_)
+        return self
+
 
 class ResponseFormat(_Body):
     """What the answer is to be."""
@@ -48,6 +56,24 @@ class ResponseFormat(_Body):
         return None if self.json_schema is None else self.json_schema.schema_
 
 
+def check_schema(schema: dict[str, Any]) -> None:
+    """Raises ValueError for one that takes an engine more than a second or two to compile."""
+    level: list[Any] = [schema]
+    for _ in range(_SCHEMA_LEVELS):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            break
+    else:
+        raise ValueError(f"a schema is nested in at most {_SCHEMA_LEVELS} levels")
+    if len(json.dumps(schema)) > _SCHEMA_BYTES:
+        raise ValueError(f"a schema has at most {_SCHEMA_BYTES} bytes")
+
+
 class _Sampling(_Body):
     """What completions and chats have in common."""
 
@@ -56,6 +82,7 @@ class _Sampling(_Body):
     top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
     n: int = Field(1, ge=1, le=128)
     seed: _SEED | None = None
+    response_format: ResponseFormat | None = None
     stop: str | list[Annotated[str, Field(max_length=512)]] | None = Field(None, max_length=512)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -71,6 +98,16 @@ class _Sampling(_Body):
         if isinstance(self.stop, list) and len(self.stop) > 4:
             raise ValueError("stop has at most 4 texts")
         return self
+
+    @model_validator(mode="after")
+    def _a_schema_has_an_end(self) -> _Sampling:
+        if self.ignore_eos and self.schema_of_text() is not None:
+            raise ValueError("ignore_eos: a text that satisfies response_format ends with it")
+        return self
+
+    def schema_of_text(self) -> dict[str, Any] | None:
+        """That the text is to satisfy; None: any text."""
+        return None if self.response_format is None else self.response_format.schema_of_text()
 
     def stops(self) -> list[str]:
         """Always a list."""
@@ -99,7 +136,6 @@ class CompletionRequest(_Sampling):
     best_of: Literal[1] | None = None
     suffix: None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    response_format: ResponseFormat | None = None
 
     def prompts(self) -> list[str | list[int]]:
         """One or more."""
@@ -186,7 +222,6 @@ class ChatRequest(_Sampling):
     tools: list[Tool] | None = Field(None, max_length=128)
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 

@@ -1,0 +1,180 @@
+"""Answers that are held to a JSON schema, by the transformers engine."""
+
+import asyncio
+import json
+import os
+import signal
+import time
+
+import httpx
+import jsonschema_rs
+import pytest
+from transformers import AutoTokenizer
+
+from serving.engine import EngineRefused, TokenRequest
+from tests.serving.conftest import stream_lines
+from tests.serving.test_engine import PROMPT, tokens_of, with_engine
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "kind": {"enum": ["cat", "dog", "naïve ☕"]},
+        "legs": {"type": "integer", "minimum": 0, "maximum": 8},
+        "names": {"type": "array", "items": {"type": "string", "maxLength": 5}, "maxItems": 1},
+    },
+    "required": ["kind", "legs", "names"],
+    "additionalProperties": False,
+}
+HELD = {"schema": SCHEMA, "ignore_eos": False, "max_tokens": 240}
+
+
+def test_texts_satisfy_their_schema_and_the_rest_of_the_batch_goes_on(export):
+    async def work(running):
+        assert "json_schema" in running.info.features
+        free, _, _ = await tokens_of(running, "free", seed=5)
+        own, wanted, _ = await tokens_of(running, "own", seed=5, max_tokens=1, logprobs=3)
+        held = [
+            tokens_of(running, f"h{i}", seed=i, logprobs=3, top_p=p, temperature=t, **HELD)
+            for i, (t, p) in enumerate([(1, 1), (1, 1), (1, 0.5), (0, 1)])
+        ]
+        *held, again = await asyncio.gather(*held, tokens_of(running, "again", seed=5))
+        return held, again[0], free, wanted
+
+    held, again, free, wanted = with_engine(export, work)
+    assert again == free, "the grammar of others decides what is drawn"
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    for found, logprobs, reason in held:
+        assert reason == "stop"
+        jsonschema_rs.validate(SCHEMA, json.loads(tokenizer.decode(found)))
+        assert len(logprobs) == len(found)
+        # Of the model's own distribution: what the grammar forbids is among the likeliest.
+        assert logprobs[0].top == [(t, pytest.approx(x, abs=1e-3)) for t, x in wanted[0].top]
+        assert logprobs[0].logprob < logprobs[0].top[-1][1]
+    assert len({tuple(found) for found, _, _ in held}) == len(held)
+
+
+def test_a_text_goes_on_within_its_grammar_when_its_engine_is_lost(export):
+    schema = {"type": "string", "pattern": "^([a-c]{3}[0-9]){30}$"}
+    settings = {"schema": schema, "ignore_eos": False, "max_tokens": 200, "seed": 3}
+
+    async def work(running):
+        wanted, _, reason = await tokens_of(running, "w", **settings)
+        assert reason == "stop" and len(wanted) > 60
+        task = asyncio.create_task(tokens_of(running, "k", **settings))
+        while not running._live or len(next(iter(running._live.values())).tokens) < 5:
+            await asyncio.sleep(0.001)
+        os.kill(running.pid, signal.SIGKILL)
+        found, _, reason = await task
+        assert running.stats().restarts == 1
+        assert (found, reason) == (wanted, "stop")
+
+    with_engine(export, work)
+
+
+# What a hostile client may send, and what it costs: a refusal, or a text.
+ODD = {
+    "nonsense": {"type": "nonsense"},
+    "lookahead": {"pattern": "(?=a)b", "type": "string"},
+    "remote": {"$ref": "https://example.com/schema"},
+    "itself": {"$ref": "#"},
+    "unsatisfiable": {"type": "integer", "minimum": 1, "maximum": 0},
+    "surrogate": {"const": "\ud800"},
+    "properties": {"properties": {f"p{i}": {"type": "string"} for i in range(2000)}},
+    "chain": {
+        "$defs": {f"{i}": {"items": {"$ref": f"#/$defs/{i + 1}"}} for i in range(1600)}
+        | {"1600": {"type": "string"}},
+        "$ref": "#/$defs/0",
+    },
+    "regex": {"type": "string", "pattern": "^(.*a.*b.*c.*d){20}(x|y)+.{1000}(.{1,99}z){1,99}$"},
+    "many": {"allOf": [{"anyOf": [{"required": [f"{i}{j}"]} for j in range(4)]} for i in range(8)]},
+}
+
+
+def test_no_schema_takes_the_engine_down(export):
+    async def work(running):
+        pid = running.pid
+        stream = running.submit(TokenRequest("free", PROMPT, 250, ignore_eos=True))
+        await anext(stream)
+
+        async def fate(name, schema):
+            try:
+                _, _, reason = await tokens_of(
+                    running, name, schema=schema, ignore_eos=False, max_tokens=30
+                )
+            except EngineRefused:
+                return "refused"
+            return reason
+
+        fates = {name: await fate(name, schema) for name, schema in ODD.items()}
+        assert [chunk async for chunk in stream][-1].finish_reason == "length"
+        assert running.pid == pid
+        return fates
+
+    fates = with_engine(export, work, step_timeout_s=5.0)
+    certain = ("nonsense", "lookahead", "remote", "itself", "unsatisfiable", "surrogate", "many")
+    assert {name for name, fate in fates.items() if fate == "refused"} == set(certain)
+
+
+def body(schema, **more):
+    named = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    return {"model": "tiny", "prompt": "x", "response_format": named, "max_tokens": 400} | more
+
+
+def test_over_http(server):
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        answer = client.post("/v1/completions", json=body(SCHEMA, n=3)).json()
+        for choice in answer["choices"]:
+            jsonschema_rs.validate(SCHEMA, json.loads(choice["text"]))
+            assert choice["finish_reason"] == "stop"
+        with client.stream("POST", "/v1/completions", json=body(SCHEMA, stream=True)) as stream:
+            parts = [line for line in stream_lines(stream) if line != "[DONE]"]
+        text = "".join(part["choices"][0]["text"] for part in parts)
+        jsonschema_rs.validate(SCHEMA, json.loads(text))
+        chat = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "x"}],
+            "response_format": {"type": "json_object"},
+            "max_tokens": 250,
+            "seed": 1,
+        }
+        choice = client.post("/v1/chat/completions", json=chat).json()["choices"][0]
+        assert choice["message"]["content"].startswith("{")
+
+
+def test_a_refused_schema_is_the_clients_mistake_and_nobody_elses(server):
+    pid = server.engine_pid()
+    free = {"model": "tiny", "prompt": "x", "max_tokens": 300, "ignore_eos": True, "stream": True}
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        with client.stream("POST", "/v1/completions", json=free) as stream:
+            lines = stream_lines(stream)
+            next(lines)
+            for more in ({}, {"stream": True}):
+                refused = client.post("/v1/completions", json=body(ODD["lookahead"], **more))
+                error = refused.json()["error"]
+                assert (refused.status_code, error["param"]) == (400, "response_format")
+                assert "look-ahead" in error["message"]
+            assert list(lines)[-1] == "[DONE]"
+        assert 'reason="refused"} 2.0' in client.get("/metrics").text
+    assert server.engine_pid() == pid
+
+
+def nested(levels):
+    schema = {}
+    for _ in range(levels):
+        schema = {"items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("schema", "more", "says"),
+    [
+        (nested(120), {}, "at most 100 levels"),
+        ({"enum": ["x" * 70_000]}, {}, "at most 65536 bytes"),
+        ({}, {"ignore_eos": True}, "ignore_eos"),
+    ],
+)
+def test_what_the_gateway_refuses_at_once(server, schema, more, says):
+    began_s = time.monotonic()
+    answer = httpx.post(f"{server.url}/v1/completions", json=body(schema, **more))
+    assert answer.status_code == 400 and says in answer.json()["error"]["message"]
+    assert time.monotonic() - began_s < 1
