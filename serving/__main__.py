@@ -37,7 +37,10 @@ Keys (key=value):
   keys                        file of API keys; default: whoever can connect may ask
   topology                    local | split: text stages in the gateway, or in processes
   text.encoders, .decoders    numbers of those processes
-  engine.name                 auto | transformers | openvino
+  engine.name                 auto | transformers | openvino | vllm | remote
+  engine.url                  http://HOST:PORT of a server with OpenAI's API, for remote
+  engine.remote_model         as that server calls the model; default: it has only one
+  engine.api_key_env          environment variable with that server's API key; default: none
   engine.max_context, .max_running, .max_batch_tokens, .kv_cache_mb, .num_threads
   engine.openvino_bits        8 | 4 | 32, where an IR is made of dense weights
   engine.start_timeout_s, .silence_s, .step_timeout_s, .probe_interval_s

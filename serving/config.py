@@ -22,6 +22,8 @@ class EngineName(Enum):
     auto = "auto"
     transformers = "transformers"
     openvino = "openvino"
+    vllm = "vllm"
+    remote = "remote"
 
 
 @dataclass
@@ -30,6 +32,9 @@ class EngineConfig:
 
     Attributes:
         name: Which engine.
+        url: Of the server that `remote` asks, with OpenAI's API.
+        remote_model: As that server calls the model; null: it has only one.
+        api_key_env: Environment variable with that server's API key; null: it wants none.
         max_context: Tokens of prompt and answer together; null: what the model can.
         max_running: Sequences in a step, at most.
         max_batch_tokens: Tokens in a step, at most; a longer prompt takes several steps.
@@ -44,6 +49,9 @@ class EngineConfig:
     """
 
     name: EngineName = EngineName.auto
+    url: str | None = None
+    remote_model: str | None = None
+    api_key_env: str | None = None
     max_context: int | None = None
     max_running: int = 32
     max_batch_tokens: int = 512
@@ -54,6 +62,21 @@ class EngineConfig:
     silence_s: float = 3.0
     step_timeout_s: float = 120.0
     probe_interval_s: float = 10.0
+
+    def check(self) -> None:
+        """Raises ConfigError for numbers that cannot be, and settings that would have no effect."""
+        if self.openvino_bits not in (4, 8, 32):
+            rule = "weights of an IR have 4, 8 or 32 bits"
+            raise ConfigError("engine.openvino_bits", self.openvino_bits, rule, "choose one")
+        is_remote = self.name is EngineName.remote
+        if is_remote and self.url is None:
+            raise ConfigError("engine.url", None, "must be given", "give http://HOST:PORT")
+        of_remote, of_local = ("url", "remote_model", "api_key_env"), ("kv_cache_mb", "num_threads")
+        for key in of_local if is_remote else of_remote:
+            if (value := getattr(self, key)) is not None:
+                rule = f"has no effect with engine.name={self.name.value}"
+                fix = "leave it out" if is_remote else "set engine.name=remote"
+                raise ConfigError(f"engine.{key}", value, rule, fix)
 
 
 class Topology(Enum):
@@ -234,9 +257,7 @@ class ServingConfig:
         if self.keys is None and self.admin_host not in ("127.0.0.1", "::1", "localhost"):
             rule = "whoever can connect there could stop the server or swap what it serves"
             raise ConfigError("admin_host", self.admin_host, rule, "set keys=FILE, or 127.0.0.1")
-        if self.engine.openvino_bits not in (4, 8, 32):
-            rule = "weights of an IR have 4, 8 or 32 bits"
-            raise ConfigError("engine.openvino_bits", self.engine.openvino_bits, rule, "choose one")
+        self.engine.check()
         if not 0 <= self.log.drift_share <= 1:
             raise ConfigError("log.drift_share", self.log.drift_share, "is no share", "give 0 to 1")
         if self.log.text and self.log.requests is None:

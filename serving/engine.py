@@ -19,7 +19,7 @@ What an engine program is told and says is one JSON object a line, on its standa
         {"refused": {"id": "ID", "error": "one line"}}   its schema, which the client can change
         {"embeddings": {"id": "ID", "vectors": [[0.1, ...], ...]}}
         {"idle": {"kv_cache_usage": 0.0}}     twice a second while there is nothing to do
-        {"misconfigured": ["key", "value", "rule", "fix"]}    before it exits: it is a setting's fault
+        {"misconfigured": ["key", "value", "rule", "fix"]}    before it exits: a setting is wrong
         {"fatal": "one line"}                 before it exits by itself
 
 LOGPROBS is a list, for each token [its log-probability, [[token, log-probability], ...]]: of the
@@ -40,7 +40,16 @@ class EngineError(SpotforgeError):
 
 
 class EngineRefused(EngineError):
-    """A schema that an engine cannot hold a text to: another one may be fine."""
+    """An engine did not take a request, as with a schema that it cannot hold a text to.
+
+    Args:
+        message: What it said.
+        retry_after_s: It is busy: come back then. None: asking again is in vain.
+    """
+
+    def __init__(self, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +103,20 @@ class TokenChunk(NamedTuple):
         tokens: Token ids; the one that ended the text is not among them.
         logprobs: One for each token; None where none were asked for.
         finish_reason: `stop` (the model ended it) or `length`; None: there is more to come.
-        text: The same as text, where the engine gives text in place of ids.
+        text: What was generated, where the engine gives text in place of ids; `tokens` is empty.
+        text_tokens: How many tokens that text is.
     """
 
     tokens: list[int]
     logprobs: list[TokenLogprob] | None = None
     finish_reason: str | None = None
     text: str | None = None
+    text_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """That were generated."""
+        return len(self.tokens) + self.text_tokens
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,10 @@ from serving.adapters import Adapter
 from serving.artifact import Artifact, Format
 from serving.config import EngineConfig, EngineName
 from serving.engine import Engine
-from serving.engines import openvino
-from serving.engines.process import ProcessEngine, Watch
+from serving.engines import openvino, vllm
+from serving.engines.completions import CompletionsClient, http_client
+from serving.engines.process import ProcessEngine, watch_of
+from serving.engines.remote import RemoteEngine, connect
 
 _TOKENS_OF_A_SEQUENCE = 512  # what the default KV cache has room for, for all that run
 _TRANSFORMERS = {Format.huggingface, Format.torchao, Format.compressed_tensors}
@@ -32,9 +34,9 @@ async def build(
 ) -> tuple[Engine, str]:
     """An engine that is not started yet, and why it is this one.
 
-    `auto` takes OpenVINO for its own IRs, and for dense weights on a host without a GPU where
-    SPOTFORGE_OPENVINO_PYTHON names one; transformers for all else, for adapters, and where an IR
-    cannot be made.
+    `auto` takes transformers for adapters; vLLM on a host with a GPU where SPOTFORGE_VLLM_PYTHON
+    names one; OpenVINO for its own IRs, and for dense weights on a host without a GPU where
+    SPOTFORGE_OPENVINO_PYTHON names one; transformers for all else, and where an IR cannot be made.
 
     Args:
         artifact: What it is to run.
@@ -45,11 +47,18 @@ async def build(
     Raises:
         ConfigError: No engine here can run the artifact, or not the one that was asked for.
     """
+    if adapters and config.name not in (EngineName.auto, EngineName.transformers):
+        rule = f"the {config.name.value} engine has no adapters"
+        raise ConfigError("adapters", ", ".join(adapters), rule, "serve an export by transformers")
+    if config.name is EngineName.remote:  # the artifact is only read for its texts
+        return connect(config, kv_cache(artifact.folder, config)[0]), "it was asked for"
+    if config.name is EngineName.vllm:
+        return _vllm(artifact, config), "it was asked for"
     if artifact.format is Format.gguf:
         rule, fix = "no engine here runs GGUF", "serve the export, or run it in llama.cpp"
         raise ConfigError("artifact", artifact.name, rule, fix)
-    if adapters and EngineName.openvino.value in (config.name.value, artifact.format.value):
-        rule, fix = "the openvino engine has no adapters", "serve an export with transformers"
+    if adapters and artifact.format is Format.openvino:
+        rule, fix = "the openvino engine has no adapters", "serve an export by transformers"
         raise ConfigError("adapters", ", ".join(adapters), rule, fix)
     if config.name is EngineName.transformers:
         return _transformers(artifact, config, adapters), "it was asked for"
@@ -59,6 +68,8 @@ async def build(
         return _transformers(artifact, config, adapters), "it alone has adapters"
     if artifact.format is Format.openvino:
         return await _openvino(artifact, config, cache), "the artifact is an IR"
+    if vllm.has_gpu() and os.environ.get(vllm.PYTHON) and vllm.why_not(artifact) is None:
+        return _vllm(artifact, config), f"this host has a GPU, and {vllm.PYTHON} names a vLLM"
     why = _why_not_openvino(artifact)
     if why is None:
         try:
@@ -72,8 +83,8 @@ def _why_not_openvino(artifact: Artifact) -> str | None:
     """None: it is worth the try."""
     if artifact.format is not Format.huggingface:
         return f"it alone runs {artifact.format.value}"
-    if any(Path("/dev").glob("nvidia[0-9]*")):
-        return "this host has a GPU"
+    if vllm.has_gpu():
+        return f"this host has a GPU, and {vllm.PYTHON} names no vLLM, which would be faster"
     if not os.environ.get(PYTHON):
         return f"{PYTHON} names no OpenVINO, which would be faster"
     return None
@@ -99,6 +110,24 @@ async def _openvino(artifact: Artifact, config: EngineConfig, cache: Path) -> En
     return ProcessEngine(arguments, watch_of(config))
 
 
+def _vllm(artifact: Artifact, config: EngineConfig) -> Engine:
+    max_context, _ = kv_cache(artifact.folder, config)
+    command = vllm.command(artifact, config, max_context)
+
+    def client(unix_socket: str) -> RemoteEngine:
+        http = http_client("http://vllm", config.step_timeout_s, unix_socket=unix_socket)
+        return RemoteEngine(
+            CompletionsClient(http),
+            max_context=max_context,
+            limits_context=True,
+            max_running=config.max_running,
+            watch=watch_of(config),
+            patience_s=config.start_timeout_s,
+        )
+
+    return vllm.VllmEngine(command, client, watch_of(config))
+
+
 def _transformers(artifact: Artifact, config: EngineConfig, adapters: dict[str, Adapter]) -> Engine:
     if artifact.format not in _TRANSFORMERS:
         rule = f"transformers does not run {artifact.format.value}"
@@ -116,16 +145,6 @@ def _transformers(artifact: Artifact, config: EngineConfig, adapters: dict[str, 
     }
     program = "serving.engines.transformers_worker"
     return ProcessEngine([sys.executable, "-m", program, json.dumps(settings)], watch_of(config))
-
-
-def watch_of(config: EngineConfig) -> Watch:
-    """When an engine counts as hung."""
-    return Watch(
-        start_timeout_s=config.start_timeout_s,
-        silence_s=config.silence_s,
-        step_timeout_s=config.step_timeout_s,
-        probe_interval_s=config.probe_interval_s,
-    )
 
 
 def kv_cache(folder: Path, config: EngineConfig) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from typing import Any
 
 from monitoring.errors import ConfigError, SpotforgeError
 from serving.child import Child, ChildEnded, keep_up
+from serving.config import EngineConfig
 from serving.engine import (
     EngineError,
     EngineInfo,
@@ -52,6 +53,16 @@ class Watch:
     step_timeout_s: float = 120.0
     probe_interval_s: float = 10.0
     probe_timeout_s: float = 30.0
+
+
+def watch_of(config: EngineConfig) -> Watch:
+    """When an engine counts as hung."""
+    return Watch(
+        start_timeout_s=config.start_timeout_s,
+        silence_s=config.silence_s,
+        step_timeout_s=config.step_timeout_s,
+        probe_interval_s=config.probe_interval_s,
+    )
 
 
 @dataclass(eq=False)

@@ -108,7 +108,7 @@ class Generation:
             error = ApiError(504, text, code="deadline")
             raise error from e
         except EngineRefused as e:
-            error = ApiError(400, f"response_format: {e}", "response_format", "schema_refused")
+            error = refused(e, self._sampling)
             raise error from e
         except EngineError as e:
             error = lost(e)
@@ -239,6 +239,16 @@ def tells_logprobs(deployment: Deployment, sampling: Sampling) -> bool:
         return False
     is_own = sampling.temperature == 0 or (sampling.temperature == 1 and sampling.top_p == 1)
     return is_own or "logprobs_when_sampling" in info.features
+
+
+def refused(error: EngineRefused, sampling: Sampling) -> ApiError:
+    """What a client is told when an engine did not take its request."""
+    if error.retry_after_s is not None:
+        text = f"the engine is busy: {error}"
+        return ApiError(429, text, code="engine_busy", retry_after_s=error.retry_after_s)
+    if sampling.schema is not None:
+        return ApiError(400, f"response_format: {error}", "response_format", "schema_refused")
+    return ApiError(400, f"the engine refuses the request: {error}", code="unsupported")
 
 
 def lost(error: EngineError) -> ApiError:

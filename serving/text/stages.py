@@ -148,7 +148,7 @@ class Decoder:
         if chunk.finish_reason is not None and chunk.text is None:
             text += self._rest()
         text, reason = self._until_stop(self._held + text, chunk.finish_reason)
-        return TextChunk(text, len(chunk.tokens), self._logprobs(chunk), reason)
+        return TextChunk(text, chunk.num_tokens, self._logprobs(chunk), reason)
 
     def _rest(self) -> str:
         """What the stream kept back: a character whose last bytes never came."""

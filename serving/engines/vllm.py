@@ -1,0 +1,295 @@
+"""vLLM as a child process, in an environment of its own: started, watched, and started again.
+
+Its libraries clash with ours, so SPOTFORGE_VLLM_PYTHON names the Python that has it. It listens on
+a Unix socket in a folder that only we can read, and is talked to like any remote server. What is
+known of 0.32: admission is unbounded and SIGTERM aborts what runs, unless the flags say otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+
+from monitoring.errors import ConfigError, MissingExtraError, SpotforgeError
+from serving.artifact import Artifact, Format
+from serving.child import keep_up
+from serving.config import EngineConfig
+from serving.engine import EngineInfo, EngineStats, TokenChunk, TokenRequest
+from serving.engines.process import Watch
+from serving.engines.remote import RemoteEngine
+
+PYTHON = "SPOTFORGE_VLLM_PYTHON"
+FORMATS = {Format.huggingface, Format.torchao, Format.compressed_tensors}
+_KEY = "engine.name"
+_SHUTDOWN_TIMEOUT_S = 10  # the gateway has drained before
+_KILL_AFTER_S = _SHUTDOWN_TIMEOUT_S + 5.0
+_LEAST_TORCHAO_CAPABILITY = 7.5
+_LOOKS_EVERY_S = 0.25
+# Its input ends with the gateway, however that ends. vLLM's workers outlive its server: all die.
+_REAPER = ("sh", "-c", 'cat; kill -9 "-$0"')
+# An exception, as Python writes it, or vLLM: (Worker pid=7) ERROR 11-25 09:38 [a.py:1] KeyError: 1
+_CAUSE = re.compile(r"^(?:\(.*? pid=\d+\) )?(?:ERROR .*?\] )?([\w.]*(?:Error|Exception): \S.*)")
+
+
+def has_gpu() -> bool:
+    """Whether this host has one of NVIDIA's."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def why_not(artifact: Artifact) -> str | None:
+    """Why vLLM does not load an artifact on this host; None: it may."""
+    if artifact.format not in FORMATS:
+        return f"vLLM does not load {artifact.format.value}"
+    if artifact.format is Format.torchao:
+        if not has_gpu():
+            return "vLLM loads torchao on a GPU only"
+        capability = _capability()
+        if capability is not None and capability < _LEAST_TORCHAO_CAPABILITY:
+            least = _LEAST_TORCHAO_CAPABILITY
+            return f"vLLM loads torchao from compute capability {least} on; it is {capability} here"
+    return None
+
+
+def _capability() -> float | None:
+    """The least of this host's GPUs; None where nobody tells."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    told = re.findall(r"^\d+\.\d+$", done.stdout, re.MULTILINE)
+    return min(map(float, told), default=None)
+
+
+def command(artifact: Artifact, config: EngineConfig, max_context: int) -> list[str]:
+    """`vllm serve`, without where it listens.
+
+    Args:
+        artifact: What it is to run.
+        config: Settings.
+        max_context: Tokens of prompt and answer together, at most.
+
+    Raises:
+        ConfigError: It cannot run that, or not so; MissingExtraError where no vLLM is named.
+    """
+    if (why := why_not(artifact)) is not None:
+        raise ConfigError(_KEY, "vllm", why, "leave engine.name out")
+    if config.max_batch_tokens < config.max_running:
+        rule = f"vLLM takes at least engine.max_running ({config.max_running})"
+        raise ConfigError("engine.max_batch_tokens", config.max_batch_tokens, rule, "give more")
+    fix = "make one with: python -m venv DIR && DIR/bin/pip install vllm, and name DIR/bin/python"
+    if not (named := os.environ.get(PYTHON)):
+        rule = "vLLM needs an environment of its own, and none is named"
+        raise MissingExtraError(PYTHON, named, rule, fix)
+    if (python := shutil.which(named)) is None:
+        raise ConfigError(PYTHON, named, "there is no such program", fix)
+    arguments = {
+        "--served-model-name": artifact.version,
+        "--max-model-len": max_context,
+        "--max-num-seqs": config.max_running,
+        "--max-num-batched-tokens": config.max_batch_tokens,
+        # Those that run and those that wait. The gateway lets no more in than run; cancelled ones
+        # are there for another step, and so is a probe.
+        "--max-num-queued-reqs": 2 * config.max_running + 1,
+        "--shutdown-timeout": _SHUTDOWN_TIMEOUT_S,
+        # Else the model's generation_config.json would change how requests sample.
+        "--generation-config": "vllm",
+        "--seed": 0,
+    }
+    if config.kv_cache_mb is not None:
+        arguments["--kv-cache-memory-bytes"] = config.kv_cache_mb * 10**6
+    # -I: its modules are those of its environment, not those of the folder we were started in.
+    words = [python, "-I", "-m", "vllm.entrypoints.cli.main", "serve", str(artifact.folder)]
+    for flag, value in arguments.items():
+        words += [flag, str(value)]
+    return [*words, "--no-enable-log-requests", "--disable-uvicorn-access-log"]
+
+
+class VllmEngine:
+    """An `Engine` that is a vLLM of our own.
+
+    Args:
+        command: Of the server, to which `--uds` is added.
+        connect: Makes the client for such a socket.
+        watch: When it counts as hung.
+    """
+
+    def __init__(
+        self, command: Sequence[str], connect: Callable[[str], RemoteEngine], watch: Watch
+    ) -> None:
+        self._folder = tempfile.mkdtemp(prefix="spotforge-vllm-")
+        self._socket = f"{self._folder}/s"
+        self._command = [*command, "--uds", self._socket]
+        self._remote, self._watch = connect(self._socket), watch
+        self._process: asyncio.subprocess.Process | None = None
+        self._reaper: asyncio.subprocess.Process | None = None
+        self._said: deque[str] = deque(maxlen=500)  # a traceback of vLLM's is long
+        self._reading: asyncio.Task[None] | None = None
+        self._supervising: asyncio.Task[None] | None = None
+
+    @property
+    def info(self) -> EngineInfo:
+        """See `Engine`."""
+        return self._remote.info
+
+    @property
+    def is_ready(self) -> bool:
+        """See `Engine`."""
+        process = self._process
+        return process is not None and process.returncode is None and self._remote.is_ready
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that is there now."""
+        return None if self._process is None else self._process.pid
+
+    async def start(self) -> EngineInfo:
+        """See `Engine`."""
+        try:
+            await self._launch()
+            info = await self._remote.start()
+        except SpotforgeError as e:
+            cause = self._cause()
+            await self.close()
+            raise (SpotforgeError(f"vllm: {cause}") if cause else e) from e
+        except BaseException:
+            await self.close()
+            raise
+        self._supervising = asyncio.create_task(
+            keep_up("vllm", self._until_lost, self._end_lost, self._launch_again)
+        )
+        return info
+
+    def submit(self, request: TokenRequest) -> AsyncIterator[TokenChunk]:
+        """See `Engine`."""
+        return self._remote.submit(request)
+
+    async def embed(
+        self, id: str, inputs: list[list[int]], adapter: str | None = None
+    ) -> list[list[float]]:
+        """See `Engine`."""
+        return await self._remote.embed(id, inputs, adapter)
+
+    def stats(self) -> EngineStats:
+        """See `Engine`."""
+        return self._remote.stats()
+
+    async def close(self) -> None:
+        """See `Engine`."""
+        if self._supervising is not None:
+            self._supervising.cancel()
+            await asyncio.gather(self._supervising, return_exceptions=True)
+        await self._remote.close()
+        await self._end(_KILL_AFTER_S)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _launch(self) -> None:
+        """Starts a process, and waits until it listens: it has loaded the model then."""
+        self._said.clear()
+        Path(self._socket).unlink(missing_ok=True)
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"VLLM_NO_USAGE_STATS": "1"},
+            start_new_session=True,  # with the processes that it starts, to be killed together
+        )
+        self._reaper = await asyncio.create_subprocess_exec(
+            *_REAPER,
+            str(self._process.pid),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self._reading = asyncio.create_task(self._read(self._process))
+        try:
+            async with asyncio.timeout(self._watch.start_timeout_s):
+                while not await self._listens():
+                    if self._process.returncode is not None:
+                        await self._reading
+                        raise SpotforgeError(f"vllm: {self._last_words()}")
+                    await asyncio.sleep(_LOOKS_EVERY_S)
+        except TimeoutError as e:
+            timeout_s = self._watch.start_timeout_s
+            raise SpotforgeError(f"vllm: did not listen within {timeout_s:g} s") from e
+
+    async def _listens(self) -> bool:
+        try:
+            _, writer = await asyncio.open_unix_connection(self._socket)
+        except OSError:
+            return False
+        writer.close()
+        return True
+
+    async def _read(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        with contextlib.suppress(ValueError):  # a line without an end
+            while line := await process.stdout.readline():
+                self._said.append(line.decode(errors="replace").rstrip())
+
+    async def _end_lost(self, why: str) -> None:
+        self._remote.doubt()
+        await self._end(grace_s=0)
+
+    async def _launch_again(self) -> None:
+        self._remote.stats().restarts += 1
+        try:
+            await self._launch()
+        except SpotforgeError:
+            await self._end(grace_s=0)
+            raise
+
+    async def _until_lost(self) -> str:
+        """Returns why the process that is there is not to be kept."""
+        process, has_been_ready = self._process, False
+        assert process is not None
+        began_s = time.monotonic()
+        while True:
+            if process.returncode is not None:
+                return self._last_words()
+            if self._remote.is_ready:
+                has_been_ready = True
+            elif has_been_ready or time.monotonic() - began_s > self._watch.probe_timeout_s:
+                return f"makes no tokens: {self._cause() or 'it does not say why'}"
+            await asyncio.sleep(_LOOKS_EVERY_S)
+
+    def _last_words(self) -> str:
+        assert self._process is not None
+        said = self._cause() or next((line for line in reversed(self._said) if line), None)
+        code = self._process.returncode
+        return f"ended with {code}: {said}" if said else f"ended with {code}, and said nothing"
+
+    def _cause(self) -> str | None:
+        """The first exception that it told of: what follows is only the consequence."""
+        return next((m[1][:400] for m in map(_CAUSE.match, self._said) if m), None)
+
+    async def _end(self, grace_s: float) -> None:
+        """Ends the process and those that it started, which outlive it when it is killed."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError, TimeoutError):
+            if grace_s > 0:
+                process.terminate()
+                async with asyncio.timeout(grace_s):
+                    await process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+        if self._reading is not None:
+            await self._reading
+        if self._reaper is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._reaper.kill()
+            await self._reaper.wait()
