@@ -18,7 +18,7 @@ from typing import Any
 
 from monitoring.errors import ConfigError, SpotforgeError
 from serving.artifact import resolve
-from serving.config import RolloutConfig, ServingConfig
+from serving.config import EngineName, RolloutConfig, ServingConfig
 from serving.deployment import Deployment
 from serving.models import Model, Outcomes
 
@@ -90,6 +90,9 @@ class Rollout:
             SpotforgeError: It does not start; the champion goes on.
             Busy: Another rollout goes on.
         """
+        if self._config.engine.name is EngineName.remote:
+            rule = "a remote engine runs what its server has, whatever is swapped here"
+            raise ConfigError("artifact", name, rule, "start that server with it, and this anew")
         if self._lock.locked() or self._model.canary is not None:
             raise Busy("another rollout goes on: wait for it, or roll it back")
         async with self._lock:

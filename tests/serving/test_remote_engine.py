@@ -20,6 +20,7 @@ from serving.engines import vllm
 from serving.engines.choose import build
 from serving.engines.process import watch_of
 from serving.gateway.generation import lost
+from serving.rollout import Rollout
 from serving.text.pipeline import LocalStages
 from tests.serving.completions_server import FakeServer
 
@@ -234,6 +235,9 @@ def test_settings_that_cannot_be(export):
 
     async def start():
         config = EngineConfig(name=EngineName.remote, url="http://127.0.0.1:9")
+        whole = ServingConfig(artifact="a", engine=config)
+        with pytest.raises(ConfigError, match="runs what its server has"):
+            await Rollout(None, whole, Path("unused"), Path("."), print).swap(str(export))
         engine, _ = await build(resolve(str(export)), config, Path("unused"))
         with pytest.raises(SpotforgeError, match="cannot be reached"):
             await engine.start()
