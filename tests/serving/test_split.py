@@ -183,13 +183,21 @@ def test_nobody_lives(export, files, split, runner):
 
 def test_a_long_prompt_holds_up_no_other(files, split, runner):
     async def work():
-        long = "the cat sat " * 60_000
-        slow = [asyncio.create_task(split.encode([long])) for _ in range(2)]  # at both encoders
-        await until(lambda: all(worker.load for worker in split.encoders.workers))
-        for i in range(20):
-            await split.encode([f"short {i}"])
-        assert not any(task.done() for task in slow)
-        assert await slow[0] == await slow[1]
+        long = "the cat sat " * 120_000
+        ended = []
+
+        async def encode(name, text):
+            found = await split.encode([text])
+            ended.append(name)
+            return found
+
+        async with asyncio.TaskGroup() as group:
+            slow = [group.create_task(encode("long", long)) for _ in range(2)]
+            await until(lambda: all(worker.load > 10**6 for worker in split.encoders.workers))
+            for i in range(6):
+                group.create_task(encode("short", f"short {i}"))
+        assert ended == ["short"] * 6 + ["long"] * 2
+        assert slow[0].result() == slow[1].result()
 
     runner.run(work())
 
