@@ -39,6 +39,6 @@ def failures(gate: GateConfig, evaluation: dict[str, Any]) -> list[str]:
             continue
         else:
             side = "up to" if end == "high" else "down to"
-            why = f"it is {mean:.4f}, {side} {bound:.4f} by the 95% interval"
+            why = f"it is {mean:.4g}, {side} {bound:.4g} by the 95% interval"
         found.append(f"gate.{name}={limit:g}: {figure} fails: {why}")
     return found

@@ -5,6 +5,8 @@ Codes are stored as they were chosen; the library packs them and describes them 
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from compression.grid import Quantized
 from compression.result import Result
 from compression.scheme import Activation, Number, Scheme
+from compression.speed import TorchRunner
 from compression.targets.packing import (
     Values,
     kept_matrices,
@@ -21,15 +24,36 @@ from compression.targets.packing import (
     stored_bytes,
     takes_any,
     times_layers,
-    torch_runner,
     write_folder,
 )
 from monitoring.errors import ConfigError, MissingExtraError
 
 _INSTALL = "pip install 'spotforge[compression]'"
 
-check_parent, load, layer_bytes = takes_any, load_folder, stored_bytes
-runner, check_layer_times = torch_runner, times_layers
+# The library shows bars of its own, TQDM_DISABLE or not, wherever it loads or first runs a model.
+_SHOWS_BARS = (
+    "compressed_tensors.quantization.lifecycle.apply",
+    "compressed_tensors.offload.dispatch",
+    "compressed_tensors.compressors.model_compressors.model_compressor",
+)
+
+check_parent, layer_bytes, check_layer_times = takes_any, stored_bytes, times_layers
+
+
+def load(folder: Path) -> Any:
+    """A model of transformers."""
+    for name in _SHOWS_BARS:
+        vars(importlib.import_module(name))["tqdm"] = _no_bar
+    return load_folder(folder)
+
+
+def runner(folder: Path) -> TorchRunner:
+    """The same, to be timed."""
+    return TorchRunner(load(folder))
+
+
+def _no_bar(iterable: Iterable[Any], **_: Any) -> Iterable[Any]:
+    return iterable
 
 
 def check(schemes: set[Scheme], key: str) -> None:
