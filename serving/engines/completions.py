@@ -7,6 +7,7 @@ counted for each piece of it, and what is missing from the server's own `usage` 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import ssl
 from collections.abc import AsyncIterator
@@ -98,7 +99,9 @@ class CompletionsClient:
         is_vllm = card.get("owned_by") == "vllm"
         name = f"remote {card['id']}"
         if is_vllm:
-            name = f"vllm {(await self._get('/version')).get('version', '')}".strip()
+            name = "vllm"
+            with contextlib.suppress(EngineError, KeyError):  # a router may not tell
+                name += f" {(await self._get('/version'))['version']}"
         for tells_ids in (True, False) if is_vllm else (False,):
             self._server = Server(name, card["id"], max_context, tells_ids)
             # Before 0.10.2 vLLM ignored the question.
