@@ -65,7 +65,7 @@ _STREAMED: dict[str, Any] = {
     "description": "The answer; with `stream`, server-sent events.",
     "content": {
         "application/json": {"schema": {"type": "object"}},
-        "text/event-stream": {"schema": {"type": "string"}},
+        "text/event-stream": {},
     },
 }
 
@@ -90,7 +90,7 @@ def make_app(gateway: Gateway, batches: BatchService | None = None) -> FastAPI:
     _add_generation(app, gateway)
     if batches is not None:
         add_batches(app, gateway, batches.database, batches.queue)
-    _drop_422(app)
+    _described(app, with_keys=gateway.keys is not None)
     return app
 
 
@@ -100,12 +100,16 @@ def _environment() -> dict[str, object]:
     return describe_environment()
 
 
-def _drop_422(app: FastAPI) -> None:
-    """FastAPI documents its own answer to an invalid body; ours is a 400."""
+def _described(app: FastAPI, with_keys: bool) -> None:
+    """Makes the OpenAPI document: what FastAPI knows, with our errors and keys."""
     described = app.openapi()
-    for operations in described["paths"].values():
+    for path, operations in described["paths"].items():
         for operation in operations.values():
-            operation["responses"].pop("422", None)
+            operation["responses"].pop("422", None)  # to an invalid body; ours is a 400
+            if with_keys and path.startswith("/v1/"):
+                operation["security"] = [{"key": []}]
+    if with_keys:
+        described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for name in ("HTTPValidationError", "ValidationError"):
         described["components"]["schemas"].pop(name, None)
 
@@ -159,13 +163,13 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
         """What can be asked for."""
         gateway.authorize(request)
         models = (gateway.models | gateway.adapted).values()
-        return {"object": "list", "data": [_describe(model) for model in models]}
+        return {"object": "list", "data": [_described(model) for model in models]}
 
     @app.get("/v1/models/{name:path}", tags=["models"])
     async def model(name: str, request: Request) -> dict[str, Any]:
         """One of them."""
         gateway.authorize(request)
-        return _describe(gateway.model(name))
+        return _described(gateway.model(name))
 
 
 def _add_health(app: FastAPI, gateway: Gateway) -> None:
@@ -309,7 +313,7 @@ def _encoded(vector: list[float], encoding: str) -> list[float] | str:
     return base64.b64encode(array.array("f", vector).tobytes()).decode()
 
 
-def _describe(model: Model | AdaptedModel) -> dict[str, Any]:
+def _described(model: Model | AdaptedModel) -> dict[str, Any]:
     return {
         "id": model.name,
         "object": "model",

@@ -25,6 +25,7 @@ _UPLOAD: dict[str, Any] = {
                 "schema": {
                     "type": "object",
                     "required": ["file", "purpose"],
+                    "additionalProperties": False,
                     "properties": {
                         "file": {"type": "string", "format": "binary"},
                         "purpose": {"const": "batch"},
@@ -72,6 +73,8 @@ def _add_files(app: FastAPI, gateway: Gateway, files: Files) -> None:
         """Takes a file of requests: one JSON object a line."""
         owner = gateway.authorize(request).id
         async with request.form(max_files=1, max_fields=4) as form:
+            for name in form.keys() - {"file", "purpose"}:
+                raise ApiError(400, f"{name[:64]}: is not supported", name[:64])
             content, purpose = form.get("file"), form.get("purpose")
             if not isinstance(content, UploadFile):
                 raise ApiError(400, "file: the form has none", "file")
