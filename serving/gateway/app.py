@@ -90,7 +90,7 @@ def make_app(gateway: Gateway, batches: BatchService | None = None) -> FastAPI:
     _add_generation(app, gateway)
     if batches is not None:
         add_batches(app, gateway, batches.database, batches.queue)
-    _described(app, with_keys=gateway.keys is not None)
+    _document(app, with_keys=gateway.keys is not None)
     return app
 
 
@@ -100,7 +100,7 @@ def _environment() -> dict[str, object]:
     return describe_environment()
 
 
-def _described(app: FastAPI, with_keys: bool) -> None:
+def _document(app: FastAPI, with_keys: bool) -> None:
     """Makes the OpenAPI document: what FastAPI knows, with our errors and keys."""
     described = app.openapi()
     for path, operations in described["paths"].items():

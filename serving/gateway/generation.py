@@ -107,11 +107,8 @@ class Generation:
             text = f"not finished within its {self._deadline_s:g} s"
             error = ApiError(504, text, code="deadline")
             raise error from e
-        except EngineRefused as e:
-            error = refused(e, self._sampling)
-            raise error from e
         except EngineError as e:
-            error = lost(e)
+            error = lost(e, has_schema=self._sampling.schema is not None)
             raise error from e
         finally:
             self._close(reasons, error, is_over)
@@ -241,17 +238,14 @@ def tells_logprobs(deployment: Deployment, sampling: Sampling) -> bool:
     return is_own or "logprobs_when_sampling" in info.features
 
 
-def refused(error: EngineRefused, sampling: Sampling) -> ApiError:
-    """What a client is told when an engine did not take its request."""
+def lost(error: EngineError, has_schema: bool = False) -> ApiError:
+    """What a client is told when an engine lost its request, or did not take it."""
+    if not isinstance(error, EngineRefused):
+        text = f"the engine lost the request: {error}"
+        return ApiError(503, text, code="engine", retry_after_s=1)
     if error.retry_after_s is not None:
         text = f"the engine is busy: {error}"
         return ApiError(429, text, code="engine_busy", retry_after_s=error.retry_after_s)
-    if sampling.schema is not None:
+    if has_schema:
         return ApiError(400, f"response_format: {error}", "response_format", "schema_refused")
     return ApiError(400, f"the engine refuses the request: {error}", code="unsupported")
-
-
-def lost(error: EngineError) -> ApiError:
-    """What a client is told when an engine lost its request."""
-    text = f"the engine lost the request: {error}"
-    return ApiError(503, text, code="engine", retry_after_s=1)

@@ -21,7 +21,7 @@ standard input and output; N is the number of a prompt or sequence:
 
     gateway -> decode
         {"open": [N, [STOP, ...], [[TOKENS, TEXT], ...]]}    with the chunks that it had elsewhere
-        {"feed": [N, TOKENS, LOGPROBS, FINISH_REASON, TEXT]} the fields of `TokenChunk`
+        {"feed": [N, TOKENS, LOGPROBS, FINISH_REASON, TEXT, TEXT_TOKENS]}
         {"close": N}
     decode -> gateway
         {"text": [N, TEXT, NUM_TOKENS, LOGPROBS, FINISH_REASON]}  of `TextChunk`; one for each feed

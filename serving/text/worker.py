@@ -89,10 +89,10 @@ class DecodeStage:
             yield _failed(id, e)
 
 
-def _chunk(tokens: list[int], logprobs: Any, reason: str | None, text: str | None) -> TokenChunk:
+def _chunk(tokens: list[int], logprobs: Any, *rest: Any) -> TokenChunk:
     if logprobs is not None:
         logprobs = [TokenLogprob(own, top) for own, top in logprobs]
-    return TokenChunk(tokens, logprobs, reason, text)
+    return TokenChunk(tokens, logprobs, *rest)
 
 
 def _failed(id: int, error: Exception) -> Answer:
