@@ -154,7 +154,12 @@ async def _whole(client: httpx.AsyncClient, draw: random.Random) -> str | None:
 
 
 async def _stream(client: httpx.AsyncClient, draw: random.Random) -> str | None:
-    body = _body(draw, stream=True, stream_options={"include_usage": True}, stop=["\0\0"])
+    body = _body(
+        draw,
+        stream=True,
+        stream_options={"include_usage": True},
+        stop=["a text that chance never writes"],
+    )
     async with client.stream("POST", "/v1/completions", json=body) as answer:
         lines = [line async for line in answer.aiter_lines() if line]
     if answer.status_code != 200:
