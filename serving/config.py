@@ -119,7 +119,8 @@ class LogConfig:
     """What is written down, as JSON lines; null: nothing.
 
     Attributes:
-        requests: A line for each request: id, key, artifact, counts and times, but no text.
+        requests: A line for each request that was let in: id, key, artifact, counts and times,
+            but no text.
         text: Prompts and answers are in it, too.
         drift: A line for each sampled request: lengths, buckets of token ids, log-probability.
         drift_share: Of the requests that are sampled, 0 to 1.
@@ -258,6 +259,8 @@ class ServingConfig:
             rule = "whoever can connect there could stop the server or swap what it serves"
             raise ConfigError("admin_host", self.admin_host, rule, "set keys=FILE, or 127.0.0.1")
         self.engine.check()
+        if not 0 <= (rate := self.rollout.canary_max_error_rate) <= 1:
+            raise ConfigError("rollout.canary_max_error_rate", rate, "is no share", "give 0 to 1")
         if not 0 <= self.log.drift_share <= 1:
             raise ConfigError("log.drift_share", self.log.drift_share, "is no share", "give 0 to 1")
         if self.log.text and self.log.requests is None:

@@ -90,6 +90,11 @@ class Rollout:
             SpotforgeError: It does not start; the champion goes on.
             Busy: Another rollout goes on.
         """
+        return await self._start(name, self._root, share, "swapped", "it made a token")
+
+    async def _start(
+        self, name: str, root: Path | None, share: float | None, what: str, why: str
+    ) -> Event:
         if self._config.engine.name is EngineName.remote:
             rule = "a remote engine runs what its server has, whatever is swapped here"
             raise ConfigError("artifact", name, rule, "start that server with it, and this anew")
@@ -97,14 +102,14 @@ class Rollout:
             raise Busy("another rollout goes on: wait for it, or roll it back")
         async with self._lock:
             # Gigabytes are digested: streams go on meanwhile.
-            artifact = await asyncio.to_thread(resolve, name, self._root)
+            artifact = await asyncio.to_thread(resolve, name, root)
             try:
                 new = await Deployment.start(artifact, self._config, self._cache)
             except SpotforgeError as e:
                 self._note("refused", artifact.version, f"it does not start: {e}")
                 raise
             if share is None:
-                return self._promote(new, "swapped", "it made a token")
+                return self._promote(new, what, why)
             self._model.outcomes = {
                 self._model.champion.artifact.version: Outcomes(),
                 new.artifact.version: Outcomes(),
@@ -114,16 +119,20 @@ class Rollout:
             return self._note("canary", new.artifact.version, f"gets {share:.1%} of the requests")
 
     async def roll_back(self) -> Event:
-        """Ends the trial that goes on; without one, serves the artifact from before again.
+        """Ends the trial that goes on; without one, serves the artifact from before again, once.
 
         Raises:
-            ConfigError: There was none before.
+            ConfigError: There was none before, or it was rolled back to already.
         """
         if self._model.canary is not None:
             return self._end_trial("it was asked for")
         if self._previous is None:
-            raise ConfigError("rollback", "", "no other artifact was served before", "use swap")
-        return await self.swap(self._previous)
+            rule = "there is no artifact from before, or it is served again already"
+            raise ConfigError("model", self._model.name, rule, "use swap")
+        # It may lie outside the root: whoever started the server named it.
+        event = await self._start(self._previous, None, None, "rolled_back", "it was asked for")
+        self._previous = None  # asked for twice, it would be the swap again
+        return event
 
     async def close(self) -> None:
         """Stops a canary, and what old champions still do."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
 import signal
@@ -63,6 +64,7 @@ async def serve(config: ServingConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, stopping)
     cache, rollouts = cache_folder(config), dict[str, Rollout]()
+    _make_folder(cache)
     # It listens at once, so that /livez and /readyz answer while the engine starts.
     app = make_app(gateway, batches)
     apps = {listener: app}
@@ -167,9 +169,21 @@ def _listen(key: str, host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as e:
         listener.close()
-        raise ConfigError(key, port, e.strerror or str(e), "choose another; 0 is any") from e
+        why = e.strerror or str(e)
+        if isinstance(e, socket.gaierror) or e.errno == errno.EADDRNOTAVAIL:
+            key = key.replace("port", "host")
+            raise ConfigError(key, host, why, "give an address of this machine") from e
+        raise ConfigError(key, port, why, "choose another; 0 is any") from e
     listener.listen(2048)
     return listener
+
+
+def _make_folder(cache: Path) -> None:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        fix = "name a folder that can be written"
+        raise ConfigError("cache", cache, e.strerror or str(e), fix) from e
 
 
 def cache_folder(config: ServingConfig) -> Path:

@@ -19,7 +19,7 @@ from serving.engines.process import Watch, watch_of
 
 _log = logging.getLogger("spotforge.serving")
 _LOSSES_OF_A_REQUEST = 2
-_PATIENCE_S = 10.0  # a load balancer has found another server by then
+_PATIENCE_S = 5.0  # a load balancer has found another server by then
 _RETRY_PROBE_S = 1.0
 _LOOK_TIMEOUT_S = 2.0  # for its metrics, which take no model
 

@@ -118,13 +118,13 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
     @app.post("/v1/completions", tags=["generation"], responses={200: _STREAMED})
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continues a text."""
-        sampling = _sampling(body, body.max_tokens, body.logprobs)
+        sampling = _sampling(body, body.limit(), body.logprobs)
         prompts = body.prompts()
         generation = await _begin(gateway, request, body.model, prompts, sampling)
         answer = CompletionAnswer(
-            generation, body.model, len(prompts) * body.n, body.includes_usage()
+            generation, body.model, len(prompts) * body.num_choices(), body.includes_usage()
         )
-        return await _respond(request, generation, answer, body.stream)
+        return await _respond(request, generation, answer, bool(body.stream))
 
     @app.post("/v1/chat/completions", tags=["generation"], responses={200: _STREAMED})
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
@@ -137,11 +137,11 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
         answer = ChatAnswer(
             generation,
             body.model,
-            body.n,
+            body.num_choices(),
             body.includes_usage(),
             finds_tools=tools is not None,
         )
-        return await _respond(request, generation, answer, body.stream)
+        return await _respond(request, generation, answer, bool(body.stream))
 
     @app.post("/v1/embeddings", tags=["generation"])
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
@@ -296,9 +296,9 @@ def _sampling(
 ) -> Sampling:
     return Sampling(
         max_tokens,
-        body.temperature,
-        body.top_p,
-        body.n,
+        1.0 if body.temperature is None else body.temperature,
+        1.0 if body.top_p is None else body.top_p,
+        body.num_choices(),
         body.seed,
         logprobs,
         body.stops(),

@@ -268,7 +268,9 @@ def _check_features(deployment: Deployment, sampling: Sampling) -> None:
     if sampling.logprobs is None:
         return
     if not tells_logprobs(deployment, sampling):
-        text = f"{info.engine} tells none unless temperature is 0, or both it and top_p are 1"
+        text = f"{info.engine} tells none"
+        if info.max_logprobs >= 0:
+            text += " unless temperature is 0, or both it and top_p are 1"
         raise ApiError(400, text, "logprobs", "unsupported")
     if sampling.logprobs > info.max_logprobs:
         text = f"{info.engine} tells at most {max(0, info.max_logprobs)} alternatives a token"

@@ -78,13 +78,15 @@ class _Sampling(_Body):
     """What completions and chats have in common."""
 
     model: str = Field(max_length=256)
-    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
-    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
-    n: int = Field(1, ge=1, le=128)
+    temperature: float | None = Field(
+        None, ge=0, le=2, allow_inf_nan=False, description="Default: 1."
+    )
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False, description="Default: 1.")
+    n: int | None = Field(None, ge=1, le=128, description="Default: 1.")
     seed: _SEED | None = None
     response_format: ResponseFormat | None = None
     stop: str | list[Annotated[str, Field(max_length=512)]] | None = Field(None, max_length=512)
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=256)
     ignore_eos: bool = Field(False, description="Go on to max_tokens (as in vLLM).")
@@ -109,6 +111,10 @@ class _Sampling(_Body):
         """That the text is to satisfy; None: any text."""
         return None if self.response_format is None else self.response_format.schema_of_text()
 
+    def num_choices(self) -> int:
+        """Of each prompt."""
+        return 1 if self.n is None else self.n
+
     def stops(self) -> list[str]:
         """Always a list."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
@@ -130,12 +136,16 @@ class CompletionRequest(_Sampling):
             Field(min_length=1, max_length=128),
         ]
     )
-    max_tokens: int = Field(16, ge=1, lt=2**31)
+    max_tokens: int | None = Field(None, ge=1, lt=2**31, description="Default: 16.")
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: Literal[False] = False
     best_of: Literal[1] | None = None
     suffix: None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+
+    def limit(self) -> int:
+        """New tokens at most."""
+        return 16 if self.max_tokens is None else self.max_tokens
 
     def prompts(self) -> list[str | list[int]]:
         """One or more."""

@@ -301,3 +301,14 @@ def test_text_is_written_down_where_it_is_asked_for(served, tmp_path):
     assert completion["prompts"] == ["secretword", "b"]
     assert completion["completions"] == [choice["text"] for choice in answer["choices"]]
     assert chat["prompts"][0]["messages"] == messages
+
+
+def test_null_is_a_default(served):
+    fields = {"temperature": None, "top_p": None, "n": None, "stream": None, "max_tokens": None}
+    with served() as running:
+        body = {"model": "tiny", "prompt": "a", **fields}
+        answer = httpx.post(f"{running.url}/v1/completions", json=body).json()
+        messages = [{"role": "user", "content": "a"}]
+        chat = {"model": "tiny", "messages": messages, **fields, "max_tokens": 2}
+        assert httpx.post(f"{running.url}/v1/chat/completions", json=chat).status_code == 200
+    assert answer["usage"]["completion_tokens"] == 16 and len(answer["choices"]) == 1

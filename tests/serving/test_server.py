@@ -145,6 +145,11 @@ def test_swap_without_a_failed_request(export, tmp_path):
         while len(versions) < asked + 6:
             time.sleep(0.02)
         assert set(versions[-2:]) == {swapped["new"]}
+        rollback = f"{admin}/admin/rollback"
+        back = httpx.post(rollback, json={}, timeout=60).json()
+        assert (back["what"], back["new"]) == ("rolled_back", first)
+        again = httpx.post(rollback, json={}, timeout=60)
+        assert again.status_code == 400 and "served again already" in again.text
         canary = {"artifact": "next", "canary": 0.5}
         assert httpx.post(swap, json=canary, timeout=60).json()["what"] == "canary"
         while (status := httpx.get(f"{admin}/admin/status").json()["models"]["tiny"])["canary"]:
@@ -180,6 +185,8 @@ def test_how_a_canary_is_judged(failed, token_s, verdict):
         (["artifact=x", "no_such_key=1"], "no_such_key"),
         (["artifact=x", "port=99999"], "port=99999"),
         (["artifact=x", "admin_host=0.0.0.0"], "admin_host=0.0.0.0"),
+        (["artifact=x", "log.text=true"], "log.text=True"),
+        (["artifact=x", "rollout.canary_max_error_rate=5"], "rollout.canary_max_error_rate=5"),
         (["key", "make"], "is no command"),
     ],
 )
@@ -202,3 +209,18 @@ def test_key_commands(tmp_path):
     assert key("create", "alice").returncode == 2
     assert key("revoke", "alice").returncode == 0
     assert json.loads((tmp_path / "k.json").read_text()) == []
+
+
+def test_hosts_and_caches_that_cannot_be(export):
+    for words, said in (
+        (["host=192.0.2.1"], "host=192.0.2.1: "),
+        (["cache=/proc/nothing"], "cache=/proc/nothing: "),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "serving", f"artifact={export}", "port=0", *words],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 2
+        assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1
