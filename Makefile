@@ -10,8 +10,9 @@ NPROC  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 2)
 train: install  ## The main job: learn to write Python from the standard library's source
 	$(BIN)/python -m trainer experiment=stdlib nproc=$(NPROC)
 
+# Two at a time: most tests wait for processes of one core. A file stays together, with its fixtures.
 test: install lint  ## What CI runs: lint, types, tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: install  ## The tests that take over 15 s each
 	$(BIN)/python -m pytest -m long

@@ -37,7 +37,9 @@ class EngineConfig:
         api_key_env: Environment variable with that server's API key; null: it wants none.
         max_context: Tokens of prompt and answer together; null: what the model can.
         max_running: Sequences in a step, at most.
-        max_batch_tokens: Tokens in a step, at most; a longer prompt takes several steps.
+        max_batch_tokens: Tokens in a step, at most; a longer prompt takes several steps. null: on a
+            CPU three times `max_running`, so that a step with prompts holds up those that generate
+            for about as long as three without; on a GPU 2048.
         kv_cache_mb: Room for keys and values; null: for all running sequences at 512 tokens, and
             for one of the whole context.
         num_threads: On a CPU; null: the engine's own choice.
@@ -54,7 +56,7 @@ class EngineConfig:
     api_key_env: str | None = None
     max_context: int | None = None
     max_running: int = 32
-    max_batch_tokens: int = 512
+    max_batch_tokens: int | None = None
     kv_cache_mb: int | None = None
     num_threads: int | None = None
     openvino_bits: int = 8

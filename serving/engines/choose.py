@@ -21,6 +21,7 @@ from serving.engines.process import ProcessEngine, watch_of
 from serving.engines.remote import RemoteEngine, connect
 
 _TOKENS_OF_A_SEQUENCE = 512  # what the default KV cache has room for, for all that run
+_GPU_BATCH_TOKENS = 2048
 _TRANSFORMERS = {Format.huggingface, Format.torchao, Format.compressed_tensors}
 _FORMATS = {
     8: WeightFormat("int8"),
@@ -103,7 +104,7 @@ async def _openvino(artifact: Artifact, config: EngineConfig, cache: Path) -> En
         ir,
         max_context=max_context,
         max_running=config.max_running,
-        max_batch_tokens=config.max_batch_tokens,
+        max_batch_tokens=_max_batch_tokens(config),
         kv_cache_bytes=kv_cache_tokens * _bytes_of_a_token(described, 2),  # in float16 there
         num_threads=config.num_threads,
     )
@@ -112,7 +113,7 @@ async def _openvino(artifact: Artifact, config: EngineConfig, cache: Path) -> En
 
 def _vllm(artifact: Artifact, config: EngineConfig) -> Engine:
     max_context, _ = kv_cache(artifact.folder, config)
-    command = vllm.command(artifact, config, max_context)
+    command = vllm.command(artifact, config, max_context, _max_batch_tokens(config))
 
     def client(unix_socket: str) -> RemoteEngine:
         http = http_client("http://vllm", config.step_timeout_s, unix_socket=unix_socket)
@@ -138,13 +139,19 @@ def _transformers(artifact: Artifact, config: EngineConfig, adapters: dict[str, 
         "target": None if artifact.format is Format.huggingface else artifact.format.value,
         "max_context": max_context,
         "max_running": config.max_running,
-        "max_batch_tokens": config.max_batch_tokens,
+        "max_batch_tokens": _max_batch_tokens(config),
         "kv_cache_tokens": kv_cache_tokens,
         "num_threads": config.num_threads,
         "adapters": {a.name: (str(a.folder), a.digest) for a in adapters.values()},
     }
     program = "serving.engines.transformers_worker"
     return ProcessEngine([sys.executable, "-m", program, json.dumps(settings)], watch_of(config))
+
+
+def _max_batch_tokens(config: EngineConfig) -> int:
+    if config.max_batch_tokens is not None:
+        return config.max_batch_tokens
+    return _GPU_BATCH_TOKENS if vllm.has_gpu() else 3 * config.max_running
 
 
 def kv_cache(folder: Path, config: EngineConfig) -> tuple[int, int]:

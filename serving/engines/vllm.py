@@ -70,22 +70,25 @@ def _capability() -> float | None:
     return min(map(float, told), default=None)
 
 
-def command(artifact: Artifact, config: EngineConfig, max_context: int) -> list[str]:
+def command(
+    artifact: Artifact, config: EngineConfig, max_context: int, max_batch_tokens: int
+) -> list[str]:
     """`vllm serve`, without where it listens.
 
     Args:
         artifact: What it is to run.
         config: Settings.
         max_context: Tokens of prompt and answer together, at most.
+        max_batch_tokens: Tokens in a step, at most.
 
     Raises:
         ConfigError: It cannot run that, or not so; MissingExtraError where no vLLM is named.
     """
     if (why := why_not(artifact)) is not None:
         raise ConfigError(_KEY, "vllm", why, "leave engine.name out")
-    if config.max_batch_tokens < config.max_running:
+    if max_batch_tokens < config.max_running:
         rule = f"vLLM takes at least engine.max_running ({config.max_running})"
-        raise ConfigError("engine.max_batch_tokens", config.max_batch_tokens, rule, "give more")
+        raise ConfigError("engine.max_batch_tokens", max_batch_tokens, rule, "give more")
     fix = "make one with: python -m venv DIR && DIR/bin/pip install vllm, and name DIR/bin/python"
     if not (named := os.environ.get(PYTHON)):
         rule = "vLLM needs an environment of its own, and none is named"
@@ -96,7 +99,7 @@ def command(artifact: Artifact, config: EngineConfig, max_context: int) -> list[
         "--served-model-name": artifact.version,
         "--max-model-len": max_context,
         "--max-num-seqs": config.max_running,
-        "--max-num-batched-tokens": config.max_batch_tokens,
+        "--max-num-batched-tokens": max_batch_tokens,
         # Those that run and those that wait. The gateway lets no more in than run; cancelled ones
         # are there for another step, and so is a probe.
         "--max-num-queued-reqs": 2 * config.max_running + 1,

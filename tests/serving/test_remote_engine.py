@@ -338,7 +338,7 @@ def test_a_vllm_of_our_own(export, fake_vllm, monkeypatch):
         return dataclasses.replace(watch_of(config), probe_timeout_s=0.5)
 
     monkeypatch.setattr("serving.engines.choose.watch_of", quick)
-    folder = with_vllm(export, work, probe_interval_s=0.2)
+    folder = with_vllm(export, work, probe_interval_s=0.2, max_batch_tokens=512)
     assert not folder.exists()
     assert fake_vllm()[-1] == "SIGTERM"
 
