@@ -78,7 +78,7 @@ class Deployment:
         """The text of one sequence, until it ends or meets a stop string.
 
         Raises:
-            EngineRefused: Its schema cannot be held to.
+            EngineRefused: The engine did not take it.
             EngineError: The request is lost.
         """
         decoder = self.text.decoder(stop)

@@ -22,6 +22,7 @@ from serving.engines.remote import RemoteEngine, connect
 
 _TOKENS_OF_A_SEQUENCE = 512  # what the default KV cache has room for, for all that run
 _GPU_BATCH_TOKENS = 2048
+_LEAST_BATCH_TOKENS = 96  # few that run at once are no reason to cut prompts into crumbs
 _TRANSFORMERS = {Format.huggingface, Format.torchao, Format.compressed_tensors}
 _FORMATS = {
     8: WeightFormat("int8"),
@@ -151,7 +152,9 @@ def _transformers(artifact: Artifact, config: EngineConfig, adapters: dict[str, 
 def _max_batch_tokens(config: EngineConfig) -> int:
     if config.max_batch_tokens is not None:
         return config.max_batch_tokens
-    return _GPU_BATCH_TOKENS if vllm.has_gpu() else 3 * config.max_running
+    if vllm.has_gpu():
+        return _GPU_BATCH_TOKENS
+    return max(_LEAST_BATCH_TOKENS, 3 * config.max_running)
 
 
 def kv_cache(folder: Path, config: EngineConfig) -> tuple[int, int]:
