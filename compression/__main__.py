@@ -19,15 +19,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from compression.schemas import register_schemas
 from monitoring.errors import ConfigError, ExitCode, SpotforgeError
-from trainer.cli import CONFIG_DIR, explain
+from trainer.cli import CONFIG_DIR, explain, words_and_options
 from trainer.schemas import refuse_unknown_keys
 
 _LISTS_KEYS = "python -m compression --cfg job"
+_SWEEP = ("--multirun", "-m")
 # `model` is a group of the trainer's, too, and Hydra would look for an option of that name.
 _PARENT = re.compile(r"(?=(?:run|model)=)")
-_CFG, _CFG_VALUES = ("--cfg", "-c"), ("job", "hydra", "all")
-_VALUED = (*_CFG, "--config-dir", "-cd")
-_FLAGS = ("--multirun", "-m", "--resolve")
 _HELP = """\
 Make a trained model smaller: python -m compression run=DIR | model=DIR [recipe=...] [key=value ...]
 
@@ -111,7 +109,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _stop)
     try:
-        words, options = _words_and_options(sys.argv[1:])
+        words, options = words_and_options(sys.argv[1:], "python -m compression", _SWEEP)
         words = [_PARENT.sub("parent.", word, 1) if _PARENT.match(word) else word for word in words]
         with tempfile.TemporaryDirectory() as folder:  # for the notes of Hydra's own on a sweep
             sys.argv[1:] = [*words, f"hydra.sweep.dir={folder}", *options]
@@ -120,32 +118,6 @@ def main() -> None:
             )()
     except (ConfigError, HydraException, OmegaConfBaseException) as e:
         _refuse(e)
-
-
-def _words_and_options(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Words (key=value) and options in any order, apart: Hydra takes them one after the other.
-
-    Raises:
-        ConfigError: An option that there is not, or that lacks its value.
-    """
-    words, options = [], []
-    following = iter(arguments)
-    for argument in following:
-        name, equals, value = argument.partition("=")
-        if not argument.startswith("-"):
-            words.append(argument)
-        elif argument in _FLAGS:
-            options.append(argument)
-        elif name in _VALUED:
-            value = value if equals else next(following, "")
-            if not value or (name in _CFG and value not in _CFG_VALUES):
-                rule = "is none of job, hydra, all" if name in _CFG else "lacks its folder"
-                raise ConfigError(name, value, rule, "see python -m compression --help")
-            options += [name, value]
-        else:
-            rule = "there is no such option"
-            raise ConfigError("option", argument, rule, "see python -m compression --help")
-    return words, options
 
 
 def _refuse(error: Exception) -> NoReturn:

@@ -118,7 +118,7 @@ def _try(
                 raise  # of the parent or the data: it would be the same for all
             return _Tried(candidate, None, str(e))
         except GateError as e:
-            return _Tried(candidate, None, str(e))
+            return _Tried(candidate, None, e.failed)
     return _Tried(candidate, read_report(artifact), "")
 
 

@@ -6,6 +6,7 @@ where the samples show that it keeps the limit, not where they leave it open.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from compression.config import GateConfig
@@ -13,7 +14,16 @@ from monitoring.errors import SpotforgeError
 
 
 class GateError(SpotforgeError):
-    """A result is not good enough; nobody set anything wrong."""
+    """A result is not good enough; nobody set anything wrong.
+
+    Args:
+        failed: What it fails by, as `failures` says it.
+        report: File that has all figures; no artifact was left.
+    """
+
+    def __init__(self, failed: list[str], report: Path) -> None:
+        self.failed = "; ".join(failed)
+        super().__init__(f"{self.failed}; no artifact was left, the report is {report}")
 
 
 def failures(gate: GateConfig, evaluation: dict[str, Any]) -> list[str]:

@@ -105,13 +105,14 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
     # 2. Stage by stage, block by block; a stopped compression finds what is done in its work folder
     work = out / WORK
     made_from = _made_from(config, source, samples)
+    made = [folder for folder in (out, out.parent) if not folder.exists()]
     claim(work, made_from)
     stages = Stages(config, parent, samples, packers, work, stop_requested)
     began = time.process_time()
     try:
         model, result = stages.run()
     except ConfigError:  # weights that are no numbers, say: there is nothing to go on with
-        _forget(work)
+        _forget(work, made)
         raise
     cpu_s = time.process_time() - began
 
@@ -168,14 +169,15 @@ def _judge(config: CompressionConfig, report: dict[str, Any], out: Path) -> None
     rejected.write_text(json.dumps(report | {"failed": failed}, indent=1) + "\n")
     for target in config.targets:  # of an earlier command: it would be taken for this one's
         shutil.rmtree(out / target.value, ignore_errors=True)
-    raise GateError(f"{'; '.join(failed)}; no artifact was left, the report is {rejected}")
+    raise GateError(failed, rejected)
 
 
-def _forget(work: Path) -> None:
-    """Leaves nothing half-written."""
+def _forget(work: Path, made: list[Path]) -> None:
+    """Leaves nothing half-written, and none of the folders that were made for it."""
     shutil.rmtree(work)
-    if not any(work.parent.iterdir()):
-        work.parent.rmdir()
+    for folder in made:
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _check_lengths(config: CompressionConfig, parent: Path) -> None:

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from monitoring.errors import ConfigError, ExitCode, SpotforgeError
 from serving.schemas import register_schemas
-from trainer.cli import CONFIG_DIR, explain
+from trainer.cli import CONFIG_DIR, explain, words_and_options
 from trainer.schemas import refuse_unknown_keys
 
 _LISTS_KEYS = "python -m serving --cfg job"
@@ -31,9 +31,10 @@ Serve a model: python -m serving artifact=DIR [key=value ...]
 Keys (key=value):
   artifact                    folder of an export or a compression, or a run (its export)
   model_name                  as clients call it; default: the run's or the folder's name
-  +adapters.NAME              folder of a LoRA adapter, which clients ask for as model NAME
+  adapters.NAME               folder of a LoRA adapter, which clients ask for as model NAME
   host, port                  to listen on: 127.0.0.1, 8000
   admin_host, admin_port      for the admin endpoints; default: none
+  artifact_root               folder that artifacts of a swap lie in; default: this one
   keys                        file of API keys; default: whoever can connect may ask
   topology                    local | split: text stages in the gateway, or in processes
   text.encoders, .decoders    numbers of those processes
@@ -44,16 +45,17 @@ Keys (key=value):
   engine.max_context, .max_running, .max_batch_tokens, .kv_cache_mb, .num_threads
   engine.openvino_bits        8 | 4 | 32, where an IR is made of dense weights
   engine.start_timeout_s, .silence_s, .step_timeout_s, .probe_interval_s
-  guard.max_connections, .max_header_bytes, .header_timeout_s, .max_body_bytes, .body_timeout_s
+  guard.max_connections, .max_connections_per_client, .max_header_bytes, .max_header_lines
+  guard.max_body_bytes, .header_timeout_s, .body_timeout_s, .write_timeout_s
   admission.max_queued_requests, .max_queued_tokens, .request_timeout_s
   batches.dir                 folder for files and batches; default: there are none
   batches.broker              redis://... or amqp://..., where workers wait; default: none needed
   batches.max_file_mb, .concurrency, .max_lines, .lease_s
-  log.requests, .drift, .drift_share
+  log.requests, .drift, .drift_share; .text writes down what was asked and answered
   rollout.canary_requests, .canary_max_error_rate, .canary_max_slowdown
   cache, drain_timeout_s
 
-Options:
+Options, before words, after them or between:
   --cfg job                   print the whole configuration and stop
 
 SIGTERM lets what runs end; a second one ends it at once.
@@ -90,6 +92,10 @@ def main() -> None:
     try:
         if sys.argv[1:2] == ["key"]:
             sys.exit(_key_command(sys.argv[2:]))
+        words, options = words_and_options(sys.argv[1:], "python -m serving")
+        # Their names are the user's, so that Hydra has to be told that they are new.
+        words = [f"+{word}" if word.startswith("adapters.") else word for word in words]
+        sys.argv[1:] = [*words, *options]
         folder = str(CONFIG_DIR)
         hydra.main(version_base="1.3", config_path=folder, config_name="serving")(_run)()
     except (ConfigError, HydraException, OmegaConfBaseException) as e:

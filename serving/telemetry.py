@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import time
 from collections import Counter
@@ -125,7 +126,9 @@ def _open(key: str, name: str | None) -> IO[str] | None:
     path = Path(name).expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("a", encoding="utf-8", buffering=1)
+        # It says who asked when, and with log.text what: nobody else's to read.
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        return open(descriptor, "a", encoding="utf-8", buffering=1)
     except OSError as e:
         raise ConfigError(key, name, e.strerror or str(e), "name a file that can be written") from e
 

@@ -1,6 +1,7 @@
 """What `python -m trainer` prints by itself: its help, and Hydra's complaints in one line."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.errors import OverrideParseException
@@ -10,6 +11,8 @@ from monitoring.errors import ConfigError
 from trainer.schemas import options_with_key
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+_CFG, _CFG_VALUES = ("--cfg", "-c"), ("job", "hydra", "all")
+_CONFIG_DIR = ("--config-dir", "-cd")
 
 
 def help_text(argv: list[str]) -> str:
@@ -20,7 +23,7 @@ def help_text(argv: list[str]) -> str:
     """
     folders = [CONFIG_DIR]
     for i, argument in enumerate(argv):
-        if argument in ("--config-dir", "-cd") and i + 1 < len(argv):
+        if argument in _CONFIG_DIR and i + 1 < len(argv):
             folders.append(Path(argv[i + 1]))
         elif argument.startswith(("--config-dir=", "-cd=")):
             folders.append(Path(argument.split("=", 1)[1]))
@@ -64,6 +67,39 @@ def explain(error: Exception, lists_keys: str = "python -m trainer --cfg job") -
     if isinstance(inner, OmegaConfBaseException):
         return f"{key}: {text}; {lists_keys} lists the keys"
     return " ".join(lines)  # Hydra's own: an unknown option comes with the list of those there are
+
+
+def words_and_options(
+    arguments: list[str], program: str, flags: Sequence[str] = ()
+) -> tuple[list[str], list[str]]:
+    """Words (key=value) and options in any order, apart: Hydra takes them one after the other.
+
+    Args:
+        arguments: Of the command.
+        program: For errors.
+        flags: Options without a value that the program has beside `--resolve`.
+
+    Raises:
+        ConfigError: An option that there is not, or that lacks its value.
+    """
+    words, options = [], []
+    following = iter(arguments)
+    for argument in following:
+        name, equals, value = argument.partition("=")
+        if not argument.startswith("-"):
+            words.append(argument)
+        elif argument in ("--resolve", *flags):
+            options.append(argument)
+        elif name in (*_CFG, *_CONFIG_DIR):
+            value = value if equals else next(following, "")
+            if not value or (name in _CFG and value not in _CFG_VALUES):
+                rule = "is none of job, hydra, all" if name in _CFG else "lacks its folder"
+                raise ConfigError(name, value, rule, f"see {program} --help")
+            options += [name, value]
+        else:
+            rule = "there is no such option"
+            raise ConfigError("option", argument, rule, f"see {program} --help")
+    return words, options
 
 
 _HELP = """\

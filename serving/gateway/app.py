@@ -22,6 +22,7 @@ from serving.gateway.batches import add_batches
 from serving.gateway.errors import ApiError
 from serving.gateway.gateway import Gateway
 from serving.gateway.generation import Generation, Sampling
+from serving.gateway.invalid import describe
 from serving.gateway.schema import ChatRequest, CompletionRequest, EmbeddingRequest
 from serving.models import AdaptedModel, Model
 from serving.text.stages import Chat
@@ -219,12 +220,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        if first["type"] == "json_invalid":
-            return ApiError(400, "the body is no valid JSON").response()
-        message = f"{where}: {first['msg']}" if where else first["msg"]
-        return ApiError(400, message, where or None).response()
+        return describe(error.errors()[0], error.body).response()
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:

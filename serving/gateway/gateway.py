@@ -165,7 +165,7 @@ class Gateway:
             info = deployment.engine.info
             if "embeddings" not in info.features:
                 raise ApiError(400, f"{info.engine} makes no embeddings", "model", "unsupported")
-            tokens = await self._encode(deployment, inputs, self.deadline_s(request))
+            tokens = await self._encode(deployment, inputs, self.deadline_s(request), "input")
             if (longest := max(map(len, tokens))) > info.max_context:
                 text = f"an input has {longest} tokens, but the context has {info.max_context}"
                 raise ApiError(400, text, "input", "context_length_exceeded")
@@ -203,7 +203,10 @@ class Gateway:
         max_tokens: int,
         sequences: int,
     ) -> Slot:
-        is_batch = request.headers.get(_PRIORITY_HEADER) == "batch"
+        name = request.headers.get(_PRIORITY_HEADER, Priority.interactive.name)
+        if name not in Priority.__members__:
+            text = f"{_PRIORITY_HEADER} is none of {', '.join(Priority.__members__)}"
+            raise ApiError(400, text, _PRIORITY_HEADER)
         try:
             return await self.admission.acquire(
                 key.id,
@@ -211,7 +214,7 @@ class Gateway:
                 max_tokens,
                 self.deadline_s(request),
                 sequences,
-                Priority.batch if is_batch else Priority.interactive,
+                Priority[name],
                 key.limits,
             )
         except Rejected as e:
@@ -226,19 +229,22 @@ class Gateway:
         deployment: Deployment,
         prompts: Sequence[str | list[int] | Chat],
         deadline_s: float,
+        field: str = "prompt",
     ) -> list[list[int]]:
+        """Token ids of prompts; `field` is what requests call them."""
         vocab_size = deployment.text.vocab_size
         for prompt in prompts:
             # An engine would look it up beyond its embedding's end, and be lost for everybody.
             if isinstance(prompt, list) and (largest := max(prompt)) >= vocab_size:
                 text = f"token {largest} is not in the vocabulary of {vocab_size}"
-                raise ApiError(400, text, "prompt")
+                raise ApiError(400, text, field)
         texts = [prompt for prompt in prompts if not isinstance(prompt, list)]
         try:
             async with asyncio.timeout(deadline_s):
                 encoded = iter(await deployment.text.encode(texts))
         except TextError as e:
-            raise ApiError(400, f"{e.param}: {e.message}", e.param) from e
+            param = field if e.param == "prompt" else e.param
+            raise ApiError(400, f"{param}: {e.message}", param) from e
         except EngineError as e:
             raise lost(e) from e
         except TimeoutError as e:

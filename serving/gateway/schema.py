@@ -188,6 +188,12 @@ class Message(_Body):
     tool_call_id: str | None = None
     refusal: None = None
 
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing: only an assistant that calls tools has none")
+        return self
+
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it: one text, arguments as objects."""
         content = self.content

@@ -56,6 +56,16 @@ def test_nothing_is_picked_that_is_slower_or_worse(
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["auto.json"]
 
 
+def test_what_the_gate_refuses_is_not_picked(compress, parent, measured, tmp_path):
+    code, out, err = auto(compress, parent, "gate.max_kl=1e-9")
+    assert code == 0 and "keep the parent" in out, err
+    told = json.loads((tmp_path / "x" / "auto.json").read_text())
+    assert told["picked"] is None
+    why = told["candidates"][-1]["why_not"]
+    assert why.startswith("gate.max_kl=1e-09: kl_nats fails") and "rejected.json" not in why
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["auto.json"]
+
+
 def test_auto_stands_alone(compress, parent):
     code, _, err = compress(f"model={parent}", "recipe=[auto,int8_weight_only]", "target=cpu")
     assert code == 2 and "name it alone" in err

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from compression.__main__ import _words_and_options, main
+from compression.__main__ import main
 from compression.config import CompressionConfig, Target
 from monitoring.errors import ConfigError
 from tests.compression.test_samples import settings
@@ -36,13 +36,6 @@ def test_the_target_follows_from_the_recipe_unless_it_is_named():
     assert both == [Target.gguf, Target.compressed_tensors]
     with pytest.raises(ConfigError, match="target=nope: is no target; there are: huggingface"):
         _ = settings("target=nope").targets
-
-
-def test_words_and_options_come_in_any_order():
-    given = ["--config-dir", "conf", "model=x", "--multirun", "recipe=a,b", "--cfg=job", "+a=1"]
-    words, options = _words_and_options(given)
-    assert words == ["model=x", "recipe=a,b", "+a=1"]
-    assert options == ["--config-dir", "conf", "--multirun", "--cfg", "job"]
 
 
 @pytest.mark.parametrize(

@@ -238,9 +238,12 @@ def test_weights_that_are_no_numbers_are_refused(compress, tmp_path):
     model = save_model(tmp_path / "broken")
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "broken")
-    code, _, err = compress(f"model={tmp_path / 'broken'}", "out=x")
+    code, _, err = compress(f"model={tmp_path / 'broken'}", "out=new/x")
     assert code == 2 and "layers.1.mlp.up_proj.weight is NaN" in err
-    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "mine").mkdir()
+    assert compress(f"model={tmp_path / 'broken'}", "out=mine/x")[0] == 2
+    assert not any((tmp_path / "mine").iterdir())
 
 
 def test_a_file_that_was_cut_off_is_refused(compress, tmp_path):

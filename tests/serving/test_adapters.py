@@ -361,7 +361,7 @@ def test_names_that_clients_could_not_use_are_refused(name):
 
 def test_a_server_with_adapters(export, adapters, tmp_path):
     log = tmp_path / "requests.jsonl"
-    words = [f"+adapters.{name}={folder}" for name, folder in adapters.items()]
+    words = [f"adapters.{name}={folder}" for name, folder in adapters.items()]
     process = Process(export, *words, f"log.requests={log}", "engine.num_threads=1")
     try:
         models = {m["id"]: m for m in httpx.get(f"{process.url}/v1/models").json()["data"]}
@@ -405,7 +405,7 @@ def test_a_swap_keeps_the_adapters_or_is_refused(export, adapters, tmp_path):
     shutil.copytree(export, tmp_path / "other")
     model.save_pretrained(tmp_path / "other")
     folder = adapters["plain"]
-    words = [f"+adapters.plain={folder}", "admin_port=0", f"artifact_root={tmp_path}"]
+    words = [f"adapters.plain={folder}", "admin_port=0", f"artifact_root={tmp_path}"]
     process = Process(export, *words, "engine.num_threads=1")
     try:
         swap = f"{process.admin_url()}/admin/swap"

@@ -131,10 +131,16 @@ def test_tool_calls(served):
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 100}, None, "more than the 4 that run at once"),
         ({"messages": []}, "messages", "at least 1"),
-        ({"stop": ["a", "b", "c", "d", "e"]}, None, "at most 4"),
-        ({"top_logprobs": 2}, None, "only with it"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "less than or equal to 0"),
-        ({"extra_body": {"no_such_key": 1}}, "no_such_key", "not permitted"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "at most 4"),
+        ({"top_logprobs": 2}, "top_logprobs", "only with it"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "is not supported; leave it out"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "is not supported; leave it out"),
+        ({"extra_body": {"no_such_key": 1}}, "no_such_key", "is not supported; leave it out"),
+        ({"stop": [5]}, "stop", "stop must be a text, or up to 4"),
+        ({"messages": [{"role": "user"}]}, "messages.0", "content is missing"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "must be a text"),
+        ({"tool_choice": "required"}, "tool_choice", "must be 'none' or 'auto'"),
+        ({"extra_headers": {"x-priority": "high"}}, "x-priority", "none of interactive, batch"),
         ({"response_format": {"type": "json_object"}}, "response_format", "schema"),
     ],
 )
@@ -172,6 +178,24 @@ def test_bodies_that_are_none(fast, body):
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
     assert httpx.get(f"{fast.url}/livez").text == "ok"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "message"),
+    [
+        ("completions", {"prompt": [5, "x"]}, "prompt", "must be a text, token ids, or a list"),
+        ("completions", {}, "prompt", "prompt is missing"),
+        ("completions", {"prompt": "x", "echo": True}, "echo", "echo is not supported"),
+        ("embeddings", {"input": ""}, "input", "input: is empty"),
+        ("embeddings", {"input": [99999]}, "input", "is not in the vocabulary"),
+        ("embeddings", {"input": []}, "input", "must be a text, token ids, or a list"),
+    ],
+)
+def test_a_400_names_the_field_as_the_client_does(fast, path, body, param, message):
+    answer = httpx.post(f"{fast.url}/v1/{path}", json={"model": "tiny", **body})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param), error
+    assert message in error["message"]
 
 
 def test_a_token_that_the_vocabulary_lacks_is_the_clients_mistake(fast):

@@ -17,7 +17,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from trainer.cli import CONFIG_DIR
+from monitoring.errors import ConfigError
+from trainer.cli import CONFIG_DIR, words_and_options
 from trainer.config import NamedModelConfig, PathModelConfig, StopConfig, TrainerConfig
 from trainer.data.config import SingleDataConfig
 from trainer.schemas import refuse_unknown_keys, register_schemas
@@ -236,3 +237,12 @@ def test_pretrained_and_config_differ_by_their_weights():
 if __name__ == "__main__":
     for name in ("default", *EXPERIMENTS):
         (GOLDEN / f"config-{name}.yaml").write_text(resolved_yaml(name))
+
+
+def test_words_and_options_come_in_any_order():
+    given = ["--config-dir", "conf", "model=x", "--multirun", "recipe=a,b", "--cfg=job", "+a=1"]
+    words, options = words_and_options(given, "python -m compression", ["--multirun"])
+    assert words == ["model=x", "recipe=a,b", "+a=1"]
+    assert options == ["--config-dir", "conf", "--multirun", "--cfg", "job"]
+    with pytest.raises(ConfigError, match="--multirun: there is no such option; see python -m x"):
+        words_and_options(given, "python -m x")

@@ -1,0 +1,73 @@
+"""What is wrong with a request, in the API's words rather than in those of what checks it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from serving.gateway.errors import ApiError
+
+# Fields that OpenAI's API has, and that are here so that their defaults are taken.
+_UNSUPPORTED = {
+    "best_of",
+    "dimensions",
+    "echo",
+    "frequency_penalty",
+    "logit_bias",
+    "presence_penalty",
+    "refusal",
+    "suffix",
+}
+_KINDS = {
+    "content": "a text, or parts of type text",
+    "input": "a text, token ids, or a list of up to 2048 of either; none is empty",
+    "prompt": "a text, token ids, or a list of up to 128 of either; none is empty",
+    "stop": "a text, or up to 4 texts, of up to 512 characters each",
+}
+_AS_JSON = {"False": "false", "True": "true", "None": "null"}
+
+
+def describe(error: dict[str, Any], body: Any) -> ApiError:
+    """A 400 that names the field.
+
+    Args:
+        error: The first of pydantic's, as its `errors()` has them.
+        body: What was sent.
+    """
+    if error["type"] == "json_invalid":
+        return ApiError(400, "the body is no valid JSON")
+    kind = error["type"]
+    path = _path(error["loc"][1:], body, kind == "missing")
+    field, param = path[-1] if path else "", ".".join(path)
+    if kind == "missing":
+        rule = "is missing"
+    elif kind == "extra_forbidden" or field in _UNSUPPORTED:
+        rule = "is not supported; leave it out"
+    elif path and (owner := next((name for name in reversed(path) if name in _KINDS), None)):
+        rule = f"must be {_KINDS[owner]}"
+    elif kind == "literal_error":
+        expected = error["ctx"]["expected"]
+        rule = f"must be {_AS_JSON.get(expected, expected)}"
+    elif kind == "value_error":  # ours: begins with the field
+        text = str(error["ctx"]["error"])
+        named = text.partition(" ")[0].rstrip(":")
+        return ApiError(400, text, param or named)
+    else:
+        rule = error["msg"]
+        for theirs, ours in (("Input should be", "must be"), (" should have", " must have")):
+            rule = rule.replace(theirs, ours)
+    return ApiError(400, f"{param or 'the body'} {rule}", param or None)
+
+
+def _path(where: tuple[str | int, ...], body: Any, is_missing: bool) -> list[str]:
+    """The field, without the branches of unions, which pydantic puts between."""
+    path = []
+    for i, part in enumerate(where):
+        is_it = is_missing and i == len(where) - 1
+        if isinstance(body, dict) and (part in body or is_it):
+            body = body.get(part)
+        elif isinstance(body, list) and isinstance(part, int) and part < len(body):
+            body = body[part]
+        else:
+            continue
+        path.append(str(part))
+    return path
