@@ -11,10 +11,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from trainer.data.tokenizer import train_tokenizer
+from tests.small_model import save_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -42,20 +40,7 @@ def folder(tmp_path_factory):
     texts = [f"note {i}: {i * i} apples and {i % 7} pears\n" * 20 for i in range(60)]
     (folder / "notes.txt").write_text("\n".join(texts * 4))
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    tokenizer = train_tokenizer(iter(texts), 300)
-    model = folder / "path" / "to" / "model"
-    tokenizer.save_pretrained(model)
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    save_model(folder / "path" / "to" / "model", texts)
     return folder
 
 

@@ -4,9 +4,8 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from trainer.data.tokenizer import train_tokenizer
+from tests import small_model
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "ate", "fish", "while", "dogs", "ran", "far")
 
@@ -18,27 +17,8 @@ def sentences(count, seed=0):
 
 
 def save_model(folder, model_type="llama", seed=0, **fields):
-    sizes = dict(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=320,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=None,
-    )
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **{**sizes, **fields})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # larger than at random, so that logits say something
-            parameter.mul_(4.0 if parameter.ndim == 2 else 1.0)
-    model.save_pretrained(folder)
-    train_tokenizer(sentences(200), 300).save_pretrained(folder)
-    return model
+    sizes = {"num_hidden_layers": 3, "max_position_embeddings": 256, **fields}
+    return small_model.save_model(folder, sentences(200), model_type, seed, **sizes)
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,7 @@ import threading
 import time
 
 import pytest
-import torch
 import uvicorn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from serving.artifact import resolve
 from serving.config import ServingConfig
@@ -25,7 +23,7 @@ from serving.models import Model
 from serving.telemetry import Telemetry
 from serving.text.pipeline import LocalStages
 from serving.text.tokenizer import load
-from trainer.data.tokenizer import train_tokenizer
+from tests import small_model
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -34,32 +32,11 @@ TEMPLATE = (
 )
 
 
+TEXTS = ["the cat sat on a mat\n", "dogs ran far, naïve ☕ and ate fish\n"]
+
+
 def save_model(folder, seed=0):
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(
-        "llama",
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=320,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=None,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # larger than at random, so that logits say something
-            parameter.mul_(6.0 if parameter.ndim == 2 else 1.0)
-    model.save_pretrained(folder)
-    tokenizer = train_tokenizer(
-        ["the cat sat on a mat\n", "dogs ran far, naïve ☕ and ate fish\n"], 300
-    )
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return model
+    return small_model.save_model(folder, TEXTS, seed=seed, gain=6.0, chat_template=TEMPLATE)
 
 
 @pytest.fixture(scope="session")
