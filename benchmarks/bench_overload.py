@@ -4,8 +4,9 @@
 
 The model and the requests are those of bench_serving. First as many streams as run at once, one
 request after another each: that is the server's capacity. Then requests come by themselves, at
-random times, at four times that rate, whatever becomes of the ones before. It prints a line an
-engine and writes `benchmarks/results/overload.json`.
+random times, at four times that rate, whatever becomes of the ones before. Once with the queue that
+a server has by itself, once with none. It prints a line for each and writes
+`benchmarks/results/overload.json`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from monitoring.environment import describe_environment
 
 RESULT = Path("benchmarks/results/overload.json")
 TIMES = 4
+# A request that waits is let in up to an answer's time later; without a queue it is sent away.
+QUEUES = {"with its queue": [], "no queue": ["admission.max_queued_requests=0"]}
 _REFUSAL_S = 0.05  # the goal
 
 
@@ -150,14 +153,16 @@ def main() -> None:
         for server_name, peer in servers(folder, options.running).items():
             if not peer.is_ours:
                 continue
-            words = [*peer.command, f"engine.max_running={options.running}"]
-            server = Server(server_name, replace(peer, command=words), cache)
-            try:
-                rows[server_name] = measure(server, options.running, options.seconds)
-            finally:
-                server.stop()
-            print(server_name, json.dumps(rows[server_name]), flush=True)
-            RESULT.write_text(json.dumps(result, indent=1) + "\n")
+            for queue, setting in QUEUES.items():
+                words = [*peer.command, f"engine.max_running={options.running}", *setting]
+                server = Server(server_name, replace(peer, command=words), cache)
+                row = f"{server_name}, {queue}"
+                try:
+                    rows[row] = measure(server, options.running, options.seconds)
+                finally:
+                    server.stop()
+                print(row, json.dumps(rows[row]), flush=True)
+                RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -81,7 +81,9 @@ class Child:
             limit=_BLOCK_BYTES,
             env=env,
             preexec_fn=_die_with_parent,
-            start_new_session=True,  # Ctrl-C is for the gateway, which drains
+            # Ctrl-C is for the gateway, which drains. Not a session: Linux shares a CPU among
+            # sessions, and an engine that is busy would have the gateway wait for its half.
+            process_group=0,
         )
         return cls(process, hear)
 

@@ -107,6 +107,7 @@ class AdmissionConfig:
 
     Attributes:
         max_queued_requests: That wait for a place in the engine; null: a quarter of those running.
+            0: none waits, so that no time to a first token has a wait in it.
         max_queued_tokens: Prompt tokens of those that wait.
         request_timeout_s: From arrival to the last token; a client may ask for less.
     """
@@ -240,7 +241,6 @@ class ServingConfig:
             )
         }
         positive |= {
-            "admission.max_queued_requests": self.admission.max_queued_requests,
             "admission.max_queued_tokens": self.admission.max_queued_tokens,
             "admission.request_timeout_s": self.admission.request_timeout_s,
             "batches.concurrency": self.batches.concurrency,
@@ -254,6 +254,9 @@ class ServingConfig:
         for key, value in positive.items():
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(key, value, "must be above 0, and a number", "give more")
+        if (queued := self.admission.max_queued_requests) is not None and queued < 0:
+            key = "admission.max_queued_requests"
+            raise ConfigError(key, queued, "is below 0", "give 0 or more")
         for key, port in (("port", self.port), ("admin_port", self.admin_port)):
             if port is not None and not 0 <= port < 65536:
                 raise ConfigError(key, port, "is no port", "give 0 to 65535")
