@@ -270,7 +270,7 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["nproc", pytest.param("torchrun", marks=pytest.mark.long)])
 def test_sigterm_on_two_ranks_saves_and_resumes(small, tmp_path, launcher):
     """As a spot machine goes: SIGTERM to the launcher in mid-run, then the same command again."""
     prefix, extra = LAUNCHERS[launcher]
@@ -353,6 +353,7 @@ def test_a_rank_that_dies_is_started_again(small, tmp_path):
     ]
 
 
+@pytest.mark.long
 def test_a_rank_that_hangs_is_found_with_stacks(small, tmp_path):
     """Stopped by SIGSTOP, as a GPU that fell silent would stop it."""
     more = [*small, "nproc=2", "stop.steps=300", "micro_batch_size=2", "checkpoint.interval=5"]
@@ -367,6 +368,7 @@ def test_a_rank_that_hangs_is_found_with_stacks(small, tmp_path):
     assert [step for step, *_ in losses(tmp_path / "run")] == list(range(1, 301))
 
 
+@pytest.mark.long
 def test_an_error_that_comes_back_is_given_up(small, tmp_path, monkeypatch):
     """Three times the same traceback at the same step: a fourth start would only cost money."""
     (tmp_path / "sitecustomize.py").write_text(
