@@ -56,6 +56,17 @@ def deployment(export, files, text, token_s=0.0):
     return Deployment(resolve(str(export)), engine, text)
 
 
+async def post(served, path, body, **headers):
+    """What the gateway answers, over some deployment."""
+    config = ServingConfig(artifact=served.artifact.name)
+    gateway = Gateway(config, None, Telemetry(config.log))
+    gateway.models["tiny"] = Model("tiny", served, 1)
+    transport = httpx.ASGITransport(make_app(gateway))
+    headers = {"content-type": "application/json", **headers}
+    async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+        return await client.post(f"/v1/{path}", content=json.dumps(body), headers=headers)
+
+
 async def until(condition, within_s=15.0):
     began_s = time.monotonic()
     while not condition():
@@ -89,14 +100,8 @@ def test_the_same_answers(export, files, split, runner, path, body, status):
         body["messages"] = [{"role": "user", "content": "naïve ☕"}]
 
     async def ask(text):
-        config = ServingConfig(artifact=str(export))
-        gateway = Gateway(config, None, Telemetry(config.log))
         served = deployment(export, files, text)
-        gateway.models["tiny"] = Model("tiny", served, 1)
-        transport = httpx.ASGITransport(make_app(gateway))
-        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            content, kind = json.dumps(body), {"content-type": "application/json"}
-            answer = await client.post(f"/v1/{path}", content=content, headers=kind)
+        answer = await post(served, path, body)
         said = answer.text.replace(answer.headers.get("x-request-id", "no id"), "ID")
         prompts = [request.prompt for request in served.engine.seen]
         return answer.status_code, re.sub(r'"created":\d+', "", said), prompts
@@ -202,7 +207,7 @@ def test_a_long_prompt_holds_up_no_other(files, split, runner):
     runner.run(work())
 
 
-def test_what_a_template_refuses_and_what_never_ends(files, runner, monkeypatch):
+def test_what_a_template_refuses_and_what_never_ends(export, files, runner, monkeypatch):
     template = (
         "{% if messages[0].content == 'no' %}{{ raise_exception('it has to be yes') }}{% endif %}"
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -220,6 +225,13 @@ def test_what_a_template_refuses_and_what_never_ends(files, runner, monkeypatch)
             with pytest.raises(EngineError, match="3 processes ended with it: gave no answer"):
                 await stages.encode([Chat([{"role": "user", "content": "yes"}])])
             assert await stages.encode(["fine"]) == await LocalStages(files).encode(["fine"])
+            served, messages = deployment(export, files, stages), [{"role": "user", "content": "y"}]
+            body = {"model": "tiny", "messages": messages}
+            answer = await post(served, "chat/completions", body)
+            assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+            assert answer.json()["error"]["code"] == "engine"
+            answer = await post(served, "chat/completions", body, **{"x-request-timeout": "0.2"})
+            assert answer.status_code == 504 and answer.json()["error"]["code"] == "deadline"
         finally:
             await stages.close()
 
