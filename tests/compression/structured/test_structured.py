@@ -413,7 +413,15 @@ def stories():
 
 
 @needs_stories
-@pytest.mark.parametrize("config", [{"depth": 4.0}, {"hidden": 0.25}, {"heads": 0.5}, {"mlp": 0.5}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"depth": 4.0},
+        {"mlp": 0.5},
+        pytest.param({"hidden": 0.25}, marks=pytest.mark.long),
+        pytest.param({"heads": 0.5}, marks=pytest.mark.long),
+    ],
+)
 def test_the_refit_makes_up_for_much(config, stories, tmp_path):
     found = [perplexity(STORIES, stories[64:])]
     for refits in (True, False):
