@@ -5,7 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.errors import OverrideParseException
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from monitoring.errors import ConfigError
 from trainer.schemas import options_with_key
@@ -64,6 +69,8 @@ def explain(error: Exception, lists_keys: str = "python -m trainer --cfg job") -
     key = next((x.removeprefix("full_key:").strip() for x in lines if x.startswith("full_key")), "")
     if isinstance(inner, ConfigKeyError | ConfigAttributeError):
         return f"{_unknown_key(text, key)}; {lists_keys} lists the keys"
+    if isinstance(inner, MissingMandatoryValue):
+        return f"{key}: has to be given, as {key}=VALUE; {lists_keys} lists the keys"
     if isinstance(inner, OmegaConfBaseException):
         return f"{key}: {text}; {lists_keys} lists the keys"
     return " ".join(lines)  # Hydra's own: an unknown option comes with the list of those there are
