@@ -179,7 +179,7 @@ def test_an_artifact_that_computes_something_else_is_not_kept(
         (["model=nowhere"], "model=nowhere: there is no such folder"),
         (["run=nowhere"], "run=nowhere: is no run directory"),
         (["recipe=nope", "model=PARENT"], "Could not find 'recipe/nope'"),
-        (["recipe=[]", "model=PARENT"], "missing mandatory value: recipe"),
+        (["recipe=[]", "model=PARENT"], "recipe: has to be given"),
         (["model=PARENT", "target=gpu"], "target=gpu: is no target"),
         (["model=PARENT", "target=huggingface,torchao"], "target"),
         (["model=PARENT", "recipe.int8_weight_only.bit=4"], "no such key in RoundConfig"),
