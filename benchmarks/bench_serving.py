@@ -145,7 +145,7 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.model = peer.model
+        self.model, self.is_ours = peer.model, peer.is_ours
         self._began_s = time.monotonic()
         self._process = subprocess.Popen(
             [word.replace("{port}", str(self.port)) for word in peer.command],
@@ -227,17 +227,18 @@ async def load(port: int, model: str, streams: int, rounds: int) -> dict[str, li
     return {"first": first, "between": between}
 
 
-def measure(server: Server, streams: int, rounds: int) -> dict[str, float]:
-    """One row."""
+def measure(server: Server, streams: int, rounds: int) -> dict[str, float | None]:
+    """One row; of peers nobody knows which process is the gateway."""
     asyncio.run(load(server.port, server.model, min(streams, 2), 1))  # warm
     cpu_before, began_s = server.cpu_s(), time.monotonic()
     times = asyncio.run(load(server.port, server.model, streams, rounds))
     took_s, cpu_after = time.monotonic() - began_s, server.cpu_s()
     tokens = streams * rounds * NEW_TOKENS
     between = sorted(times["between"])
+    gateway_ms = round(1000 * (cpu_after[0] - cpu_before[0]) / tokens, 3)
     return {
         "cpu_ms_per_token": round(1000 * (sum(cpu_after) - sum(cpu_before)) / tokens, 3),
-        "gateway_cpu_ms_per_token": round(1000 * (cpu_after[0] - cpu_before[0]) / tokens, 3),
+        "gateway_cpu_ms_per_token": gateway_ms if server.is_ours else None,
         "tokens_per_s": round(tokens / took_s, 1),
         "first_token_p50_ms": round(1000 * statistics.median(times["first"]), 1),
         "first_token_p99_ms": round(1000 * _p99(sorted(times["first"])), 1),
@@ -251,13 +252,14 @@ def _p99(ordered: list[float]) -> float:
     return ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
 
 
-def table(rows: dict[str, dict[str, dict[str, float]]]) -> str:
+def table(rows: dict[str, dict[str, dict[str, float | None]]]) -> str:
     """Markdown: a server a row, CPU-ms a token and more at each number of streams."""
     keys = list(next(iter(next(iter(rows.values())).values())))
     lines = [f"| server | streams | {' | '.join(keys)} |", "|---" * (len(keys) + 2) + "|"]
     for name, found in rows.items():
         for streams, row in found.items():
-            cells = [name, streams, *(f"{value:g}" for value in row.values())]
+            figures = ("-" if value is None else f"{value:g}" for value in row.values())
+            cells = [name, streams, *figures]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -268,7 +270,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=3, help="requests of a stream")
     options = parser.parse_args()
-    rows: dict[str, dict[str, dict[str, float]]] = {}
+    rows: dict[str, dict[str, dict[str, float | None]]] = {}
     starts: dict[str, float] = {}
     result = {
         "environment": describe_environment(),
