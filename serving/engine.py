@@ -17,7 +17,7 @@ What an engine program is told and says is one JSON object a line, on its standa
                   "running": 3, "kv_cache_usage": 0.2}}
         {"failed": {"id": "ID", "error": "one line"}}
         {"refused": {"id": "ID", "error": "one line"}}   its schema, which the client can change
-        {"embeddings": {"id": "ID", "vectors": [[0.1, ...], ...]}}
+        {"embedding": {"id": "ID", "vector": [0.1, ...]}}   of one input, in their order
         {"idle": {"kv_cache_usage": 0.0}}     twice a second while there is nothing to do
         {"misconfigured": ["key", "value", "rule", "fix"]}    before it exits: a setting is wrong
         {"fatal": "one line"}                 before it exits by itself

@@ -91,6 +91,27 @@ class _Live:
         )
 
 
+@dataclass(eq=False)
+class _Embeds:
+    """Inputs that are being embedded.
+
+    Attributes:
+        count: Of them.
+        all: Resolves to the vectors of all.
+        vectors: Of the first ones, so far.
+    """
+
+    count: int
+    all: asyncio.Future[list[list[float]]]
+    vectors: list[list[float]] = field(default_factory=list)
+
+    def add(self, vector: list[float]) -> None:
+        """The next one."""
+        self.vectors.append(vector)
+        if len(self.vectors) == self.count and not self.all.done():
+            self.all.set_result(self.vectors)
+
+
 class ProcessEngine:
     """An `Engine` in a process of its own.
 
@@ -110,7 +131,7 @@ class ProcessEngine:
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
         self._live: dict[str, _Live] = {}
-        self._embeds: dict[str, asyncio.Future[list[list[float]]]] = {}
+        self._embeds: dict[str, _Embeds] = {}
         self._is_up = False  # a process is there, has said that it is ready, and made a token
         self._is_hung = False
         self._misconfigured: ConfigError | None = None
@@ -172,14 +193,14 @@ class ProcessEngine:
             raise EngineError(f"{self.info.engine} makes no embeddings")
         if not self._up.is_set():
             raise EngineError("the engine is being started again")
-        future = asyncio.get_running_loop().create_future()
-        self._embeds[id] = future
+        embeds = self._embeds[id] = _Embeds(len(inputs), asyncio.get_running_loop().create_future())
         try:
             self._say("embed", {"id": id, "inputs": inputs, "adapter": adapter})
-            vectors: list[list[float]] = await future
-            return vectors
+            return await embeds.all
         finally:
             del self._embeds[id]
+            if len(embeds.vectors) < embeds.count:
+                self._say("cancel", id)
 
     def stats(self) -> EngineStats:
         """See `Engine`."""
@@ -251,9 +272,9 @@ class ProcessEngine:
             self._on_failed(content["id"], EngineError(content["error"]))
         elif kind == "refused":
             self._on_failed(content["id"], EngineRefused(content["error"]))
-        elif kind == "embeddings":
-            if (future := self._embeds.get(content["id"])) and not future.done():
-                future.set_result(content["vectors"])
+        elif kind == "embedding":
+            if (embeds := self._embeds.get(content["id"])) is not None:
+                embeds.add(content["vector"])
         elif kind == "idle":
             self._stats.running = 0
             self._stats.kv_cache_usage = content["kv_cache_usage"]
@@ -284,8 +305,8 @@ class ProcessEngine:
     def _on_failed(self, name: str, error: EngineError) -> None:
         if (live := self._live.pop(name, None)) is not None:
             live.chunks.put_nowait(error)
-        elif (future := self._embeds.get(name)) is not None and not future.done():
-            future.set_exception(error)
+        elif (embeds := self._embeds.get(name)) is not None and not embeds.all.done():
+            embeds.all.set_exception(error)
 
     # -- Watching ----------------------------------------------------------------------------
 
@@ -327,9 +348,9 @@ class ProcessEngine:
                 probing.cancel()
 
     def _count_deaths(self, why: str) -> None:
-        for name, future in self._embeds.items():
-            if not future.done():
-                future.set_exception(EngineError(f"lost with its engine ({name})"))
+        for name, embeds in self._embeds.items():
+            if not embeds.all.done():
+                embeds.all.set_exception(EngineError(f"lost with its engine ({name})"))
         for live in list(self._live.values()):
             live.deaths += 1
             if live.deaths >= _DEATHS_OF_A_REQUEST or live.request.id.startswith(_PROBE):

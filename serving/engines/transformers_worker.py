@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import sys
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -99,6 +100,7 @@ class Worker:
             self._adapters.follow(model, self._step)
         self._told: dict[str, int] = {}  # tokens that were told, by request
         self._compiling: dict[str, dict[str, Any]] = {}  # requests whose schema is being compiled
+        self._embeds: dict[str, dict[str, Any]] = {}  # requests with what is left of their inputs
         self._grammars: Grammars | None = None
         features = ["embeddings", "logprobs_when_sampling"]
         tokenizer = AutoTokenizer.from_pretrained(settings.folder)
@@ -118,13 +120,15 @@ class Worker:
     def run(self) -> None:
         """Until the gateway is gone, or generation broke down."""
         while True:
-            is_busy = len(self._told) > len(self._compiling)
-            waits = 0 if is_busy else IDLE_S
+            is_generating = len(self._told) > len(self._compiling)
+            waits = 0 if is_generating or self._embeds else IDLE_S
             for kind, content in self._lines.heard(waits):
                 getattr(self, f"_on_{kind}")(content)
-            if is_busy:
+            if self._embeds:
+                self._embed_one()
+            if is_generating:
                 self._tell()
-            else:
+            elif not self._embeds:
                 self._lines.say("idle", {"kv_cache_usage": self._kv_cache_usage()})
             if not self._manager.is_running():
                 self._die(self._manager.background_thread_status.fatal_error)
@@ -170,6 +174,7 @@ class Worker:
         )
 
     def _on_cancel(self, name: str) -> None:
+        self._embeds.pop(name, None)
         if name not in self._told:
             return
         self._forget(name)
@@ -177,16 +182,24 @@ class Worker:
             self._manager.cancel_request(name)
 
     def _on_embed(self, request: dict[str, Any]) -> None:
+        self._embeds[request["id"]] = request | {"inputs": deque(request["inputs"])}
+
+    def _embed_one(self) -> None:
+        """One input of the request that came first: generation goes on in between."""
+        name, request = next(iter(self._embeds.items()))
         try:
             with self._manager.pause():
                 if self._adapters is not None:
                     self._adapters.use(request["adapter"])
-                vectors = [_embedding(self._model, tokens) for tokens in request["inputs"]]
+                vector = _embedding(self._model, request["inputs"].popleft())
         except Exception as e:  # whatever it is, it is this request's and not the engine's
+            del self._embeds[name]
             error = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
-            self._lines.say("failed", {"id": request["id"], "error": error})
+            self._lines.say("failed", {"id": name, "error": error})
             return
-        self._lines.say("embeddings", {"id": request["id"], "vectors": vectors})
+        if not request["inputs"]:
+            del self._embeds[name]
+        self._lines.say("embedding", {"id": name, "vector": vector})
 
     def _tell(self) -> None:
         """One line for all tokens since the last one."""

@@ -161,11 +161,13 @@ class Gateway:
         Raises:
             ApiError: What the client is told instead.
         """
+        deadline_s = self.deadline_s(request)
+        over_s = asyncio.get_running_loop().time() + deadline_s
         with model.pick() as deployment:
             info = deployment.engine.info
             if "embeddings" not in info.features:
                 raise ApiError(400, f"{info.engine} makes no embeddings", "model", "unsupported")
-            tokens = await self._encode(deployment, inputs, self.deadline_s(request), "input")
+            tokens = await self._encode(deployment, inputs, deadline_s, "input")
             if (longest := max(map(len, tokens))) > info.max_context:
                 text = f"an input has {longest} tokens, but the context has {info.max_context}"
                 raise ApiError(400, text, "input", "context_length_exceeded")
@@ -173,7 +175,11 @@ class Gateway:
             slot = await self._admit(request, key, model, num_tokens, 0, 1)
             try:
                 id = uuid.uuid4().hex
-                vectors = await deployment.engine.embed(id, tokens, model.adapter)
+                async with asyncio.timeout_at(over_s):
+                    vectors = await deployment.engine.embed(id, tokens, model.adapter)
+            except TimeoutError as e:
+                text = f"not finished within its {deadline_s:g} s"
+                raise ApiError(504, text, code="deadline") from e
             except EngineError as e:
                 raise lost(e) from e
             finally:

@@ -144,6 +144,18 @@ def test_what_kills_an_engine_twice_is_given_up(export):
     with_engine(export, work)
 
 
+def test_many_inputs_to_embed_hold_up_no_stream(export):
+    async def work(running):
+        many = asyncio.create_task(running.embed("many", [[5] * 250] * 3000))
+        await tokens_of(running, "a")
+        assert not many.done()
+        many.cancel()  # what nobody waits for is not computed
+        return await asyncio.wait_for(running.embed("one", [PROMPT]), 3)
+
+    [vector] = with_engine(export, work)
+    assert sum(x * x for x in vector) == pytest.approx(1, abs=1e-5)
+
+
 def test_leaving_early_cancels(export):
     async def work(running):
         stream = running.submit(TokenRequest("a", PROMPT, 200, ignore_eos=True))
