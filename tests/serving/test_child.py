@@ -1,6 +1,7 @@
 """Child processes that talk in lines, whatever they say."""
 
 import asyncio
+import os
 import sys
 
 import pytest
@@ -32,6 +33,12 @@ def test_lines_of_any_length():
     heard, ended = run("say(json.loads(input())); say(json.loads(input())); sys.exit(3)", text, 1)
     assert heard == [("line", text), ("line", 1)]
     assert ended == "ended with 3, and said nothing"
+
+
+def test_ctrl_c_is_not_for_it_and_its_share_of_a_cpu_is_the_gateways():
+    told, _ = run("import os; say({'group': os.getpgid(0), 'session': os.getsid(0)})")
+    assert dict(told)["group"] != os.getpgid(0)
+    assert dict(told)["session"] == os.getsid(0)  # Linux shares a CPU among sessions
 
 
 @pytest.mark.parametrize(
