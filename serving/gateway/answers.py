@@ -11,7 +11,7 @@ from typing import Any
 from serving.gateway.errors import ApiError
 from serving.gateway.generation import Generation
 from serving.text.stages import TextChunk, TextLogprob
-from serving.text.tools import ToolCallParser
+from serving.text.tools import ToolCallParser, WholeCall
 
 Chunks = AsyncIterator[tuple[int, TextChunk]]
 
@@ -133,14 +133,16 @@ class ChatAnswer(Answer):
 
     Args:
         finds_tools: Whether calls of tools are looked for in the text.
+        is_call: Whether all of the text is one.
     """
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, *args: Any, finds_tools: bool) -> None:
+    def __init__(self, *args: Any, finds_tools: bool, is_call: bool) -> None:
         super().__init__(*args)
         self._parsers = [
-            ToolCallParser() if finds_tools else None for _ in range(self._num_choices)
+            WholeCall() if is_call else ToolCallParser() if finds_tools else None
+            for _ in range(self._num_choices)
         ]
         self._calls = [0] * self._num_choices
         self._has_begun = [False] * self._num_choices

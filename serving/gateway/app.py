@@ -141,6 +141,7 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
             body.num_choices(),
             body.includes_usage(),
             finds_tools=tools is not None,
+            is_call=body.must_call,
         )
         return await _respond(request, generation, answer, bool(body.stream))
 
@@ -300,6 +301,7 @@ def _sampling(
         body.stops(),
         body.ignore_eos,
         body.schema_of_text(),
+        body.schema_field(),
     )
 
 

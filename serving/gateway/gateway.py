@@ -276,7 +276,7 @@ def _check_features(deployment: Deployment, sampling: Sampling) -> None:
     info = deployment.engine.info
     if sampling.schema is not None and "json_schema" not in info.features:
         text = f"{info.engine} cannot hold its answers to a schema"
-        raise ApiError(400, text, "response_format", "unsupported")
+        raise ApiError(400, text, sampling.schema_field, "unsupported")
     if sampling.logprobs is None:
         return
     if not tells_logprobs(deployment, sampling):

@@ -33,6 +33,7 @@ class Sampling:
     stop: list[str]
     ignore_eos: bool
     schema: dict[str, object] | None
+    schema_field: str  # of the request
 
 
 class Generation:
@@ -108,7 +109,8 @@ class Generation:
             error = ApiError(504, text, code="deadline")
             raise error from e
         except EngineError as e:
-            error = lost(e, has_schema=self._sampling.schema is not None)
+            field = None if self._sampling.schema is None else self._sampling.schema_field
+            error = lost(e, field)
             raise error from e
         finally:
             self._close(reasons, error, is_over)
@@ -238,7 +240,7 @@ def tells_logprobs(deployment: Deployment, sampling: Sampling) -> bool:
     return is_own or "logprobs_when_sampling" in info.features
 
 
-def lost(error: EngineError, has_schema: bool = False) -> ApiError:
+def lost(error: EngineError, schema_field: str | None = None) -> ApiError:
     """What a client is told when an engine lost its request, or did not take it."""
     if not isinstance(error, EngineRefused):
         text = f"the engine lost the request: {error}"
@@ -246,6 +248,6 @@ def lost(error: EngineError, has_schema: bool = False) -> ApiError:
     if error.retry_after_s is not None:
         text = f"the engine is busy: {error}"
         return ApiError(429, text, code="engine_busy", retry_after_s=error.retry_after_s)
-    if has_schema:
-        return ApiError(400, f"response_format: {error}", "response_format", "schema_refused")
+    if schema_field is not None:
+        return ApiError(400, f"{schema_field}: {error}", schema_field, "schema_refused")
     return ApiError(400, f"the engine refuses the request: {error}", code="unsupported")

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from serving.text.tools import call_schema
+
 _SEED = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 _SCHEMA_LEVELS = 100
 _SCHEMA_BYTES = 2**16
@@ -104,12 +106,17 @@ class _Sampling(_Body):
     @model_validator(mode="after")
     def _a_schema_has_an_end(self) -> _Sampling:
         if self.ignore_eos and self.schema_of_text() is not None:
-            raise ValueError("ignore_eos: a text that satisfies response_format ends with it")
+            field = self.schema_field()
+            raise ValueError(f"ignore_eos: a text that satisfies {field} ends with it")
         return self
 
     def schema_of_text(self) -> dict[str, Any] | None:
         """That the text is to satisfy; None: any text."""
         return None if self.response_format is None else self.response_format.schema_of_text()
+
+    def schema_field(self) -> str:
+        """Which field asks for that."""
+        return "response_format"
 
     def num_choices(self) -> int:
         """Of each prompt."""
@@ -227,6 +234,19 @@ class Tool(_Body):
     function: Function
 
 
+class FunctionName(_Body):
+    """Of one that is to be called."""
+
+    name: str = Field(max_length=64)
+
+
+class NamedTool(_Body):
+    """Likewise."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 class ChatRequest(_Sampling):
     """Body of `/v1/chat/completions`."""
 
@@ -236,7 +256,7 @@ class ChatRequest(_Sampling):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[Tool] | None = Field(None, max_length=128)
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
@@ -246,6 +266,38 @@ class ChatRequest(_Sampling):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs is given with logprobs=true, and only with it")
         return self
+
+    @model_validator(mode="after")
+    def _what_is_to_be_called_is_there(self) -> ChatRequest:
+        if not self.must_call:
+            return self
+        names = [tool.function.name for tool in self.tools or ()]
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        if not names or (named is not None and named not in names):
+            raise ValueError(f"tool_choice names what tools has: {', '.join(names) or 'nothing'}")
+        if self.response_format is not None and self.response_format.type != "text":
+            raise ValueError("tool_choice: what has to be a call cannot have a response_format")
+        check_schema(self.schema_of_text() or {})
+        return self
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to be a call of a tool."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    def schema_of_text(self) -> dict[str, Any] | None:
+        """See `_Sampling`; of a call, where there has to be one."""
+        if not self.must_call:
+            return super().schema_of_text()
+        functions = [tool.function for tool in self.tools or ()]
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            functions = [function for function in functions if function.name == name]
+        return call_schema({function.name: function.parameters for function in functions})
+
+    def schema_field(self) -> str:
+        """See `_Sampling`."""
+        return "tool_choice" if self.must_call else super().schema_field()
 
     def limit(self) -> int | None:
         """New tokens at most; None: as many as fit."""

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 OPENS, CLOSES = "<tool_call>", "</tool_call>"
@@ -56,6 +57,51 @@ class ToolCallParser:
             said += self._held[: len(self._held) - keep]
             self._held = self._held[len(self._held) - keep :]
         return said, calls
+
+
+class WholeCall:
+    """A text that is one call and nothing else, as `call_schema` has it."""
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def feed(self, text: str, is_last: bool) -> tuple[str, list[dict[str, Any]]]:
+        """See `ToolCallParser`; a call that was cut off is told as text."""
+        self._held += text
+        if not is_last:
+            return "", []
+        call = _parse(self._held)
+        return (self._held, []) if call is None else ("", [call])
+
+
+def call_schema(functions: Mapping[str, dict[str, Any] | None]) -> dict[str, Any]:
+    """A JSON schema of a call of one of some functions.
+
+    Args:
+        functions: At least one: their parameters' schemas, by name; None: any object.
+    """
+    calls, definitions = [], {}
+    for number, (name, parameters) in enumerate(functions.items()):
+        # Its references begin at its own root, which is another one here.
+        root = f"#/$defs/{number}"
+        definitions[str(number)] = _moved(parameters or {"type": "object"}, root)
+        properties = {"name": {"const": name}, "arguments": {"$ref": root}}
+        call = {"type": "object", "properties": properties, "required": list(properties)}
+        calls.append(call | {"additionalProperties": False})
+    return (calls[0] if len(calls) == 1 else {"anyOf": calls}) | {"$defs": definitions}
+
+
+def _moved(schema: Any, root: str) -> Any:
+    """A schema whose references begin elsewhere."""
+    if isinstance(schema, list):
+        return [_moved(inner, root) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(value, root) for key, value in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        moved["$ref"] = root + reference[1:]
+    return moved
 
 
 def _parse(text: str) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from serving.keys import Keys, create
 from tests.serving.conftest import stream_lines
 
 HELLO = [{"role": "user", "content": "hello"}]
+TOOL = {"type": "function", "function": {"name": "f"}}
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,9 @@ def test_tool_calls(served):
         ({"stop": [5]}, "stop", "stop must be a text, or up to 4"),
         ({"messages": [{"role": "user"}]}, "messages.0", "content is missing"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "must be a text"),
-        ({"tool_choice": "required"}, "tool_choice", "must be 'none' or 'auto'"),
+        ({"tool_choice": "required"}, "tool_choice", "names what tools has: nothing"),
+        ({"tools": [TOOL], "tool_choice": {**TOOL, "function": {"name": "g"}}}, "tool_choice", "f"),
+        ({"tools": [TOOL], "tool_choice": TOOL}, "tool_choice", "cannot hold its answers to"),
         ({"extra_headers": {"x-priority": "high"}}, "x-priority", "none of interactive, batch"),
         ({"response_format": {"type": "json_object"}}, "response_format", "schema"),
     ],

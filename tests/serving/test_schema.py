@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from serving.engine import EngineRefused, TokenRequest
+from serving.text.tools import call_schema
 from tests.serving.conftest import stream_lines
 from tests.serving.test_engine import PROMPT, tokens_of, with_engine
 
@@ -139,6 +140,73 @@ def test_over_http(server):
         }
         choice = client.post("/v1/chat/completions", json=chat).json()["choices"][0]
         assert choice["message"]["content"].startswith("{")
+
+
+FUNCTIONS = {
+    "pin": {  # as pydantic writes them
+        "type": "object",
+        "properties": {"a": {"$ref": "#/$defs/A"}},
+        "required": ["a"],
+        "additionalProperties": False,
+        "$defs": {"A": {"enum": [1, 2]}},
+    },
+    "nest": {"anyOf": [{"enum": [7]}, {"type": "array", "items": {"$ref": "#"}}]},
+    "free": None,
+}
+
+
+def test_the_schema_of_a_call():
+    schema = call_schema(FUNCTIONS)
+    for name, arguments, is_valid in (
+        ("pin", {"a": 1}, True),
+        ("pin", {"a": 3}, False),
+        ("pin", 7, False),
+        ("nest", [[7], 7], True),
+        ("nest", [[8]], False),
+        ("free", {"b": 5}, True),
+        ("free", 5, False),
+        ("other", {}, False),
+    ):
+        call = {"name": name, "arguments": arguments}
+        assert jsonschema_rs.is_valid(schema, call) is is_valid, call
+    assert jsonschema_rs.is_valid(call_schema({"pin": FUNCTIONS["pin"]}), {"name": "pin"}) is False
+
+
+def a_call(choice, seed, **more):
+    messages = [{"role": "user", "content": "x"}]
+    told = {"model": "tiny", "messages": messages, "seed": seed, "max_tokens": 150}
+    schemas = {"pin": FUNCTIONS["pin"], "p": {"enum": [7]}}
+    functions = [{"name": name, "parameters": schema} for name, schema in schemas.items()]
+    tools = [{"type": "function", "function": function} for function in functions]
+    return {**told, "tools": tools, "tool_choice": choice, **more}
+
+
+def test_a_tool_that_has_to_be_called_is_called(server):
+    named = {"type": "function", "function": {"name": "pin"}}
+    seen = set()
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        for seed in range(6):
+            for choice in (named, "required"):
+                told = client.post("/v1/chat/completions", json=a_call(choice, seed)).json()
+                [told] = told["choices"]
+                [call] = told["message"]["tool_calls"]
+                name, arguments = call["function"]["name"], call["function"]["arguments"]
+                assert told["finish_reason"] == "tool_calls" and told["message"]["content"] is None
+                assert json.loads(arguments) in ([{"a": 1}, {"a": 2}] if name == "pin" else [7])
+                assert choice == "required" or name == "pin"
+                seen.add(name)
+        assert seen == {"pin", "p"}
+        streamed = a_call(named, 0, stream=True)
+        with client.stream("POST", "/v1/chat/completions", json=streamed) as stream:
+            parts = [line["choices"][0] for line in stream_lines(stream) if line != "[DONE]"]
+        [[call]] = [p["delta"]["tool_calls"] for p in parts if "tool_calls" in p["delta"]]
+        assert json.loads(call["function"]["arguments"])["a"] in (1, 2)
+        assert parts[-1]["finish_reason"] == "tool_calls"
+        cut = client.post("/v1/chat/completions", json=a_call(named, 0, max_tokens=5)).json()
+        assert cut["choices"][0]["finish_reason"] == "length"
+        assert cut["choices"][0]["message"]["content"].startswith("{")
+        both = a_call("required", 0, response_format={"type": "json_object"})
+        assert client.post("/v1/chat/completions", json=both).status_code == 400
 
 
 def test_a_refused_schema_is_the_clients_mistake_and_nobody_elses(server):
