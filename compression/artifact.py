@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +93,34 @@ def claim(work: Path, made_from: dict[str, Any]) -> None:
         work.mkdir(parents=True)
         path.write_text(text)
     except OSError as e:
-        fix = "choose a folder that can be written"
-        raise ConfigError("out", work.parent, e.strerror or str(e), fix) from e
+        raise _unwritable(work.parent, e) from e
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Makes a folder, and holds it: two commands would take each other's work away.
+
+    Raises:
+        ConfigError: Another process works in it, or it cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise _unwritable(out, e) from e
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as e:
+        rule, fix = "another command works in it", "wait for that one, or choose another folder"
+        raise ConfigError("out", out, rule, fix) from e
+    finally:
+        os.close(descriptor)
+
+
+def _unwritable(out: Path, error: OSError) -> ConfigError:
+    fix = "choose a folder that can be written"
+    return ConfigError("out", out, error.strerror or str(error), fix)
 
 
 def weight_bytes(folder: Path) -> int:

@@ -67,7 +67,6 @@ def run_auto(config: CompressionConfig, stop_requested: Callable[[], bool]) -> P
     good = [t for t in tried if t.report is not None and not _why_not(t.report, step)]
     # By what it is over the parent, which was timed in turn with it: the machine may be noisy.
     best = max(good, key=lambda t: _speed(t, "child") / _speed(t, "parent"), default=None)
-    _show(tried, step, best)
     kept = None
     if best is not None:
         kept = out / best.candidate.target.value
@@ -79,6 +78,7 @@ def run_auto(config: CompressionConfig, stop_requested: Callable[[], bool]) -> P
     told = {"picked": None if best is None else _named(best), "candidates": found}
     (out / AUTO).write_text(json.dumps(told, indent=1) + "\n")
     shutil.rmtree(out / CANDIDATES, ignore_errors=True)
+    _show(tried, step, best, kept)
     return kept
 
 
@@ -147,9 +147,10 @@ def _named(tried: _Tried) -> dict[str, str]:
     return {"recipe": tried.candidate.name, "target": tried.candidate.target.value}
 
 
-def _show(tried: list[_Tried], step: AutoConfig, best: _Tried | None) -> None:
-    table = Table(title="recipe=auto, decode on this machine", title_justify="left")
-    for column in ("recipe", "target", "tokens/s", "x parent", "perplexity", ""):
+def _show(tried: list[_Tried], step: AutoConfig, best: _Tried | None, kept: Path | None) -> None:
+    title = "recipe=auto, decode on this machine, each beside the parent"
+    table = Table(title=title, title_justify="left")
+    for column in ("recipe", "target", "tokens/s", "x parent", "perplexity"):
         table.add_column(column)
     for one in tried:
         figures = ["", "", ""]
@@ -157,9 +158,16 @@ def _show(tried: list[_Tried], step: AutoConfig, best: _Tried | None) -> None:
             child, parent = _speed(one, "child"), _speed(one, "parent")
             ratio = one.report["evaluation"]["perplexity_ratio"]["mean"]
             figures = [f"{child:.1f}", f"{child / parent:.2f}", f"{ratio:.4f} x"]
-        said = "picked" if one is best else _why(one, step) or "slower than the one picked"
-        table.add_row(*_named(one).values(), *figures, said)
+        table.add_row(*_named(one).values(), *figures)
     console = Console()
     console.print(table)
-    if best is None:
+    # Beside the table, since a narrow one would cut the names of what is missing.
+    for one in tried:
+        said = (
+            "picked" if one is best else _why(one, step) or "not as many times the parent's speed"
+        )
+        console.print(f"{' '.join(_named(one).values())}: {said}", soft_wrap=True)
+    if kept is not None:
+        console.print(f"{kept}", soft_wrap=True)
+    else:
         console.print("none is faster than the parent and good enough: keep the parent")

@@ -243,6 +243,9 @@ class CompressionConfig:
         if self.has_speed_budget and not self.evaluation.speed:
             rule = "budget_tokens_per_s has to be measured"
             raise ConfigError("evaluation.speed", "false", rule, "leave it true")
+        if self.is_auto and not self.evaluation.speed:
+            rule = "auto picks what is fastest"
+            raise ConfigError("evaluation.speed", "false", rule, "leave it true")
         if self.is_auto and len(steps) > 1:
             rule = "auto tries whole recipes"
             raise ConfigError("recipe", self.recipe_name, rule, "name it alone")

@@ -10,6 +10,8 @@ import matplotlib
 from rich.console import Console
 from rich.table import Table
 
+from compression.artifact import CANDIDATES
+
 
 def print_report(artifact: Path, report: dict[str, Any]) -> None:
     """The table of one artifact: parent, child, and what lies between."""
@@ -20,7 +22,8 @@ def print_report(artifact: Path, report: dict[str, Any]) -> None:
         table.add_row(*row)
     console = Console()
     console.print(table)
-    console.print(f"{artifact}", soft_wrap=True)
+    if CANDIDATES not in artifact.parts:  # it is to be moved, or removed
+        console.print(f"{artifact}", soft_wrap=True)
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -39,7 +42,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
             f"{quality['child_perplexity']:.4f}",
             f"{_interval(quality['perplexity_ratio'], '.4f')} x",
         ),
-        ("KL to the parent, nats/token", "", _interval(quality["kl_nats"], ".4f"), ""),
+        ("KL to the parent, nats/token", "", _interval(quality["kl_nats"], ".3g"), ""),
         ("same greedy token", "", _interval(quality["greedy_agreement"], ".3f"), ""),
     ]
     speed = report["speed"]
@@ -121,6 +124,8 @@ def _read(path: Path) -> dict[str, Any]:
     return report
 
 
-def _basis(report: dict[str, Any]) -> tuple[object, object]:
-    """What two compressions must share to be compared: parent and text."""
-    return report["made_from"]["parent"], report["evaluation"]["data_digest"]
+def _basis(report: dict[str, Any]) -> tuple[object, ...]:
+    """What two compressions must share to be compared: parent and text, as much of it."""
+    evaluation = report["evaluation"]
+    parent = report["made_from"]["parent"]
+    return parent, evaluation["data_digest"], evaluation["parent_perplexity"]

@@ -30,6 +30,7 @@ from compression.artifact import (
     check_replaceable,
     claim,
     lineage,
+    locked,
     places,
     weight_bytes,
 )
@@ -42,7 +43,7 @@ from compression.reload import ReloadError, logits_of, signal_to_noise_db
 from compression.report import print_report
 from compression.result import Result
 from compression.samples import Samples, data_config, draw_samples
-from compression.scheme import Scheme
+from compression.scheme import Activation, Scheme
 from compression.source import Source, check_shapes, choose_layers
 from compression.speed import Runner, Speed, measure
 from compression.stages import Stages
@@ -56,6 +57,9 @@ from parallel.config import Dtype
 _RELOADED = 2  # samples that a packed artifact is compared on
 # It computes in its own type, the comparison in float32: bfloat16 leaves about 40 dB of a model.
 _LEAST_DB = {Dtype.bfloat16: 20.0, Dtype.float32: 60.0}
+# Inputs that are rounded when the model runs are rounded a little differently everywhere:
+# compressed-tensors divides the largest by 127.5, vLLM and torchao by 127.
+_LEAST_DB_OF_ROUNDED_INPUTS = 10.0
 
 
 class Packer(Protocol):
@@ -106,56 +110,61 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
     work = out / WORK
     made_from = _made_from(config, source, samples)
     made = [folder for folder in (out, out.parent) if not folder.exists()]
-    claim(work, made_from)
-    stages = Stages(config, parent, samples, packers, work, stop_requested)
-    began = time.process_time()
-    try:
-        model, result = stages.run()
-    except ConfigError:  # weights that are no numbers, say: there is nothing to go on with
-        _forget(work, made)
-        raise
-    cpu_s = time.process_time() - began
+    with locked(out):
+        claim(work, made_from)
+        stages = Stages(config, parent, samples, packers, work, stop_requested)
+        began = time.process_time()
+        try:
+            model, result = stages.run()
+        except ConfigError:  # weights that are no numbers, say: there is nothing to go on with
+            _forget(work, made)
+            raise
+        cpu_s = time.process_time() - began
 
-    with tempfile.TemporaryDirectory(dir=work) as name:
-        scratch = Path(name)
-        # 3. What is left of the parent
-        evaluated = _evaluate(parent, model, result, samples.evaluation, scratch, stop_requested)
-        report = {
-            "format_version": 1,
-            "recipe": config.recipe_name,
-            "made_from": made_from,
-            "evaluation": {"data_digest": samples.digest} | evaluated.quality.describe(),
-            "stages": stages.notes,
-            "layers": result.notes(),
-            "compression_cpu_s": round(cpu_s, 1),
-            "parent_weight_bytes": weight_bytes(parent),
-            "environment": describe_environment(),
-            "gate": asdict(config.gate),
-        }
-        _judge(config, report, out)
-        # 4. Packed, loaded by a process that knows nothing of this one, timed; only then in place
-        for target, packer in packers.items():
-            artifact = scratch / target.value
-            packer.pack(result, model, artifact)
-            found = logits_of(target, artifact, samples.evaluation[:_RELOADED], scratch)
-            snr_db = _check_logits(target, evaluated.logits, found, config.dtype)
-            speeds = _speeds(config, packer, parent, artifact)
-            described = report | {
-                "target": target.value,
-                "reloaded_snr_db": round(snr_db, 1),
-                "weight_bytes": weight_bytes(artifact),
-                "quantized_layer_bytes": packer.layer_bytes(artifact, set(result.schemes())),
-                "speed": {name: speed.describe() for name, speed in speeds.items()},
+        with tempfile.TemporaryDirectory(dir=work) as name:
+            scratch = Path(name)
+            # 3. What is left of the parent
+            evaluated = _evaluate(
+                parent, model, result, samples.evaluation, scratch, stop_requested
+            )
+            report = {
+                "format_version": 1,
+                "recipe": config.recipe_name,
+                "made_from": made_from,
+                "evaluation": {"data_digest": samples.digest} | evaluated.quality.describe(),
+                "stages": stages.notes,
+                "layers": result.notes(),
+                "compression_cpu_s": round(cpu_s, 1),
+                "parent_weight_bytes": weight_bytes(parent),
+                "environment": describe_environment(),
+                "gate": asdict(config.gate),
             }
-            (artifact / REPORT).write_text(json.dumps(described, indent=1) + "\n")
-            of_artifact = lineage(source, artifact, made_from)
-            (artifact / "lineage.json").write_text(json.dumps(of_artifact, indent=1) + "\n")
-            place = out / target.value
-            if place.exists():
-                shutil.rmtree(place)
-            artifact.rename(place)
-            print_report(place, described)
-    shutil.rmtree(work)
+            _judge(config, report, out)
+            # 4. Packed, loaded by a process that knows nothing of this one, timed; then in place
+            for target, packer in packers.items():
+                artifact = scratch / target.value
+                packer.pack(result, model, artifact)
+                found = logits_of(target, artifact, samples.evaluation[:_RELOADED], scratch)
+                least_db = _least_db(target, config.dtype, result.schemes().values())
+                snr_db = _check_logits(target, evaluated.logits, found, least_db)
+                speeds = _speeds(config, packer, parent, artifact)
+                layer_bytes = packer.layer_bytes(artifact, set(result.schemes()))
+                described = report | {
+                    "target": target.value,
+                    "reloaded_snr_db": round(snr_db, 1),
+                    "weight_bytes": weight_bytes(artifact),
+                    "quantized_layer_bytes": layer_bytes,
+                    "speed": {name: speed.describe() for name, speed in speeds.items()},
+                }
+                (artifact / REPORT).write_text(json.dumps(described, indent=1) + "\n")
+                of_artifact = lineage(source, artifact, made_from)
+                (artifact / "lineage.json").write_text(json.dumps(of_artifact, indent=1) + "\n")
+                place = out / target.value
+                if place.exists():
+                    shutil.rmtree(place)
+                artifact.rename(place)
+                print_report(place, described)
+        shutil.rmtree(work)
     return out
 
 
@@ -184,6 +193,9 @@ def _check_lengths(config: CompressionConfig, parent: Path) -> None:
     """Refuses to time more tokens than the model has positions for."""
     described = json.loads((parent / "config.json").read_text(encoding="utf-8"))
     longest = described.get("max_position_embeddings")
+    if config.data is not None and longest is not None and config.data.max_seq_len > longest:
+        rule = f"the model has {longest} positions"
+        raise ConfigError("data.max_seq_len", config.data.max_seq_len, rule, "use fewer")
     settings = config.evaluation
     wanted = settings.prompt_tokens + settings.new_tokens
     if settings.speed and longest is not None and wanted > longest:
@@ -297,14 +309,20 @@ def _evaluate(
     return _Evaluated(quality, logits)
 
 
-def _check_logits(target: Target, wanted: Tensor, found: Tensor, dtype: Dtype) -> float:
+def _least_db(target: Target, dtype: Dtype, schemes: Collection[Scheme]) -> float:
+    """That an artifact's logits have to be like the result's."""
+    if any(scheme.activation is not Activation.none for scheme in schemes):
+        return _LEAST_DB_OF_ROUNDED_INPUTS
+    return _LEAST_DB[Dtype.float32 if target is Target.gguf else dtype]  # it loads as float32
+
+
+def _check_logits(target: Target, wanted: Tensor, found: Tensor, least_db: float) -> float:
     """The artifact's logits against the result's, in dB.
 
     Raises:
         ReloadError: They are another model's.
     """
     snr_db = signal_to_noise_db(wanted, found[: len(wanted)])
-    least_db = _LEAST_DB[Dtype.float32 if target is Target.gguf else dtype]  # loads as float32
     if not snr_db >= least_db:
         raise ReloadError(
             f"target={target.value}: loaded again, its logits are {snr_db:.1f} dB from what the "

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from compression.recipe import BlockStep, Pattern, PruneConfig
@@ -62,6 +63,7 @@ class Source:
             raise ConfigError("model", folder, rule, fix)
         files = [p for pattern in (*_WEIGHTS, "config.json") for p in folder.glob(pattern)]
         digests = {path.name: sha256_of(path) for path in sorted(files)}
+        _check_numbers(folder)
         lineage = None
         if (folder / "lineage.json").is_file():
             lineage = json.loads((folder / "lineage.json").read_text(encoding="utf-8"))
@@ -76,6 +78,20 @@ class Source:
     def tokenizer_fingerprint(self) -> str:
         """Of its own tokenizer."""
         return fingerprint(load_tokenizer(str(self.folder)))
+
+
+def _check_numbers(folder: Path) -> None:
+    """Raises ConfigError for weights that are NaN or infinite, of which no work comes to good."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    # A sum takes no memory, and is no number where one of its terms is none.
+                    if not file.get_tensor(name).double().sum().isfinite():
+                        rule = f"{name} is NaN or infinite in places"
+                        raise ConfigError("model", folder, rule, "export an earlier checkpoint")
+        except SafetensorError:
+            return  # a file that is cut off: whoever reads it says so
 
 
 def choose_layers(stream: BlockStream, include: list[str], exclude: list[str]) -> dict[str, int]:

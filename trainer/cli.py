@@ -73,7 +73,8 @@ def explain(error: Exception, lists_keys: str = "python -m trainer --cfg job") -
         return f"{key}: has to be given, as {key}=VALUE; {lists_keys} lists the keys"
     if isinstance(inner, OmegaConfBaseException):
         return f"{key}: {text}; {lists_keys} lists the keys"
-    return " ".join(lines)  # Hydra's own: an unknown option comes with the list of those there are
+    # Hydra's own: an unknown option comes with the list of those there are, and where it looked.
+    return " ".join(lines).partition(" Config search path:")[0]
 
 
 def words_and_options(

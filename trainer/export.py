@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -114,12 +115,22 @@ def _write_weights(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
             file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: torch.empty(shapes[name]) for name in names}
         read_tensors(checkpoint, tensors)
-        save_file({n: t.to(dtype) for n, t in tensors.items()}, folder / file, {"format": "pt"})
+        save_weights({n: t.to(dtype) for n, t in tensors.items()}, folder / file)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         size = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def save_weights(
+    tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Writes safetensors that others may read, as any other file; by itself they are 0600."""
+    save_file(tensors, path, {"format": "pt", **(metadata or {})})
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def _shards(shapes: dict[str, torch.Size], itemsize: int) -> Iterator[list[str]]:

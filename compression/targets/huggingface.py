@@ -1,4 +1,4 @@
-"""Dense weights: an ordinary Hugging Face folder. For pruned models."""
+"""Dense weights: an ordinary Hugging Face folder. For pruned models, and where no kernel is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compression.grid import Quantized
 from compression.result import Result
-from compression.scheme import Scheme
+from compression.scheme import Activation, Scheme
 from compression.targets.packing import (
     Values,
     load_folder,
@@ -18,13 +18,18 @@ from compression.targets.packing import (
     torch_runner,
     write_folder,
 )
+from monitoring.errors import ConfigError
 
 check_parent, load, layer_bytes = takes_any, load_folder, stored_bytes
 runner, check_layer_times = torch_runner, times_layers
 
 
 def check(schemes: set[Scheme], key: str) -> None:
-    """Takes everything: a quantized weight is stored as what it computes with."""
+    """Takes weights of any kind, as what they compute with; raises ConfigError for inputs."""
+    odd = next((s.activation for s in schemes if s.activation is not Activation.none), None)
+    if odd is not None:
+        rule = f"dense weights do not round their inputs to {odd.value}, as was measured"
+        raise ConfigError(key, "huggingface", rule, "use target=compressed_tensors")
 
 
 def pack(result: Result, source: Path, out: Path) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from compression.grid import Quantized
 from compression.result import Result
 from compression.speed import TorchRunner
+from trainer.export import save_weights
 
 _SHARD_BYTES = 256 * 2**20  # bounds memory; a block of more than that has a file to itself
 _NOT_COPIED = (
@@ -51,7 +51,7 @@ def write_folder(
     for values in _shards(result):
         tensors, metadata = pack(values)
         shards.append(out / f"model-{len(shards) + 1:05d}.safetensors")
-        save_file(tensors, shards[-1], {"format": "pt", **metadata})
+        save_weights(tensors, shards[-1], metadata)
         weight_map |= dict.fromkeys(tensors, shards[-1].name)
         size += sum(t.numel() * t.itemsize for t in tensors.values())
     names = {p.name: f"{p.stem}-of-{len(shards):05d}.safetensors" for p in shards}

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from compression import run as run_module
-from compression.artifact import read_report
+from compression.artifact import locked, read_report
 from tests.compression.conftest import SMALL, save_model
 from tests.compression.test_samples import settings
 from trainer.checkpoint import sha256_of
@@ -180,6 +180,12 @@ def test_an_artifact_that_computes_something_else_is_not_kept(
         (["run=nowhere"], "run=nowhere: is no run directory"),
         (["recipe=nope", "model=PARENT"], "Could not find 'recipe/nope'"),
         (["recipe=[]", "model=PARENT"], "recipe: has to be given"),
+        (["model=PARENT", "recipe=auto", "evaluation.speed=false"], "auto picks what is fastest"),
+        (["model=PARENT", "data.max_seq_len=9999"], "data.max_seq_len=9999: the model has 256"),
+        (
+            ["model=PARENT", "recipe=int8_dynamic", "target=huggingface"],
+            "target=huggingface: dense weights do not round their inputs to int8",
+        ),
         (["model=PARENT", "target=gpu"], "target=gpu: is no target"),
         (["model=PARENT", "target=huggingface,torchao"], "target"),
         (["model=PARENT", "recipe.int8_weight_only.bit=4"], "no such key in RoundConfig"),
@@ -244,6 +250,40 @@ def test_weights_that_are_no_numbers_are_refused(compress, tmp_path):
     (tmp_path / "mine").mkdir()
     assert compress(f"model={tmp_path / 'broken'}", "out=mine/x")[0] == 2
     assert not any((tmp_path / "mine").iterdir())
+
+
+def test_infinite_weights_are_refused_before_any_work(compress, tmp_path):
+    model = save_model(tmp_path / "broken")
+    model.lm_head.weight.data[3, 3] = float("-inf")
+    model.save_pretrained(tmp_path / "broken")
+    code, _, err = compress(f"model={tmp_path / 'broken'}", "out=x")
+    assert code == 2 and err.count("\n") == 1, err
+    assert "NaN or infinite in places" in err and not (tmp_path / "x").exists()
+
+
+def test_two_commands_do_not_share_a_folder(compress, parent, tmp_path):
+    (tmp_path / "x").mkdir()
+    words = [f"model={parent}", "evaluation.speed=false", "out=x"]
+    with locked(tmp_path / "x"):
+        code, _, err = compress(*words)
+        assert code == 2 and "another command works in it; wait for that one" in err
+    assert compress(*words)[0] == 0
+    folder = tmp_path / "x" / "compressed_tensors"
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
+
+
+def test_memory_is_what_is_held_while_it_runs(compress, parent, tmp_path):
+    words = [f"model={parent}", "recipe=int8_weight_only", "dtype=float32"]
+    held = {}
+    for target in ("compressed_tensors", "torchao"):
+        code, _, err = compress(*words, f"target={target}", f"out={target}")
+        assert code == 0, err
+        report = read_report(tmp_path / target / target)
+        held[target] = report["speed"]["child"]["memory_bytes"]
+        parent_bytes = report["speed"]["parent"]["memory_bytes"]
+    # transformers unpacks compressed-tensors before the first token; torchao's stay as they are.
+    assert held["compressed_tensors"] >= parent_bytes
+    assert held["torchao"] < 0.6 * parent_bytes
 
 
 def test_a_file_that_was_cut_off_is_refused(compress, tmp_path):
