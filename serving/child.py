@@ -143,7 +143,9 @@ class Child:
         """How it ended, and what it said of that; waits for its end."""
         code = await self._process.wait()
         await self._errors
-        said = self.fatal or next((line for line in reversed(self._said) if line), None)
+        said = self.fatal
+        if said is None and code != -signal.SIGKILL:  # who is killed has no words for it
+            said = next((line for line in reversed(self._said) if line), None)
         ended = f"killed by signal {-code}" if code < 0 else f"ended with {code}"
         return f"{ended}: {said}" if said else f"{ended}, and said nothing"
 

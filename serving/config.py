@@ -157,10 +157,12 @@ class BatchesConfig:
 
     def check(self) -> None:
         """Raises ConfigError for settings that would have no effect, or no queue."""
+        if self.dir is None:
+            for key in ("broker", "concurrency", "max_lines", "lease_s"):
+                if (value := getattr(self, key)) is not None:
+                    rule = "has no effect without a folder"
+                    raise ConfigError(f"batches.{key}", value, rule, "set batches.dir=DIR")
         if self.broker is not None:
-            if self.dir is None:
-                rule = "has no effect without a folder"
-                raise ConfigError("batches.broker", self.broker, rule, "set batches.dir=DIR")
             if self.broker.partition("://")[0] not in BROKERS:
                 rule = "is no URL of Redis or RabbitMQ"
                 raise ConfigError("batches.broker", self.broker, rule, "give redis://HOST:PORT/0")
@@ -260,6 +262,11 @@ class ServingConfig:
         for key, port in (("port", self.port), ("admin_port", self.admin_port)):
             if port is not None and not 0 <= port < 65536:
                 raise ConfigError(key, port, "is no port", "give 0 to 65535")
+        if self.model_name == "":
+            raise ConfigError("model_name", "''", "is no name", "leave it out, or give one")
+        if self.admin_port is None and self.artifact_root is not None:
+            rule, fix = "has no effect without the admin endpoints", "set admin_port=8001"
+            raise ConfigError("artifact_root", self.artifact_root, rule, fix)
         if self.keys is None and self.admin_host not in ("127.0.0.1", "::1", "localhost"):
             rule = "whoever can connect there could stop the server or swap what it serves"
             raise ConfigError("admin_host", self.admin_host, rule, "set keys=FILE, or 127.0.0.1")

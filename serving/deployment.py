@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+from monitoring.errors import ConfigError, SpotforgeError
 from serving.adapters import Adapter, resolve_all
 from serving.artifact import Artifact
 from serving.config import ServingConfig, Topology
@@ -52,7 +53,7 @@ class Deployment:
         """
         adapters = await asyncio.to_thread(resolve_all, config.adapters, artifact)
         engine, why = await build(artifact, config.engine, cache, adapters)
-        starting: asyncio.Task[EngineInfo] = asyncio.create_task(engine.start())
+        starting = asyncio.create_task(_start_engine(engine, artifact))
         texts = asyncio.create_task(_start_text(artifact, config, cache))
         try:
             info, text = await asyncio.gather(starting, texts)
@@ -113,6 +114,15 @@ class Deployment:
         """Now; what it still works on is lost."""
         await self.engine.close()
         await self.text.close()
+
+
+async def _start_engine(engine: Engine, artifact: Artifact) -> EngineInfo:
+    try:
+        return await engine.start()
+    except ConfigError:
+        raise
+    except SpotforgeError as e:
+        raise SpotforgeError(f"artifact={artifact.name}: its engine does not start: {e}") from e
 
 
 async def _start_text(artifact: Artifact, config: ServingConfig, cache: Path) -> TextStages:

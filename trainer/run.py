@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -17,7 +18,7 @@ from monitoring.errors import ConfigError, ExitCode, Interrupted, SpotforgeError
 from parallel.strategy import Strategy
 from parallel.world import World, join_world
 from trainer.checkpoint import TrainerState, read_state, read_tensors, step_name
-from trainer.config import TrainerConfig, resolve
+from trainer.config import NamedModelConfig, TrainerConfig, resolve
 from trainer.cpu import keep_freed_memory
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.tokenizer import vocab_size_of
@@ -125,7 +126,7 @@ def train_in(
             config.checkpoint,
             folder,
             world,
-            partial(_save_assets, model, data),
+            partial(_save_assets, config, model, data),
             reporter.event,
             remote,
             heartbeat.beat,
@@ -265,8 +266,16 @@ def _set_up_process(config: TrainerConfig) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def _save_assets(model: PreTrainedModel, data: PreparedData, folder: Path) -> None:
+def _save_assets(
+    config: TrainerConfig, model: PreTrainedModel, data: PreparedData, folder: Path
+) -> None:
     """What an export needs beside tensors."""
+    if isinstance(config.model, NamedModelConfig):
+        # A family's defaults are the tokens of its first model: texts here end as the data's do.
+        described: Any
+        for described in filter(None, (model.config, model.generation_config)):
+            described.bos_token_id = data.tokenizer.bos_token_id
+            described.eos_token_id = data.tokenizer.eos_token_id
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)

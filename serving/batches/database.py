@@ -56,6 +56,7 @@ CREATE TABLE IF NOT EXISTS lines (
 );
 CREATE INDEX IF NOT EXISTS undone ON lines (batch_id, number) WHERE result IS NULL;
 """
+DATABASE = "batches.sqlite3"
 _BUSY_TIMEOUT_S = 60.0  # another process writes; 50,000 new lines take about a second
 
 
@@ -79,7 +80,7 @@ class Database:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             (folder / "files").mkdir(exist_ok=True, mode=0o700)
             self._connection = sqlite3.connect(
-                folder / "batches.sqlite3",
+                folder / DATABASE,
                 timeout=_BUSY_TIMEOUT_S,
                 isolation_level=None,
                 check_same_thread=False,

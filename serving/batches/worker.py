@@ -18,6 +18,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from monitoring.errors import ConfigError, ExitCode
+from serving.batches.database import DATABASE
 from serving.config import BROKERS
 
 _KEY = "SPOTFORGE_API_KEY"
@@ -65,6 +66,9 @@ class WorkerConfig:
         for key, value in vars(self).items():
             if isinstance(value, int | float) and not 0 < value < math.inf:
                 raise ConfigError(key, value, "must be above 0, and a number", "give more")
+        if not (self.folder() / DATABASE).is_file():
+            rule = "holds no batches: no gateway keeps its own there"
+            raise ConfigError("dir", self.dir, rule, "give the gateway's batches.dir")
 
 
 def main() -> None:

@@ -99,7 +99,7 @@ async def _answer(work: Any) -> dict[str, Any]:
     except ConfigError as e:
         raise ApiError(400, str(e), e.key) from e
     except SpotforgeError as e:
-        raise ApiError(409, f"rolled back: {e}", code="does_not_start") from e
+        raise ApiError(409, f"not swapped: {e}", code="does_not_start") from e
     return dataclasses.asdict(event)
 
 

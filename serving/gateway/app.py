@@ -29,6 +29,7 @@ from serving.text.stages import Chat
 
 T = TypeVar("T")
 
+_UNREADABLE = "There was an error parsing the body"  # FastAPI's words
 _CLOSED_REQUEST = 499  # nginx's status for a client that went away; nobody reads it
 
 
@@ -225,7 +226,10 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        response = ApiError(error.status_code, str(error.detail)).response()
+        text = str(error.detail)
+        if text == _UNREADABLE:
+            text = "the body is no valid JSON, or no UTF-8"
+        response = ApiError(error.status_code, text).response()
         response.headers.update(error.headers or {})
         return response
 

@@ -108,7 +108,8 @@ class Gateway:
         except ValueError:
             seconds = -1.0
         if not 0 < seconds < _DAY_S:
-            raise ApiError(400, f"{_TIMEOUT_HEADER} is no number of seconds", _TIMEOUT_HEADER)
+            text = f"{_TIMEOUT_HEADER} must be a number of seconds, above 0 and below {_DAY_S:g}"
+            raise ApiError(400, text, _TIMEOUT_HEADER)
         return min(most, seconds)
 
     async def begin(
@@ -280,7 +281,7 @@ def _check_features(deployment: Deployment, sampling: Sampling) -> None:
     if sampling.logprobs is None:
         return
     if not tells_logprobs(deployment, sampling):
-        text = f"{info.engine} tells none"
+        text = f"logprobs: {info.engine} tells none"
         if info.max_logprobs >= 0:
             text += " unless temperature is 0, or both it and top_p are 1"
         raise ApiError(400, text, "logprobs", "unsupported")
@@ -291,7 +292,8 @@ def _check_features(deployment: Deployment, sampling: Sampling) -> None:
 
 def _refusal(rejected: Rejected) -> ApiError:
     status = 503 if rejected.reason == "draining" else 429
+    param = None
     if rejected.reason == "too_many_sequences":
-        status = 400
+        status, param = 400, "n"
     retry_s = rejected.retry_after_s
-    return ApiError(status, str(rejected), code=rejected.reason, retry_after_s=retry_s)
+    return ApiError(status, str(rejected), param, rejected.reason, retry_s)

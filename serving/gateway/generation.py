@@ -100,6 +100,8 @@ class Generation:
                     self._note(index, chunk, last_s)
                     if chunk.finish_reason is not None:
                         reasons.append(chunk.finish_reason)
+                    if self._sampling.logprobs is None and chunk.logprobs is not None:
+                        chunk = chunk._replace(logprobs=None)  # they were asked for by us
                     yield index, chunk
             finally:
                 await stream.aclose()  # type: ignore[attr-defined]

@@ -38,6 +38,9 @@ def describe(error: dict[str, Any], body: Any) -> ApiError:
     kind = error["type"]
     path = _path(error["loc"][1:], body, kind == "missing")
     field, param = path[-1] if path else "", ".".join(path)
+    if not path and kind == "model_attributes_type":
+        text = "the body must be a JSON object, sent with content-type: application/json"
+        return ApiError(400, text)
     if kind == "missing":
         rule = "is missing"
     elif kind == "extra_forbidden" or field in _UNSUPPORTED:
@@ -51,11 +54,20 @@ def describe(error: dict[str, Any], body: Any) -> ApiError:
         text = str(error["ctx"]["error"])
         named = text.partition(" ")[0].rstrip(":")
         return ApiError(400, text, param or named)
+    elif kind in ("too_short", "too_long"):
+        rule = f"must have {_bounds(error['ctx'])} items"
+    elif kind in ("string_too_short", "string_too_long"):
+        rule = f"must have {_bounds(error['ctx'])} characters"
     else:
         rule = error["msg"]
-        for theirs, ours in (("Input should be", "must be"), (" should have", " must have")):
-            rule = rule.replace(theirs, ours)
+        rule = rule.replace("Input should be", "must be")
     return ApiError(400, f"{param or 'the body'} {rule}", param or None)
+
+
+def _bounds(told: dict[str, Any]) -> str:
+    if "min_length" in told:
+        return f"at least {told['min_length']}"
+    return f"at most {told['max_length']}"
 
 
 def _path(where: tuple[str | int, ...], body: Any, is_missing: bool) -> list[str]:

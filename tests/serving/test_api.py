@@ -130,8 +130,8 @@ def test_tool_calls(served):
         ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"n": 0}, "n", "greater than or equal to 1"),
-        ({"n": 100}, None, "more than the 4 that run at once"),
-        ({"messages": []}, "messages", "at least 1"),
+        ({"n": 100}, "n", "more than the 4 that run at once"),
+        ({"messages": []}, "messages", "messages must have at least 1 items"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "at most 4"),
         ({"top_logprobs": 2}, "top_logprobs", "only with it"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "is not supported; leave it out"),
@@ -181,6 +181,20 @@ def test_bodies_that_are_none(fast, body):
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
     assert httpx.get(f"{fast.url}/livez").text == "ok"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "message"),
+    [
+        (b'{"model": "tiny"}', None, "sent with content-type: application/json"),
+        (b"[]", "application/json", "must be a JSON object"),
+        (b"\xff", "application/json", "no valid JSON, or no UTF-8"),
+    ],
+)
+def test_a_body_that_is_none_says_what_one_is(fast, content, kind, message):
+    headers = {} if kind is None else {"content-type": kind}
+    answer = httpx.post(f"{fast.url}/v1/completions", content=content, headers=headers)
+    assert answer.status_code == 400 and message in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -311,6 +325,7 @@ def test_what_is_written_down_holds_no_text(served, tmp_path):
     assert (request["status"], request["completion_tokens"]) == ("ok", 5)
     [drift] = map(json.loads, (tmp_path / "drift.jsonl").read_text().splitlines())
     assert drift["id"] == request["id"] and drift["mean_logprob"] == -0.5
+    assert answer.json()["choices"][0]["logprobs"] is None  # the client asked for none
     assert sum(drift["prompt_buckets"]) == drift["prompt_tokens"] == request["prompt_tokens"]
     for file in tmp_path.iterdir():
         assert "secretword" not in file.read_text() and "the cat" not in file.read_text()

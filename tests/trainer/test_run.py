@@ -76,6 +76,10 @@ def test_what_a_finished_run_leaves(trainer, small, tmp_path):
         assert (run_dir / name).is_file(), name
     for said in ("checkpoint", "export", "report.html", "try it"):
         assert said in result.out
+    # A text ends where one of the data does, not where one of Llama's does.
+    end = AutoTokenizer.from_pretrained(run_dir / "export").eos_token_id
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((run_dir / "export" / name).read_text())["eos_token_id"] == end, name
 
 
 def test_a_finished_run_says_so_and_changes_nothing(trainer, small, tmp_path):
