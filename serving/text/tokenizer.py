@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from tokenizers import Tokenizer
 from monitoring.errors import ConfigError
 from serving.artifact import Artifact
 
+_log = logging.getLogger("spotforge.serving")
 _KEY = "artifact"
 # What AutoTokenizer reads, config.json included: it names the model's type.
 _FILES = (
@@ -86,7 +88,25 @@ def load(artifact: Artifact, cache: Path) -> TokenizerFiles:
             f" ({trained[:12]})"
         )
         raise ConfigError(_KEY, artifact.folder, rule, "export it again")
+    _warn_of_another_end(artifact.folder, files)
     return files
+
+
+def _warn_of_another_end(folder: Path, files: TokenizerFiles) -> None:
+    """Says so where the model would end its texts at another token than its tokenizer's."""
+    end = files.special_tokens.get("eos_token")
+    ends = None
+    for name in ("generation_config.json", "config.json"):
+        if ends is None and (folder / name).is_file():
+            ends = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+    if end is None or ends is None:
+        return
+    tokenizer = files.tokenizer()
+    ends = [ends] if isinstance(ends, int) else ends
+    if tokenizer.token_to_id(end) not in ends:
+        named = ", ".join(repr(tokenizer.id_to_token(token)) for token in ends)
+        text = "%s: answers end at %s, but its tokenizer ends texts with %r: is eos_token_id right?"
+        _log.warning(text, folder, named, end)
 
 
 def _key(folder: Path) -> str:

@@ -1,5 +1,6 @@
 """Text to tokens and back: as transformers does it, a piece at a time."""
 
+import json
 import random
 
 import pytest
@@ -146,6 +147,19 @@ def test_names_from_the_network_stay_below_their_folder(tmp_path, name):
         resolve(name, tmp_path / "root")
     with pytest.raises(ConfigError, match="no such folder"):
         resolve(str(tmp_path / "outside"), tmp_path / "root")
+
+
+def test_a_model_that_ends_at_another_token_than_its_tokenizer_is_told(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("serving.text.tokenizer._log.warning", lambda *words: said.append(words))
+    save_model(tmp_path / "m")
+    load(resolve(str(tmp_path / "m")), tmp_path / "cache")
+    assert not said
+    path = tmp_path / "m" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [2]}))
+    load(resolve(str(tmp_path / "m")), tmp_path / "cache")
+    [(text, _, named, end)] = said
+    assert "ends texts with" in text and (named, end) == ("'\"'", "<|endoftext|>")
 
 
 def test_another_tokenizer_than_trainings_is_refused(tmp_path):
