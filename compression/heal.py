@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from compression.recipe import HealConfig
-from monitoring.errors import ExitCode, Interrupted, SpotforgeError
+from monitoring.errors import ConfigError, ExitCode, Interrupted, SpotforgeError
 from trainer.data.config import DataConfig, MixtureDataConfig
 
 _POLL_S = 0.5
@@ -83,6 +83,18 @@ def heal(
         failure.exit_code = ExitCode.BAD_CONFIG if code == ExitCode.BAD_CONFIG else ExitCode.FAILED
         raise failure
     return folder / "run" / "export"
+
+
+def check_overrides(overrides: list[str], key: str) -> None:
+    """Raises ConfigError for words that the trainer does not take; `key` is theirs."""
+    if not overrides:
+        return
+    command = [sys.executable, "-m", "trainer", "--cfg", "job", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = (done.stderr.strip().splitlines() or ["it does not say why"])[-1]
+        fix = "see python -m trainer --help"
+        raise ConfigError(key, overrides, f"the trainer refuses it: {said}", fix)
 
 
 def _run(command: list[str], stop_requested: Callable[[], bool]) -> int:

@@ -37,6 +37,7 @@ from compression.artifact import (
 from compression.config import CompressionConfig, LayersConfig, Target
 from compression.evaluate import Quality, compare, final_hidden
 from compression.gate import GateError, failures
+from compression.heal import check_overrides
 from compression.mixed import check_budget, shapes_of
 from compression.recipe import HealConfig, MixedConfig, QatConfig, StructuredPruneConfig
 from compression.reload import ReloadError, logits_of, signal_to_noise_db
@@ -211,6 +212,7 @@ def _check_layers(config: CompressionConfig, parent: Path) -> dict[str, int]:
         if isinstance(step, HealConfig | QatConfig):
             max_seq_len = data_config(config).max_seq_len  # there has to be some to train on
             step.check_one_step(f"recipe.{name}", max_seq_len)
+            check_overrides(step.overrides, f"recipe.{name}.overrides")
         if isinstance(step, QatConfig):
             if config.layers != LayersConfig():
                 rule = "training rounds every layer of the decoder blocks"

@@ -181,6 +181,14 @@ def test_an_artifact_that_computes_something_else_is_not_kept(
         (["recipe=nope", "model=PARENT"], "Could not find 'recipe/nope'"),
         (["recipe=[]", "model=PARENT"], "recipe: has to be given"),
         (["model=PARENT", "recipe=auto", "evaluation.speed=false"], "auto picks what is fastest"),
+        (
+            [
+                "model=PARENT",
+                "recipe=[prune_magnitude,heal]",
+                "recipe.heal.overrides=['no_such_key=1']",
+            ],
+            "the trainer refuses it: no_such_key: no such key in TrainerConfig",
+        ),
         (["model=PARENT", "data.max_seq_len=9999"], "data.max_seq_len=9999: the model has 256"),
         (
             ["model=PARENT", "recipe=int8_dynamic", "target=huggingface"],
