@@ -59,6 +59,8 @@ async def serve(config: ServingConfig) -> None:
         rule = "the base has that name"
         raise ConfigError(key_of(name), config.adapters[name], rule, "choose another")
     listener = _listen("port", config.host, config.port)
+    if keys is None and config.host not in ("127.0.0.1", "::1", "localhost"):
+        _log.warning("whoever can connect to %s may ask: keys=FILE lets nobody else", config.host)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -170,7 +170,13 @@ def kv_cache(folder: Path, config: EngineConfig) -> tuple[int, int]:
         rule = f"the model knows {trained} positions"
         raise ConfigError("engine.max_context", max_context, rule, "give less")
     if config.kv_cache_mb is None:
-        return max_context, max(max_context, config.max_running * _TOKENS_OF_A_SEQUENCE)
+        tokens = max(max_context, config.max_running * _TOKENS_OF_A_SEQUENCE)
+        needed, there = tokens * _bytes_of_a_token(described, 4), _host_bytes()
+        if not vllm.has_gpu() and needed > there:
+            rule = f"its KV cache takes {needed / 1e9:.4g} GB, and this host has {there / 1e9:.4g}"
+            fix = "give less, or set engine.kv_cache_mb"
+            raise ConfigError("engine.max_running", config.max_running, rule, fix)
+        return max_context, tokens
     tokens = config.kv_cache_mb * 10**6 // _bytes_of_a_token(described, 4)
     if tokens < max_context:
         rule = f"has room for {tokens} tokens, which is less than one context ({max_context})"
@@ -183,6 +189,10 @@ def _described(folder: Path) -> dict[str, Any]:
     """What `config.json` says of the language model."""
     described: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return described.get("text_config") or described
+
+
+def _host_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _bytes_of_a_token(described: dict[str, Any], itemsize: int) -> int:

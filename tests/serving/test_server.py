@@ -221,6 +221,7 @@ def test_hosts_and_caches_that_cannot_be(export):
     for words, said in (
         (["host=192.0.2.1"], "host=192.0.2.1: "),
         (["cache=/proc/nothing"], "cache=/proc/nothing: "),
+        (["engine.max_running=1000000000"], "engine.max_running=1000000000: its KV cache takes "),
     ):
         done = subprocess.run(
             [sys.executable, "-m", "serving", f"artifact={export}", "port=0", *words],

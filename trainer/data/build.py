@@ -113,5 +113,6 @@ def _check_splits(key: str, writer: TokenDatasetWriter, fraction: float) -> None
     if not train or not validation:
         empty = "validation" if train else "train"
         rule = f"of {train + validation} documents of {key} none is left for the {empty} split"
-        fix = "add documents, or raise it" if train else "add documents, or lower it"
+        way = "raise" if train else "lower"
+        fix = f"add documents (a text file of up to 64 KiB is one), or {way} it"
         raise ConfigError("data.validation_fraction", fraction, rule, fix)
