@@ -71,8 +71,24 @@ class WorkerConfig:
             raise ConfigError("dir", self.dir, rule, "give the gateway's batches.dir")
 
 
+_HELP = """\
+Work on batches: python -m serving.batches.worker dir=DIR broker=URL gateway=URL [key=value ...]
+
+  dir, broker                 the gateway's batches.dir and batches.broker
+  gateway                     its address; its API key is in SPOTFORGE_API_KEY
+  name                        of this worker, where a host has several
+  batches, concurrency        batches at once, each in a process; lines of each at once
+  max_lines, request_timeout_s, visibility_timeout_s, lease_s
+
+SIGTERM gives what it works on to another worker. Exit code 2: refused.
+"""
+
+
 def main() -> None:
     """Entry point; ends the process with an exit code."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(_HELP)
+        return
     try:
         given = OmegaConf.from_cli(sys.argv[1:])
         config: Any = OmegaConf.merge(OmegaConf.structured(WorkerConfig), given)
