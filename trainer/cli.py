@@ -162,7 +162,7 @@ def _unknown_key(text: str, key: str) -> str:
         options = options_with_key(group, leaf)
         if options:
             elsewhere = f"; it is a key of {group}={', '.join(options)}"
-    match = re.search(r"Key '(.+?)' (?:is )?not in '(.+?)'", text)
+    match = re.search(r"Key '(.+?)' (?:is )?not in (?:'(.+?)'|struct)", text)
     if match:
-        text = f"{key or match[1]}: no such key in {match[2]}"
+        text = f"{key or match[1]}: no such key" + (f" in {match[2]}" if match[2] else "")
     return f"{text}{elsewhere}"
