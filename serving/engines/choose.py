@@ -171,7 +171,9 @@ def kv_cache(folder: Path, config: EngineConfig) -> tuple[int, int]:
         raise ConfigError("engine.max_context", max_context, rule, "give less")
     if config.kv_cache_mb is None:
         tokens = max(max_context, config.max_running * _TOKENS_OF_A_SEQUENCE)
-        needed, there = tokens * _bytes_of_a_token(described, 4), _host_bytes()
+        is_told = {"num_attention_heads", "hidden_size", "num_hidden_layers"} <= described.keys()
+        needed = tokens * _bytes_of_a_token(described, 4) if is_told else 0  # GPT-2's are others
+        there = _host_bytes()
         if not vllm.has_gpu() and needed > there:
             rule = f"its KV cache takes {needed / 1e9:.4g} GB, and this host has {there / 1e9:.4g}"
             fix = "give less, or set engine.kv_cache_mb"
