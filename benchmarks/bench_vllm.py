@@ -61,7 +61,8 @@ def by_vllm(folder: Path, texts: list[list[int]], scratch: Path) -> tuple[list[f
     asked.write_text(json.dumps(texts))
     program = str(Path(__file__).with_name("peer_vllm.py"))
     command = [os.environ[PYTHON], program, str(folder), str(asked), str(told)]
-    env = {"VLLM_CPU_INT4_W4A8": "0", "VLLM_NO_USAGE_STATS": "1", **os.environ}
+    quiet = {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    env = {"VLLM_CPU_INT4_W4A8": "0", **quiet, **os.environ}
     subprocess.run(command, check=True, env=env)
     found = json.loads(told.read_text())
     return [value for text in found["logprobs"] for value in text], found["version"]
