@@ -71,7 +71,7 @@ def resolve(name: str, root: Path | None = None) -> Artifact:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    lineage = _read_json(folder / "lineage.json") if "lineage.json" in files else None
+    lineage = read_json(folder / "lineage.json") if "lineage.json" in files else None
     if lineage is not None:
         _check_files(folder, files, lineage)
     content = {file: digest for file, digest in files.items() if file not in _ABOUT_IT}
@@ -114,7 +114,7 @@ def _format_of(folder: Path) -> Format:
         return Format.openvino
     if any(folder.glob("*.gguf")):
         return Format.gguf
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method is None:
         if not any(folder.glob("*.safetensors")):
@@ -127,7 +127,8 @@ def _format_of(folder: Path) -> Format:
     return found
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of an artifact; raises DamagedError where it is no JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:

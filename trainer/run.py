@@ -18,7 +18,7 @@ from monitoring.errors import ConfigError, ExitCode, Interrupted, SpotforgeError
 from parallel.strategy import Strategy
 from parallel.world import World, join_world
 from trainer.checkpoint import TrainerState, read_state, read_tensors, step_name
-from trainer.config import NamedModelConfig, TrainerConfig, resolve
+from trainer.config import ModelConfig, NamedModelConfig, TrainerConfig, resolve
 from trainer.cpu import keep_freed_memory
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.tokenizer import vocab_size_of
@@ -77,6 +77,7 @@ def train_in(
     # 2. The model, on the meta device until its strategy knows where each part goes
     with world.together():
         model = build_meta_model(config.model, vocab_size_of(data.tokenizer))
+        _set_special_tokens(config.model, model, data)
         prepare_fake_quant(model, config.fake_quant)
         module = config.objective.build(model, config.model, data.tokenizer_fingerprint)
     resolved = resolve(config)
@@ -126,7 +127,7 @@ def train_in(
             config.checkpoint,
             folder,
             world,
-            partial(_save_assets, config, model, data),
+            partial(_save_assets, model, data),
             reporter.event,
             remote,
             heartbeat.beat,
@@ -266,16 +267,20 @@ def _set_up_process(config: TrainerConfig) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def _save_assets(
-    config: TrainerConfig, model: PreTrainedModel, data: PreparedData, folder: Path
-) -> None:
-    """What an export needs beside tensors."""
-    if isinstance(config.model, NamedModelConfig):
-        # A family's defaults are the tokens of its first model: texts here end as the data's do.
-        described: Any
+def _set_special_tokens(config: ModelConfig, model: Any, data: PreparedData) -> None:
+    """Has a model from scratch end its texts as the data's end, not as its family's first model.
+
+    What `model.config` sets itself stays.
+    """
+    if not isinstance(config, NamedModelConfig):
+        return
+    for name in {"bos_token_id", "eos_token_id"} - config.config.keys():
         for described in filter(None, (model.config, model.generation_config)):
-            described.bos_token_id = data.tokenizer.bos_token_id
-            described.eos_token_id = data.tokenizer.eos_token_id
+            setattr(described, name, getattr(data.tokenizer, name))
+
+
+def _save_assets(model: PreTrainedModel, data: PreparedData, folder: Path) -> None:
+    """What an export needs beside tensors."""
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)

@@ -226,6 +226,11 @@ class Function(_Body):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
+    @model_validator(mode="after")
+    def _is_small(self) -> Function:
+        check_schema(self.parameters or {})
+        return self
+
 
 class Tool(_Body):
     """Likewise."""

@@ -23,7 +23,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from monitoring.errors import ConfigError
-from serving.artifact import Artifact
+from serving.artifact import Artifact, read_json
 
 _log = logging.getLogger("spotforge.serving")
 _KEY = "artifact"
@@ -98,7 +98,7 @@ def _warn_of_another_end(folder: Path, files: TokenizerFiles) -> None:
     ends = None
     for name in ("generation_config.json", "config.json"):
         if ends is None and (folder / name).is_file():
-            ends = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            ends = read_json(folder / name).get("eos_token_id")
     if end is None or ends is None:
         return
     tokenizer = files.tokenizer()

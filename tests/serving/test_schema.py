@@ -233,6 +233,19 @@ def nested(levels):
     return schema
 
 
+@pytest.mark.parametrize("levels", [150, 400, 900, 50_000])
+def test_a_tool_nested_without_end_is_refused(server, levels):
+    nested = '{"items": ' * levels + "{}" + "}" * levels
+    tool = {"type": "function", "function": {"name": "f", "parameters": "NESTED"}}
+    for choice in ("auto", "required"):
+        asked = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
+        content = json.dumps(asked | {"tools": [tool], "tool_choice": choice})
+        content = content.replace('"NESTED"', nested)
+        headers = {"content-type": "application/json"}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", content=content, headers=headers)
+        assert answer.status_code == 400, answer.text
+
+
 @pytest.mark.parametrize(
     ("schema", "more", "says"),
     [
