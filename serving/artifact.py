@@ -9,6 +9,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from monitoring.errors import ConfigError, DamagedError
 
 KEY = "artifact"
@@ -63,7 +65,7 @@ def resolve(name: str, root: Path | None = None) -> Artifact:
 
     Raises:
         ConfigError: There is none, or it is none that can be served.
-        DamagedError: Its files are not those that its lineage lists.
+        DamagedError: Its files are not those that its lineage lists, or hold no whole weights.
     """
     folder = _find(name, root)
     files = {
@@ -74,6 +76,7 @@ def resolve(name: str, root: Path | None = None) -> Artifact:
     lineage = read_json(folder / "lineage.json") if "lineage.json" in files else None
     if lineage is not None:
         _check_files(folder, files, lineage)
+    _check_weights(folder)
     content = {file: digest for file, digest in files.items() if file not in _ABOUT_IT}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return Artifact(name, folder, _format_of(folder), digest, lineage)
@@ -107,6 +110,22 @@ def _check_files(folder: Path, files: dict[str, str], lineage: dict[str, Any]) -
             state = "not there" if file not in files else "not as lineage.json lists it"
             fix = "export or compress it again"
             raise DamagedError(KEY, folder, f"{file} is {state}", fix)
+
+
+def _check_weights(folder: Path) -> None:
+    """Reads the heads of weight files: what no engine loads is refused before one starts."""
+    present: set[str] = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                present.update(file.keys())
+        except SafetensorError as e:
+            rule = f"{path.name} is cut off, or no such file: {e}"
+            raise DamagedError(KEY, folder, rule, "export it again") from e
+    for path in folder.glob("*.safetensors.index.json"):
+        if lacks := sorted(read_json(path).get("weight_map", {}).keys() - present):
+            rule = f"{len(lacks)} tensors of {path.name} are in no file there, as {lacks[0]}"
+            raise DamagedError(KEY, folder, rule, "export it again, or copy all of it")
 
 
 def _format_of(folder: Path) -> Format:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from compression.grid import Quantized
 from compression.result import Result
 from compression.speed import TorchRunner
+from monitoring.errors import DamagedError
 from trainer.export import save_weights
 
 _SHARD_BYTES = 256 * 2**20  # bounds memory; a block of more than that has a file to itself
@@ -91,9 +92,30 @@ def times_layers(key: str) -> None:
     """The `check_layer_times` of targets whose layers run in this process."""
 
 
-def load_folder(folder: Path) -> Any:
-    """A model that transformers knows how to load by itself."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+def load_folder(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
+    """A model that transformers knows how to load by itself.
+
+    Args:
+        folder: Of config and weights.
+        dtype: To compute in; auto: what config.json says.
+
+    Raises:
+        DamagedError: Weights are not there, or of other shapes: transformers draws them at random
+            and goes on.
+    """
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    model, found = loaded
+    rule = None
+    if misfits := sorted(found["mismatched_keys"]):
+        name, there, wanted = misfits[0]
+        rule = f"{name} is {tuple(there)} there, and {tuple(wanted)} by its config.json"
+    elif lacks := sorted(found["missing_keys"]):
+        rule = f"{len(lacks)} of its model's tensors are not there, as {lacks[0]}"
+    if rule is not None:
+        raise DamagedError("artifact", folder, rule, "export or compress it again")
+    return model.eval()
 
 
 def torch_runner(folder: Path) -> TorchRunner:

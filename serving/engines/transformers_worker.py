@@ -282,20 +282,22 @@ class Worker:
 
 
 def _load(settings: Settings) -> Any:
-    """The model, as the artifact says it is to be loaded."""
+    """The model, as the artifact says it is to be loaded; raises ConfigError where it cannot be."""
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from compression.targets.packing import load_folder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(settings.folder)
-    model: Any
-    if settings.target is not None:
-        model = importlib.import_module(f"compression.targets.{settings.target}").load(folder)
-    else:
+    try:
+        if settings.target is not None:
+            target = importlib.import_module(f"compression.targets.{settings.target}")
+            return target.load(folder).to(device)
         # A CPU without bfloat16 units is slower in it than in float32.
-        dtype: Any = "auto" if device == "cuda" else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model.to(device).eval()
+        return load_folder(folder, "auto" if device == "cuda" else torch.float32).to(device)
+    except (OSError, ValueError, KeyError) as e:  # an unknown type, a file that is no such
+        rule = f"transformers does not load it: {(str(e).splitlines() or [''])[0]}"
+        raise ConfigError("artifact", folder, rule, "export or compress it again") from e
 
 
 def _adapters(settings: Settings, model: Any) -> Any:

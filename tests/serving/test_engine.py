@@ -9,11 +9,14 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from monitoring.errors import SpotforgeError
+from compression.targets.packing import load_folder
+from monitoring.errors import DamagedError, SpotforgeError
 from serving.engine import EngineError, TokenRequest
 from serving.engines.process import ProcessEngine, Watch
+from tests.serving.conftest import save_model
 
 PROMPT = [70, 71, 72, 73, 74]
 
@@ -170,6 +173,17 @@ def test_leaving_early_cancels(export):
         assert running.stats().generation_tokens == made
 
     with_engine(export, work)
+
+
+def test_a_model_that_lacks_weights_is_refused(tmp_path):
+    # transformers would draw them at random, and what it answers would be nonsense.
+    folder = tmp_path / "m"
+    save_model(folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DamagedError, match=r"1 of its model's tensors .* model.layers.1.mlp.up_"):
+        load_folder(folder)
 
 
 def test_one_that_does_not_start_says_why(tmp_path):

@@ -10,10 +10,16 @@ import time
 
 import httpx
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
+from monitoring.errors import SpotforgeError
 from serving.config import RolloutConfig
+from serving.deployment import Deployment
+from serving.gateway.admin import add_admin
+from serving.gateway.app import add_error_handlers
 from serving.models import Outcomes
-from serving.rollout import judge
+from serving.rollout import Rollout, judge
 from tests.serving.conftest import Process, save_model, stream_lines
 
 
@@ -118,8 +124,11 @@ def test_the_engine_dies_with_the_gateway(export):
 @pytest.mark.long
 def test_swap_without_a_failed_request(export, tmp_path):
     save_model(tmp_path / "next", seed=1)
-    save_model(tmp_path / "broken", seed=2)
-    (tmp_path / "broken" / "model.safetensors").write_bytes(b"no weights")
+    for name in ("damaged", "narrow"):
+        save_model(tmp_path / name, seed=2)
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"no weights")
+    path = tmp_path / "narrow" / "config.json"
+    path.write_text(path.read_text().replace('"intermediate_size": 96', '"intermediate_size": 48'))
     words = ["engine.num_threads=1", "admin_port=0", f"artifact_root={tmp_path}"]
     process = Process(export, *words, "rollout.canary_requests=5", "rollout.canary_max_slowdown=50")
     admin, statuses, versions, done = process.admin_url(), [], [], threading.Event()
@@ -135,8 +144,9 @@ def test_swap_without_a_failed_request(export, tmp_path):
         thread.start()
     try:
         swap = f"{admin}/admin/swap"
-        refused = httpx.post(swap, json={"artifact": "broken"}, timeout=60)
-        assert refused.status_code == 409 and "rolled back" in refused.json()["error"]["message"]
+        for name, rule in (("damaged", "is cut off"), ("narrow", "(64, 96) there, and (64, 48)")):
+            refused = httpx.post(swap, json={"artifact": name}, timeout=60)
+            assert refused.status_code == 400 and rule in refused.json()["error"]["message"]
         assert httpx.post(swap, json={"artifact": "../served"}).status_code == 400
         first = versions[-1]
         swapped = httpx.post(swap, json={"artifact": "next"}, timeout=60).json()
@@ -161,6 +171,28 @@ def test_swap_without_a_failed_request(export, tmp_path):
             thread.join(60)
         assert process.stop() == 0
     assert set(statuses) == {200}
+
+
+def test_what_does_not_start_does_not_take_over(served, export, tmp_path, monkeypatch):
+    async def start(*_):
+        raise SpotforgeError("its engine ended with 1")
+
+    monkeypatch.setattr(Deployment, "start", start)
+    with served() as s:
+        champion = s.gateway.models["tiny"].champion
+        rollout = Rollout(
+            s.gateway.models["tiny"], s.config, tmp_path, export.parent, lambda _: None
+        )
+        app = FastAPI()
+        add_error_handlers(app)
+        add_admin(app, s.gateway, {"tiny": rollout}, lambda: None)
+        for words in ({}, {"canary": 0.5}):
+            answer = TestClient(app).post("/admin/swap", json={"artifact": export.name, **words})
+            assert answer.status_code == 409
+            assert answer.json()["error"]["message"] == "not swapped: its engine ended with 1"
+        assert [event.what for event in rollout.history] == ["refused", "refused"]
+        model = s.gateway.models["tiny"]
+        assert model.champion is champion and model.canary is None
 
 
 @pytest.mark.parametrize(

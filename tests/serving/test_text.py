@@ -138,6 +138,21 @@ def test_artifacts_are_found_and_checked(tmp_path, monkeypatch):
         resolve("demo")
 
 
+def test_weights_that_no_engine_loads_are_refused_at_once(tmp_path):
+    folder = tmp_path / "m"
+    save_model(folder).save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+    resolve(str(folder))
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(DamagedError, match=f"{shard.name} is cut off"):
+        resolve(str(folder))
+    shard.unlink()
+    with pytest.raises(DamagedError, match="in no file there, as model"):
+        resolve(str(folder))
+
+
 @pytest.mark.parametrize("name", ["../outside", "/etc", "runs/../../outside", "link"])
 def test_names_from_the_network_stay_below_their_folder(tmp_path, name):
     save_model(tmp_path / "outside")
