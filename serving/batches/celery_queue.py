@@ -100,7 +100,7 @@ def work(config: WorkerConfig, key: str | None) -> None:
     def run_batch(batch_id: str) -> None:
         try:
             asyncio.run(_run(config, key, batch_id))
-        except Exception:  # a full disk, a folder that went away
+        except Exception:  # a full disk, a folder that went away, or is another gateway's
             _log.exception("%s: tried again later", batch_id)
             raise
 

@@ -63,9 +63,15 @@ class Ledger:
         self._database, self.lease_s = database, lease_s
 
     def prepare(self, batch_id: str, max_lines: int) -> None:
-        """Checks the input file and enters its lines, unless that was done: else it is failed."""
+        """Checks the input file and enters its lines, unless that was done: else it is failed.
+
+        Raises:
+            LookupError: There is no such batch.
+        """
         batch = self._batch(batch_id)
-        if batch is None or batch["status"] != "validating":
+        if batch is None:
+            raise LookupError(f"{batch_id} is no batch of {self._database.folder}")
+        if batch["status"] != "validating":
             return
         path = self._database.path(batch["input_file_id"])
         offsets, problems = check_file(path, batch["endpoint"], max_lines)

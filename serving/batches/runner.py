@@ -66,6 +66,7 @@ class Runner:
         """Until the batch has ended, or `stop`. What it had begun when cancelled is not committed.
 
         Raises:
+            LookupError: There is no such batch.
             OSError: The folder cannot be read or written.
             sqlite3.Error: Likewise.
         """

@@ -190,6 +190,19 @@ def test_a_task_outlives_the_visibility_timeout(gateway, start_worker, key):
     assert sorted(asked(gateway, "long")) == sorted(f"long {i}" for i in range(120))
 
 
+def test_a_worker_with_another_folder_loses_nothing(gateway, start_worker, key, tmp_path):
+    (tmp_path / "other").mkdir()
+    Database(tmp_path / "other").close()
+    worker = start_worker("wrong", dir=tmp_path / "other")
+    with gateway.client(key) as client:
+        batch = begin(client, requests(3, "wrong"))
+        wait_until(lambda: f"{batch.id} is no batch of" in (tmp_path / "worker-wrong").read_text())
+        worker.terminate()
+        worker.wait(8)
+        start_worker("right")
+        check_all_once(client, end(client, batch, 15.0), 3)
+
+
 def test_a_broker_that_is_gone_loses_nothing(gateway, start_worker, redis, key):
     with gateway.client(key) as client:
         forgotten = begin(client, requests(2, "forgotten"))
