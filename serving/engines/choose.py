@@ -22,6 +22,7 @@ from serving.engines.remote import RemoteEngine, connect
 
 _TOKENS_OF_A_SEQUENCE = 512  # what the default KV cache has room for, for all that run
 _GPU_BATCH_TOKENS = 2048
+_OPENVINO_ITEMSIZE = 2  # its KV cache is in float16
 _LEAST_BATCH_TOKENS = 96  # few that run at once are no reason to cut prompts into crumbs
 _TRANSFORMERS = {Format.huggingface, Format.torchao, Format.compressed_tensors}
 _FORMATS = {
@@ -53,7 +54,7 @@ async def build(
         rule = f"the {config.name.value} engine has no adapters"
         raise ConfigError("adapters", ", ".join(adapters), rule, "serve an export by transformers")
     if config.name is EngineName.remote:  # the artifact is only read for its texts
-        return connect(config, kv_cache(artifact.folder, config)[0]), "it was asked for"
+        return connect(config, kv_cache(artifact.folder, config, 4)[0]), "it was asked for"
     if config.name is EngineName.vllm:
         return _vllm(artifact, config), "it was asked for"
     if artifact.format is Format.gguf:
@@ -99,21 +100,21 @@ async def _openvino(artifact: Artifact, config: EngineConfig, cache: Path) -> En
     weights = _FORMATS[config.openvino_bits]
     prepare = openvino.prepare  # minutes, the first time
     ir = await asyncio.to_thread(prepare, artifact.folder, artifact.digest, cache, weights)
-    max_context, kv_cache_tokens = kv_cache(artifact.folder, config)
-    described = _described(artifact.folder)
+    max_context, kv_cache_tokens = kv_cache(artifact.folder, config, _OPENVINO_ITEMSIZE)
+    token_bytes = _bytes_of_a_token(_described(artifact.folder), _OPENVINO_ITEMSIZE)
     arguments = openvino.command(
         ir,
         max_context=max_context,
         max_running=config.max_running,
         max_batch_tokens=_max_batch_tokens(config),
-        kv_cache_bytes=kv_cache_tokens * _bytes_of_a_token(described, 2),  # in float16 there
+        kv_cache_bytes=kv_cache_tokens * token_bytes,
         num_threads=config.num_threads,
     )
     return ProcessEngine(arguments, watch_of(config))
 
 
 def _vllm(artifact: Artifact, config: EngineConfig) -> Engine:
-    max_context, _ = kv_cache(artifact.folder, config)
+    max_context, _ = kv_cache(artifact.folder, config, _itemsize(artifact))
     command = vllm.command(artifact, config, max_context, _max_batch_tokens(config))
 
     def client(unix_socket: str) -> RemoteEngine:
@@ -134,7 +135,7 @@ def _transformers(artifact: Artifact, config: EngineConfig, adapters: dict[str, 
     if artifact.format not in _TRANSFORMERS:
         rule = f"transformers does not run {artifact.format.value}"
         raise ConfigError("engine.name", "transformers", rule, "leave it out")
-    max_context, kv_cache_tokens = kv_cache(artifact.folder, config)
+    max_context, kv_cache_tokens = kv_cache(artifact.folder, config, _itemsize(artifact))
     settings = {
         "folder": str(artifact.folder),
         "target": None if artifact.format is Format.huggingface else artifact.format.value,
@@ -157,8 +158,22 @@ def _max_batch_tokens(config: EngineConfig) -> int:
     return max(_LEAST_BATCH_TOKENS, 3 * config.max_running)
 
 
-def kv_cache(folder: Path, config: EngineConfig) -> tuple[int, int]:
+def _itemsize(artifact: Artifact) -> int:
+    """Bytes of a number in transformers' KV cache: it is of the type that the model computes in."""
+    if artifact.format is Format.huggingface and not vllm.has_gpu():
+        return 4
+    described = _described(artifact.folder)
+    dtype = described.get("dtype") or described.get("torch_dtype") or "float32"
+    return 4 if dtype == "float32" else 2
+
+
+def kv_cache(folder: Path, config: EngineConfig, itemsize: int) -> tuple[int, int]:
     """The context, and the tokens that the KV cache has room for.
+
+    Args:
+        folder: Of the artifact.
+        config: Settings.
+        itemsize: Bytes of a number in it.
 
     Raises:
         ConfigError: The cache is smaller than one context, or the context larger than the model's.
@@ -171,15 +186,16 @@ def kv_cache(folder: Path, config: EngineConfig) -> tuple[int, int]:
         raise ConfigError("engine.max_context", max_context, rule, "give less")
     if config.kv_cache_mb is None:
         tokens = max(max_context, config.max_running * _TOKENS_OF_A_SEQUENCE)
+        # GPT-2 calls them otherwise.
         is_told = {"num_attention_heads", "hidden_size", "num_hidden_layers"} <= described.keys()
-        needed = tokens * _bytes_of_a_token(described, 4) if is_told else 0  # GPT-2's are others
+        needed = tokens * _bytes_of_a_token(described, itemsize) if is_told else 0
         there = _host_bytes()
         if not vllm.has_gpu() and needed > there:
             rule = f"its KV cache takes {needed / 1e9:.4g} GB, and this host has {there / 1e9:.4g}"
             fix = "give less, or set engine.kv_cache_mb"
             raise ConfigError("engine.max_running", config.max_running, rule, fix)
         return max_context, tokens
-    tokens = config.kv_cache_mb * 10**6 // _bytes_of_a_token(described, 4)
+    tokens = config.kv_cache_mb * 10**6 // _bytes_of_a_token(described, itemsize)
     if tokens < max_context:
         rule = f"has room for {tokens} tokens, which is less than one context ({max_context})"
         fix = f"give more, or engine.max_context={tokens}"

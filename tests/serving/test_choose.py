@@ -1,0 +1,50 @@
+"""What an engine is told of the artifact and of this host's memory."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from serving.artifact import Format, resolve
+from serving.config import EngineConfig, EngineName
+from serving.engines import choose
+from tests.serving.conftest import save_model
+
+NUMBERS_OF_A_TOKEN = 2 * 2 * 2 * 16  # keys and values, layers, heads, width of a head
+
+
+def build(folder, config):
+    return asyncio.run(choose.build(resolve(str(folder)), config, Path("unused"), {}))[0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "itemsize"),
+    [
+        ("bfloat16", None, 4),  # a plain folder is computed in float32 on a CPU
+        ("bfloat16", "torchao", 2),
+        ("bfloat16", "compressed-tensors", 2),
+        ("float32", "torchao", 4),
+    ],
+)
+def test_megabytes_of_a_kv_cache_are_of_the_type_it_is_in(
+    tmp_path, monkeypatch, dtype, quantization, itemsize
+):
+    monkeypatch.setattr(choose, "ProcessEngine", lambda command, _: json.loads(command[-1]))
+    monkeypatch.setattr(choose.vllm, "has_gpu", lambda: False)
+    save_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"dtype": dtype}
+    if quantization is not None:
+        config["quantization_config"] = {"quant_method": quantization}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    told = build(tmp_path, EngineConfig(name=EngineName.transformers, kv_cache_mb=1))
+    assert told["kv_cache_tokens"] == 10**6 // (NUMBERS_OF_A_TOKEN * itemsize)
+
+
+def test_of_openvino_likewise(export, monkeypatch):
+    monkeypatch.setattr(choose, "ProcessEngine", lambda command, _: command)
+    monkeypatch.setattr(choose.openvino, "prepare", lambda *_: export)
+    monkeypatch.setattr(choose.openvino, "command", lambda _, **settings: settings)
+    assert resolve(str(export)).format is Format.huggingface
+    told = build(export, EngineConfig(name=EngineName.openvino, kv_cache_mb=1))
+    assert 0.999e6 < told["kv_cache_bytes"] <= 1e6
