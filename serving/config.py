@@ -38,8 +38,9 @@ class EngineConfig:
         max_context: Tokens of prompt and answer together; null: what the model can.
         max_running: Sequences in a step, at most.
         max_batch_tokens: Tokens in a step, at most; a longer prompt takes several steps. null: on a
-            CPU three times `max_running`, at least 96, so that a step with prompts holds up those
-            that generate for about as long as three without; on a GPU 2048.
+            CPU three times `max_running`, at least 96 (six times, at least 192, by transformers),
+            so that a step with prompts holds up those that generate for about as long as three
+            without; on a GPU 2048.
         kv_cache_mb: Room for keys and values; null: for all running sequences at 512 tokens, and
             for one of the whole context.
         num_threads: On a CPU; null: the engine's own choice.

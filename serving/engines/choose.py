@@ -23,7 +23,10 @@ from serving.engines.remote import RemoteEngine, connect
 _TOKENS_OF_A_SEQUENCE = 512  # what the default KV cache has room for, for all that run
 _GPU_BATCH_TOKENS = 2048
 _OPENVINO_ITEMSIZE = 2  # its KV cache is in float16
-_LEAST_BATCH_TOKENS = 96  # few that run at once are no reason to cut prompts into crumbs
+_LEAST_RUNNING = 32  # fewer that run at once are no reason to cut prompts into crumbs
+# glibc would map, and so zero, the larger tensors of each step anew: up to a third of the CPU time,
+# in some processes and not in others. 32 MiB is the most that all its versions take.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 _TRANSFORMERS = {Format.huggingface, Format.torchao, Format.compressed_tensors}
 _FORMATS = {
     8: WeightFormat("int8"),
@@ -106,7 +109,7 @@ async def _openvino(artifact: Artifact, config: EngineConfig, cache: Path) -> En
         ir,
         max_context=max_context,
         max_running=config.max_running,
-        max_batch_tokens=_max_batch_tokens(config),
+        max_batch_tokens=_max_batch_tokens(config, 3),
         kv_cache_bytes=kv_cache_tokens * token_bytes,
         num_threads=config.num_threads,
     )
@@ -115,7 +118,7 @@ async def _openvino(artifact: Artifact, config: EngineConfig, cache: Path) -> En
 
 def _vllm(artifact: Artifact, config: EngineConfig) -> Engine:
     max_context, _ = kv_cache(artifact.folder, config, _itemsize(artifact))
-    command = vllm.command(artifact, config, max_context, _max_batch_tokens(config))
+    command = vllm.command(artifact, config, max_context, _max_batch_tokens(config, 3))
 
     def client(unix_socket: str) -> RemoteEngine:
         http = http_client("http://vllm", config.step_timeout_s, unix_socket=unix_socket)
@@ -141,21 +144,23 @@ def _transformers(artifact: Artifact, config: EngineConfig, adapters: dict[str, 
         "target": None if artifact.format is Format.huggingface else artifact.format.value,
         "max_context": max_context,
         "max_running": config.max_running,
-        "max_batch_tokens": _max_batch_tokens(config),
+        "max_batch_tokens": _max_batch_tokens(config, 6),  # its smallest step is long already
         "kv_cache_tokens": kv_cache_tokens,
         "num_threads": config.num_threads,
         "adapters": {a.name: (str(a.folder), a.digest) for a in adapters.values()},
     }
     program = "serving.engines.transformers_worker"
-    return ProcessEngine([sys.executable, "-m", program, json.dumps(settings)], watch_of(config))
+    arguments = [sys.executable, "-m", program, json.dumps(settings)]
+    return ProcessEngine(arguments, watch_of(config), _MALLOC | os.environ)
 
 
-def _max_batch_tokens(config: EngineConfig) -> int:
+def _max_batch_tokens(config: EngineConfig, times_running: int) -> int:
+    """Where nobody says, on a CPU: so many that a step with prompts takes up to three without."""
     if config.max_batch_tokens is not None:
         return config.max_batch_tokens
     if vllm.has_gpu():
         return _GPU_BATCH_TOKENS
-    return max(_LEAST_BATCH_TOKENS, 3 * config.max_running)
+    return times_running * max(_LEAST_RUNNING, config.max_running)
 
 
 def _itemsize(artifact: Artifact) -> int:
