@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +122,6 @@ def servers(folder: Path, streams: int) -> dict[str, Peer]:
     if os.environ.get(PYTHON):
         openvino = ["engine.name=openvino", "engine.kv_cache_mb=52"]
         found["spotforge, openvino int8"] = ours(*openvino)
-        found["spotforge, openvino int8, 36 tokens a step"] = ours(
-            *openvino, "engine.max_batch_tokens=36"
-        )
         found["spotforge, openvino float32"] = ours(*openvino, "engine.openvino_bits=32")
     return found
 
@@ -289,7 +286,11 @@ def main() -> None:
         save_model(folder)
         if os.environ.get(LLAMA_PYTHON):
             save_gguf(folder)
-        for server_name, peer in servers(folder, max(options.streams)).items():
+        peers = servers(folder, max(options.streams))
+        if (int8 := "spotforge, openvino int8") in peers:
+            smaller_steps = [*peers[int8].command, "engine.max_batch_tokens=36"]
+            peers[f"{int8}, 36 tokens a step"] = replace(peers[int8], command=smaller_steps)
+        for server_name, peer in peers.items():
             if peer.is_ours:
                 Server(server_name, peer, cache).stop()  # what is prepared once is there
             server = Server(server_name, peer, cache)

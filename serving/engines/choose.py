@@ -24,9 +24,6 @@ _TOKENS_OF_A_SEQUENCE = 512  # what the default KV cache has room for, for all t
 _GPU_BATCH_TOKENS = 2048
 _OPENVINO_ITEMSIZE = 2  # its KV cache is in float16
 _LEAST_RUNNING = 32  # fewer that run at once are no reason to cut prompts into crumbs
-# glibc would map, and so zero, the larger tensors of each step anew: up to a third of the CPU time,
-# in some processes and not in others. 32 MiB is the most that all its versions take.
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 _TRANSFORMERS = {Format.huggingface, Format.torchao, Format.compressed_tensors}
 _FORMATS = {
     8: WeightFormat("int8"),
@@ -150,8 +147,7 @@ def _transformers(artifact: Artifact, config: EngineConfig, adapters: dict[str, 
         "adapters": {a.name: (str(a.folder), a.digest) for a in adapters.values()},
     }
     program = "serving.engines.transformers_worker"
-    arguments = [sys.executable, "-m", program, json.dumps(settings)]
-    return ProcessEngine(arguments, watch_of(config), _MALLOC | os.environ)
+    return ProcessEngine([sys.executable, "-m", program, json.dumps(settings)], watch_of(config))
 
 
 def _max_batch_tokens(config: EngineConfig, times_running: int) -> int:

@@ -67,11 +67,13 @@ class Worker:
 
         from serving.engines.grammars import Grammars
         from serving.engines.sampler import Sampler
+        from trainer.cpu import keep_freed_memory
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
+        keep_freed_memory()  # else some processes spend a third of their CPU time on page faults
         self._lines = lines
         self._model = model = _load(settings)
         text_config = model.config.get_text_config()
