@@ -343,8 +343,8 @@ class StructuredPruneConfig:
                 raise ConfigError(f"{key}.{name}", value, rule, "0.25 removes a quarter")
         if self.params is None:
             return
-        if not 0 <= self.params < 1:
-            rule = "is not from 0 to below 1"
+        if not 0 < self.params < 1:
+            rule = "is not between 0 and 1"
             raise ConfigError(f"{key}.params", self.params, rule, "0.25 removes a quarter")
         for name, value in widths.items():
             if value:

@@ -17,6 +17,8 @@ PACKAGES = (
     "huggingface-hub",
     "deepspeed",
     "torchao",
+    "compressed-tensors",
+    "gguf",
     "flash-attn",
     "triton",
     "wandb",

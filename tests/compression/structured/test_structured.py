@@ -334,6 +334,7 @@ def test_scaled_residuals_are_refused_by_the_refit_only(tmp_path):
         {"depth": 5.0},
         {"heads": 2.0, "hidden": 47.0},
         {"params": 0.25, "mlp": 0.5},
+        {"params": 0.0},
         {"params": 1.0},
         {"params": 0.99},
         {"multiple_of": 0},
