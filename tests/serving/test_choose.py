@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.artifact import Format, resolve
+from serving.artifact import resolve
 from serving.config import EngineConfig, EngineName
 from serving.engines import choose
 from tests.serving.conftest import save_model
@@ -45,6 +45,5 @@ def test_of_openvino_likewise(export, monkeypatch):
     monkeypatch.setattr(choose, "ProcessEngine", lambda command, _: command)
     monkeypatch.setattr(choose.openvino, "prepare", lambda *_: export)
     monkeypatch.setattr(choose.openvino, "command", lambda _, **settings: settings)
-    assert resolve(str(export)).format is Format.huggingface
     told = build(export, EngineConfig(name=EngineName.openvino, kv_cache_mb=1))
     assert 0.999e6 < told["kv_cache_bytes"] <= 1e6
