@@ -68,11 +68,13 @@ def resolve(name: str, root: Path | None = None) -> Artifact:
         DamagedError: Its files are not those that its lineage lists, or hold no whole weights.
     """
     folder = _find(name, root)
-    files = {
-        str(path.relative_to(folder)): _sha256(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            files[str(path.relative_to(folder))] = _sha256(path)
+        elif not path.is_dir():  # whoever opens a pipe waits for ever
+            rule = f"{path.relative_to(folder)} is no file, or a link to none"
+            raise DamagedError(KEY, folder, rule, "copy all of it again")
     lineage = read_json(folder / "lineage.json") if "lineage.json" in files else None
     if lineage is not None:
         _check_files(folder, files, lineage)
@@ -105,17 +107,22 @@ def _find(name: str, root: Path | None) -> Path:
 
 
 def _check_files(folder: Path, files: dict[str, str], lineage: dict[str, Any]) -> None:
-    for file, listed in lineage.get("files", {}).items():
-        if files.get(file) != listed["sha256"]:
+    listing, fix = lineage.get("files", {}), "export or compress it again"
+    fingerprint = lineage.get("tokenizer_fingerprint")
+    is_one = isinstance(listing, dict) and all(isinstance(x, dict) for x in listing.values())
+    if not is_one or not isinstance(fingerprint, str | None):
+        raise DamagedError(KEY, folder, "lineage.json is none of ours", fix)
+    for file, listed in listing.items():
+        if files.get(file) != listed.get("sha256"):
             state = "not there" if file not in files else "not as lineage.json lists it"
-            fix = "export or compress it again"
             raise DamagedError(KEY, folder, f"{file} is {state}", fix)
 
 
 def _check_weights(folder: Path) -> None:
     """Reads the heads of weight files: what no engine loads is refused before one starts."""
     present: set[str] = set()
-    for path in sorted(folder.glob("*.safetensors")):
+    shards = {path.name for path in folder.glob("*.safetensors")}
+    for path in (folder / name for name in sorted(shards)):
         try:
             with safe_open(path, framework="numpy") as file:
                 present.update(file.keys())
@@ -123,7 +130,13 @@ def _check_weights(folder: Path) -> None:
             rule = f"{path.name} is cut off, or no such file: {e}"
             raise DamagedError(KEY, folder, rule, "export it again") from e
     for path in folder.glob("*.safetensors.index.json"):
-        if lacks := sorted(read_json(path).get("weight_map", {}).keys() - present):
+        weight_map = read_json(path).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise DamagedError(KEY, folder, f"{path.name} maps no weights", "export it again")
+        if others := sorted(set(map(str, weight_map.values())) - shards):
+            rule = f"{path.name} names files that are not there, as {others[0]}"
+            raise DamagedError(KEY, folder, rule, "export it again, or copy all of it")
+        if lacks := sorted(weight_map.keys() - present):
             rule = f"{len(lacks)} tensors of {path.name} are in no file there, as {lacks[0]}"
             raise DamagedError(KEY, folder, rule, "export it again, or copy all of it")
 
@@ -134,7 +147,10 @@ def _format_of(folder: Path) -> Format:
     if any(folder.glob("*.gguf")):
         return Format.gguf
     config = read_json(folder / "config.json")
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    quantization = config.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise DamagedError(KEY, folder, "quantization_config is no JSON object", "export it again")
+    method = quantization.get("quant_method")
     if method is None:
         if not any(folder.glob("*.safetensors")):
             raise ConfigError(KEY, folder, "has no weights (*.safetensors)", "export it again")
@@ -150,7 +166,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A file of an artifact; raises DamagedError where it is no JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise DamagedError(KEY, path, "is no JSON", "export it again") from e
     if not isinstance(content, dict):
         raise DamagedError(KEY, path, "is no JSON object", "export it again")

@@ -257,6 +257,9 @@ class ServingConfig:
         for key, value in positive.items():
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(key, value, "must be above 0, and a number", "give more")
+        if self.engine.max_context == 1:
+            rule = "has no room for a prompt and an answer"
+            raise ConfigError("engine.max_context", 1, rule, "give more")
         if (queued := self.admission.max_queued_requests) is not None and queued < 0:
             key = "admission.max_queued_requests"
             raise ConfigError(key, queued, "is below 0", "give 0 or more")

@@ -37,7 +37,9 @@ def hf_config_of(config: NamedModelConfig | PathModelConfig) -> Any:
     logging.disable_progress_bar()
     if isinstance(config, PathModelConfig):
         try:
-            return AutoConfig.from_pretrained(config.path, revision=config.revision)
+            return AutoConfig.from_pretrained(
+                config.path, revision=config.revision, trust_remote_code=False
+            )
         except (OSError, ValueError) as e:
             raise ConfigError(
                 "model.path",

@@ -104,7 +104,11 @@ def load_folder(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
             and goes on.
     """
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        folder,
+        dtype=dtype,
+        trust_remote_code=False,  # else it asks at the terminal
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
     model, found = loaded
     rule = None

@@ -190,18 +190,23 @@ def kv_cache(folder: Path, config: EngineConfig, itemsize: int) -> tuple[int, in
         # GPT-2 calls them otherwise.
         is_told = {"num_attention_heads", "hidden_size", "num_hidden_layers"} <= described.keys()
         needed = tokens * _bytes_of_a_token(described, itemsize) if is_told else 0
-        there = _host_bytes()
-        if not vllm.has_gpu() and needed > there:
-            rule = f"its KV cache takes {needed / 1e9:.4g} GB, and this host has {there / 1e9:.4g}"
-            fix = "give less, or set engine.kv_cache_mb"
-            raise ConfigError("engine.max_running", config.max_running, rule, fix)
+        fix = "give less, or set engine.kv_cache_mb"
+        _check_room("engine.max_running", config.max_running, needed, fix)
         return max_context, tokens
+    _check_room("engine.kv_cache_mb", config.kv_cache_mb, config.kv_cache_mb * 10**6, "give less")
     tokens = config.kv_cache_mb * 10**6 // _bytes_of_a_token(described, itemsize)
     if tokens < max_context:
         rule = f"has room for {tokens} tokens, which is less than one context ({max_context})"
         fix = f"give more, or engine.max_context={tokens}"
         raise ConfigError("engine.kv_cache_mb", config.kv_cache_mb, rule, fix)
     return max_context, tokens
+
+
+def _check_room(key: str, value: int, needed: int, fix: str) -> None:
+    there = _host_bytes()
+    if not vllm.has_gpu() and needed > there:
+        rule = f"its KV cache takes {needed / 1e9:.4g} GB, and this host has {there / 1e9:.4g}"
+        raise ConfigError(key, value, rule, fix)
 
 
 def _described(folder: Path) -> dict[str, Any]:

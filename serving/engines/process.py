@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -34,6 +35,7 @@ from serving.engine import (
 _log = logging.getLogger("spotforge.serving")
 _DEATHS_OF_A_REQUEST = 2
 _PROBE = "probe-"
+_NO_NUMBERS = "the log-probabilities that it computes are no numbers: look at the model's weights"
 
 
 @dataclass(frozen=True)
@@ -243,10 +245,11 @@ class ProcessEngine:
             self._say("submit", dataclasses.asdict(live.rest()))
 
     async def _probe(self) -> None:
-        """One token, of the process that is there."""
+        """One token, of the process that is there, and its log-probability."""
         assert self._child is not None
         name = f"{_PROBE}{next(self._probes)}"
-        live = self._live[name] = _Live(TokenRequest(name, [0], 1, temperature=0, ignore_eos=True))
+        request = TokenRequest(name, [0], 1, temperature=0, ignore_eos=True, logprobs=0)
+        live = self._live[name] = _Live(request)
         try:
             self._say("submit", dataclasses.asdict(live.request))
             while True:
@@ -293,6 +296,10 @@ class ProcessEngine:
             live.tokens += tokens
             self._stats.generation_tokens += len(tokens)
             if logprobs is not None:
+                if not all(math.isfinite(own) for own, _ in logprobs):
+                    self._say("cancel", name)
+                    self._on_failed(name, EngineError(_NO_NUMBERS))
+                    continue
                 logprobs = [TokenLogprob(own, [tuple(t) for t in top]) for own, top in logprobs]
             reason = finished.pop(name, None)
             if reason is not None:

@@ -20,7 +20,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from tokenizers import Tokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from monitoring.errors import ConfigError
 from serving.artifact import Artifact, read_json
@@ -88,8 +90,39 @@ def load(artifact: Artifact, cache: Path) -> TokenizerFiles:
             f" ({trained[:12]})"
         )
         raise ConfigError(_KEY, artifact.folder, rule, "export it again")
+    _check_size(artifact.folder, files.tokenizer())
+    _check_templates(artifact.folder, files)
     _warn_of_another_end(artifact.folder, files)
     return files
+
+
+def _check_size(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError where texts would become no tokens, or tokens without a row."""
+    described = read_json(folder / "config.json")
+    rows = (described.get("text_config") or described).get("vocab_size")
+    found = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if tokenizer.get_vocab_size(with_added_tokens=False) == 0 or (
+        isinstance(rows, int) and found > rows
+    ):
+        rule = f"its tokenizer has {found} tokens, and its model's embedding {rows} rows"
+        raise ConfigError(_KEY, folder, rule, "give the tokenizer that it was trained with")
+
+
+def _check_templates(folder: Path, files: TokenizerFiles) -> None:
+    """Raises ConfigError for a chat template that no chat could be rendered with."""
+    for template in files.chat_template.values():
+        why = None if isinstance(template, str) else f"{template!r} is no text"
+        chat = [[{"role": "user", "content": "Hello"}]]
+        try:
+            if why is None:
+                render_jinja_template(chat, chat_template=template)
+        except TemplateSyntaxError as e:
+            why = (str(e).splitlines() or [""])[0]
+        except Exception:  # a program of the model's author: it may want another chat than this
+            continue
+        if why is not None:
+            rule = f"its chat template is none: {why}"
+            raise ConfigError(_KEY, folder, rule, "mend it, or leave it out")
 
 
 def _warn_of_another_end(folder: Path, files: TokenizerFiles) -> None:
@@ -102,7 +135,10 @@ def _warn_of_another_end(folder: Path, files: TokenizerFiles) -> None:
     if end is None or ends is None:
         return
     tokenizer = files.tokenizer()
-    ends = [ends] if isinstance(ends, int) else ends
+    ends = ends if isinstance(ends, list) else [ends]
+    if not all(isinstance(token, int) and 0 <= token < 1 << 32 for token in ends):
+        rule = f"its eos_token_id is no token, nor a list of them: {ends}"
+        raise ConfigError(_KEY, folder, rule, "mend its generation_config.json, or config.json")
     if tokenizer.token_to_id(end) not in ends:
         named = ", ".join(repr(tokenizer.id_to_token(token)) for token in ends)
         text = "%s: answers end at %s, but its tokenizer ends texts with %r: is eos_token_id right?"
@@ -121,7 +157,8 @@ def _make(folder: Path, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f"{path.name}.{os.getpid()}")
     command = [sys.executable, "-m", __name__, str(folder), str(staging)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    stdin = subprocess.DEVNULL
+    done = subprocess.run(command, stdin=stdin, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing was said"]
         raise ConfigError(
@@ -135,7 +172,10 @@ def main(arguments: list[str]) -> None:
     from trainer.data.tokenizer import fingerprint, load_tokenizer
 
     folder, out = arguments
-    tokenizer = load_tokenizer(folder)
+    try:
+        tokenizer = load_tokenizer(folder)
+    except ConfigError as e:
+        sys.exit(e.rule)  # its key is the trainer's
     template: Any = tokenizer.chat_template
     files = {
         "backend": tokenizer.backend_tokenizer.to_str(),

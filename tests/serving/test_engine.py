@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compression.targets.packing import load_folder
-from monitoring.errors import DamagedError, SpotforgeError
+from monitoring.errors import ConfigError, DamagedError, SpotforgeError
 from serving.engine import EngineError, TokenRequest
 from serving.engines.process import ProcessEngine, Watch
 from tests.serving.conftest import save_model
@@ -184,6 +184,35 @@ def test_a_model_that_lacks_weights_is_refused(tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(DamagedError, match=r"1 of its model's tensors .* model.layers.1.mlp.up_"):
         load_folder(folder)
+
+
+def test_code_that_lies_beside_a_model_is_not_run_nor_asked_about(tmp_path):
+    save_model(tmp_path)
+    path = tmp_path / "config.json"
+    own = {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"},
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+
+    async def start():
+        with pytest.raises(ConfigError, match="contains custom code"):
+            await engine(tmp_path, start_timeout_s=60).start()
+
+    asyncio.run(start())
+
+
+def test_a_model_whose_weights_are_no_numbers_does_not_start(tmp_path):
+    save_model(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    async def start():
+        with pytest.raises(SpotforgeError, match="are no numbers: look at the model's weights"):
+            await engine(tmp_path).start()
+
+    asyncio.run(start())
 
 
 def test_one_that_does_not_start_says_why(tmp_path):

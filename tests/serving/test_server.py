@@ -253,6 +253,8 @@ def test_hosts_and_caches_that_cannot_be(export):
     for words, said in (
         (["host=192.0.2.1"], "host=192.0.2.1: "),
         (["cache=/proc/nothing"], "cache=/proc/nothing: "),
+        (["engine.kv_cache_mb=100000000"], "engine.kv_cache_mb=100000000: its KV cache takes "),
+        (["engine.max_context=1"], "engine.max_context=1: has no room for a prompt and an answer"),
         (["engine.max_running=1000000000"], "engine.max_running=1000000000: its KV cache takes "),
     ):
         done = subprocess.run(

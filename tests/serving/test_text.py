@@ -1,6 +1,7 @@
 """Text to tokens and back: as transformers does it, a piece at a time."""
 
 import json
+import os
 import random
 
 import pytest
@@ -149,8 +150,50 @@ def test_weights_that_no_engine_loads_are_refused_at_once(tmp_path):
     with pytest.raises(DamagedError, match=f"{shard.name} is cut off"):
         resolve(str(folder))
     shard.unlink()
-    with pytest.raises(DamagedError, match="in no file there, as model"):
+    with pytest.raises(DamagedError, match=f"files that are not there, as {shard.name}"):
         resolve(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "rule"),
+    [
+        ("lineage.json", {"files": 3}, "none of ours"),
+        ("lineage.json", {"files": {"config.json": 3}}, "none of ours"),
+        ("lineage.json", {"files": {"config.json": {}}}, "config.json is not as"),
+        ("lineage.json", {"files": {}, "tokenizer_fingerprint": 4}, "none of ours"),
+        ("lineage.json", "[" * 100_000, "is no JSON"),
+        ("config.json", {"quantization_config": 3}, "quantization_config is no JSON object"),
+        ("model.safetensors.index.json", {"weight_map": 3}, "maps no weights"),
+        (
+            "model.safetensors.index.json",
+            {"weight_map": {"a": "../m"}},
+            "names files that are not there",
+        ),
+        ("generation_config.json", {"eos_token_id": "x"}, "is no token, nor a list"),
+        ("generation_config.json", {"eos_token_id": [0, -1]}, "is no token, nor a list"),
+        ("config.json", {"vocab_size": 200}, "tokens, and its model's embedding 200 rows"),
+        ("chat_template.jinja", "{% for", "its chat template is none"),
+        ("tokenizer.json", "{", "its tokenizer does not load: no tokenizer can be loaded"),
+    ],
+)
+def test_files_that_are_no_such_are_refused_in_a_line(tmp_path, file, content, rule):
+    folder = tmp_path / "m"
+    save_model(folder)
+    path = folder / file
+    if isinstance(content, dict) and path.is_file():
+        content = json.loads(path.read_text()) | content
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ConfigError, match=rule) as error:
+        load(resolve(str(folder)), tmp_path / "cache")
+    assert "\n" not in str(error.value) and error.value.key == "artifact"
+
+
+def test_what_is_no_file_is_not_opened(tmp_path):
+    save_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(DamagedError, match="model.safetensors is no file"):
+        resolve(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc", "runs/../../outside", "link"])

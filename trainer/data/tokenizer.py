@@ -27,7 +27,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         ConfigError: Not found, not a fast tokenizer, or without an EOS token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        # By itself it would ask at the terminal whether to run code that lies beside a model.
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         fix = "give a folder that holds tokenizer.json, a hub name, or train"
