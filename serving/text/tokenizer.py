@@ -65,8 +65,8 @@ class TokenizerFiles:
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest token id."""
-    return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
+    """One more than the largest token id; 0 where there is none."""
+    return int(max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)) + 1
 
 
 def load(artifact: Artifact, cache: Path) -> TokenizerFiles:
@@ -90,9 +90,10 @@ def load(artifact: Artifact, cache: Path) -> TokenizerFiles:
             f" ({trained[:12]})"
         )
         raise ConfigError(_KEY, artifact.folder, rule, "export it again")
-    _check_size(artifact.folder, files.tokenizer())
-    _check_templates(artifact.folder, files)
-    _warn_of_another_end(artifact.folder, files)
+    tokenizer = files.tokenizer()  # parsed once: large ones take a second
+    _check_size(artifact.folder, tokenizer)
+    _check_templates(artifact.folder, files.chat_template)
+    _check_end(artifact.folder, tokenizer, files.special_tokens.get("eos_token"))
     return files
 
 
@@ -100,41 +101,41 @@ def _check_size(folder: Path, tokenizer: Tokenizer) -> None:
     """Raises ConfigError where texts would become no tokens, or tokens without a row."""
     described = read_json(folder / "config.json")
     rows = (described.get("text_config") or described).get("vocab_size")
-    found = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    if tokenizer.get_vocab_size(with_added_tokens=False) == 0 or (
-        isinstance(rows, int) and found > rows
-    ):
+    found = vocab_size(tokenizer)
+    is_empty = tokenizer.get_vocab_size(with_added_tokens=False) == 0
+    if is_empty or (isinstance(rows, int) and found > rows):
         rule = f"its tokenizer has {found} tokens, and its model's embedding {rows} rows"
         raise ConfigError(_KEY, folder, rule, "give the tokenizer that it was trained with")
 
 
-def _check_templates(folder: Path, files: TokenizerFiles) -> None:
+def _check_templates(folder: Path, templates: dict[str, Any]) -> None:
     """Raises ConfigError for a chat template that no chat could be rendered with."""
-    for template in files.chat_template.values():
-        why = None if isinstance(template, str) else f"{template!r} is no text"
-        chat = [[{"role": "user", "content": "Hello"}]]
+    fix, chat = "mend it, or leave it out", [[{"role": "user", "content": "Hello"}]]
+    for template in templates.values():
+        if not isinstance(template, str):
+            rule = f"its chat template is none: {template!r} is no text"
+            raise ConfigError(_KEY, folder, rule, fix)
         try:
-            if why is None:
-                render_jinja_template(chat, chat_template=template)
+            render_jinja_template(chat, chat_template=template)
         except TemplateSyntaxError as e:
-            why = (str(e).splitlines() or [""])[0]
+            rule = f"its chat template is none: {(str(e).splitlines() or [''])[0]}"
+            raise ConfigError(_KEY, folder, rule, fix) from e
         except Exception:  # a program of the model's author: it may want another chat than this
-            continue
-        if why is not None:
-            rule = f"its chat template is none: {why}"
-            raise ConfigError(_KEY, folder, rule, "mend it, or leave it out")
+            pass
 
 
-def _warn_of_another_end(folder: Path, files: TokenizerFiles) -> None:
-    """Says so where the model would end its texts at another token than its tokenizer's."""
-    end = files.special_tokens.get("eos_token")
+def _check_end(folder: Path, tokenizer: Tokenizer, end: str | None) -> None:
+    """Warns of a model that would end its texts at another token than its tokenizer's.
+
+    Raises:
+        ConfigError: What ends its texts is no token.
+    """
     ends = None
     for name in ("generation_config.json", "config.json"):
         if ends is None and (folder / name).is_file():
             ends = read_json(folder / name).get("eos_token_id")
     if end is None or ends is None:
         return
-    tokenizer = files.tokenizer()
     ends = ends if isinstance(ends, list) else [ends]
     if not all(isinstance(token, int) and 0 <= token < 1 << 32 for token in ends):
         rule = f"its eos_token_id is no token, nor a list of them: {ends}"
