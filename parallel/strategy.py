@@ -1,9 +1,10 @@
 """What the training loop knows about parallelism, and all that it knows.
 
 A strategy is an interface or a leaf: `ddp.py`, `fsdp.py` and `zero.py` are the leaves, and none
-overrides anything that another implements. Names and shapes in `state()` are canonical: parameter
-names as Hugging Face has them, global shapes, optimizer moments as `optim.<name>.<slot>`. That is
-why a checkpoint of one strategy at one world size loads under any other.
+overrides anything that another implements. Names and shapes in `state()` are canonical: names of
+parameters and persistent buffers as Hugging Face has them, global shapes, moments of what is
+trained as `optim.<name>.<slot>`. That is why a checkpoint of one strategy at one world size loads
+under any other.
 """
 
 from abc import ABC, abstractmethod
@@ -97,6 +98,22 @@ class Strategy(ABC):
                 so that no rank needs room for all.
             num_updates: Optimizer steps behind that state (AdamW's bias correction).
         """
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the buffers that are part of a model's state (a router's bias, a layer's scale), by
+    canonical name. Those that a model computes from its configuration are not among them."""
+    return {
+        f"{prefix}.{name}".lstrip("."): buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+
+
+def trainable(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Returns the parameters that an optimizer updates; some models hold frozen ones."""
+    return {name: p for name, p in parameters.items() if p.requires_grad}
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:

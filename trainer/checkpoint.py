@@ -7,7 +7,8 @@ checkpoints/
   step-00001000/            committed
     __0_0.distcp ...        tensors by canonical name (torch.distributed.checkpoint)
     .metadata               where each tensor lies
-    huggingface/            config and tokenizer, so that a checkpoint can be exported alone
+    huggingface/            config and tokenizer, so that a checkpoint can be exported alone; of a
+                            model that was loaded, the names that its files gave to tensors
     trainer.json            step, samples, tokens, digests, the resolved config
     manifest.json           every file above with its size and sha256
   LATEST                    name of the newest, for people and scripts; resume looks for itself
@@ -35,6 +36,7 @@ TRAINER = "trainer.json"
 STAGING = ".staging-"
 LATEST = "LATEST"
 ASSETS = "huggingface"
+STORED_NAMES = "stored_names.json"
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,14 @@ def read_state(checkpoint: Path) -> TrainerState:
 
 def tensor_shapes(checkpoint: Path) -> dict[str, torch.Size]:
     """Global shape of every tensor in a verified checkpoint."""
+    return {name: tensor.shape for name, tensor in described_tensors(checkpoint).items()}
+
+
+def described_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """Every tensor in a verified checkpoint, on the meta device."""
     metadata = dcp.FileSystemReader(checkpoint).read_metadata()
     return {
-        name: item.size
+        name: torch.empty(item.size, dtype=item.properties.dtype, device="meta")
         for name, item in metadata.state_dict_metadata.items()
         if isinstance(item, TensorStorageMetadata)
     }

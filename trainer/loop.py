@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import math
 import time
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from monitoring.throughput import Throughput
 from parallel.strategy import Strategy
 from parallel.world import World
 from trainer.anomaly import AnomalyAction, LossWatch
-from trainer.checkpoint import TrainerState, committed, read_state, read_tensors
+from trainer.checkpoint import TrainerState, committed, read_state
 from trainer.config import TrainerConfig
 from trainer.data.loader import Batch, TrainLoader
 from trainer.data.prepare import PreparedData
@@ -25,7 +24,7 @@ from trainer.heartbeat import Heartbeat
 from trainer.interval import Interval, SaveSchedule, expected_mtbf_s
 from trainer.objective import Objective
 from trainer.reporter import Reporter, count_losses, save_costs_s
-from trainer.resume import find_checkpoint
+from trainer.resume import find_checkpoint, state_reader
 from trainer.saving import Checkpointer
 from trainer.stopping import StopSignal
 
@@ -218,7 +217,7 @@ class TrainingLoop:
         self.reporter.say(f"{what}; rolling back to {checkpoint.name} and on with later batches")
         self.reporter.event("rollback", state.step, to_step=saved.step, loss=loss, reason=anomaly)
         self.reporter.roll_back(saved.step)
-        self.strategy.load_state(partial(read_tensors, checkpoint), num_updates=saved.step)
+        self.strategy.load_state(state_reader(checkpoint), num_updates=saved.step)
         self.loader.close()
         self.loader = self._loader(num_samples)
         return dataclasses.replace(
