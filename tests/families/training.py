@@ -9,9 +9,10 @@ rounding, as those of key biases are, do not move a weight by the learning rate.
 """
 
 import json
+import shutil
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from monitoring.errors import ConfigError
 from monitoring.jsonl import read_records
+from tests.families.places import Places
 from tests.families.workers import Wrong
-from tests.families.zoo import build
+from tests.families.zoo import FAMILIES, build
 from trainer.checkpoint import read_tensors, step_name, tensor_shapes
 from trainer.cli import CONFIG_DIR
 from trainer.data.loader import TrainLoader, validation_batches
@@ -47,41 +49,20 @@ _REMEDIES = {
 }
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where a family's files are.
-
-    Attributes:
-        root: Of all families.
-        family: Its name.
-    """
-
-    root: Path
-    family: str
-
-    @property
-    def model(self) -> Path:
-        """What transformers saved."""
-        return self.root / self.family / "model"
-
-    @property
-    def reference(self) -> Path:
-        """State after two steps of the plain loop."""
-        return self.root / self.family / "reference.pt"
-
-    def run(self, column: str) -> Path:
-        """Run directory of a column."""
-        return self.root / self.family / f"run-{column}"
+def features() -> dict[str, str]:
+    """What is special about each family of the zoo."""
+    return {name: family.feature for name, family in FAMILIES.items()}
 
 
-def write_rows(path: Path) -> None:
-    """Writes the data of all columns: 80 documents of about 150 bytes."""
-    words = ("river stone lamp", "green cloud", "seven walk under paper")
-    rows = (
-        {"text": f"row {i} " + " ".join(words[(i * 7 + j) % 3] for j in range(9))}
-        for i in range(80)
-    )
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def prepare_folder(root: Path, families: list[str]) -> None:
+    """Writes the families' models, and the data of all columns."""
+    random = Random(0)
+    syllables = ("ri", "ver", "sto", "ne", "lam", "p", "gre", "en", "clou", "d", "wa", "lk", " ")
+    rows = ({"text": "".join(random.choices(syllables, k=60))} for _ in range(120))
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for family in families:
+        shutil.rmtree(root / family, ignore_errors=True)
+        build(family, Places(root, family).model)
 
 
 def data_words(root: Path) -> list[str]:
@@ -96,14 +77,9 @@ def data_words(root: Path) -> list[str]:
     ]
 
 
-def build_model(places: Places) -> None:
-    """Saves the family's model."""
-    if not places.model.exists():
-        build(places.family, places.model)
-
-
-def train(places: Places, column: str) -> list[str]:
-    """Trains, on one rank of the world; returns the words that a refusal asked for."""
+def train(places: Places, column: str) -> str:
+    """Trains, on one rank of the world; returns what a refusal asked for, if anything."""
+    shutil.rmtree(places.run(column), ignore_errors=True)
     from trainer.heartbeat import Heartbeat
     from trainer.run import train_in
     from trainer.stopping import StopSignal
@@ -113,7 +89,7 @@ def train(places: Places, column: str) -> list[str]:
         try:
             config = _config(places, column, remedies)
             train_in(_world(), config, StopSignal(), Heartbeat())
-            return remedies
+            return f"with {' '.join(remedies)}" if remedies else ""
         except ConfigError as e:
             asked = [word for part, word in _REMEDIES.items() if part in str(e)]
             new = [word for word in asked if word not in remedies]
@@ -122,24 +98,24 @@ def train(places: Places, column: str) -> list[str]:
             remedies += new
 
 
-def judge_loss(places: Places) -> list[str]:
+def judge_loss(places: Places) -> str:
     """Trains on one rank at a learning rate of almost 0, and compares losses and logits."""
-    remedies = train(places, "loss")
+    asked_for = train(places, "loss")
     run = places.run("loss")
     records = read_records(run / "metrics.jsonl")
     steps, held_out = _batches(_config(places, "loss", []))
-    model = _stock(places.model)
+    model = stock(places.model)
     with torch.no_grad():
         wanted = float(_loss(model, steps[0]))
         wanted_held_out = float(_loss(model, torch.cat(held_out)))
     _near(records[0]["loss"], wanted, "the training loss")
     _near(records[-1]["validation_loss"], wanted_held_out, "the validation loss")
-    exported, _ = _load_strictly(run / "export")
+    exported, _ = load_strictly(run / "export")
     with torch.no_grad():
         difference = (_logits(exported, steps[0]) - _logits(model, steps[0])).abs().max()
     if not difference <= TOLERANCE:
         raise Wrong(f"logits of the export differ by {difference:.1e}")
-    return remedies
+    return asked_for
 
 
 def judge_weights(places: Places, column: str) -> None:
@@ -168,10 +144,10 @@ def judge_export(places: Places) -> None:
     generation config those that came.
     """
     export = places.run("ddp") / "export"
-    model, info = _load_strictly(export)
+    model, info = load_strictly(export)
     if unexpected := sorted(info["unexpected_keys"]):
         raise Wrong(f"{unexpected[0]} is in the export, and of no use to transformers")
-    plain = _stock(places.model)
+    plain = stock(places.model)
     checkpoint = _checkpoint(places.run("ddp"))
     state = {name: checkpoint.get(name, tensor) for name, tensor in plain.state_dict().items()}
     plain.load_state_dict(state)
@@ -209,8 +185,12 @@ def _stored_names(folder: Path) -> set[str]:
     return names
 
 
-def _load_strictly(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Loads in stock transformers; raises Wrong where that draws a tensor at random."""
+def load_strictly(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Loads in stock transformers; raises Wrong where that draws a tensor at random.
+
+    Returns:
+        The model, and what transformers says of the loading.
+    """
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
@@ -236,7 +216,7 @@ def _reference(places: Places) -> dict[str, Tensor]:
         state: dict[str, Tensor] = torch.load(places.reference)
         return state
     steps, _ = _batches(_config(places, "ddp", []))
-    model = _stock(places.model).train()
+    model = stock(places.model).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=_LR, betas=(0.9, 0.95), eps=_EPS, weight_decay=0.0
     )
@@ -249,7 +229,8 @@ def _reference(places: Places) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def _stock(folder: Path) -> PreTrainedModel:
+def stock(folder: Path) -> PreTrainedModel:
+    """Stock transformers' model of a folder, in float32 with eager attention."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )

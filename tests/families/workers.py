@@ -11,8 +11,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -56,8 +56,18 @@ class Workers:
         self._processes: list[SpawnProcess] = []
         self._connections: list[Connection] = []
 
-    def call(self, function: Callable[..., Any], *args: Any, timeout_s: float) -> Outcome:
-        """Calls `function(*args)` in every process; the outcome of the first, or the worst."""
+    def call(self, function: str, *args: Any, timeout_s: float) -> Outcome:
+        """Calls a function in every process.
+
+        Args:
+            function: Its module below `tests.families` and its name, as `training.train`: only the
+                workers import it.
+            args: Its arguments.
+            timeout_s: After which the processes are given up.
+
+        Returns:
+            How it ended on rank 0, or where it ended worst.
+        """
         if not self._processes:
             self._start()
         for connection in self._connections:
@@ -69,12 +79,13 @@ class Workers:
 
     def close(self) -> None:
         """Ends the processes, and all that they started."""
+        for connection in self._connections:
+            connection.close()  # which ends those that wait for a call
         for process in self._processes:
+            process.join(_GRACE_S)
             if process.pid is not None and process.is_alive():
                 os.killpg(process.pid, signal.SIGKILL)
             process.join()
-        for connection in self._connections:
-            connection.close()
         self._processes, self._connections = [], []
 
     def _start(self) -> None:
@@ -149,15 +160,16 @@ def _work(connection: Connection, log: Path, described: tuple[int, int, int] | N
             function, args = connection.recv()
         except EOFError:
             return
-        print(f"--- {function.__module__}.{function.__name__}{args}", flush=True)
+        print(f"--- {function}{args}", flush=True)
         outcome = _outcome(function, args)
         print(f"--- {outcome}", flush=True)
         connection.send(outcome)
 
 
-def _outcome(function: Callable[..., Any], args: tuple[Any, ...]) -> Outcome:
+def _outcome(function: str, args: tuple[Any, ...]) -> Outcome:
+    module, _, name = function.rpartition(".")
     try:
-        return Outcome("ok", function(*args))
+        return Outcome("ok", getattr(import_module(f"tests.families.{module}"), name)(*args))
     except Wrong as e:
         return Outcome("wrong", str(e))
     except SpotforgeError as e:
