@@ -5,8 +5,13 @@ import torch
 
 from tests.families.zoo import FAMILIES, VOCABULARY, make, make_without
 
+# Of each kind one: a window, a cap, buffers, biases of a router, sinks, ALiBi.
+_QUICK = ("mistral", "gemma2", "gemma4_text", "deepseek_v3", "gpt_oss", "mpt")
 
-@pytest.mark.parametrize("name", FAMILIES)
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in _QUICK else pytest.mark.long) for n in FAMILIES]
+)
 def test_the_feature_matters(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, VOCABULARY, (1, 40), generator=generator)

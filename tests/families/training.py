@@ -49,20 +49,22 @@ _REMEDIES = {
 }
 
 
-def features() -> dict[str, str]:
-    """What is special about each family of the zoo."""
-    return {name: family.feature for name, family in FAMILIES.items()}
+def prepare_folder(root: Path, families: list[str]) -> dict[str, str]:
+    """Writes the models of some families, or of all, and the data of all columns.
 
-
-def prepare_folder(root: Path, families: list[str]) -> None:
-    """Writes the families' models, and the data of all columns."""
+    Returns:
+        What is special about each family of the zoo.
+    """
     random = Random(0)
     syllables = ("ri", "ver", "sto", "ne", "lam", "p", "gre", "en", "clou", "d", "wa", "lk", " ")
     rows = ({"text": "".join(random.choices(syllables, k=60))} for _ in range(120))
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for family in families:
-        shutil.rmtree(root / family, ignore_errors=True)
-        build(family, Places(root, family).model)
+    features = {name: family.feature for name, family in FAMILIES.items()}
+    for family in features:
+        if family in families or not families:
+            shutil.rmtree(root / family, ignore_errors=True)
+            build(family, Places(root, family).model)
+    return features
 
 
 def data_words(root: Path) -> list[str]:
@@ -138,17 +140,17 @@ def judge_weights(places: Places, column: str) -> None:
 
 
 def judge_export(places: Places) -> None:
-    """Compares the export of the run under DDP with its checkpoint, as stock transformers sees it.
+    """Compares the export of the run under FSDP with its checkpoint, as stock transformers sees it.
 
     The names in the files have to be those that transformers wrote before training, tokenizer and
     generation config those that came.
     """
-    export = places.run("ddp") / "export"
+    export = places.run("fsdp") / "export"
     model, info = load_strictly(export)
     if unexpected := sorted(info["unexpected_keys"]):
         raise Wrong(f"{unexpected[0]} is in the export, and of no use to transformers")
     plain = stock(places.model)
-    checkpoint = _checkpoint(places.run("ddp"))
+    checkpoint = _checkpoint(places.run("fsdp"))
     state = {name: checkpoint.get(name, tensor) for name, tensor in plain.state_dict().items()}
     plain.load_state_dict(state)
     tokens = torch.arange(3, 259)[None, :64]
@@ -307,7 +309,7 @@ def _config(places: Places, column: str, remedies: list[str]) -> Any:
         "optim.weight_decay=0.0",
         "evaluation.max_samples=4",
         "checkpoint.interval=end",
-        f"export.at_end={str(column in ('loss', 'ddp')).lower()}",
+        f"export.at_end={str(column in ('loss', 'fsdp')).lower()}",
         "monitoring.progress=false",
         "monitoring.report=false",
         *remedies,
