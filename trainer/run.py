@@ -77,9 +77,12 @@ def train_in(
         if world.device.type == "cuda":
             gpu = torch.cuda.get_device_properties(world.device)
             check_memory(config, world.world_size, gpu.total_memory)
-        hf_config_of(config.model)  # refused before the data is prepared, if at all
+        model_config = hf_config_of(config.model)  # refused before the data is prepared, if at all
         data = prepare(
-            config.data, model_path=getattr(config.model, "path", None), stop_requested=poll
+            config.data,
+            model_path=getattr(config.model, "path", None),
+            stop_requested=poll,
+            model_config=model_config,
         )
         if config.data.verify:
             data.verify(world.local_rank, world.local_world_size, poll)
