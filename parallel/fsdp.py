@@ -20,8 +20,8 @@ from parallel.strategy import (
     Materialize,
     ReadTensors,
     Strategy,
-    decoder_blocks,
     frozen_children,
+    sharded_blocks,
     torch_dtype,
     without_zeros,
 )
@@ -76,7 +76,7 @@ class FsdpStrategy(Strategy):
         precision: MixedPrecisionPolicy,
     ) -> FSDPModule:
         options: dict[str, Any] = {"mesh": self._mesh, "mp_policy": precision}
-        for block in decoder_blocks(module.get_submodule("model")):
+        for block in sharded_blocks(module.get_submodule("model")):
             materialize(block)  # one block in full at a time: sharding frees what others hold
             fully_shard(block, reshard_after_forward=reshards, **options)
         materialize(module)

@@ -27,8 +27,8 @@ from parallel.strategy import (
     Materialize,
     ReadTensors,
     Strategy,
-    decoder_blocks,
     frozen_children,
+    sharded_blocks,
     without_zeros,
 )
 from parallel.world import World
@@ -57,7 +57,7 @@ class ZeroStrategy(Strategy):
     ) -> None:
         if self._config.stage == 3:
             for part in (*frozen_children(module), module):
-                for block in decoder_blocks(part.get_submodule("model")):
+                for block in sharded_blocks(part.get_submodule("model")):
                     materialize(block)
                     self._partition(block)
                 materialize(part)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from transformers.utils import cached_file, logging
 from monitoring.errors import ConfigError, DamagedError
 from parallel.strategy import decoder_blocks
 from trainer.config import NamedModelConfig, PathModelConfig
+from trainer.constructed import constructed_values
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -147,6 +148,8 @@ class Materializer:
     ) -> None:
         self._model, self._seed, self._device = model, seed, device
         self._names = {m: name for name, m in model.named_modules()}
+        self._owners = _owners(model)
+        self._constructed: dict[str, Tensor] | None = None
         self._read: Callable[[str], Tensor] | None = None
         if isinstance(config, PathModelConfig) and config.weights:
             self._read = weights_reader(config, model)
@@ -169,7 +172,8 @@ class Materializer:
         ):
             for module in modules:  # a parent may refine what its children drew (GPT-2)
                 torch.manual_seed(_seed_of(self._seed, self._names[module]))
-                self._model._init_weights(module)
+                self._owners[module]._init_weights(module)
+        self._fill_unset(modules)
         if self._read is not None:
             for module in modules:
                 for name, parameter in module.named_parameters(recurse=False):
@@ -189,19 +193,32 @@ class Materializer:
                 )
         self._check(modules)
 
+    def _fill_unset(self, modules: list[nn.Module]) -> None:
+        """Gives what `_init_weights` leaves alone the value that the constructor gives it."""
+        for name, tensor in self._not_numbers(modules):
+            if self._constructed is None:
+                self._constructed = constructed_values(self._model, self._seed)
+            if name in self._constructed:
+                tensor.copy_(self._constructed[name])
+
     def _check(self, modules: list[nn.Module]) -> None:
+        for name, _ in self._not_numbers(modules):
+            raise ConfigError(
+                "model",
+                type(self._model).__name__,
+                f"{name} is NaN, or transformers leaves it unset",
+                "repair the weights, or choose another architecture",
+            )
+
+    def _not_numbers(self, modules: list[nn.Module]) -> Iterator[tuple[str, Tensor]]:
+        """Parameters and buffers of these modules with a NaN, by their names in the model."""
         for module in modules:
             for name, tensor in (
                 *module.named_parameters(recurse=False),
                 *module.named_buffers(recurse=False),
             ):
                 if tensor.is_floating_point() and bool(tensor.isnan().any()):
-                    raise ConfigError(
-                        "model",
-                        type(self._model).__name__,
-                        f"{self._names[module]}.{name} is NaN, or transformers leaves it unset",
-                        "repair the weights, or choose another architecture",
-                    )
+                    yield f"{self._names[module]}.{name}".removeprefix("."), tensor
 
 
 def prepare_training(model: PreTrainedModel, *, compile: bool, checkpointing: bool) -> None:
@@ -294,6 +311,15 @@ def _weight_files(config: PathModelConfig) -> dict[str, str]:
     except SafetensorError as e:
         rule = f"{_SINGLE} cannot be read: {_first_line(e)}"
         raise DamagedError("model.path", config.path, rule, "download or export it again") from e
+
+
+def _owners(model: PreTrainedModel) -> dict[nn.Module, PreTrainedModel]:
+    """The innermost transformers model around each module: it knows how to initialise it."""
+    owners: dict[nn.Module, PreTrainedModel] = {}
+    for module in model.modules():  # parents come first
+        if isinstance(module, PreTrainedModel):
+            owners |= dict.fromkeys(module.modules(), module)
+    return owners
 
 
 def _children_first(module: nn.Module) -> list[nn.Module]:
