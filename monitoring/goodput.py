@@ -181,7 +181,10 @@ def _starts(run: Run) -> list[_Start]:
         later = opening[i + 1 :]
         # A step counts as it was done last: by the last start that came from before it.
         last_step = min(map(_step, later), default=math.inf)
-        mine = [r for r in run.records if _step(opening[i]) < _step(r) <= last_step]
+        first_step = _step(opening[i])
+        mine = [r for r in run.records if first_step < _step(r) <= last_step]
+        if first_step == 0 < last_step:  # an evaluation before the first step
+            mine = [r for r in run.records if _step(r) == 0] + mine
         starts.append(
             _Start(
                 opening[i],

@@ -20,9 +20,9 @@ from parallel.strategy import (
     Materialize,
     ReadTensors,
     Strategy,
-    decoder_blocks,
     frozen_children,
     persistent_buffers,
+    sharded_blocks,
     torch_dtype,
     trainable,
     without_zeros,
@@ -80,7 +80,7 @@ class FsdpStrategy(Strategy):
         precision: MixedPrecisionPolicy,
     ) -> FSDPModule:
         options: dict[str, Any] = {"mesh": self._mesh, "mp_policy": precision}
-        for block in decoder_blocks(module.get_submodule("model")):
+        for block in sharded_blocks(module.get_submodule("model")):
             materialize(block)  # one block in full at a time: sharding frees what others hold
             fully_shard(block, reshard_after_forward=reshards, **options)
         materialize(module)

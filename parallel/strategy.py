@@ -8,6 +8,7 @@ under any other.
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import Any
@@ -117,12 +118,43 @@ def trainable(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks that are gathered, recomputed or compiled as one, outermost first.
+    """The blocks that are recomputed or compiled as one; none is within another.
 
-    Hugging Face lists their class names as `_no_split_modules`, as accelerate uses them.
+    Hugging Face lists their class names as `_no_split_modules`, as accelerate uses them. It lists
+    parts of blocks beside them at times (Mamba's mixer).
     """
+    return _outermost(model, lambda module: True)
+
+
+def sharded_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks that can be gathered and freed alone: those of `decoder_blocks`, or within them.
+
+    A parameter that several blocks share (Zamba 2), or that is tied to something outside of its
+    block (RoBERTa's embedding), has to be gathered for all of them at once. A block that holds one
+    is left out, and what is left out is gathered with the whole model.
+
+    Args:
+        model: With its ties: before it is materialized.
+    """
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+
+    def shares_none(module: nn.Module) -> bool:
+        own = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+        return all(uses[parameter] == count for parameter, count in own.items())
+
+    return _outermost(model, shares_none)
+
+
+def _outermost(model: nn.Module, accepts: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """Modules of the classes in `_no_split_modules` that are accepted and in no other such one."""
     names = set(getattr(model, "_no_split_modules", None) or ())
-    return [m for m in model.modules() if type(m).__name__ in names]
+    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():  # parents come first
+        if module not in inside and type(module).__name__ in names and accepts(module):
+            found.append(module)
+            inside.update(module.modules())
+    return found
 
 
 @torch.no_grad()

@@ -27,9 +27,9 @@ from parallel.strategy import (
     Materialize,
     ReadTensors,
     Strategy,
-    decoder_blocks,
     frozen_children,
     persistent_buffers,
+    sharded_blocks,
     trainable,
     without_zeros,
 )
@@ -60,7 +60,7 @@ class ZeroStrategy(Strategy):
     ) -> None:
         if self._config.stage == 3:
             for part in (*frozen_children(module), module):
-                for block in decoder_blocks(part.get_submodule("model")):
+                for block in sharded_blocks(part.get_submodule("model")):
                     materialize(block)
                     self._partition(block)
                 materialize(part)

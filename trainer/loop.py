@@ -19,7 +19,7 @@ from trainer.checkpoint import TrainerState, committed, read_state
 from trainer.config import TrainerConfig
 from trainer.data.loader import Batch, TrainLoader
 from trainer.data.prepare import PreparedData
-from trainer.evaluation import evaluate, generate, held_out_batches
+from trainer.evaluation import evaluate, generate, held_out_batches, prompt_ids
 from trainer.heartbeat import Heartbeat
 from trainer.interval import Interval, SaveSchedule, expected_mtbf_s
 from trainer.objective import Objective
@@ -67,6 +67,8 @@ class TrainingLoop:
             Interval.parse(config.checkpoint.interval), mtbf_s, save_costs_s(config.run_dir)
         )
         held_out_batches(config, data, world)
+        if config.evaluation.sample_prompt is not None:
+            prompt_ids(config, data.tokenizer)  # refused now, if at all
         self.loader = self._loader(state.num_samples)
 
     def run(self) -> tuple[TrainerState, ExitCode]:
@@ -88,6 +90,8 @@ class TrainingLoop:
         loss: _StepLoss | None = None
         outcome = ExitCode.FINISHED
         try:
+            if config.evaluation.at_start and state.step == 0:
+                self._evaluate_and_log({"step": 0, "num_tokens": 0, "elapsed_s": state.elapsed_s})
             while total_steps is None or state.step < total_steps:
                 self.heartbeat.at("train", state.step)
                 # 1. This rank's micro-batches of the next global batch
@@ -128,10 +132,11 @@ class TrainingLoop:
                 )
                 throughput.step(num_tokens, data_wait_s)
 
-                # 4. Now and then: metrics (the only place that waits for the device), validation,
-                #    a checkpoint
+                # 4. Now and then: metrics (the only place that waits for the device), a checkpoint,
+                #    validation. Saved first: no failure in what follows may cost the step.
                 last = state.step == total_steps
                 evaluates = last or _due(state.step, config.evaluation.every_steps)
+                record: dict[str, Any] | None = None
                 if evaluates or _due(state.step, config.log.every_steps):
                     self._refuse_divergence(state, loss.value(), grad_norm.item())
                     record = {
@@ -145,16 +150,20 @@ class TrainingLoop:
                         "elapsed_s": state.elapsed_s,
                     }
                     blocked_s = 0.0
-                    with throughput.paused():
-                        if evaluates:
-                            record |= self._evaluate(state.step)
-                        self.reporter.log(record)
                 else:
                     self.reporter.progress(state.step)
-                if save_due and not last:
-                    with throughput.paused():
+                if record is None and not save_due:
+                    continue
+                with throughput.paused():
+                    if last or save_due:
                         blocked_s += self._save(state, loss)
-                    saved_step = state.step
+                        saved_step = state.step
+                    if last:
+                        self.checkpointer.wait()
+                    if record is not None and evaluates:
+                        self._evaluate_and_log(record)
+                    elif record is not None:
+                        self.reporter.log(record)
         finally:
             self.loader.close()
         if saved_step != state.step:
@@ -246,6 +255,18 @@ class TrainingLoop:
         blocked_s = self.checkpointer.save(self.strategy.state, state)
         self.save_schedule.saved(blocked_s)
         return blocked_s
+
+    def _evaluate_and_log(self, record: dict[str, Any]) -> None:
+        """Adds validation metrics to the record of a step; where that fails, it is kept without."""
+        try:
+            metrics = self._evaluate(record["step"])
+        except Exception as e:
+            self.reporter.keep(record)
+            good = committed(self.checkpoints)
+            kept = f"{good[0].name} is complete" if good else "nothing was saved before"
+            e.add_note(f"The evaluation after step {record['step']} failed; {kept}.")
+            raise
+        self.reporter.log(record | metrics)
 
     def _evaluate(self, step: int) -> dict[str, Any]:
         """Validation metrics and a sample; nothing where a rank was told to stop meanwhile."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.utils import logging
 from monitoring.errors import ConfigError
 from parallel.strategy import decoder_blocks, persistent_buffers
 from trainer.config import NamedModelConfig, PathModelConfig
+from trainer.constructed import constructed_values
 from trainer.weights import WeightsReader
 
 
@@ -161,6 +163,8 @@ class Materializer:
     ) -> None:
         self._model, self._seed, self._device = model, seed, device
         self._names = {m: name for name, m in model.named_modules()}
+        self._owners = _owners(model)
+        self._constructed: dict[str, Tensor] | None = None
         self._read: WeightsReader | None = None
         self._buffers = set(persistent_buffers(model))
         if isinstance(config, PathModelConfig) and config.weights:
@@ -189,16 +193,14 @@ class Materializer:
         ):
             for module in modules:  # a parent may refine what its children drew (GPT-2)
                 torch.manual_seed(_seed_of(self._seed, self._names[module]))
-                self._model._init_weights(module)
-        if self._read is not None:
-            for module in modules:
-                for name, tensor in _own_tensors(module):
-                    full_name = f"{self._names[module]}.{name}".lstrip(".")
-                    is_state = isinstance(tensor, nn.Parameter) or full_name in self._buffers
-                    if is_state and full_name in self._read:
-                        tensor.copy_(self._read(full_name))
-                    if full_name in self.sparse:
-                        self.num_zeros += int((tensor == 0).sum())
+                self._owners[module]._init_weights(module)
+        for name, tensor in self._tensors(modules):
+            if self._read is not None and self._is_state(name, tensor) and name in self._read:
+                tensor.copy_(self._read(name))
+                if name in self.sparse:
+                    self.num_zeros += int((tensor == 0).sum())
+            elif _has_nan(tensor):
+                self._fill_unset(name, tensor)
         self._done.update(modules)
         if all(m in self._done for m in self._names):
             self._model.tie_weights()  # ties are between modules; to_empty parted them
@@ -211,16 +213,31 @@ class Materializer:
                 )
         self._check(modules)
 
+    def _is_state(self, name: str, tensor: Tensor) -> bool:
+        return isinstance(tensor, nn.Parameter) or name in self._buffers
+
+    def _fill_unset(self, name: str, tensor: Tensor) -> None:
+        """Gives what `_init_weights` leaves alone the value that the constructor gives it."""
+        if self._constructed is None:
+            self._constructed = constructed_values(self._model, self._seed)
+        if name in self._constructed:
+            tensor.copy_(self._constructed[name])
+
     def _check(self, modules: list[nn.Module]) -> None:
+        for name, tensor in self._tensors(modules):
+            if _has_nan(tensor):
+                raise ConfigError(
+                    "model",
+                    type(self._model).__name__,
+                    f"{name} is NaN, or transformers leaves it unset",
+                    "repair the weights, or choose another architecture",
+                )
+
+    def _tensors(self, modules: list[nn.Module]) -> Iterator[tuple[str, Tensor]]:
+        """Parameters and buffers of these modules, by their names in the model."""
         for module in modules:
             for name, tensor in _own_tensors(module):
-                if tensor.is_floating_point() and bool(tensor.isnan().any()):
-                    raise ConfigError(
-                        "model",
-                        type(self._model).__name__,
-                        f"{self._names[module]}.{name} is NaN, or transformers leaves it unset",
-                        "repair the weights, or choose another architecture",
-                    )
+                yield f"{self._names[module]}.{name}".removeprefix("."), tensor
 
 
 def prepare_training(model: PreTrainedModel, *, compile: bool, checkpointing: bool) -> None:
@@ -242,6 +259,19 @@ def _matrices(model: nn.Module) -> set[str]:
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters and buffers of a module itself."""
     return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+
+
+def _has_nan(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.isnan().any())
+
+
+def _owners(model: PreTrainedModel) -> dict[nn.Module, PreTrainedModel]:
+    """The innermost transformers model around each module: it knows how to initialise it."""
+    owners: dict[nn.Module, PreTrainedModel] = {}
+    for module in model.modules():  # parents come first
+        if isinstance(module, PreTrainedModel):
+            owners |= dict.fromkeys(module.modules(), module)
+    return owners
 
 
 def _children_first(module: nn.Module) -> list[nn.Module]:

@@ -102,18 +102,25 @@ class Reporter:
     def log(self, record: dict[str, Any]) -> None:
         """Writes the metrics of one step; collective: memory and waits are the worst rank's."""
         memory, data_wait_s = self._world.max(
-            peak_memory_bytes(self._world.device.type), record["data_wait_s"]
+            peak_memory_bytes(self._world.device.type), record.get("data_wait_s", 0.0)
         )
-        record |= {"peak_memory_bytes": int(memory), "data_wait_s": data_wait_s}
-        utilisation = mfu(
-            record["tokens_per_s"],
-            self._flops_per_token,
-            self._device_name(),
-            {"float32": "fp32", "bfloat16": "bf16"}[self._config.precision.param_dtype.value],
-            self._world.world_size,
-        )
-        if utilisation is not None:
-            record["mfu"] = utilisation
+        record |= {"peak_memory_bytes": int(memory)}
+        if "data_wait_s" in record:  # before the first step nothing was waited for
+            record["data_wait_s"] = data_wait_s
+        self.keep(record)
+
+    def keep(self, record: dict[str, Any]) -> None:
+        """Writes what rank 0 knows of one step; not collective."""
+        if "tokens_per_s" in record:
+            utilisation = mfu(
+                record["tokens_per_s"],
+                self._flops_per_token,
+                self._device_name(),
+                {"float32": "fp32", "bfloat16": "bf16"}[self._config.precision.param_dtype.value],
+                self._world.world_size,
+            )
+            if utilisation is not None:
+                record["mfu"] = utilisation
         if self._logger is not None:
             self._logger.log(record)
 
