@@ -20,6 +20,7 @@ from parallel.world import World, join_world
 from trainer.checkpoint import TrainerState, read_state, read_tensors, step_name
 from trainer.config import ModelConfig, NamedModelConfig, TrainerConfig, resolve
 from trainer.cpu import keep_freed_memory
+from trainer.data.order import OrderRule
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.tokenizer import vocab_size_of
 from trainer.export import export_checkpoint
@@ -30,7 +31,13 @@ from trainer.memory import check_memory
 from trainer.model import Materializer, build_meta_model, hf_config_of, prepare_training
 from trainer.remote import RemoteCheckpoints
 from trainer.reporter import Reporter, check_run_dir
-from trainer.resume import check_same_model, check_same_run, find_checkpoint, set_newer_aside
+from trainer.resume import (
+    check_same_model,
+    check_same_run,
+    find_checkpoint,
+    order_of,
+    set_newer_aside,
+)
 from trainer.run_lock import lock_run
 from trainer.saving import Checkpointer
 from trainer.stopping import StopSignal
@@ -86,7 +93,9 @@ def train_in(
     with _locked(config, world):
         # 3. The checkpoint to go on from: refused here, if at all, before anything is written
         folder = config.run_dir / "checkpoints"
-        state = TrainerState(0, 0, 0, 0.0, data.digest, data.tokenizer_fingerprint, resolved)
+        state = TrainerState(
+            0, 0, 0, 0.0, data.digest, data.tokenizer_fingerprint, resolved, OrderRule.exact
+        )
         with world.together():
             remote = _open_remote(config, world)
         checkpoint = find_checkpoint(config, folder, world, reporter, remote, heartbeat.beat)
@@ -97,7 +106,10 @@ def train_in(
                 check_same_model(checkpoint, dict(model.named_parameters()))
                 why = "the newest valid one" if config.resume == "auto" else "as resume says"
                 reporter.say(f"resuming after step {saved.step}, from {checkpoint} ({why})")
-                state = dataclasses.replace(saved, config=resolved)
+                order = order_of(saved, checkpoint.parent.parent)
+                if order is not saved.order and len(data.sources) > 1:
+                    reporter.say(f"resume: the checkpoint names no order of samples; it is {order}")
+                state = dataclasses.replace(saved, config=resolved, order=order)
                 if world.rank == 0:
                     set_newer_aside(folder, checkpoint, remote, reporter)
 
@@ -145,7 +157,7 @@ def train_in(
                 heartbeat,
                 state,
             )
-        reporter.open(state.step)
+        reporter.open(state)
         try:
             state, outcome = loop.run()
             # 6. What is handed on
