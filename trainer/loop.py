@@ -54,6 +54,8 @@ class TrainingLoop:
         self.checkpointer, self.reporter = checkpointer, reporter
         self.stop, self.heartbeat = stop, heartbeat
         self.state = state
+        assert state.order is not None, "the run names it at its start, or when it is gone on with"
+        self.order = state.order
         self.checkpoints = config.run_dir / "checkpoints"
         self.loss_watch = LossWatch(config.anomaly)
         self.judges_every_loss = config.anomaly.action is not AnomalyAction.stop
@@ -230,7 +232,11 @@ class TrainingLoop:
         self.loader.close()
         self.loader = self._loader(num_samples)
         return dataclasses.replace(
-            saved, num_samples=num_samples, elapsed_s=state.elapsed_s, config=state.config
+            saved,
+            num_samples=num_samples,
+            elapsed_s=state.elapsed_s,
+            config=state.config,
+            order=state.order,
         )
 
     def _refuse_divergence(self, state: TrainerState, loss: float, grad_norm: float) -> None:
@@ -300,6 +306,7 @@ class TrainingLoop:
             world_size=world.world_size,
             first_sample=first_sample,
             pin=world.device.type == "cuda",
+            order=self.order,
         )
 
     def _time_is_up(self, began: float) -> bool:

@@ -1,5 +1,6 @@
 """Finds the checkpoint to go on from, and refuses one that belongs to another run."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from parallel.strategy import SLOTS, ReadTensors, persistent_buffers, trainable
 from parallel.world import World
 from trainer.checkpoint import TrainerState, committed, read_tensors, tensor_shapes, verify
 from trainer.config import TrainerConfig
+from trainer.data.order import OrderRule
 from trainer.remote import RemoteCheckpoints
 from trainer.reporter import Reporter
 
@@ -156,6 +158,29 @@ def check_same_run(
         say(f"resume: {'; '.join(changes)}")
 
 
+def order_of(saved: TrainerState, run_dir: Path) -> OrderRule:
+    """The rule by which a run that is gone on with orders its samples.
+
+    Runs from before rules had names added weights with the `sum` of their Python. environment.json
+    names that Python until such a run is gone on with; data.json names the rule from then on.
+
+    Args:
+        saved: State of the checkpoint.
+        run_dir: The directory of its run; what is missing in it means Python 3.11.
+    """
+    if saved.order is not None:
+        return saved.order
+    named = _read_object(run_dir / "data.json").get("order")
+    if named in tuple(OrderRule):
+        return OrderRule(named)
+    python = str(_read_object(run_dir / "environment.json").get("python", ""))
+    major, _, rest = python.partition(".")
+    minor = rest.partition(".")[0]
+    if major.isdecimal() and minor.isdecimal() and (int(major), int(minor)) >= (3, 12):
+        return OrderRule.compensated
+    return OrderRule.left_to_right
+
+
 def check_same_model(checkpoint: Path, model: nn.Module, say: Callable[[str], None]) -> None:
     """Compares a checkpoint's tensors with those of the model.
 
@@ -229,6 +254,15 @@ def _candidates(
         )
     found.sort(key=lambda candidate: (candidate[0], not candidate[1]), reverse=True)
     return [(folder / name, stored) for name, stored in found]
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none, or the end of it was lost."""
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -23,6 +23,7 @@ from parallel.world import World, join_world
 from trainer.checkpoint import STORED_NAMES, TrainerState, read_state, step_name
 from trainer.config import ModelConfig, NamedModelConfig, PathModelConfig, TrainerConfig, resolve
 from trainer.cpu import keep_freed_memory
+from trainer.data.order import OrderRule
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.tokenizer import vocab_size_of
 from trainer.export import export_checkpoint
@@ -37,6 +38,7 @@ from trainer.resume import (
     check_same_model,
     check_same_run,
     find_checkpoint,
+    order_of,
     set_newer_aside,
     state_reader,
 )
@@ -99,7 +101,9 @@ def train_in(
     with _locked(config, world):
         # 3. The checkpoint to go on from: refused here, if at all, before anything is written
         folder = config.run_dir / "checkpoints"
-        state = TrainerState(0, 0, 0, 0.0, data.digest, data.tokenizer_fingerprint, resolved)
+        state = TrainerState(
+            0, 0, 0, 0.0, data.digest, data.tokenizer_fingerprint, resolved, OrderRule.exact
+        )
         with world.together():
             remote = _open_remote(config, world)
         checkpoint = find_checkpoint(config, folder, world, reporter, remote, heartbeat.beat)
@@ -110,7 +114,10 @@ def train_in(
                 check_same_model(checkpoint, model, reporter.say)
                 why = "the newest valid one" if config.resume == "auto" else "as resume says"
                 reporter.say(f"resuming after step {saved.step}, from {checkpoint} ({why})")
-                state = dataclasses.replace(saved, config=resolved)
+                order = order_of(saved, checkpoint.parent.parent)
+                if order is not saved.order and len(data.sources) > 1:
+                    reporter.say(f"resume: the checkpoint names no order of samples; it is {order}")
+                state = dataclasses.replace(saved, config=resolved, order=order)
                 if world.rank == 0:
                     set_newer_aside(folder, checkpoint, remote, reporter)
 
@@ -158,7 +165,7 @@ def train_in(
                 heartbeat,
                 state,
             )
-        reporter.open(state.step)
+        reporter.open(state)
         try:
             state, outcome = loop.run()
             # 6. What is handed on
