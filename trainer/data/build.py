@@ -62,6 +62,8 @@ def build_dataset(
                 split = "validation" if held_out else "train"
                 writer.add(split, [*encoding.ids, eos], size)
             advance(len(batch), sum(num_bytes))
+        for note in source.notes:
+            print(f"{source.key}: {note}", file=sys.stderr)
         _check_splits(source.key, writer, cfg.validation_fraction)
         writer.finish(source.identity, transform)
 
