@@ -122,6 +122,8 @@ def data_config(config: CompressionConfig) -> DataConfig:
     saved: Any = OmegaConf.load(find_run(config.parent.run) / "config.yaml")
     schema = MixtureDataConfig if "sources" in saved.data else SingleDataConfig
     found: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), saved.data))
+    if "add_bos" not in saved.data:  # a run that was begun before there was the choice
+        found.add_bos = False
     # The tokenizer is the export's own, however it was come by.
     vocab_size = PreparationConfig.tokenizer_vocab_size
     run_data: DataConfig = dataclasses.replace(

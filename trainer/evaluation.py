@@ -83,12 +83,18 @@ def evaluate(
 def prompt_ids(config: TrainerConfig, tokenizer: Any) -> list[int]:
     """Tokens of `evaluation.sample_prompt`; of an empty one the token that a text begins with.
 
+    A prompt is the beginning of a document: where those have a BOS (`data.add_bos`, resolved), it
+    has one, too.
+
     Raises:
         ConfigError: If there are none: the tokenizer knows neither a beginning nor an end.
     """
     prompt = config.evaluation.sample_prompt
     assert prompt is not None
     ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False)
+    bos = tokenizer.bos_token_id
+    if config.data.add_bos is True and ids[:1] != [bos]:
+        ids = [bos, *ids]
     if ids:
         return ids
     # Texts end with EOS, and the next one follows: where there is no BOS, it begins with EOS.

@@ -41,6 +41,7 @@ from trainer.resume import (
     order_of,
     set_newer_aside,
     state_reader,
+    stored_config,
 )
 from trainer.run_lock import lock_run
 from trainer.saving import Checkpointer
@@ -80,12 +81,20 @@ def train_in(
             gpu = torch.cuda.get_device_properties(world.device)
             check_memory(config, world.world_size, gpu.total_memory)
         model_config = hf_config_of(config.model)  # refused before the data is prepared, if at all
+        stored = stored_config(config) if world.rank == 0 else None
+    stored = world.from_first(stored)
+    begun_before = stored is not None and "add_bos" not in stored["data"]
+    with world.together():
+        if stored is not None and config.data.add_bos == "auto":
+            config = _with_bos(config, bool(stored["data"].get("add_bos")))
         data = prepare(
             config.data,
             model_path=getattr(config.model, "path", None),
             stop_requested=poll,
             model_config=model_config,
+            begun_before=begun_before,
         )
+        config = _with_bos(config, data.add_bos)
         if config.data.verify:
             data.verify(world.local_rank, world.local_world_size, poll)
 
@@ -96,6 +105,8 @@ def train_in(
         prepare_fake_quant(model, config.fake_quant)
         module = config.objective.build(model, config.model, data.tokenizer_fingerprint)
     resolved = resolve(config)
+    if begun_before and not data.add_bos:
+        del resolved["data"]["add_bos"]  # so that the next start knows, too
     reporter = Reporter(config, resolved, data, model, world)
 
     with _locked(config, world):
@@ -178,6 +189,10 @@ def train_in(
         finally:
             checkpointer.close()
     return outcome
+
+
+def _with_bos(config: TrainerConfig, add_bos: bool) -> TrainerConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, add_bos=add_bos))
 
 
 class _Poll:
