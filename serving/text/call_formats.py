@@ -84,11 +84,11 @@ class LlamaCalls:
         said = ""
         if first > 0 and (self._is_said or not _LLAMA_BEGINS.match(self._held[:first])):
             said, self._held, first = self._held[:first], self._held[first:], 0
-        if first < 0 and (self._is_said or not _LLAMA_BEGINS.match(self._held)):
+        keep = 0 if is_last else _partial(self._held, _LLAMA_MARKS)
+        before = self._held[: len(self._held) - keep]
+        if first < 0 and (self._is_said or not _LLAMA_BEGINS.match(before)):
             self._is_said = True
-            keep = 0 if is_last else _partial(self._held, _LLAMA_MARKS)
-            said = self._held[: len(self._held) - keep]
-            self._held = self._held[len(said) :]
+            said, self._held = before, self._held[len(before) :]
         if not is_last:
             return said, []
         calls = self._calls(self._held)
