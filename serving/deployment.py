@@ -10,9 +10,10 @@ from pathlib import Path
 from monitoring.errors import ConfigError, SpotforgeError
 from serving.adapters import Adapter, resolve_all
 from serving.artifact import Artifact
-from serving.config import ServingConfig, Topology
+from serving.config import GenerationConfig, ServingConfig, Topology
 from serving.engine import Engine, EngineInfo, TokenRequest
 from serving.engines.choose import build
+from serving.sampling import Choice, defaults_of
 from serving.text.pipeline import LocalStages, TextStages
 from serving.text.split import SplitStages
 from serving.text.stages import TextChunk
@@ -29,6 +30,7 @@ class Deployment:
         engine: What generates.
         text: The stages around it.
         adapters: That the engine has, by name.
+        defaults: How tokens are chosen where a request does not say.
     """
 
     def __init__(
@@ -37,9 +39,10 @@ class Deployment:
         engine: Engine,
         text: TextStages,
         adapters: dict[str, Adapter] | None = None,
+        defaults: Choice | None = None,
     ) -> None:
         self.artifact, self.engine, self.text = artifact, engine, text
-        self.adapters = adapters or {}
+        self.adapters, self.defaults = adapters or {}, defaults or Choice()
         self._users = 0
         self._unused = asyncio.Event()
         self._unused.set()
@@ -52,11 +55,13 @@ class Deployment:
             SpotforgeError: It does not start; nothing is left running.
         """
         adapters = await asyncio.to_thread(resolve_all, config.adapters, artifact)
+        defaults = _defaults(artifact, config)
         engine, why = await build(artifact, config.engine, cache, adapters)
         starting = asyncio.create_task(_start_engine(engine, artifact))
         texts = asyncio.create_task(_start_text(artifact, config, cache))
         try:
             info, text = await asyncio.gather(starting, texts)
+            _check_defaults(defaults, info)
         except BaseException:
             starting.cancel()
             texts.cancel()
@@ -66,7 +71,7 @@ class Deployment:
                 await texts.result().close()
             raise
         _log.info("%s (%s): %s, since %s", artifact.name, artifact.version, info.engine, why)
-        return cls(artifact, engine, text, adapters)
+        return cls(artifact, engine, text, adapters, defaults)
 
     @property
     def is_ready(self) -> bool:
@@ -74,15 +79,20 @@ class Deployment:
         return self.engine.is_ready and self.text.is_ready
 
     async def generate(
-        self, request: TokenRequest, stop: Sequence[str]
+        self, request: TokenRequest, stop: Sequence[str], shown: Sequence[str] = ()
     ) -> AsyncIterator[TextChunk]:
         """The text of one sequence, until it ends or meets a stop string.
+
+        Args:
+            request: For the engine.
+            stop: Texts that end it.
+            shown: Special tokens that are part of its text.
 
         Raises:
             EngineRefused: The engine did not take it.
             EngineError: The request is lost.
         """
-        decoder = self.text.decoder(stop, request.prompt)
+        decoder = self.text.decoder(stop, request.prompt, shown)
         chunks = self.engine.submit(request)
         try:
             async for chunk in chunks:
@@ -114,6 +124,21 @@ class Deployment:
         """Now; what it still works on is lost."""
         await self.engine.close()
         await self.text.close()
+
+
+def _defaults(artifact: Artifact, config: ServingConfig) -> Choice:
+    """As the model's author has them, if that is asked for."""
+    is_authors = config.generation_config is GenerationConfig.auto
+    return defaults_of(artifact.folder) if is_authors else Choice()
+
+
+def _check_defaults(defaults: Choice, info: EngineInfo) -> None:
+    """Raises ConfigError for one that an engine has not."""
+    for name in defaults.extras():
+        if name not in info.features:
+            rule = f"the model says {name}={getattr(defaults, name)}, and {info.engine} has none"
+            fix = "set generation_config=vllm, or take another engine"
+            raise ConfigError("generation_config", "auto", rule, fix)
 
 
 async def _start_engine(engine: Engine, artifact: Artifact) -> EngineInfo:

@@ -105,6 +105,7 @@ class Worker:
         self._embeds: dict[str, dict[str, Any]] = {}  # requests with what is left of their inputs
         self._grammars: Grammars | None = None
         features = ["embeddings", "logprobs_when_sampling"]
+        features += ["top_k", "min_p", "repetition_penalty"]  # the sampler's
         tokenizer = AutoTokenizer.from_pretrained(settings.folder, trust_remote_code=False)
         if self._eos and isinstance(tokenizer, PreTrainedTokenizerFast):
             vocab_size = text_config.vocab_size
