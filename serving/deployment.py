@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from monitoring.errors import ConfigError, SpotforgeError
 from serving.adapters import Adapter, resolve_all
 from serving.artifact import Artifact
 from serving.config import ServingConfig, Topology
-from serving.engine import Engine, EngineInfo, TokenRequest
-from serving.engines.choose import build
+from serving.engine import Engine, TokenRequest
+from serving.engines import choose
 from serving.text.pipeline import LocalStages, TextStages
 from serving.text.split import SplitStages
 from serving.text.stages import TextChunk
 from serving.text.tokenizer import load
-
-_log = logging.getLogger("spotforge.serving")
 
 
 class Deployment:
@@ -29,6 +25,7 @@ class Deployment:
         engine: What generates.
         text: The stages around it.
         adapters: That the engine has, by name.
+        why: Which engine it is, and for what reason.
     """
 
     def __init__(
@@ -37,8 +34,9 @@ class Deployment:
         engine: Engine,
         text: TextStages,
         adapters: dict[str, Adapter] | None = None,
+        why: str = "",
     ) -> None:
-        self.artifact, self.engine, self.text = artifact, engine, text
+        self.artifact, self.engine, self.text, self.why = artifact, engine, text, why
         self.adapters = adapters or {}
         self._users = 0
         self._unused = asyncio.Event()
@@ -46,27 +44,26 @@ class Deployment:
 
     @classmethod
     async def start(cls, artifact: Artifact, config: ServingConfig, cache: Path) -> Deployment:
-        """Starts all of it; returns once the engine has made a token.
+        """Starts all of it; returns once the engine has proven that it computes what it should.
 
         Raises:
             SpotforgeError: It does not start; nothing is left running.
         """
         adapters = await asyncio.to_thread(resolve_all, config.adapters, artifact)
-        engine, why = await build(artifact, config.engine, cache, adapters)
-        starting = asyncio.create_task(_start_engine(engine, artifact))
+        starting = asyncio.create_task(choose.start(artifact, config.engine, cache, adapters))
         texts = asyncio.create_task(_start_text(artifact, config, cache))
         try:
-            info, text = await asyncio.gather(starting, texts)
+            started, text = await asyncio.gather(starting, texts)
         except BaseException:
             starting.cancel()
             texts.cancel()
             await asyncio.gather(starting, texts, return_exceptions=True)
-            await engine.close()
-            if texts.done() and not texts.cancelled() and texts.exception() is None:
+            if not starting.cancelled() and starting.exception() is None:
+                await starting.result().engine.close()
+            if not texts.cancelled() and texts.exception() is None:
                 await texts.result().close()
             raise
-        _log.info("%s (%s): %s, since %s", artifact.name, artifact.version, info.engine, why)
-        return cls(artifact, engine, text, adapters)
+        return cls(artifact, started.engine, text, adapters, started.why)
 
     @property
     def is_ready(self) -> bool:
@@ -114,15 +111,6 @@ class Deployment:
         """Now; what it still works on is lost."""
         await self.engine.close()
         await self.text.close()
-
-
-async def _start_engine(engine: Engine, artifact: Artifact) -> EngineInfo:
-    try:
-        return await engine.start()
-    except ConfigError:
-        raise
-    except SpotforgeError as e:
-        raise SpotforgeError(f"artifact={artifact.name}: its engine does not start: {e}") from e
 
 
 async def _start_text(artifact: Artifact, config: ServingConfig, cache: Path) -> TextStages:
