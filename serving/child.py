@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import json
 import logging
-import os
 import signal
 import sys
 import time
