@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from monitoring.errors import ConfigError, SpotforgeError
+from monitoring.errors import ConfigError
 from serving.adapters import Adapter, resolve_all
 from serving.artifact import Artifact
 from serving.config import GenerationConfig, ServingConfig, Topology
 from serving.engine import Engine, EngineInfo, TokenRequest
-from serving.engines.choose import build
+from serving.engines import choose
 from serving.sampling import Choice, defaults_of
 from serving.text.pipeline import LocalStages, TextStages
 from serving.text.split import SplitStages
 from serving.text.stages import TextChunk
 from serving.text.tokenizer import load
-
-_log = logging.getLogger("spotforge.serving")
 
 
 class Deployment:
@@ -31,6 +28,7 @@ class Deployment:
         text: The stages around it.
         adapters: That the engine has, by name.
         defaults: How tokens are chosen where a request does not say.
+        why: Which engine it is, and for what reason.
     """
 
     def __init__(
@@ -40,8 +38,9 @@ class Deployment:
         text: TextStages,
         adapters: dict[str, Adapter] | None = None,
         defaults: Choice | None = None,
+        why: str = "",
     ) -> None:
-        self.artifact, self.engine, self.text = artifact, engine, text
+        self.artifact, self.engine, self.text, self.why = artifact, engine, text, why
         self.adapters, self.defaults = adapters or {}, defaults or Choice()
         self._users = 0
         self._unused = asyncio.Event()
@@ -49,29 +48,28 @@ class Deployment:
 
     @classmethod
     async def start(cls, artifact: Artifact, config: ServingConfig, cache: Path) -> Deployment:
-        """Starts all of it; returns once the engine has made a token.
+        """Starts all of it; returns once the engine has proven that it computes what it should.
 
         Raises:
             SpotforgeError: It does not start; nothing is left running.
         """
         adapters = await asyncio.to_thread(resolve_all, config.adapters, artifact)
         defaults = _defaults(artifact, config)
-        engine, why = await build(artifact, config.engine, cache, adapters)
-        starting = asyncio.create_task(_start_engine(engine, artifact))
+        starting = asyncio.create_task(choose.start(artifact, config.engine, cache, adapters))
         texts = asyncio.create_task(_start_text(artifact, config, cache))
         try:
-            info, text = await asyncio.gather(starting, texts)
-            _check_defaults(defaults, info)
+            started, text = await asyncio.gather(starting, texts)
+            _check_defaults(defaults, started.info)
         except BaseException:
             starting.cancel()
             texts.cancel()
             await asyncio.gather(starting, texts, return_exceptions=True)
-            await engine.close()
-            if texts.done() and not texts.cancelled() and texts.exception() is None:
+            if not starting.cancelled() and starting.exception() is None:
+                await starting.result().engine.close()
+            if not texts.cancelled() and texts.exception() is None:
                 await texts.result().close()
             raise
-        _log.info("%s (%s): %s, since %s", artifact.name, artifact.version, info.engine, why)
-        return cls(artifact, engine, text, adapters, defaults)
+        return cls(artifact, started.engine, text, adapters, defaults, started.why)
 
     @property
     def is_ready(self) -> bool:
@@ -139,15 +137,6 @@ def _check_defaults(defaults: Choice, info: EngineInfo) -> None:
             rule = f"the model says {name}={getattr(defaults, name)}, and {info.engine} has none"
             fix = "set generation_config=vllm, or take another engine"
             raise ConfigError("generation_config", "auto", rule, fix)
-
-
-async def _start_engine(engine: Engine, artifact: Artifact) -> EngineInfo:
-    try:
-        return await engine.start()
-    except ConfigError:
-        raise
-    except SpotforgeError as e:
-        raise SpotforgeError(f"artifact={artifact.name}: its engine does not start: {e}") from e
 
 
 async def _start_text(artifact: Artifact, config: ServingConfig, cache: Path) -> TextStages:

@@ -9,6 +9,9 @@ What an engine program is told and says is one JSON object a line, on its standa
         {"submit": {...}}                     the fields of `TokenRequest`
         {"cancel": "ID"}
         {"embed": {"id": "ID", "inputs": [[1, 2], ...], "adapter": "NAME" or null}}
+        {"score": {"id": "ID", "tokens": [1, 2, ...], "start": 5, "of": [[7, 8], ...],
+                   "adapter": "NAME" or null}}  of its own weights, by a plain forward
+        {"proven": null}                      no more scores will be asked for
         end of file                           the gateway is gone: exit
     engine -> gateway
         {"ready": {...}}                      once, the fields of `EngineInfo`
@@ -18,8 +21,11 @@ What an engine program is told and says is one JSON object a line, on its standa
         {"failed": {"id": "ID", "error": "one line"}}
         {"refused": {"id": "ID", "error": "one line"}}   its schema, which the client can change
         {"embedding": {"id": "ID", "vector": [0.1, ...]}}   of one input, in their order
+        {"scored": {"id": "ID", "scores": [[-0.1, -0.2, -3.0], ...]}}   log-probabilities in each
+                                 place from `start` on: the likeliest token's, and those of `of`
         {"idle": {"kv_cache_usage": 0.0}}     twice a second while there is nothing to do
         {"misconfigured": ["key", "value", "rule", "fix"]}    before it exits: a setting is wrong
+        {"unfit": "one line"}                 before it exits: this engine cannot run such a model
         {"fatal": "one line"}                 before it exits by itself
 
 LOGPROBS is a list, for each token [its log-probability, [[token, log-probability], ...]]: of the
@@ -28,7 +34,7 @@ model's own distribution, before what a request asks for. A line of any kind is 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -54,6 +60,13 @@ class EngineRefused(EngineError):
     def __init__(self, message: str, retry_after_s: int | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class Unproven(SpotforgeError):
+    """An engine does not compute what a plain forward of the same model does, or does not run it.
+
+    Another engine may.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +154,8 @@ class EngineInfo:
         features: Of `embeddings`, `json_schema`, `top_k`, `min_p`, `repetition_penalty`, and
             `logprobs_when_sampling`: they are the model's own however tokens are chosen, not only
             where sampling changes nothing.
+        built_with: What its numbers depend on, too, as `torch 2.13.0+cpu on cpu`.
+        restored_buffers: Names of buffers that loading had left without their values.
     """
 
     engine: str
@@ -148,6 +163,8 @@ class EngineInfo:
     max_running: int
     max_logprobs: int = 20
     features: list[str] = field(default_factory=list)
+    built_with: str = ""
+    restored_buffers: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -182,12 +199,15 @@ class Engine(Protocol):
         """Whether it made a token when it was last asked, and is alive since."""
         ...
 
-    async def start(self) -> EngineInfo:
-        """Starts it and has it make one token.
+    async def start(self, prove: Prove | None = None) -> EngineInfo:
+        """Starts it, has it make one token, and has that proven.
+
+        Args:
+            prove: Called once the engine takes requests; None: nothing is asked of its numbers.
 
         Raises:
             SpotforgeError: It did not come up; nothing of it is left running. A ConfigError where
-                a setting is why.
+                a setting is why; Unproven where another engine may do better.
         """
         ...
 
@@ -218,3 +238,7 @@ class Engine(Protocol):
     async def close(self) -> None:
         """Stops it; what it still has is lost. Drain first."""
         ...
+
+
+# Asks an engine for what it computes; raises Unproven where that is wrong.
+Prove = Callable[[Engine], Awaitable[None]]

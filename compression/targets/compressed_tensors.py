@@ -40,11 +40,11 @@ _SHOWS_BARS = (
 check_parent, layer_bytes, check_layer_times = takes_any, stored_bytes, times_layers
 
 
-def load(folder: Path) -> Any:
-    """A model of transformers."""
+def load(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
+    """A model of transformers, computed in `dtype`; auto: what config.json says."""
     for name in _SHOWS_BARS:
         vars(importlib.import_module(name))["tqdm"] = _no_bar
-    return load_folder(folder)
+    return load_folder(folder, dtype)
 
 
 def runner(folder: Path) -> TorchRunner:

@@ -13,7 +13,14 @@ from urllib.parse import urlsplit
 
 from monitoring.errors import ConfigError, SpotforgeError
 from serving.config import EngineConfig
-from serving.engine import EngineError, EngineInfo, EngineStats, TokenChunk, TokenRequest
+from serving.engine import (
+    EngineError,
+    EngineInfo,
+    EngineStats,
+    Prove,
+    TokenChunk,
+    TokenRequest,
+)
 from serving.engines.completions import CompletionsClient, Lost, http_client
 from serving.engines.process import Watch, watch_of
 
@@ -79,8 +86,8 @@ class RemoteEngine:
         """See `Engine`."""
         return self._is_ready and not self._is_closed
 
-    async def start(self) -> EngineInfo:
-        """See `Engine`."""
+    async def start(self, prove: Prove | None = None) -> EngineInfo:
+        """See `Engine`. A server elsewhere is asked for no proof."""
         try:
             async with asyncio.timeout(self._watch.probe_timeout_s):
                 server = await self._client.connect()

@@ -188,7 +188,9 @@ def _add_health(app: FastAPI, gateway: Gateway) -> None:
     async def readyz() -> JSONResponse:
         """Whether it would answer a request: 503 while a stage is not there, or it stops."""
         models = {m.name: m.champion.is_ready for m in gateway.models.values()}
+        engines = {m.name: m.champion.why for m in gateway.models.values()}
         state = {"ready": gateway.is_ready, "draining": gateway.is_draining, "models": models}
+        state["engines"] = engines  # which, and why: also that it is not the one `auto` wanted
         return JSONResponse(state, 200 if gateway.is_ready else 503)
 
     @app.get("/version", tags=["health"])
