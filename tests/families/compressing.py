@@ -42,10 +42,10 @@ def judge(places: Places, column: str) -> None:
     [artifact] = [path for path in out.iterdir() if (path / _REPORT).is_file()]
     report = json.loads((artifact / _REPORT).read_text())
     tokens = draw_samples(config, places.model, lambda: False).evaluation
-    model, info = load_strictly(artifact)
+    model, info = load_strictly(artifact, places)
     if unexpected := sorted(info["unexpected_keys"]):
         raise Wrong(f"{unexpected[0]} is in the artifact, and of no use to transformers")
-    parent = stock(places.model)
+    parent = stock(places)
     evaluation = report["evaluation"]
     for who, computing in (("parent", parent), ("child", model)):
         said, found = evaluation[f"{who}_perplexity"], _perplexity(computing, tokens)
