@@ -95,6 +95,8 @@ def train(places: Places, column: str) -> str:
         except ConfigError as e:
             asked = [word for part, word in _REMEDIES.items() if part in str(e)]
             new = [word for word in asked if word not in remedies]
+            if places.run(column).exists():
+                raise Wrong(f"refused after something was written: {e}") from e
             if not new:
                 raise
             remedies += new
