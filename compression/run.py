@@ -43,7 +43,7 @@ from compression.recipe import HealConfig, MixedConfig, QatConfig, StructuredPru
 from compression.reload import ReloadError, logits_of, signal_to_noise_db
 from compression.report import print_report
 from compression.result import Result
-from compression.samples import Samples, data_config, draw_samples
+from compression.samples import Samples, data_config, draw_samples, sample_length, window_of
 from compression.scheme import Activation, Scheme
 from compression.source import Source, check_shapes, choose_layers
 from compression.speed import Runner, Speed, measure
@@ -69,7 +69,9 @@ class Packer(Protocol):
     def check(self, schemes: set[Scheme], key: str) -> None:
         """Raises ConfigError for a result that cannot be packed, or served."""
 
-    def check_parent(self, parent: Path, layers: Collection[str], key: str) -> None:
+    def check_parent(
+        self, parent: Path, layers: Collection[str], schemes: set[Scheme], key: str
+    ) -> None:
         """Raises ConfigError for a model, or layers of it, that the target cannot hold."""
 
     def pack(self, result: Result, source: Path, out: Path) -> None:
@@ -191,16 +193,18 @@ def _forget(work: Path, made: list[Path]) -> None:
 
 
 def _check_lengths(config: CompressionConfig, parent: Path) -> None:
-    """Refuses to time more tokens than the model has positions for."""
-    described = json.loads((parent / "config.json").read_text(encoding="utf-8"))
-    longest = described.get("max_position_embeddings")
-    if config.data is not None and longest is not None and config.data.max_seq_len > longest:
-        rule = f"the model has {longest} positions"
-        raise ConfigError("data.max_seq_len", config.data.max_seq_len, rule, "use fewer")
+    """Refuses samples, and prompts to time, of more tokens than the model has positions for."""
+    longest = window_of(parent)
+    if longest is None:
+        return
+    rule = f"the model has {longest} positions"
+    key, length = sample_length(config)
+    if length > longest:
+        raise ConfigError(key, length, rule, f"set {key}={longest}, or less")
     settings = config.evaluation
     wanted = settings.prompt_tokens + settings.new_tokens
-    if settings.speed and longest is not None and wanted > longest:
-        rule = f"with evaluation.new_tokens that is {wanted}; the model has {longest} positions"
+    if settings.speed and wanted > longest:
+        rule = f"with evaluation.new_tokens that is {wanted}; {rule}"
         raise ConfigError("evaluation.prompt_tokens", settings.prompt_tokens, rule, "use fewer")
 
 
@@ -241,11 +245,12 @@ def _packers(
             schemes |= set(step.schemes(f"recipe.{name}"))
         elif step.quantizes:
             schemes.add(step.scheme(f"recipe.{name}"))
+    coded = layers if schemes else ()
     packers: dict[Target, Packer] = {}
     for target in config.targets:
         packers[target] = importlib.import_module(f"compression.targets.{target.value}")
         packers[target].check(schemes, "target")
-        packers[target].check_parent(parent, layers, "target")
+        packers[target].check_parent(parent, coded, schemes, "target")
         if config.has_speed_budget:
             packers[target].check_layer_times("target")
     return packers

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
+from transformers import AutoConfig
 
 from compression.artifact import find_run
 from compression.chat import KEY, read_samples
@@ -109,6 +110,23 @@ def _generated(
     check_no_overlap(calibration, evaluation)
     digest = hashlib.sha256(samples.numpy().tobytes()).hexdigest()
     return Samples(calibration, evaluation, f"generated:{digest}")
+
+
+def sample_length(config: CompressionConfig) -> tuple[str, int]:
+    """Tokens of a sample, and the key that says so."""
+    if config.calibration.messages is not None or (
+        config.data is None and config.parent.run is None
+    ):
+        return "calibration.max_seq_len", config.calibration.max_seq_len
+    return "data.max_seq_len", data_config(config).max_seq_len
+
+
+def window_of(model: Path) -> int | None:
+    """Positions that a model has; None where there is no limit."""
+    config: Any = AutoConfig.from_pretrained(model).get_text_config()
+    names = ("max_position_embeddings", "max_seq_len")  # MPT's is the latter
+    found = (getattr(config, name, None) for name in names)
+    return next((int(size) for size in found if size is not None), None)
 
 
 def data_config(config: CompressionConfig) -> DataConfig:
