@@ -82,7 +82,7 @@ class Deployment:
             EngineRefused: The engine did not take it.
             EngineError: The request is lost.
         """
-        decoder = self.text.decoder(stop)
+        decoder = self.text.decoder(stop, request.prompt)
         chunks = self.engine.submit(request)
         try:
             async for chunk in chunks:

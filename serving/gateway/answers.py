@@ -10,7 +10,7 @@ from typing import Any
 
 from serving.gateway.errors import ApiError
 from serving.gateway.generation import Generation
-from serving.text.stages import TextChunk, TextLogprob
+from serving.text.stages import TextChunk, TextLogprob, TextToken
 from serving.text.tools import ToolCallParser, WholeCall
 
 Chunks = AsyncIterator[tuple[int, TextChunk]]
@@ -95,15 +95,11 @@ class CompletionAnswer(Answer):
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._offsets = [0] * self._num_choices
-
     def _choice(self, index: int, parts: list[TextChunk]) -> dict[str, Any]:
         return {
             "index": index,
             "text": "".join(part.text for part in parts),
-            "logprobs": self._logprobs(index, parts),
+            "logprobs": _completion_logprobs(parts),
             "finish_reason": parts[-1].finish_reason,
         }
 
@@ -111,21 +107,6 @@ class CompletionAnswer(Answer):
         if not chunk.text and not chunk.logprobs and chunk.finish_reason is None:
             return []
         return [self._choice(index, [chunk])]
-
-    def _logprobs(self, index: int, parts: list[TextChunk]) -> dict[str, Any] | None:
-        tokens = [token for part in parts for token in part.logprobs or ()]
-        if all(part.logprobs is None for part in parts):
-            return None
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(token.text)
-        return {
-            "tokens": [token.text for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [dict(token.top) for token in tokens],
-            "text_offset": offsets,
-        }
 
 
 class ChatAnswer(Answer):
@@ -203,15 +184,38 @@ def _delta(
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def _chat_logprobs(tokens: list[TextLogprob]) -> dict[str, Any]:
-    def described(text: str, logprob: float) -> dict[str, Any]:
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+def _completion_logprobs(parts: list[TextChunk]) -> dict[str, Any] | None:
+    if all(part.logprobs is None for part in parts):
+        return None
+    found = [logprob for part in parts for logprob in part.logprobs or ()]
+    return {
+        "tokens": [logprob.token.text for logprob in found],
+        "token_logprobs": [logprob.token.logprob for logprob in found],
+        "top_logprobs": [_by_text(logprob) for logprob in found],
+        "text_offset": [logprob.offset for logprob in found],
+    }
+
+
+def _by_text(found: TextLogprob) -> dict[str, float]:
+    """The likeliest tokens and the one that was taken, which has its text to itself."""
+    own, top = found.token, found.top
+    if own.id not in (token.id for token in top):
+        top = [*top, own]
+    names = dict[str, float]()
+    for token in top:
+        is_taken = token.text in names or (token.text == own.text and token.id != own.id)
+        names[f"token_id:{token.id}" if is_taken else token.text] = token.logprob
+    return names
+
+
+def _chat_logprobs(found: list[TextLogprob]) -> dict[str, Any]:
+    def described(token: TextToken) -> dict[str, Any]:
+        return {"token": token.text, "logprob": token.logprob, "bytes": token.bytes}
 
     return {
         "content": [
-            described(token.text, token.logprob)
-            | {"top_logprobs": [described(text, logprob) for text, logprob in token.top]}
-            for token in tokens
+            described(logprob.token) | {"top_logprobs": [described(token) for token in logprob.top]}
+            for logprob in found
         ],
         "refusal": None,
     }

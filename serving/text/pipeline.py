@@ -9,6 +9,7 @@ from typing import Protocol
 from serving.engine import TokenChunk
 from serving.text.stages import Chat, Decoder, Encoder, TextChunk
 from serving.text.tokenizer import TokenizerFiles, vocab_size
+from serving.text.vocabulary import Vocabulary
 
 LONG_TEXT = 20_000  # characters; more take so long that others would wait
 
@@ -52,8 +53,10 @@ class TextStages(Protocol):
         """
         ...
 
-    def decoder(self, stop: Sequence[str]) -> SequenceDecoder:
-        """For one more sequence."""
+    def decoder(
+        self, stop: Sequence[str], prompt: Sequence[int], shown: Sequence[str] = ()
+    ) -> SequenceDecoder:
+        """For one more sequence; see `Decoder`."""
         ...
 
     async def close(self) -> None:
@@ -67,8 +70,9 @@ class LocalStages:
     is_ready, restarts = True, 0
 
     def __init__(self, files: TokenizerFiles) -> None:
-        self._encoder, self._tokenizer = Encoder(files), files.tokenizer()
-        self.vocab_size = vocab_size(self._tokenizer)
+        tokenizer = files.tokenizer()
+        self._encoder, self._vocabulary = Encoder(files), Vocabulary(tokenizer)
+        self.vocab_size = vocab_size(tokenizer)
 
     async def encode(self, prompts: Sequence[str | Chat]) -> list[list[int]]:
         """See `TextStages`."""
@@ -80,9 +84,11 @@ class LocalStages:
     def _encode(self, prompts: Sequence[str | Chat]) -> list[list[int]]:
         return [self._encoder.encode(prompt) for prompt in prompts]
 
-    def decoder(self, stop: Sequence[str]) -> SequenceDecoder:
+    def decoder(
+        self, stop: Sequence[str], prompt: Sequence[int], shown: Sequence[str] = ()
+    ) -> SequenceDecoder:
         """See `TextStages`."""
-        return _LocalDecoder(Decoder(self._tokenizer, stop))
+        return _LocalDecoder(Decoder(self._vocabulary, stop, prompt, shown))
 
     async def close(self) -> None:
         """Nothing runs."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from monitoring.errors import ConfigError
-from trainer.data.order import SampleOrder
+from trainer.data.order import OrderRule, SampleOrder
 from trainer.data.prepare import PreparedData
 from trainer.data.tokens import TokenDataset, Tokens
 
@@ -86,6 +86,7 @@ class TrainLoader:
         world_size: Number of those.
         first_sample: Where to start: the number of samples that training has seen.
         pin: Return page-locked tensors (CUDA only).
+        order: How the weights of a mixture are counted.
 
     Raises:
         ConfigError: A source too small for one sample, or a weight too small.
@@ -104,6 +105,7 @@ class TrainLoader:
         world_size: int,
         first_sample: int,
         pin: bool,
+        order: OrderRule = OrderRule.exact,
     ) -> None:
         self._datasets, self._max_seq_len = prepared.sources, max_seq_len
         self._mask_documents, self._pin = mask_documents, pin
@@ -113,7 +115,7 @@ class TrainLoader:
             _num_samples(name, dataset, max_seq_len)
             for name, dataset in zip(prepared.names, prepared.sources, strict=True)
         ]
-        self._order = SampleOrder(sizes, prepared.weights, seed, prepared.names)
+        self._order = SampleOrder(sizes, prepared.weights, seed, prepared.names, order)
         self._queue: queue.Queue[list[Batch] | BaseException] = queue.Queue(QUEUE_DEPTH)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, name="train-loader", daemon=True)

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from monitoring.errors import ConfigError, DamagedError
 from trainer.data.build import build_dataset
@@ -26,7 +26,13 @@ from trainer.data.config import (
 from trainer.data.files import FileDigests, StopRequested, check_stop
 from trainer.data.sources import PIECE_CHARS, WHOLE_FILE_BYTES, Source, check_keys, open_source
 from trainer.data.tokenizer import KEY as TOKENIZER_KEY
-from trainer.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
+from trainer.data.tokenizer import (
+    check_for_model,
+    fingerprint,
+    load_tokenizer,
+    tokenizer_family,
+    train_tokenizer,
+)
 from trainer.data.tokens import TokenDataset, read_manifest, read_tokenizer, verify
 from trainer.data.writer import FORMAT_VERSION, canonical_digest
 
@@ -86,7 +92,11 @@ class PreparedData:
 
 
 def prepare(
-    cfg: DataConfig, *, model_path: str | None, stop_requested: Callable[[], bool]
+    cfg: DataConfig,
+    *,
+    model_path: str | None,
+    stop_requested: Callable[[], bool],
+    model_config: PreTrainedConfig | None = None,
 ) -> PreparedData:
     """Find or make the token datasets. All ranks may call this at once: one works, the rest wait.
 
@@ -94,6 +104,8 @@ def prepare(
         cfg: What to prepare.
         model_path: The pretrained model whose tokenizer `auto` takes; None trains one.
         stop_requested: Polled between batches.
+        model_config: Of the model that is to be trained: a tokenizer is trained, or refused, as
+            transformers will load it beside this config. None asks nothing of it.
 
     Raises:
         ConfigError: Something in the configuration or in the source cannot be used; nothing is
@@ -108,10 +120,13 @@ def prepare(
         for name, (_, source) in sources.items()
         if source.kind is SourceKind.tokens
     }
-    tokenizer = _given_tokenizer(cfg, model_path, list(folders.values()))
+    tokenizer = _given_tokenizer(cfg, model_path, model_config, list(folders.values()))
     if len(folders) < len(sources):
         cache = open_cache(cfg.cache_dir)
-        folders |= _prepare_sources(cfg, sources, tokenizer, cache, stop_requested)
+        family = PreTrainedTokenizerFast
+        if tokenizer is None and model_config is not None:
+            family = tokenizer_family(model_config)
+        folders |= _prepare_sources(cfg, sources, tokenizer, family, cache, stop_requested)
     return _open(sources, [folders[name] for name in sources])
 
 
@@ -140,7 +155,10 @@ def _check(cfg: DataConfig, sources: dict[str, tuple[str, SourceConfig]]) -> Non
 
 
 def _given_tokenizer(
-    cfg: PreparationConfig, model_path: str | None, token_folders: list[Path]
+    cfg: PreparationConfig,
+    model_path: str | None,
+    model_config: PreTrainedConfig | None,
+    token_folders: list[Path],
 ) -> PreTrainedTokenizerFast | None:
     """The tokenizer that the configuration names or brings along; None if one has to be trained."""
     tokenizer, name = None, cfg.tokenizer
@@ -158,6 +176,9 @@ def _given_tokenizer(
         rule = f"has no effect, as the tokenizer of {name} is taken"
         fix = "remove it, or set data.tokenizer=train"
         raise ConfigError("data.tokenizer_vocab_size", cfg.tokenizer_vocab_size, rule, fix)
+    # A pretrained model's own comes out of an export as it came out of the model's folder.
+    if tokenizer is not None and model_config is not None and name != model_path:
+        check_for_model(name, tokenizer, model_config)
     return tokenizer
 
 
@@ -177,12 +198,13 @@ def _prepare_sources(
     cfg: PreparationConfig,
     configs: dict[str, tuple[str, SourceConfig]],
     tokenizer: PreTrainedTokenizerFast | None,
+    family: type[PreTrainedTokenizerFast],
     cache: Path,
     stop_requested: StopRequested,
 ) -> dict[str, Path]:
     """The folders of all sources that are not tokens already, built where they are missing."""
     sources = _open_sources(configs, cache, stop_requested)
-    training = _training_identity(cfg, list(sources.values()))
+    training = _training_identity(cfg, family, list(sources.values()))
     made_by = fingerprint(tokenizer) if tokenizer else f"train:{canonical_digest(training)}"
     transforms = {name: _transform(cfg, made_by) for name in sources}
     folders = {
@@ -192,7 +214,8 @@ def _prepare_sources(
     for name, source in sources.items():
         if not folders[name].exists():
             if tokenizer is None:
-                tokenizer = _trained(cfg, cache, training, list(sources.values()), stop_requested)
+                opened = list(sources.values())
+                tokenizer = _trained(cfg, family, cache, training, opened, stop_requested)
             build = partial(
                 build_dataset,
                 source=source,
@@ -232,16 +255,22 @@ def _transform(cfg: PreparationConfig, made_by: str) -> dict[str, object]:
     }
 
 
-def _training_identity(cfg: PreparationConfig, sources: list[Source]) -> dict[str, object]:
-    return {
+def _training_identity(
+    cfg: PreparationConfig, family: type[PreTrainedTokenizerFast], sources: list[Source]
+) -> dict[str, object]:
+    identity: dict[str, object] = {
         "vocab_size": cfg.tokenizer_vocab_size,
         "validation_fraction": cfg.validation_fraction,
         "sources": [source.identity for source in sources],
     }
+    if family is not PreTrainedTokenizerFast:  # absent from what was prepared before there was one
+        identity["family"] = family.__name__
+    return identity
 
 
 def _trained(
     cfg: PreparationConfig,
+    family: type[PreTrainedTokenizerFast],
     cache: Path,
     identity: dict[str, object],
     sources: list[Source],
@@ -252,7 +281,7 @@ def _trained(
 
     def build(temporary: Path) -> None:
         texts = _training_texts(cfg, sources, stop_requested)
-        tokenizer = train_tokenizer(texts, cfg.tokenizer_vocab_size)
+        tokenizer = train_tokenizer(texts, cfg.tokenizer_vocab_size, family)
         tokenizer.save_pretrained(temporary)
         (temporary / "fingerprint").write_text(fingerprint(tokenizer))
 
