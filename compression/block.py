@@ -46,12 +46,11 @@ class Block:
         return self.scales_in or self.dtype
 
     def note_tokens(self, seen: list[Inputs]) -> None:
-        """Notes how many tokens reached each layer: of experts, each is reached by its own."""
-        for name in self.layers:
-            self.notes.setdefault(name, {})["calibration_tokens"] = 0
-        for inputs in seen:
-            for name in inputs.names:
-                self.notes[name]["calibration_tokens"] = inputs.num_tokens
+        """Notes how many tokens reached each layer: an expert sees those that are routed to it."""
+        found = {name: inputs.num_tokens for inputs in seen for name in inputs.names}
+        for name, layer in self.layers.items():
+            counts = {"calibration_tokens": found.get(name, 0), "inputs": layer.in_features}
+            self.notes.setdefault(name, {}).update(counts)
 
     def put(self, name: str, quantized: Quantized, **note: object) -> None:
         """A layer's weight becomes what its codes stand for."""

@@ -21,7 +21,6 @@ from compression.targets.names import StoredNames
 from compression.targets.packing import (
     Values,
     kept_matrices,
-    linears_of,
     load_folder,
     refuse_own_forward,
     stored_bytes,
@@ -51,19 +50,20 @@ def check_parent(parent: Path, layers: Collection[str], schemes: set[Scheme], ke
         schemes: Of the codes.
         key: For errors.
     """
-    if any(map(_is_packed, schemes)):
-        refuse_own_forward(layers, linears_of(parent), key, "compressed_tensors")
     names = StoredNames(parent)
+    if any(map(_is_packed, schemes)):
+        refuse_own_forward(layers, names, key, "compressed_tensors")
     experts = [layer for layer in layers if names.is_expert(layer)]
     if not experts:
         return
     fix = "use target=huggingface, or leave them out: layers.exclude=['*.experts.*']"
-    kept = next((n for n in linears_of(parent) if names.is_expert(n) and n not in layers), None)
+    kept = next((n for n in names.linears if names.is_expert(n) and n not in layers), None)
     if kept is not None:
         rule = f"transformers reads codes of all experts, or of none, and {kept} is left out"
         raise ConfigError(key, "compressed_tensors", rule, fix)
     if not all(map(_is_packed, schemes)):
         rule = "transformers unpacks experts when it loads them, and rounds no input of theirs"
+        fix = "choose a recipe of weights alone, or layers.exclude=['*.experts.*']"
         raise ConfigError(key, "compressed_tensors", rule, fix)
     if len(schemes) > 1:
         rule = "transformers reads the codes of all experts by one scheme"
@@ -74,16 +74,16 @@ def check_parent(parent: Path, layers: Collection[str], schemes: set[Scheme], ke
         raise ConfigError(key, "compressed_tensors", rule, fix)
 
 
-def load(folder: Path) -> Any:
-    """A model of transformers."""
+def load(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """A model of transformers, in the folder's own type or in another."""
     for name in _SHOWS_BARS:
         vars(importlib.import_module(name))["tqdm"] = _no_bar
-    return load_folder(folder)
+    return load_folder(folder, dtype or "auto")
 
 
-def runner(folder: Path) -> TorchRunner:
+def runner(folder: Path, dtype: torch.dtype | None = None) -> TorchRunner:
     """The same, to be timed."""
-    return TorchRunner(load(folder))
+    return TorchRunner(load(folder, dtype))
 
 
 def _no_bar(iterable: Iterable[Any], **_: Any) -> Iterable[Any]:

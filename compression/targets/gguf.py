@@ -126,12 +126,12 @@ def check_parent(parent: Path, layers: Collection[str], schemes: set[Scheme], ke
     window = _window(config)
     if window is not None and window < config.max_position_embeddings:
         rule = (
-            f"a token of this model sees the last {window} of {config.max_position_embeddings}; "
-            "llama.cpp would show it all"
+            f"each token of this model sees the last {window} of up to "
+            f"{config.max_position_embeddings}, in llama.cpp all of them"
         )
         fix = (
-            f"use target=compressed_tensors, or compress a copy whose config.json says "
-            f"max_position_embeddings={window} and is the same as far as there"
+            "use target=compressed_tensors, or compress a copy whose config.json says "
+            f"max_position_embeddings={window}: as far as there both are the same"
         )
         raise ConfigError(key, "gguf", rule, fix)
     heads = config.num_attention_heads * _head_dim(config)
@@ -184,7 +184,7 @@ def load(folder: Path) -> Any:
     ).eval()
 
 
-def runner(folder: Path) -> None:
+def runner(folder: Path, dtype: torch.dtype | None = None) -> None:
     """None: transformers loads it, but it is llama.cpp that runs it."""
 
 

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from compression.experts import can_split, fuse, is_fused
 from compression.layers import linear_layers
-from trainer.config import PathModelConfig
-from trainer.model import build_meta_model
 
 _SHAPE = (2, 3)  # of a probe: a matrix that came to lie otherwise has another one
 
@@ -26,13 +25,19 @@ _SHAPE = (2, 3)  # of a probe: a matrix that came to lie otherwise has another o
 class StoredNames:
     """Of a model.
 
+    Attributes:
+        linears: Its linear layers, on the meta device; see `linear_layers`.
+
     Args:
         folder: Its config.json says what it is built of.
     """
 
     def __init__(self, folder: Path) -> None:
-        config = PathModelConfig(path=str(folder), attn_implementation=None)
-        self._model: Any = build_meta_model(config, tokenizer_size=1)
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        vars(config).pop("quantization_config", None)  # an artifact is named as its parent is
+        with torch.device("meta"):
+            self._model: Any = AutoModelForCausalLM.from_config(config)
+        self.linears = linear_layers("", self._model)
         modules = self._model.named_modules()
         self._fused = {name for name, m in modules if is_fused(m) and can_split(m)}
 
@@ -69,7 +74,7 @@ class StoredNames:
 
         Each layer's matrix is one number everywhere; which of them are where is seen on disk.
         """
-        layers = list(linear_layers("", self._model))
+        layers = list(self.linears)
         probes = {
             f"{layer}.weight": torch.full(_SHAPE, float(number))
             for number, layer in enumerate(layers)

@@ -79,6 +79,8 @@ def layer_bytes(folder: Path, layers: set[str]) -> int | None:
 class _Ir:
     """An IR folder that is called as transformers' models are, and timed."""
 
+    dtype = None  # OpenVINO decides
+
     def __init__(self, folder: Path) -> None:
         self._folder, self._program = folder, OpenVino()
         self.memory_bytes = (folder / _WEIGHTS).stat().st_size
@@ -101,7 +103,9 @@ class _Ir:
         return Timing(found.prefill_tokens_per_s, found.decode_tokens_per_s, found.cpu_ms_per_token)
 
 
-runner = _Ir
+def runner(folder: Path, dtype: torch.dtype | None = None) -> _Ir | None:
+    """The same, to be timed; in which type, OpenVINO decides."""
+    return _Ir(folder) if dtype is None else None
 
 
 def _integers(value: Quantized) -> IntegerWeight:

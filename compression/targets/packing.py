@@ -14,15 +14,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from compression.grid import Quantized
-from compression.layers import linear_layers
 from compression.result import Result
 from compression.scheme import Scheme
 from compression.speed import TorchRunner
 from compression.targets.names import StoredNames
 from monitoring.errors import ConfigError, DamagedError
-from trainer.config import PathModelConfig
 from trainer.export import save_weights
-from trainer.model import build_meta_model
 
 _SHARD_BYTES = 256 * 2**20  # bounds memory; a block of more than that has a file to itself
 _NOT_COPIED = (
@@ -118,12 +115,6 @@ def takes_any(parent: Path, layers: Collection[str], schemes: set[Scheme], key: 
     """The `check_parent` of a target that holds whatever transformers loads."""
 
 
-def linears_of(parent: Path) -> dict[str, nn.Linear]:
-    """Every linear layer of a model, on the meta device; see `linear_layers`."""
-    config = PathModelConfig(path=str(parent), attn_implementation=None)
-    return linear_layers("", build_meta_model(config, tokenizer_size=1))
-
-
 def refuse_experts(layers: Collection[str], names: StoredNames, key: str, value: str) -> None:
     """Raises ConfigError where matrices of fused experts are to be in codes.
 
@@ -141,20 +132,18 @@ def refuse_experts(layers: Collection[str], names: StoredNames, key: str, value:
         raise ConfigError(key, value, rule, fix)
 
 
-def refuse_own_forward(
-    layers: Collection[str], linears: Mapping[str, nn.Linear], key: str, value: str
-) -> None:
+def refuse_own_forward(layers: Collection[str], names: StoredNames, key: str, value: str) -> None:
     """Raises ConfigError for a layer that computes otherwise than `nn.Linear`, with its codes.
 
     Args:
         layers: Names of those that will be in codes.
-        linears: See `linears_of`.
+        names: Of their model.
         key: For errors.
         value: The target.
     """
-    odd = next((name for name in layers if type(linears[name]) is not nn.Linear), None)
+    odd = next((name for name in layers if type(names.linears[name]) is not nn.Linear), None)
     if odd is not None:
-        kind = type(linears[odd]).__name__
+        kind = type(names.linears[odd]).__name__
         rule = f"{odd} is a {kind}, whose own code multiplies by a dense weight"
         raise ConfigError(key, value, rule, "use target=huggingface")
 
@@ -193,9 +182,9 @@ def load_folder(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
     return model.eval()
 
 
-def torch_runner(folder: Path) -> TorchRunner:
+def torch_runner(folder: Path, dtype: torch.dtype | None = None) -> TorchRunner:
     """The same, to be timed."""
-    return TorchRunner(load_folder(folder))
+    return TorchRunner(load_folder(folder, dtype or "auto"))
 
 
 def stored_bytes(folder: Path, layers: set[str]) -> int:

@@ -16,7 +16,6 @@ from compression.targets.names import StoredNames
 from compression.targets.packing import (
     Values,
     kept_matrices,
-    linears_of,
     load_folder,
     refuse_experts,
     refuse_own_forward,
@@ -40,8 +39,9 @@ def check_parent(parent: Path, layers: Collection[str], schemes: set[Scheme], ke
         schemes: Of the codes.
         key: For errors.
     """
-    refuse_experts(layers, StoredNames(parent), key, "torchao")
-    refuse_own_forward(layers, linears_of(parent), key, "torchao")
+    names = StoredNames(parent)
+    refuse_experts(layers, names, key, "torchao")
+    refuse_own_forward(layers, names, key, "torchao")
 
 
 def check(schemes: set[Scheme], key: str) -> None:

@@ -76,7 +76,7 @@ def compressed(parent, folder, scheme, dtype=torch.bfloat16, exclude=()):
     """A result, its artifact, and the names of the layers in codes."""
     layers = choose_layers(BlockStream(parent), ["*"], list(exclude))
     check({scheme} if scheme else set(), "target")
-    check_parent(parent, layers, "target")
+    check_parent(parent, layers, set(), "target")
     for name in ("result", "artifact"):
         (folder / name).mkdir(parents=True)
     result = Result(folder / "result", dtype, torch.float16)
@@ -258,7 +258,7 @@ def test_models_that_would_run_differently_are_refused(model_type, fields, said,
     parent = save_parent(tmp_path, model_type, **fields)
     layers = choose_layers(BlockStream(parent), ["*"], []) if model_type != "gpt2" else []
     with pytest.raises(ConfigError, match=said):
-        check_parent(parent, layers, "target")
+        check_parent(parent, layers, set(), "target")
 
 
 def test_layers_that_are_left_out_may_have_any_width(tmp_path):
