@@ -44,7 +44,7 @@ from compression.recipe import HealConfig, MixedConfig, QatConfig, StructuredPru
 from compression.reload import ReloadError, reload, signal_to_noise_db
 from compression.report import print_report
 from compression.result import Result
-from compression.samples import Samples, data_config, draw_samples, sample_length, window_of
+from compression.samples import Samples, data_config, draw_samples, window_of
 from compression.scheme import Activation, Scheme
 from compression.source import Source, check_shapes, choose_layers
 from compression.speed import Runner, Speed, measure
@@ -227,18 +227,11 @@ def _forget(work: Path, made: list[Path]) -> None:
 
 
 def _check_lengths(config: CompressionConfig, parent: Path) -> None:
-    """Refuses samples, and prompts to time, of more tokens than the model has positions for."""
-    longest = window_of(parent)
-    if longest is None:
-        return
-    rule = f"the model has {longest} positions"
-    key, length = sample_length(config)
-    if length > longest:
-        raise ConfigError(key, length, rule, f"set {key}={longest}, or less")
-    settings = config.evaluation
+    """Refuses to time more tokens than the model has positions for."""
+    longest, settings = window_of(parent), config.evaluation
     wanted = settings.prompt_tokens + settings.new_tokens
-    if settings.speed and wanted > longest:
-        rule = f"with evaluation.new_tokens that is {wanted}; {rule}"
+    if settings.speed and longest is not None and wanted > longest:
+        rule = f"with evaluation.new_tokens that is {wanted}; the model has {longest} positions"
         raise ConfigError("evaluation.prompt_tokens", settings.prompt_tokens, rule, "use fewer")
 
 

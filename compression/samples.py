@@ -60,8 +60,10 @@ def draw_samples(
         stop_requested: Polled.
 
     Raises:
-        ConfigError: There is no data, too little, or the two share text.
+        ConfigError: There is no data, too little, the two share text, or a sample is longer than
+            the model's window.
     """
+    _check_window(config, model)
     if config.calibration.messages is not None:
         return _conversations(config, config.calibration.messages, model)
     if config.data is None and config.parent.run is None:
@@ -112,13 +114,16 @@ def _generated(
     return Samples(calibration, evaluation, f"generated:{digest}")
 
 
-def sample_length(config: CompressionConfig) -> tuple[str, int]:
-    """Tokens of a sample, and the key that says so."""
-    if config.calibration.messages is not None or (
-        config.data is None and config.parent.run is None
-    ):
-        return "calibration.max_seq_len", config.calibration.max_seq_len
-    return "data.max_seq_len", data_config(config).max_seq_len
+def _check_window(config: CompressionConfig, model: Path) -> None:
+    """Refuses samples of more tokens than the model has positions for."""
+    key, length = "calibration.max_seq_len", config.calibration.max_seq_len
+    has_data = config.data is not None or config.parent.run is not None
+    if config.calibration.messages is None and has_data:
+        key, length = "data.max_seq_len", data_config(config).max_seq_len
+    longest = window_of(model)
+    if longest is not None and length > longest:
+        rule = f"the model has {longest} positions"
+        raise ConfigError(key, length, rule, f"set {key}={longest}, or less")
 
 
 def window_of(model: Path) -> int | None:
