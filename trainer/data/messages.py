@@ -55,11 +55,10 @@ def text_of(content: object) -> str:
 def _with_object(call: Any) -> Any:
     """A call whose arguments a template can go through."""
     function = call.get("function") if isinstance(call, dict) else None
-    arguments = function.get("arguments") if isinstance(function, dict) else None
-    if not isinstance(arguments, str):
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        parsed = json.loads(arguments)
+        parsed = json.loads(function["arguments"])
     except ValueError as e:
         raise ValueError(f"the arguments of a call are no JSON: {e}") from e
     return call | {"function": function | {"arguments": parsed}}
