@@ -67,7 +67,7 @@ class TrainingLoop:
         self.save_schedule = SaveSchedule(
             Interval.parse(config.checkpoint.interval), mtbf_s, save_costs_s(config.run_dir)
         )
-        held_out_batches(config, data, world)
+        held_out_batches(config, data, world, module.apart)
         self.loader = self._loader(state.num_samples)
 
     def run(self) -> tuple[TrainerState, ExitCode]:
@@ -179,11 +179,7 @@ class TrainingLoop:
             last = i == len(batches) - 1
             on_device = batch.to(world.device)
             with strategy.accumulate(last=last):
-                loss_sum = strategy.forward(
-                    input_ids=on_device.input_ids,
-                    targets=on_device.targets,
-                    position_ids=on_device.position_ids,
-                )
+                loss_sum = strategy.forward(**on_device.inputs())
                 loss.add({"loss": loss_sum.detach(), **self.module.parts})
                 if last and self.judges_every_loss:
                     anomaly = self.loss_watch.verdict(loss.value())
@@ -280,6 +276,7 @@ class TrainingLoop:
             world_size=world.world_size,
             first_sample=first_sample,
             pin=world.device.type == "cuda",
+            apart=self.module.apart,
         )
 
     def _time_is_up(self, began: float) -> bool:
