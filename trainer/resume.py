@@ -146,6 +146,19 @@ def set_newer_aside(
         reporter.say(f"{path.name} is set aside as {aside.name}")
 
 
+def keep_what_was_found(resolved: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Carries over what `trainer/probe.py` found out about the model when the run began.
+
+    Args:
+        resolved: Settings of this run; is changed.
+        saved: Those of the checkpoint.
+    """
+    if resolved["model"]["fused_loss"] == "auto":
+        resolved["model"]["fused_loss"] = saved["model"]["fused_loss"]
+    if "probe" in saved:
+        resolved["probe"] = saved["probe"]
+
+
 def check_same_run(
     config: TrainerConfig, state: TrainerState, saved: TrainerState, say: Callable[[str], None]
 ) -> None:

@@ -32,12 +32,14 @@ from trainer.heartbeat import Heartbeat
 from trainer.loop import TrainingLoop
 from trainer.memory import check_memory
 from trainer.model import Materializer, build_meta_model, hf_config_of, prepare_training
+from trainer.probe import settle
 from trainer.remote import RemoteCheckpoints
 from trainer.reporter import Reporter, check_run_dir
 from trainer.resume import (
     check_same_model,
     check_same_run,
     find_checkpoint,
+    keep_what_was_found,
     order_of,
     set_newer_aside,
     state_reader,
@@ -115,12 +117,15 @@ def train_in(
         state = TrainerState(
             0, 0, 0, 0.0, data.digest, data.tokenizer_fingerprint, resolved, OrderRule.exact
         )
+        before = None  # settings of the run so far
         with world.together():
             remote = _open_remote(config, world)
         checkpoint = find_checkpoint(config, folder, world, reporter, remote, heartbeat.beat)
         with world.together():
             if checkpoint is not None:
                 saved = read_state(checkpoint)
+                before = saved.config
+                keep_what_was_found(resolved, before)
                 check_same_run(config, state, saved, reporter.say)
                 check_same_model(checkpoint, model, reporter.say)
                 why = "the newest valid one" if config.resume == "auto" else "as resume says"
@@ -151,6 +156,8 @@ def train_in(
             reporter.say(f"keep_zeros: {weights.num_zeros} weights are zero, and stay so")
         if checkpoint is not None:
             strategy.load_state(state_reader(checkpoint), num_updates=state.step)
+        with world.together():
+            settle(config, module, strategy, world, resolved, before, reporter.say)
         poll.refuse_to_start()
 
         # 5. The loop
