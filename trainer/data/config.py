@@ -54,8 +54,8 @@ class PreparationConfig:
         tokenizer_vocab_size: Largest size of a trained tokenizer (little text makes fewer tokens).
         validation_fraction: Share of the documents held out. A document's digest decides, so that a
             held-out document stays held out when others are added.
-        mask_documents: Attend and predict within documents only; otherwise a sample is read as one
-            text.
+        mask_documents: Compute and predict within documents only, whatever the model; otherwise a
+            sample is read as one text.
         cache_dir: Where prepared token datasets live, one folder each, named by content.
         shard_tokens: Tokens in one shard file.
         verify: Check the digests of the prepared shards at every start.
