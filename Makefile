@@ -5,7 +5,8 @@ BIN    := $(VENV)/bin
 # Every GPU there is, or two processes on a CPU.
 NPROC  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 2)
 
-.PHONY: train test test-long test-matrix test-sky test-llama test-openvino chaos soak lint install benchmark clean
+.PHONY: train test test-long test-matrix test-sky test-llama test-openvino families chaos soak \
+  lint install benchmark clean
 
 train: install  ## The main job: learn to write Python from the standard library's source
 	$(BIN)/python -m trainer experiment=stdlib nproc=$(NPROC)
@@ -19,6 +20,9 @@ test-long: install  ## The tests that take over 15 s each
 
 test-matrix: install  ## Every strategy at 1 to 4 ranks, resumed from every other
 	$(BIN)/python -m pytest -m matrix tests/trainer/test_matrix.py
+
+families: install  ## Every family of models in every column, beside transformers; writes docs/models.md
+	$(BIN)/python -m tests.families
 
 chaos: install  ## Hundreds of kills, stops and damages, from a seed; writes a page about them
 	$(BIN)/python -m tests.chaos

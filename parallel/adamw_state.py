@@ -7,14 +7,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from parallel.strategy import SLOTS, ReadTensors
+from parallel.strategy import SLOTS, ReadTensors, trainable
 
 
 def canonical_state(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Tensor]:
-    """Parameters and moments by canonical name; moments of a parameter never updated are zero."""
+    """Parameters and moments by canonical name.
+
+    Moments of a parameter never updated are zero; a frozen one has none.
+    """
     state: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         state[name] = parameter.detach()
+        if not parameter.requires_grad:
+            continue
         for slot, moment in moments(optimizer, parameter).items():
             state[f"optim.{name}.{slot}"] = moment
     return state
@@ -29,7 +34,7 @@ def load_canonical_state(
 ) -> None:
     """Fills parameters and moments in place."""
     read(canonical_state(parameters, optimizer))
-    for parameter in parameters.values():
+    for parameter in trainable(parameters).values():
         optimizer.state[parameter]["step"].fill_(num_updates)
 
 

@@ -19,7 +19,9 @@ from parallel.strategy import (
     Materialize,
     ReadTensors,
     Strategy,
+    persistent_buffers,
     torch_dtype,
+    trainable,
     without_zeros,
 )
 from parallel.world import World
@@ -39,6 +41,7 @@ class DdpStrategy(Strategy):
         self._module: nn.Module
         self._optimizer: Optimizer
         self._parameters: dict[str, nn.Parameter]
+        self._buffers: dict[str, Tensor]
         self._sparse: list[nn.Parameter]  # whose zeros stay
 
     def setup(
@@ -49,7 +52,8 @@ class DdpStrategy(Strategy):
         keep_zeros: Collection[str] = (),
     ) -> None:
         materialize(module)
-        self._parameters = dict(module.get_submodule("model").named_parameters())
+        model = module.get_submodule("model")
+        self._parameters, self._buffers = dict(model.named_parameters()), persistent_buffers(model)
         self._sparse = [self._parameters[name] for name in sorted(keep_zeros)]
         self._module = module
         if self._world.world_size > 1:
@@ -61,7 +65,7 @@ class DdpStrategy(Strategy):
                 **_NO_BUFFER_SYNC,
             )
             _order_buckets(self._module)
-        self._optimizer = build_optimizer(self._parameters)
+        self._optimizer = build_optimizer(trainable(self._parameters))
 
     def forward(self, **inputs: Any) -> Tensor:
         with torch.autocast(
@@ -98,12 +102,13 @@ class DdpStrategy(Strategy):
             group["lr"] = lr
 
     def state(self) -> dict[str, Tensor]:
-        whole = canonical_state(self._parameters, self._optimizer)
+        whole = canonical_state(self._parameters, self._optimizer) | self._buffers
         rank, world_size = self._world.rank, self._world.world_size
         return {n: t for i, (n, t) in enumerate(whole.items()) if i % world_size == rank}
 
     def load_state(self, read: ReadTensors, num_updates: int) -> None:
         load_canonical_state(self._parameters, self._optimizer, read, num_updates)
+        read(self._buffers)
 
 
 def _order_buckets(module: DistributedDataParallel) -> None:

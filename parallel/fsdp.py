@@ -20,9 +20,11 @@ from parallel.strategy import (
     Materialize,
     ReadTensors,
     Strategy,
-    decoder_blocks,
     frozen_children,
+    persistent_buffers,
+    sharded_blocks,
     torch_dtype,
+    trainable,
     without_zeros,
 )
 from parallel.world import World
@@ -37,6 +39,7 @@ class FsdpStrategy(Strategy):
         self._module: FSDPModule
         self._optimizer: Optimizer
         self._parameters: dict[str, nn.Parameter]
+        self._buffers: dict[str, Tensor]  # whole on every rank
         self._sparse: list[nn.Parameter]  # whose zeros stay
 
     def setup(
@@ -64,9 +67,10 @@ class FsdpStrategy(Strategy):
             if isinstance(part, FSDPModule):
                 part.set_gradient_divide_factor(1.0)  # sum, not mean,
                 part.set_force_sum_reduction_for_comms(True)  # without NCCL's pre-multiplied sum
-        self._parameters = dict(module.get_submodule("model").named_parameters())
+        model = module.get_submodule("model")
+        self._parameters, self._buffers = dict(model.named_parameters()), persistent_buffers(model)
         self._sparse = [self._parameters[name] for name in sorted(keep_zeros)]
-        self._optimizer = build_optimizer(self._parameters)
+        self._optimizer = build_optimizer(trainable(self._parameters))
 
     def _shard(
         self,
@@ -76,7 +80,7 @@ class FsdpStrategy(Strategy):
         precision: MixedPrecisionPolicy,
     ) -> FSDPModule:
         options: dict[str, Any] = {"mesh": self._mesh, "mp_policy": precision}
-        for block in decoder_blocks(module.get_submodule("model")):
+        for block in sharded_blocks(module.get_submodule("model")):
             materialize(block)  # one block in full at a time: sharding frees what others hold
             fully_shard(block, reshard_after_forward=reshards, **options)
         materialize(module)
@@ -115,7 +119,10 @@ class FsdpStrategy(Strategy):
             group["lr"] = lr
 
     def state(self) -> dict[str, Tensor]:
-        return canonical_state(self._parameters, self._optimizer)
+        rank, world_size = self._world.rank, self._world.world_size
+        mine = {n: t for i, (n, t) in enumerate(self._buffers.items()) if i % world_size == rank}
+        return canonical_state(self._parameters, self._optimizer) | mine
 
     def load_state(self, read: ReadTensors, num_updates: int) -> None:
         load_canonical_state(self._parameters, self._optimizer, read, num_updates)
+        read(self._buffers)

@@ -1,12 +1,14 @@
 """What the training loop knows about parallelism, and all that it knows.
 
 A strategy is an interface or a leaf: `ddp.py`, `fsdp.py` and `zero.py` are the leaves, and none
-overrides anything that another implements. Names and shapes in `state()` are canonical: parameter
-names as Hugging Face has them, global shapes, optimizer moments as `optim.<name>.<slot>`. That is
-why a checkpoint of one strategy at one world size loads under any other.
+overrides anything that another implements. Names and shapes in `state()` are canonical: names of
+parameters and persistent buffers as Hugging Face has them, global shapes, moments of what is
+trained as `optim.<name>.<slot>`. That is why a checkpoint of one strategy at one world size loads
+under any other.
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import Any
@@ -99,13 +101,60 @@ class Strategy(ABC):
         """
 
 
-def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks that are gathered, recomputed or compiled as one, outermost first.
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the buffers that are part of a model's state (a router's bias, a layer's scale), by
+    canonical name. Those that a model computes from its configuration are not among them."""
+    return {
+        f"{prefix}.{name}".lstrip("."): buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
 
-    Hugging Face lists their class names as `_no_split_modules`, as accelerate uses them.
+
+def trainable(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Returns the parameters that an optimizer updates; some models hold frozen ones."""
+    return {name: p for name, p in parameters.items() if p.requires_grad}
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks that are recomputed or compiled as one; none is within another.
+
+    Hugging Face lists their class names as `_no_split_modules`, as accelerate uses them. It lists
+    parts of blocks beside them at times (Mamba's mixer).
     """
+    return _outermost(model, lambda module: True)
+
+
+def sharded_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks that can be gathered and freed alone: those of `decoder_blocks`, or within them.
+
+    A parameter that several blocks share (Zamba 2), or that is tied to something outside of its
+    block (RoBERTa's embedding), has to be gathered for all of them at once. A block that holds one
+    is left out, and what is left out is gathered with the whole model.
+
+    Args:
+        model: With its ties: before it is materialized.
+    """
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+
+    def shares_none(module: nn.Module) -> bool:
+        own = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+        return all(uses[parameter] == count for parameter, count in own.items())
+
+    return _outermost(model, shares_none)
+
+
+def _outermost(model: nn.Module, accepts: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """Modules of the classes in `_no_split_modules` that are accepted and in no other such one."""
     names = set(getattr(model, "_no_split_modules", None) or ())
-    return [m for m in model.modules() if type(m).__name__ in names]
+    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():  # parents come first
+        if module not in inside and type(module).__name__ in names and accepts(module):
+            found.append(module)
+            inside.update(module.modules())
+    return found
 
 
 @torch.no_grad()

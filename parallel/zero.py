@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ from parallel.strategy import (
     Materialize,
     ReadTensors,
     Strategy,
-    decoder_blocks,
     frozen_children,
+    persistent_buffers,
+    sharded_blocks,
+    trainable,
     without_zeros,
 )
 from parallel.world import World
@@ -47,6 +49,7 @@ class ZeroStrategy(Strategy):
         self._config, self._world, self._precision = config, world, precision
         self._engine: Any = None
         self._parameters: dict[str, nn.Parameter]
+        self._buffers: dict[str, Tensor]  # whole on every rank
 
     def setup(
         self,
@@ -57,17 +60,18 @@ class ZeroStrategy(Strategy):
     ) -> None:
         if self._config.stage == 3:
             for part in (*frozen_children(module), module):
-                for block in decoder_blocks(part.get_submodule("model")):
+                for block in sharded_blocks(part.get_submodule("model")):
                     materialize(block)
                     self._partition(block)
                 materialize(part)
                 self._partition(part)
         else:
             materialize(module)
-        self._parameters = dict(module.get_submodule("model").named_parameters())
+        model = module.get_submodule("model")
+        self._parameters, self._buffers = dict(model.named_parameters()), persistent_buffers(model)
         self._engine, *_ = self._deepspeed.initialize(
             model=module,
-            optimizer=build_optimizer(self._parameters),
+            optimizer=build_optimizer(trainable(self._parameters)),
             config=self._deepspeed_config(),
             dist_init_required=False,
         )
@@ -109,27 +113,40 @@ class ZeroStrategy(Strategy):
 
         share: dict[str, Tensor] = {}
         for i, (name, parameter) in enumerate(self._parameters.items()):
+            mine = i % self._world.world_size == self._world.rank
             # Gathering is collective; one rank keeps what was gathered, on the host.
+            if not parameter.requires_grad:
+                with self._whole(parameter):
+                    if mine:
+                        share[name] = parameter.detach().to("cpu", copy=True)
+                continue
             full = {name: safe_get_full_fp32_param(parameter)}
             for slot in SLOTS:
                 full[f"optim.{name}.{slot}"] = safe_get_full_optimizer_state(parameter, slot)
-            if i % self._world.world_size == self._world.rank:
+            if mine:
                 share |= {n: t.detach().to("cpu", copy=True) for n, t in full.items()}
+        for i, (name, buffer) in enumerate(self._buffers.items()):
+            if i % self._world.world_size == self._world.rank:
+                share[name] = buffer.detach().to("cpu", copy=True)
         return share
 
     @torch.no_grad()
     def load_state(self, read: ReadTensors, num_updates: int) -> None:
         for names in _chunks({n: _full_shape(p) for n, p in self._parameters.items()}):
             for slot in (None, *SLOTS):
-                key = {n: n if slot is None else f"optim.{n}.{slot}" for n in names}
-                values = {key[n]: torch.empty(_full_shape(self._parameters[n])) for n in names}
+                there = {n: self._parameters[n] for n in names}
+                if slot is not None:
+                    there = trainable(there)
+                key = {n: n if slot is None else f"optim.{n}.{slot}" for n in there}
+                values = {key[n]: torch.empty(_full_shape(p)) for n, p in there.items()}
                 read(values)
-                for name in names:
-                    parameter = self._parameters[name]
+                for name, parameter in there.items():
                     value = values[key[name]].to(self._world.device)
                     if slot is None:
                         self._set_working_copy(parameter, value)
-                    self._set_master_copy(parameter, value, slot)
+                    if parameter.requires_grad:
+                        self._set_master_copy(parameter, value, slot)
+        read(self._buffers)
         for state in self._engine.optimizer.optimizer.state.values():
             state["step"].fill_(num_updates)
 
@@ -177,11 +194,19 @@ class ZeroStrategy(Strategy):
 
     def _set_working_copy(self, parameter: nn.Parameter, value: Tensor) -> None:
         """The parameter that forward uses."""
-        if self._config.stage == 3:
-            with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                parameter.copy_(value)
-        else:
+        with self._whole(parameter, modifier_rank=0):
             parameter.copy_(value)
+
+    def _whole(
+        self, parameter: nn.Parameter, modifier_rank: int | None = None
+    ) -> AbstractContextManager[None]:
+        """Gathers a parameter; what `modifier_rank` makes of it is what all keep."""
+        if self._config.stage != 3:
+            return nullcontext()
+        gathered: AbstractContextManager[None] = self._deepspeed.zero.GatheredParameters(
+            [parameter], modifier_rank=modifier_rank
+        )
+        return gathered
 
     def _deepspeed_config(self) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": self._config.stage}

@@ -7,7 +7,8 @@ checkpoints/
   step-00001000/            committed
     __0_0.distcp ...        tensors by canonical name (torch.distributed.checkpoint)
     .metadata               where each tensor lies
-    huggingface/            config and tokenizer, so that a checkpoint can be exported alone
+    huggingface/            config and tokenizer, so that a checkpoint can be exported alone; of a
+                            model that was loaded, the names that its files gave to tensors
     trainer.json            step, samples, tokens, digests, the resolved config
     manifest.json           every file above with its size and sha256
   LATEST                    name of the newest, for people and scripts; resume looks for itself
@@ -28,13 +29,15 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from monitoring.errors import DamagedError
+from monitoring.errors import ConfigError, DamagedError
+from trainer.data.order import OrderRule
 
 MANIFEST = "manifest.json"
 TRAINER = "trainer.json"
 STAGING = ".staging-"
 LATEST = "LATEST"
 ASSETS = "huggingface"
+STORED_NAMES = "stored_names.json"
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class TrainerState:
         data_digest: Of the prepared data and its mixture.
         tokenizer_fingerprint: Of the tokenizer.
         config: Resolved settings of the run.
+        order: How the order of samples counts the weights of a mixture; None in a checkpoint that
+            was saved before there was more than one way.
     """
 
     step: int
@@ -58,6 +63,7 @@ class TrainerState:
     data_digest: str
     tokenizer_fingerprint: str
     config: dict[str, Any]
+    order: OrderRule | None = None
 
 
 def step_name(step: int) -> str:
@@ -97,15 +103,29 @@ def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
 
 
 def read_state(checkpoint: Path) -> TrainerState:
-    """The part of a verified checkpoint that is not tensors."""
-    return TrainerState(**json.loads((checkpoint / TRAINER).read_text()))
+    """The part of a verified checkpoint that is not tensors.
+
+    Raises:
+        ConfigError: The samples of its run are ordered by a rule that is not known here.
+    """
+    values = json.loads((checkpoint / TRAINER).read_text())
+    order = values.pop("order", None)
+    if order not in (None, *OrderRule):
+        rule = f"its run orders samples by the rule {order!r}, which this version does not know"
+        raise ConfigError("resume", checkpoint, rule, "update spotforge")
+    return TrainerState(**values, order=None if order is None else OrderRule(order))
 
 
 def tensor_shapes(checkpoint: Path) -> dict[str, torch.Size]:
     """Global shape of every tensor in a verified checkpoint."""
+    return {name: tensor.shape for name, tensor in described_tensors(checkpoint).items()}
+
+
+def described_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """Every tensor in a verified checkpoint, on the meta device."""
     metadata = dcp.FileSystemReader(checkpoint).read_metadata()
     return {
-        name: item.size
+        name: torch.empty(item.size, dtype=item.properties.dtype, device="meta")
         for name, item in metadata.state_dict_metadata.items()
         if isinstance(item, TensorStorageMetadata)
     }

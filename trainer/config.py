@@ -186,13 +186,16 @@ class EvaluationConfig:
 
     Attributes:
         every_steps: Steps between evaluations; null evaluates at the end only.
+        at_start: Evaluate before the first step, too, as step 0; a resumed run does not.
         max_samples: Held-out samples of `data.max_seq_len` tokens to use; null uses all.
-        sample_prompt: Text to continue at each evaluation; null generates nothing.
+        sample_prompt: Text to continue at each evaluation; an empty one begins a text, null
+            generates nothing.
         sample_tokens: Tokens to generate.
         sample_temperature: 0 takes the likeliest token; small models then repeat themselves.
     """
 
     every_steps: int | None = None
+    at_start: bool = False
     max_samples: int | None = 256
     sample_prompt: str | None = None
     sample_tokens: int = 64

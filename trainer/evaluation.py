@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from monitoring.errors import ConfigError
 from parallel.strategy import Strategy
 from parallel.world import World
 from trainer.config import TrainerConfig
@@ -80,6 +81,35 @@ def evaluate(
     }
 
 
+def prompt_ids(config: TrainerConfig, tokenizer: Any) -> list[int]:
+    """Tokens of `evaluation.sample_prompt`; of an empty one the token that a text begins with.
+
+    A prompt is the beginning of a document: where those have a BOS (`data.add_bos`, resolved), it
+    has one, too.
+
+    Raises:
+        ConfigError: If there are none: the tokenizer knows neither a beginning nor an end.
+    """
+    prompt = config.evaluation.sample_prompt
+    assert prompt is not None
+    ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False)
+    bos = tokenizer.bos_token_id
+    if config.data.add_bos is True and ids[:1] != [bos]:
+        ids = [bos, *ids]
+    if ids:
+        return ids
+    # Texts end with EOS, and the next one follows: where there is no BOS, it begins with EOS.
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if first is None:
+        raise ConfigError(
+            "evaluation.sample_prompt",
+            repr(prompt),
+            "has no tokens, and the tokenizer has neither BOS nor EOS to begin with",
+            "give a word, or null to generate nothing",
+        )
+    return [int(first)]
+
+
 def generate(
     config: TrainerConfig,
     tokenizer: Any,
@@ -93,9 +123,7 @@ def generate(
     Every rank runs the same sharded forward, a whole one a token, and rank 0 chooses: the model is
     never gathered for it. The choice is seeded, so a step of a run always says the same.
     """
-    prompt = config.evaluation.sample_prompt
-    assert prompt is not None
-    ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False)
+    ids = prompt_ids(config, tokenizer)
     prompt_len = len(ids)
     temperature = config.evaluation.sample_temperature
     generator = torch.Generator(world.device).manual_seed(config.seed)

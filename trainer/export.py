@@ -1,4 +1,4 @@
-"""Turns any checkpoint into an ordinary Hugging Face folder, without a GPU and without the model.
+"""Turns any checkpoint into an ordinary Hugging Face folder, without a GPU.
 
 python -m trainer.export run=runs/demo
 python -m trainer.export run=runs/demo checkpoint=step-00001000 out=exports/demo dtype=bfloat16
@@ -9,32 +9,41 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from monitoring.environment import describe_environment
 from monitoring.errors import ConfigError, SpotforgeError
 from parallel.config import Dtype
 from trainer.checkpoint import (
     ASSETS,
+    STORED_NAMES,
     committed,
+    described_tensors,
     read_state,
     read_tensors,
     sha256_of,
-    tensor_shapes,
     verify,
 )
+from trainer.config import PathModelConfig
+from trainer.model import Materializer, build_meta_model
+from trainer.weights import WeightGroup, WeightsReader, canonical_names, saving_groups
 
 _SHARD_BYTES = 5 * 10**9  # what the hub recommends for one file
+_NUM_PROBED = 16  # tokens whose logits are compared
 
 
 @dataclass
@@ -57,21 +66,32 @@ class ExportArguments:
 def export_checkpoint(checkpoint: Path, out: Path, dtype: Dtype) -> None:
     """Writes safetensors, config, tokenizer and `lineage.json`, and replaces `out` at once.
 
-    Holds one shard of at most 5 GB at a time.
+    Tensors are named and shaped as `save_pretrained` would. Holds one shard of about 5 GB at a
+    time. What was written is read again before it takes its place.
 
     Args:
         checkpoint: A committed, verified checkpoint.
         out: The Hugging Face folder.
         dtype: Type of its weights; float32 reproduces the training model's logits exactly.
+
+    Raises:
+        ConfigError: If it cannot be written, or `out` holds something else.
+        SpotforgeError: If the folder does not hold what the checkpoint does.
     """
     _check_replaceable(out)
     staging = out.with_name(f".staging-{out.name}")
     shutil.rmtree(staging, ignore_errors=True)
     try:
         shutil.copytree(checkpoint / ASSETS, staging)
-        _write_weights(checkpoint, staging, getattr(torch, dtype.value))
-        config = json.loads((staging / "config.json").read_text()) | {"dtype": dtype.value}
+        names = staging / STORED_NAMES
+        stored_names = json.loads(names.read_text()) if names.exists() else None
+        names.unlink(missing_ok=True)
+        weights = _Weights(checkpoint, staging, getattr(torch, dtype.value))
+        _write_weights(weights, staging, stored_names)
+        config = json.loads((staging / "config.json").read_text())
+        config |= {"architectures": [type(weights.model).__name__], "dtype": dtype.value}
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        _check_reads_back(weights, staging)
         lineage = _lineage(checkpoint, staging, dtype)
         (staging / "lineage.json").write_text(json.dumps(lineage, indent=1) + "\n")
         if out.exists():
@@ -105,26 +125,113 @@ def _check_replaceable(out: Path) -> None:
         )
 
 
-def _write_weights(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
-    shapes = {n: s for n, s in tensor_shapes(checkpoint).items() if not n.startswith("optim.")}
-    shards = list(_shards(shapes, dtype.itemsize))
+class _Weights:
+    """The model's tensors in a checkpoint, in the types of the export.
+
+    Args:
+        checkpoint: A verified checkpoint.
+        folder: Its config.json.
+        dtype: Of the export.
+    """
+
+    def __init__(self, checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
+        self._checkpoint = checkpoint
+        self.config = PathModelConfig(path=str(folder), weights=False, attn_implementation=None)
+        self.model = build_meta_model(self.config, 0, dtype)
+        self._canonical = canonical_names(self.model)
+        self._stored = described_tensors(checkpoint)
+        exact: dict[str, torch.dtype] = self.model._get_dtype_plan(dtype)
+        self._dtypes = {
+            name: next((t for part, t in exact.items() if re.search(part, name)), tensor.dtype)
+            for name, tensor in self.model.state_dict().items()
+        }
+        self._absent = self._read_absent()
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by their names in the model."""
+        names = list(names)
+        wanted = {self._canonical[n] for n in names} - self._absent.keys()
+        found = {n: torch.empty_like(self._stored[n], device="cpu") for n in wanted}
+        read_tensors(self._checkpoint, found)
+        found |= self._absent
+        return {n: found[self._canonical[n]].to(self._dtypes[n]) for n in names}
+
+    def _read_absent(self) -> dict[str, Tensor]:
+        """Buffers that a checkpoint of an earlier release does not have, from what it began with.
+
+        Raises:
+            ConfigError: If the model that was trained is not there any more.
+        """
+        absent = set(self._canonical.values()) - self._stored.keys()
+        if not absent:
+            return {}
+        settings = read_state(self._checkpoint).config["model"]
+        if settings.get("weights"):
+            source = PathModelConfig(path=settings["path"], revision=settings["revision"])
+            reader = WeightsReader(source, self.model)
+            found = {name: reader(name) for name in absent}
+        else:
+            model = build_meta_model(self.config, 0)
+            fill = Materializer(model, model, self.config, 0, torch.device("cpu"))
+            for name in absent:
+                fill(model.get_submodule(name.rpartition(".")[0]))
+            found = {name: model.get_buffer(name) for name in absent}
+        print(
+            f"{self._checkpoint.name} is of a release that did not save buffers; "
+            f"{', '.join(sorted(absent))} are those that training began with",
+            file=sys.stderr,
+        )
+        return found
+
+
+def _write_weights(weights: _Weights, folder: Path, stored_names: list[str] | None) -> None:
+    shards = list(_shards(saving_groups(weights.model, stored_names)))
     weight_map: dict[str, str] = {}
-    for i, names in enumerate(shards, start=1):
+    for i, groups in enumerate(shards, start=1):
         file = "model.safetensors"
         if len(shards) > 1:
             file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: torch.empty(shapes[name]) for name in names}
-        read_tensors(checkpoint, tensors)
-        save_weights({n: t.to(dtype) for n, t in tensors.items()}, folder / file)
-        weight_map |= dict.fromkeys(names, file)
+        tensors: dict[str, Tensor] = {}
+        for group in groups:
+            tensors |= group.convert(weights.read(group.sources).__getitem__)
+        save_weights({n: t.contiguous() for n, t in tensors.items()}, folder / file)
+        weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
-        size = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
+        size = sum(_size_bytes(group) for groups in shards for group in groups)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
+def _check_reads_back(weights: _Weights, folder: Path) -> None:
+    """Raises SpotforgeError unless the folder holds what the checkpoint does.
+
+    Every tensor is compared, bit for bit. Where two models fit in half of the memory that is free,
+    transformers loads the folder, and its logits are compared with those of the checkpoint, too.
+    """
+    model = weights.model
+    reader = WeightsReader(PathModelConfig(path=str(folder)), model)
+    for name in model.state_dict():
+        written = reader(name)
+        if not torch.equal(written, weights.read([name])[name]):
+            raise SpotforgeError(f"the export of {name} does not hold what was trained")
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    if 4 * size > psutil.virtual_memory().available:
+        return
+    with torch.random.fork_rng(), torch.no_grad():
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).eval()
+        trained = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype).eval()
+        trained.load_state_dict(weights.read(trained.state_dict()))
+        token_ids = torch.arange(_NUM_PROBED)[None] % model.config.get_text_config().vocab_size
+        one, other = (m(input_ids=token_ids, use_cache=False).logits for m in (loaded, trained))
+    if not torch.allclose(one, other, rtol=0, atol=0, equal_nan=True):
+        raise SpotforgeError(
+            f"transformers computes other logits from the export than the trained "
+            f"{type(model).__name__} has, by up to {(one - other).abs().max().item():.3g}"
+        )
+
+
 def save_weights(
-    tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
     """Writes safetensors that others may read, as any other file; by itself they are 0600."""
     save_file(tensors, path, {"format": "pt", **(metadata or {})})
@@ -133,16 +240,20 @@ def save_weights(
     path.chmod(0o666 & ~umask)
 
 
-def _shards(shapes: dict[str, torch.Size], itemsize: int) -> Iterator[list[str]]:
-    names: list[str] = []
+def _shards(groups: list[WeightGroup]) -> Iterator[list[WeightGroup]]:
+    shard: list[WeightGroup] = []
     size = 0
-    for name, shape in shapes.items():
-        if names and size + shape.numel() * itemsize > _SHARD_BYTES:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += shape.numel() * itemsize
-    yield names
+    for group in groups:
+        if shard and size + _size_bytes(group) > _SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+        shard.append(group)
+        size += _size_bytes(group)
+    yield shard
+
+
+def _size_bytes(group: WeightGroup) -> int:
+    return sum(t.numel() * t.element_size() for t in group.targets.values())
 
 
 def _lineage(checkpoint: Path, folder: Path, dtype: Dtype) -> dict[str, Any]:

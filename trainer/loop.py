@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import math
 import time
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,16 +15,16 @@ from monitoring.throughput import Throughput
 from parallel.strategy import Strategy
 from parallel.world import World
 from trainer.anomaly import AnomalyAction, LossWatch
-from trainer.checkpoint import TrainerState, committed, read_state, read_tensors
+from trainer.checkpoint import TrainerState, committed, read_state
 from trainer.config import TrainerConfig
 from trainer.data.loader import Batch, TrainLoader
 from trainer.data.prepare import PreparedData
-from trainer.evaluation import evaluate, generate, held_out_batches
+from trainer.evaluation import evaluate, generate, held_out_batches, prompt_ids
 from trainer.heartbeat import Heartbeat
 from trainer.interval import Interval, SaveSchedule, expected_mtbf_s
 from trainer.objective import Objective
 from trainer.reporter import Reporter, count_losses, save_costs_s
-from trainer.resume import find_checkpoint
+from trainer.resume import find_checkpoint, state_reader
 from trainer.saving import Checkpointer
 from trainer.stopping import StopSignal
 
@@ -55,6 +54,8 @@ class TrainingLoop:
         self.checkpointer, self.reporter = checkpointer, reporter
         self.stop, self.heartbeat = stop, heartbeat
         self.state = state
+        assert state.order is not None, "the run names it at its start, or when it is gone on with"
+        self.order = state.order
         self.checkpoints = config.run_dir / "checkpoints"
         self.loss_watch = LossWatch(config.anomaly)
         self.judges_every_loss = config.anomaly.action is not AnomalyAction.stop
@@ -68,6 +69,8 @@ class TrainingLoop:
             Interval.parse(config.checkpoint.interval), mtbf_s, save_costs_s(config.run_dir)
         )
         held_out_batches(config, data, world, module.apart)
+        if config.evaluation.sample_prompt is not None:
+            prompt_ids(config, data.tokenizer)  # refused now, if at all
         self.loader = self._loader(state.num_samples)
 
     def run(self) -> tuple[TrainerState, ExitCode]:
@@ -89,6 +92,8 @@ class TrainingLoop:
         loss: _StepLoss | None = None
         outcome = ExitCode.FINISHED
         try:
+            if config.evaluation.at_start and state.step == 0:
+                self._evaluate_and_log({"step": 0, "num_tokens": 0, "elapsed_s": state.elapsed_s})
             while total_steps is None or state.step < total_steps:
                 self.heartbeat.at("train", state.step)
                 # 1. This rank's micro-batches of the next global batch
@@ -129,10 +134,11 @@ class TrainingLoop:
                 )
                 throughput.step(num_tokens, data_wait_s)
 
-                # 4. Now and then: metrics (the only place that waits for the device), validation,
-                #    a checkpoint
+                # 4. Now and then: metrics (the only place that waits for the device), a checkpoint,
+                #    validation. Saved first: no failure in what follows may cost the step.
                 last = state.step == total_steps
                 evaluates = last or _due(state.step, config.evaluation.every_steps)
+                record: dict[str, Any] | None = None
                 if evaluates or _due(state.step, config.log.every_steps):
                     self._refuse_divergence(state, loss.value(), grad_norm.item())
                     record = {
@@ -146,16 +152,20 @@ class TrainingLoop:
                         "elapsed_s": state.elapsed_s,
                     }
                     blocked_s = 0.0
-                    with throughput.paused():
-                        if evaluates:
-                            record |= self._evaluate(state.step)
-                        self.reporter.log(record)
                 else:
                     self.reporter.progress(state.step)
-                if save_due and not last:
-                    with throughput.paused():
+                if record is None and not save_due:
+                    continue
+                with throughput.paused():
+                    if last or save_due:
                         blocked_s += self._save(state, loss)
-                    saved_step = state.step
+                        saved_step = state.step
+                    if last:
+                        self.checkpointer.wait()
+                    if record is not None and evaluates:
+                        self._evaluate_and_log(record)
+                    elif record is not None:
+                        self.reporter.log(record)
         finally:
             self.loader.close()
         if saved_step != state.step:
@@ -214,11 +224,15 @@ class TrainingLoop:
         self.reporter.say(f"{what}; rolling back to {checkpoint.name} and on with later batches")
         self.reporter.event("rollback", state.step, to_step=saved.step, loss=loss, reason=anomaly)
         self.reporter.roll_back(saved.step)
-        self.strategy.load_state(partial(read_tensors, checkpoint), num_updates=saved.step)
+        self.strategy.load_state(state_reader(checkpoint), num_updates=saved.step)
         self.loader.close()
         self.loader = self._loader(num_samples)
         return dataclasses.replace(
-            saved, num_samples=num_samples, elapsed_s=state.elapsed_s, config=state.config
+            saved,
+            num_samples=num_samples,
+            elapsed_s=state.elapsed_s,
+            config=state.config,
+            order=state.order,
         )
 
     def _refuse_divergence(self, state: TrainerState, loss: float, grad_norm: float) -> None:
@@ -243,6 +257,18 @@ class TrainingLoop:
         blocked_s = self.checkpointer.save(self.strategy.state, state)
         self.save_schedule.saved(blocked_s)
         return blocked_s
+
+    def _evaluate_and_log(self, record: dict[str, Any]) -> None:
+        """Adds validation metrics to the record of a step; where that fails, it is kept without."""
+        try:
+            metrics = self._evaluate(record["step"])
+        except Exception as e:
+            self.reporter.keep(record)
+            good = committed(self.checkpoints)
+            kept = f"{good[0].name} is complete" if good else "nothing was saved before"
+            e.add_note(f"The evaluation after step {record['step']} failed; {kept}.")
+            raise
+        self.reporter.log(record | metrics)
 
     def _evaluate(self, step: int) -> dict[str, Any]:
         """Validation metrics and a sample; nothing where a rank was told to stop meanwhile."""
@@ -276,6 +302,7 @@ class TrainingLoop:
             world_size=world.world_size,
             first_sample=first_sample,
             pin=world.device.type == "cuda",
+            order=self.order,
             apart=self.module.apart,
         )
 

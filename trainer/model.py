@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
-from monitoring.errors import ConfigError, DamagedError
-from parallel.strategy import decoder_blocks
+from monitoring.errors import ConfigError
+from parallel.strategy import decoder_blocks, persistent_buffers
 from trainer.config import NamedModelConfig, PathModelConfig
-
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+from trainer.constructed import constructed_values
+from trainer.weights import WeightsReader
 
 
 def hf_config_of(config: NamedModelConfig | PathModelConfig) -> Any:
@@ -37,7 +33,7 @@ def hf_config_of(config: NamedModelConfig | PathModelConfig) -> Any:
     logging.disable_progress_bar()
     if isinstance(config, PathModelConfig):
         try:
-            return AutoConfig.from_pretrained(
+            found = AutoConfig.from_pretrained(
                 config.path, revision=config.revision, trust_remote_code=False
             )
         except (OSError, ValueError) as e:
@@ -47,6 +43,8 @@ def hf_config_of(config: NamedModelConfig | PathModelConfig) -> Any:
                 _first_line(e),
                 "give a folder with config.json, or a hub name while there is a network",
             ) from e
+        _check_not_quantized(found, config)
+        return found
     try:
         known = AutoConfig.for_model(config.model_type)
     except ValueError as e:
@@ -71,6 +69,23 @@ def hf_config_of(config: NamedModelConfig | PathModelConfig) -> Any:
         raise ConfigError(
             "model.config", config.config, rule, f"give values that {type(known).__name__} takes"
         ) from e
+
+
+def _check_not_quantized(hf_config: Any, config: PathModelConfig) -> None:
+    """Raises ConfigError for a model whose files hold codes, which are no weights to train."""
+    for part in (hf_config, hf_config.get_text_config()):
+        quantization = getattr(part, "quantization_config", None)
+        if quantization is None:
+            continue
+        if not isinstance(quantization, dict):
+            quantization = quantization.to_dict()
+        raise ConfigError(
+            "model.path",
+            config.path,
+            f"is quantized ({quantization.get('quant_method', 'by an unknown method')})",
+            "give the model that it was made from, or load it with transformers, dequantize it and "
+            "save it",
+        )
 
 
 def build_meta_model(
@@ -129,7 +144,8 @@ class Materializer:
 
     Random weights come from the model's own initialisation, one module at a time under a seed of
     its name: the same weights whatever the strategy, the order or the number of ranks. Pretrained
-    ones are read from the safetensors files, only those of the part at hand.
+    ones, persistent buffers among them, are read from the safetensors files, only those of the part
+    at hand.
 
     Attributes:
         sparse: Names of the parameters whose zeros stay: with `model.keep_zeros` all matrices but
@@ -147,13 +163,21 @@ class Materializer:
     ) -> None:
         self._model, self._seed, self._device = model, seed, device
         self._names = {m: name for name, m in model.named_modules()}
-        self._read: Callable[[str], Tensor] | None = None
+        self._owners = _owners(model)
+        self._constructed: dict[str, Tensor] | None = None
+        self._read: WeightsReader | None = None
+        self._buffers = set(persistent_buffers(model))
         if isinstance(config, PathModelConfig) and config.weights:
-            self._read = weights_reader(config, model)
+            self._read = WeightsReader(config, model)
         keeps_zeros = isinstance(config, PathModelConfig) and config.keep_zeros
         self.sparse = _matrices(model) if keeps_zeros else set()
         self.num_zeros = 0
         self._done: set[nn.Module] = {m for m in module.modules() if m not in self._names}
+
+    @property
+    def stored_names(self) -> list[str] | None:
+        """Names of the tensors in the files; None where weights are drawn at random."""
+        return None if self._read is None else self._read.stored_names
 
     @torch.no_grad()
     def __call__(self, part: nn.Module) -> None:
@@ -161,7 +185,7 @@ class Materializer:
         modules = [m for m in _children_first(part) if m not in self._done]
         for module in modules:
             module.to_empty(device=self._device, recurse=False)
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            for _, tensor in _own_tensors(module):
                 if tensor.is_floating_point():
                     tensor.fill_(torch.nan)  # what nothing initialises shows below
         with torch.random.fork_rng(
@@ -169,14 +193,14 @@ class Materializer:
         ):
             for module in modules:  # a parent may refine what its children drew (GPT-2)
                 torch.manual_seed(_seed_of(self._seed, self._names[module]))
-                self._model._init_weights(module)
-        if self._read is not None:
-            for module in modules:
-                for name, parameter in module.named_parameters(recurse=False):
-                    full_name = f"{self._names[module]}.{name}"
-                    parameter.copy_(self._read(full_name))
-                    if full_name in self.sparse:
-                        self.num_zeros += int((parameter == 0).sum())
+                self._owners[module]._init_weights(module)
+        for name, tensor in self._tensors(modules):
+            if self._read is not None and self._is_state(name, tensor) and name in self._read:
+                tensor.copy_(self._read(name))
+                if name in self.sparse:
+                    self.num_zeros += int((tensor == 0).sum())
+            elif _has_nan(tensor):
+                self._fill_unset(name, tensor)
         self._done.update(modules)
         if all(m in self._done for m in self._names):
             self._model.tie_weights()  # ties are between modules; to_empty parted them
@@ -189,19 +213,31 @@ class Materializer:
                 )
         self._check(modules)
 
+    def _is_state(self, name: str, tensor: Tensor) -> bool:
+        return isinstance(tensor, nn.Parameter) or name in self._buffers
+
+    def _fill_unset(self, name: str, tensor: Tensor) -> None:
+        """Gives what `_init_weights` leaves alone the value that the constructor gives it."""
+        if self._constructed is None:
+            self._constructed = constructed_values(self._model, self._seed)
+        if name in self._constructed:
+            tensor.copy_(self._constructed[name])
+
     def _check(self, modules: list[nn.Module]) -> None:
+        for name, tensor in self._tensors(modules):
+            if _has_nan(tensor):
+                raise ConfigError(
+                    "model",
+                    type(self._model).__name__,
+                    f"{name} is NaN, or transformers leaves it unset",
+                    "repair the weights, or choose another architecture",
+                )
+
+    def _tensors(self, modules: list[nn.Module]) -> Iterator[tuple[str, Tensor]]:
+        """Parameters and buffers of these modules, by their names in the model."""
         for module in modules:
-            for name, tensor in (
-                *module.named_parameters(recurse=False),
-                *module.named_buffers(recurse=False),
-            ):
-                if tensor.is_floating_point() and bool(tensor.isnan().any()):
-                    raise ConfigError(
-                        "model",
-                        type(self._model).__name__,
-                        f"{self._names[module]}.{name} is NaN, or transformers leaves it unset",
-                        "repair the weights, or choose another architecture",
-                    )
+            for name, tensor in _own_tensors(module):
+                yield f"{self._names[module]}.{name}".removeprefix("."), tensor
 
 
 def prepare_training(model: PreTrainedModel, *, compile: bool, checkpointing: bool) -> None:
@@ -220,80 +256,22 @@ def _matrices(model: nn.Module) -> set[str]:
     return {n for n, p in model.named_parameters() if p.ndim >= 2 and p not in embeddings}
 
 
-def weights_reader(config: PathModelConfig, model: PreTrainedModel) -> Callable[[str], Tensor]:
-    """A function that reads one parameter by its name in `model`.
-
-    Raises:
-        ConfigError: If there are no safetensors, or they lack a parameter of the model.
-    """
-    files = _weight_files(config)
-    prefix = f"{model.base_model_prefix}."
-    stored: dict[str, str] = {}
-    for name, _ in model.named_parameters():
-        # Checkpoints of the bare base model leave its prefix out (gpt2 on the hub does).
-        found = [n for n in (name, name.removeprefix(prefix)) if n in files]
-        if not found:
-            raise ConfigError(
-                "model.path",
-                config.path,
-                f"its weights have no {name}",
-                "save it again with AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)",
-            )
-        stored[name] = found[0]
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    tied = {n for n, _ in model.named_parameters(remove_duplicate=False)} - set(stored)
-
-    def read(name: str) -> Tensor:
-        if name in tied:  # its twin is read; tie_weights() joins them
-            return torch.zeros(())
-        with safe_open(files[stored[name]], framework="pt") as f:
-            tensor: Tensor = f.get_tensor(stored[name])
-        if tensor.shape != shapes[name]:
-            raise ConfigError(
-                "model.path",
-                config.path,
-                f"{stored[name]} is {tuple(tensor.shape)}, {tuple(shapes[name])} by its config",
-                "config.json and the weights are of different models: download both again",
-            )
-        return tensor
-
-    return read
+def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers of a module itself."""
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
 
 
-def find_file(config: PathModelConfig, name: str) -> str | None:
-    """Path of a file of the folder or hub repository; None where it has none of that name."""
-    path: str | None = cached_file(
-        config.path, name, revision=config.revision, _raise_exceptions_for_missing_entries=False
-    )
-    return path
+def _has_nan(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.isnan().any())
 
 
-def _weight_files(config: PathModelConfig) -> dict[str, str]:
-    """File of each stored tensor."""
-    index = find_file(config, _INDEX)
-    if index is not None:
-        weight_map: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
-        paths = {file: find_file(config, file) for file in set(weight_map.values())}
-        missing = [file for file, path in paths.items() if path is None]
-        if missing:
-            raise ConfigError(
-                "model.path", config.path, f"{missing[0]} is missing", "download it again"
-            )
-        return {name: str(paths[file]) for name, file in weight_map.items()}
-    single = find_file(config, _SINGLE)
-    if single is None:
-        raise ConfigError(
-            "model.path",
-            config.path,
-            f"has neither {_SINGLE} nor {_INDEX}",
-            "save the model as safetensors, or use model=config for random weights",
-        )
-    try:
-        with safe_open(single, framework="pt") as f:
-            return dict.fromkeys(f.keys(), single)
-    except SafetensorError as e:
-        rule = f"{_SINGLE} cannot be read: {_first_line(e)}"
-        raise DamagedError("model.path", config.path, rule, "download or export it again") from e
+def _owners(model: PreTrainedModel) -> dict[nn.Module, PreTrainedModel]:
+    """The innermost transformers model around each module: it knows how to initialise it."""
+    owners: dict[nn.Module, PreTrainedModel] = {}
+    for module in model.modules():  # parents come first
+        if isinstance(module, PreTrainedModel):
+            owners |= dict.fromkeys(module.modules(), module)
+    return owners
 
 
 def _children_first(module: nn.Module) -> list[nn.Module]:

@@ -21,6 +21,7 @@ from monitoring.jsonl import read_records
 from monitoring.metrics import MetricLogger
 from monitoring.throughput import flops_per_token, mfu, peak_memory_bytes
 from parallel.world import World
+from trainer.checkpoint import TrainerState
 from trainer.config import TrainerConfig
 from trainer.data.loader import split_step
 from trainer.data.prepare import PreparedData
@@ -58,15 +59,22 @@ class Reporter:
         else:
             print(text, flush=True)
 
-    def open(self, first_step: int) -> None:
-        """Describes the run in its directory, once nothing can be refused."""
+    def open(self, state: TrainerState) -> None:
+        """Describes the run in its directory, once nothing can be refused.
+
+        Args:
+            state: From which it goes on.
+        """
         if self._world.rank != 0:
             return
+        first_step = state.step
         run_dir = self._config.run_dir
         (run_dir / "config.yaml").write_text(yaml.safe_dump(self._resolved, sort_keys=False))
+        # In this order: until data.json names the order of samples, that of a run from before
+        # orders had names is known by the Python of its environment.json alone.
         for name, content in (
+            ("data.json", self._data.describe() | {"order": state.order}),
             ("environment.json", describe_environment()),
-            ("data.json", self._data.describe()),
         ):
             (run_dir / name).write_text(json.dumps(content, indent=1))
         config = self._config
@@ -102,18 +110,25 @@ class Reporter:
     def log(self, record: dict[str, Any]) -> None:
         """Writes the metrics of one step; collective: memory and waits are the worst rank's."""
         memory, data_wait_s = self._world.max(
-            peak_memory_bytes(self._world.device.type), record["data_wait_s"]
+            peak_memory_bytes(self._world.device.type), record.get("data_wait_s", 0.0)
         )
-        record |= {"peak_memory_bytes": int(memory), "data_wait_s": data_wait_s}
-        utilisation = mfu(
-            record["tokens_per_s"],
-            self._flops_per_token,
-            self._device_name(),
-            {"float32": "fp32", "bfloat16": "bf16"}[self._config.precision.param_dtype.value],
-            self._world.world_size,
-        )
-        if utilisation is not None:
-            record["mfu"] = utilisation
+        record |= {"peak_memory_bytes": int(memory)}
+        if "data_wait_s" in record:  # before the first step nothing was waited for
+            record["data_wait_s"] = data_wait_s
+        self.keep(record)
+
+    def keep(self, record: dict[str, Any]) -> None:
+        """Writes what rank 0 knows of one step; not collective."""
+        if "tokens_per_s" in record:
+            utilisation = mfu(
+                record["tokens_per_s"],
+                self._flops_per_token,
+                self._device_name(),
+                {"float32": "fp32", "bfloat16": "bf16"}[self._config.precision.param_dtype.value],
+                self._world.world_size,
+            )
+            if utilisation is not None:
+                record["mfu"] = utilisation
         if self._logger is not None:
             self._logger.log(record)
 

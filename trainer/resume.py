@@ -1,18 +1,28 @@
 """Finds the checkpoint to go on from, and refuses one that belongs to another run."""
 
+import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from monitoring.errors import ConfigError, DamagedError
-from parallel.strategy import SLOTS
+from parallel.strategy import SLOTS, ReadTensors, persistent_buffers, trainable
 from parallel.world import World
-from trainer.checkpoint import TrainerState, committed, tensor_shapes, verify
+from trainer.checkpoint import (
+    TRAINER,
+    TrainerState,
+    committed,
+    read_tensors,
+    tensor_shapes,
+    verify,
+)
 from trainer.config import TrainerConfig
+from trainer.data.order import OrderRule
 from trainer.remote import RemoteCheckpoints
 from trainer.reporter import Reporter
 
@@ -30,6 +40,8 @@ _MEANING = (
     "objective",
     "data.max_seq_len",
     "data.mask_documents",
+    "data.add_bos",
+    "data.parse_special_tokens",
     "optim",
     "schedule",
     "precision",
@@ -78,6 +90,32 @@ def find_checkpoint(
         return candidate
     if damaged is not None:
         raise damaged  # starting from nothing would hide it
+    return None
+
+
+def stored_config(config: TrainerConfig) -> dict[str, Any] | None:
+    """The settings of the run that this one goes on with, before its checkpoint is looked at.
+
+    Data is prepared before there is a checkpoint, and as it was for the run that it belongs to.
+
+    Returns:
+        None where there is nothing to go on with, or nothing that can be read.
+    """
+    if config.resume == "never":
+        return None
+    checkpoints = committed(config.run_dir / "checkpoints")
+    if config.resume != "auto":
+        checkpoints = [Path(config.resume).expanduser()]
+    for checkpoint in checkpoints:
+        with suppress(OSError, ValueError, KeyError, TypeError):  # it is told of when it is checked
+            stored: dict[str, Any] = json.loads((checkpoint / TRAINER).read_bytes())["config"]
+            return stored
+    if config.checkpoint.upload is not None and config.resume == "auto":
+        remote = RemoteCheckpoints(config.checkpoint.upload)
+        for name in remote.names():
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                stored = json.loads(remote.read(name, TRAINER))["config"]
+                return stored
     return None
 
 
@@ -151,7 +189,8 @@ def check_same_run(
                 "allow_changes", key, "there is no such key", "name a key of the config"
             )
     changes = []
-    for key in sorted(before.keys() | now.keys()):
+    digests = ("data", "data.tokenizer")  # last: a setting that changed them says more
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (key in digests, key)):
         old, new = before.get(key), now.get(key)
         if old == new or (key not in before and not new):  # unknown then, off now
             continue
@@ -169,19 +208,56 @@ def check_same_run(
         say(f"resume: {'; '.join(changes)}")
 
 
-def check_same_model(checkpoint: Path, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raises ConfigError unless the checkpoint's tensors are those of the model.
+def order_of(saved: TrainerState, run_dir: Path) -> OrderRule:
+    """The rule by which a run that is gone on with orders its samples.
+
+    Runs from before rules had names added weights with the `sum` of their Python. environment.json
+    names that Python until such a run is gone on with; data.json names the rule from then on.
+
+    Args:
+        saved: State of the checkpoint.
+        run_dir: The directory of its run; what is missing in it means Python 3.11.
+    """
+    if saved.order is not None:
+        return saved.order
+    named = _read_object(run_dir / "data.json").get("order")
+    if named in tuple(OrderRule):
+        return OrderRule(named)
+    python = str(_read_object(run_dir / "environment.json").get("python", ""))
+    major, _, rest = python.partition(".")
+    minor = rest.partition(".")[0]
+    if major.isdecimal() and minor.isdecimal() and (int(major), int(minor)) >= (3, 12):
+        return OrderRule.compensated
+    return OrderRule.left_to_right
+
+
+def check_same_model(checkpoint: Path, model: nn.Module, say: Callable[[str], None]) -> None:
+    """Compares a checkpoint's tensors with those of the model.
+
+    Checkpoints of earlier releases have no buffers, and moments of frozen parameters.
 
     Args:
         checkpoint: A verified checkpoint.
-        parameters: Of the model on the meta device, by canonical name.
+        model: On the meta device.
+        say: Prints a line.
+
+    Raises:
+        ConfigError: If they are not the same.
     """
-    wanted: dict[str, torch.Size] = {}
-    for name, parameter in parameters.items():
-        for key in (name, *(f"optim.{name}.{slot}" for slot in SLOTS)):
-            wanted[key] = parameter.shape
+    parameters, buffers = dict(model.named_parameters()), persistent_buffers(model)
+    wanted = {name: tensor.shape for name, tensor in (*parameters.items(), *buffers.items())}
+    moments = {n: [f"optim.{n}.{slot}" for slot in SLOTS] for n in parameters}
+    for name in trainable(parameters):
+        wanted |= dict.fromkeys(moments[name], wanted[name])
     stored = tensor_shapes(checkpoint)
-    for name in sorted(wanted.keys() | stored.keys()):
+    absent = buffers.keys() - stored.keys()
+    frozen = {m for n in parameters.keys() - trainable(parameters).keys() for m in moments[n]}
+    if absent:
+        say(
+            f"resume: {checkpoint.name} is of a release that did not save buffers; "
+            f"{', '.join(sorted(absent))} are the model's own"
+        )
+    for name in sorted((wanted.keys() | stored.keys()) - absent - frozen):
         if wanted.get(name) != stored.get(name):
             raise ConfigError(
                 "resume",
@@ -190,6 +266,19 @@ def check_same_model(checkpoint: Path, parameters: Mapping[str, nn.Parameter]) -
                 f"{_shape(wanted.get(name))} in this one",
                 "set model to what it was, or choose another run.name",
             )
+
+
+def state_reader(checkpoint: Path) -> ReadTensors:
+    """Returns what fills tensors from a checkpoint that `check_same_model` has passed.
+
+    Buffers that it does not have, as those of earlier releases, stay as they are.
+    """
+    stored = tensor_shapes(checkpoint)
+
+    def read(tensors: dict[str, Tensor]) -> None:
+        read_tensors(checkpoint, {n: t for n, t in tensors.items() if n in stored})
+
+    return read
 
 
 def _candidates(
@@ -215,6 +304,15 @@ def _candidates(
         )
     found.sort(key=lambda candidate: (candidate[0], not candidate[1]), reverse=True)
     return [(folder / name, stored) for name, stored in found]
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none, or the end of it was lost."""
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,13 +15,15 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from monitoring.errors import ConfigError, ExitCode, Interrupted, SpotforgeError
 from parallel.strategy import Strategy
 from parallel.world import World, join_world
-from trainer.checkpoint import TrainerState, read_state, read_tensors, step_name
-from trainer.config import ModelConfig, NamedModelConfig, TrainerConfig, resolve
+from trainer.checkpoint import STORED_NAMES, TrainerState, read_state, step_name
+from trainer.config import ModelConfig, NamedModelConfig, PathModelConfig, TrainerConfig, resolve
 from trainer.cpu import keep_freed_memory
+from trainer.data.order import OrderRule
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.tokenizer import vocab_size_of
 from trainer.export import export_checkpoint
@@ -36,11 +40,15 @@ from trainer.resume import (
     check_same_run,
     find_checkpoint,
     keep_what_was_found,
+    order_of,
     set_newer_aside,
+    state_reader,
+    stored_config,
 )
 from trainer.run_lock import lock_run
 from trainer.saving import Checkpointer
 from trainer.stopping import StopSignal
+from trainer.weights import find_file
 
 
 def train(config: TrainerConfig, stop: StopSignal, heartbeat: Heartbeat) -> ExitCode:
@@ -74,10 +82,21 @@ def train_in(
         if world.device.type == "cuda":
             gpu = torch.cuda.get_device_properties(world.device)
             check_memory(config, world.world_size, gpu.total_memory)
-        hf_config_of(config.model)  # refused before the data is prepared, if at all
+        model_config = hf_config_of(config.model)  # refused before the data is prepared, if at all
+        stored = stored_config(config) if world.rank == 0 else None
+    stored = world.from_first(stored)
+    begun_before = stored is not None and "add_bos" not in stored["data"]
+    with world.together():
+        if stored is not None and config.data.add_bos == "auto":
+            config = _with_bos(config, bool(stored["data"].get("add_bos")))
         data = prepare(
-            config.data, model_path=getattr(config.model, "path", None), stop_requested=poll
+            config.data,
+            model_path=getattr(config.model, "path", None),
+            stop_requested=poll,
+            model_config=model_config,
+            begun_before=begun_before,
         )
+        config = _with_bos(config, data.add_bos)
         if config.data.verify:
             data.verify(world.local_rank, world.local_world_size, poll)
 
@@ -88,12 +107,16 @@ def train_in(
         prepare_fake_quant(model, config.fake_quant)
         module = config.objective.build(model, config.model, data.tokenizer_fingerprint)
     resolved = resolve(config)
+    if begun_before and not data.add_bos:
+        del resolved["data"]["add_bos"]  # so that the next start knows, too
     reporter = Reporter(config, resolved, data, model, world)
 
     with _locked(config, world):
         # 3. The checkpoint to go on from: refused here, if at all, before anything is written
         folder = config.run_dir / "checkpoints"
-        state = TrainerState(0, 0, 0, 0.0, data.digest, data.tokenizer_fingerprint, resolved)
+        state = TrainerState(
+            0, 0, 0, 0.0, data.digest, data.tokenizer_fingerprint, resolved, OrderRule.exact
+        )
         before = None  # settings of the run so far
         with world.together():
             remote = _open_remote(config, world)
@@ -104,10 +127,13 @@ def train_in(
                 before = saved.config
                 keep_what_was_found(resolved, before)
                 check_same_run(config, state, saved, reporter.say)
-                check_same_model(checkpoint, dict(model.named_parameters()))
+                check_same_model(checkpoint, model, reporter.say)
                 why = "the newest valid one" if config.resume == "auto" else "as resume says"
                 reporter.say(f"resuming after step {saved.step}, from {checkpoint} ({why})")
-                state = dataclasses.replace(saved, config=resolved)
+                order = order_of(saved, checkpoint.parent.parent)
+                if order is not saved.order and len(data.sources) > 1:
+                    reporter.say(f"resume: the checkpoint names no order of samples; it is {order}")
+                state = dataclasses.replace(saved, config=resolved, order=order)
                 if world.rank == 0:
                     set_newer_aside(folder, checkpoint, remote, reporter)
 
@@ -129,7 +155,7 @@ def train_in(
         if weights.sparse:
             reporter.say(f"keep_zeros: {weights.num_zeros} weights are zero, and stay so")
         if checkpoint is not None:
-            strategy.load_state(partial(read_tensors, checkpoint), num_updates=state.step)
+            strategy.load_state(state_reader(checkpoint), num_updates=state.step)
         with world.together():
             settle(config, module, strategy, world, resolved, before, reporter.say)
         poll.refuse_to_start()
@@ -139,7 +165,7 @@ def train_in(
             config.checkpoint,
             folder,
             world,
-            partial(_save_assets, model, data),
+            partial(_save_assets, config.model, model, data, weights.stored_names),
             reporter.event,
             remote,
             heartbeat.beat,
@@ -157,7 +183,7 @@ def train_in(
                 heartbeat,
                 state,
             )
-        reporter.open(state.step)
+        reporter.open(state)
         try:
             state, outcome = loop.run()
             # 6. What is handed on
@@ -170,6 +196,10 @@ def train_in(
         finally:
             checkpointer.close()
     return outcome
+
+
+def _with_bos(config: TrainerConfig, add_bos: bool) -> TrainerConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, add_bos=add_bos))
 
 
 class _Poll:
@@ -291,9 +321,22 @@ def _set_special_tokens(config: ModelConfig, model: Any, data: PreparedData) -> 
             setattr(described, name, getattr(data.tokenizer, name))
 
 
-def _save_assets(model: PreTrainedModel, data: PreparedData, folder: Path) -> None:
+def _save_assets(
+    config: ModelConfig,
+    model: PreTrainedModel,
+    data: PreparedData,
+    stored_names: list[str] | None,
+    folder: Path,
+) -> None:
     """What an export needs beside tensors."""
     model.config.save_pretrained(folder)
-    if model.generation_config is not None:
+    given = None
+    if isinstance(config, PathModelConfig):
+        given = find_file(config, GENERATION_CONFIG_NAME)
+    if given is not None:  # as it came: all ends of text, sampling defaults
+        shutil.copyfile(given, folder / GENERATION_CONFIG_NAME)
+    elif model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     data.tokenizer.save_pretrained(folder)
+    if stored_names is not None:
+        (folder / STORED_NAMES).write_text(json.dumps(stored_names))

@@ -12,8 +12,9 @@ from monitoring.errors import ConfigError
 from parallel.strategy import Materialize, torch_dtype
 from trainer.config import DistillConfig, ModelConfig, PathModelConfig
 from trainer.data.tokenizer import fingerprint, load_tokenizer
-from trainer.model import Materializer, build_meta_model, find_file, weights_reader
+from trainer.model import Materializer, build_meta_model
 from trainer.objective import model_inputs, outputs_of
+from trainer.weights import WeightsReader, find_file
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -87,7 +88,7 @@ def build_teacher(
     )
     with _about(config):
         model = build_meta_model(path, 0, torch_dtype(config.teacher_dtype.value))
-        weights_reader(path, model)
+        WeightsReader(path, model)
         brings_tokenizer = any(find_file(path, name) for name in _TOKENIZER_FILES)
         tokenizer = load_tokenizer(config.teacher, config.revision) if brings_tokenizer else None
     rows, wanted = (m.get_output_embeddings().weight.shape[0] for m in (model, student))

@@ -65,6 +65,17 @@ def test_an_uninterrupted_run(tmp_path):
     assert (found.num_starts, found.num_losses, found.lost_steps) == (1, 0, 0)
 
 
+def test_an_evaluation_before_the_first_step(tmp_path):
+    # Killed after two steps, then from the beginning again; evaluates for 3 s each time
+    events = [start(105, 0), start(115, 0, lost_steps=2), event(140, "finish", 10)]
+    records = [record(0, 0.0, 0.0, validation_loss=5.0), *steps(1, 10, 3)]
+    _, parts = account(tmp_path, events, records)
+    assert parts == {
+        **{"useful_s": 20.0, "starting_s": 10.0, "evaluation_s": 3.0},
+        **{"lost_s": 4.0, "waiting_s": 1.0, "ending_s": 2.0},
+    }
+
+
 def test_a_run_that_was_killed_twice(tmp_path):
     events = [
         start(105, 0),

@@ -49,6 +49,34 @@ MODELS = {
 }
 
 
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+# Values that `_init_weights` of the outermost model does not give: a learned activation, a tied
+# bias, a buffer that a parent of all blocks computes, and a model whose inner one initialises it.
+HALF_INITIALISED = {
+    "apertus": {"intermediate_size": 64, "num_key_value_heads": 2},
+    "data2vec-text": {"intermediate_size": 64, "is_decoder": True},
+    "falcon_h1": {
+        "intermediate_size": 64,
+        "num_key_value_heads": 2,
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "ssm_multipliers": [0.5, 2.0, 3.0, 0.25, 1.5],
+    },
+    "xlstm": {"embedding_dim": 32, "num_blocks": 2, "num_heads": 4},
+}
+
+
+def half_initialised(model_type):
+    fields = HALF_INITIALISED[model_type]
+    config = AutoConfig.for_model(model_type)
+    fields = {**{k: v for k, v in SMALL.items() if hasattr(config, k)}, **fields}
+    return NamedModelConfig(
+        model_type=model_type, vocab_size=512, attn_implementation=None, config=fields
+    )
+
+
 def materialized(config, seed=0, by_block=False, tokenizer_size=512):
     model = build_meta_model(config, tokenizer_size)
     module = NextTokenLoss(model, fused=True)
@@ -128,6 +156,19 @@ def test_statistics_are_those_of_transformers(name):
         assert tensor.std().item() == pytest.approx(std, rel=0.05), key
         assert wanted.std().item() == pytest.approx(std, rel=0.05), key
         assert abs(tensor.mean().item()) < 5 * std / math.sqrt(tensor.numel()), key
+
+
+@pytest.mark.parametrize("model_type", HALF_INITIALISED)
+def test_what_only_the_constructor_sets_is_as_transformers_sets_it(model_type):
+    config = half_initialised(model_type)
+    expected = everything(usual(config))
+    for by_block in (False, True):
+        actual = everything(materialized(config, by_block=by_block))
+        assert actual.keys() == expected.keys()
+        for key, tensor in actual.items():
+            if tensor.ndim < 2 or "mup_vector" in key:
+                assert torch.equal(tensor, expected[key]), key
+            assert not tensor.is_meta and not tensor.isnan().any(), key
 
 
 @pytest.mark.parametrize("name", MODELS)

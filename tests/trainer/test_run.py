@@ -82,6 +82,37 @@ def test_what_a_finished_run_leaves(trainer, small, tmp_path):
         assert json.loads((run_dir / "export" / name).read_text())["eos_token_id"] == end, name
 
 
+def test_a_failed_sample_costs_no_step(trainer, small, tmp_path, monkeypatch):
+    """Saved first, evaluated then; an empty prompt begins a text, and step 0 can be evaluated."""
+    from trainer import loop
+
+    asked = []
+
+    def breaks_at_the_third(*arguments):
+        asked.append(generate(*arguments))
+        assert len(asked) < 3, "a sampler that breaks"
+        return asked[-1]
+
+    generate = loop.generate
+    monkeypatch.setattr(loop, "generate", breaks_at_the_third)
+    run_dir = tmp_path / "run"
+    overrides = [
+        *("evaluation.at_start=true", "evaluation.every_steps=2", "checkpoint.interval=2"),
+        *("evaluation.sample_prompt=''", "evaluation.sample_tokens=4", "export.at_end=false"),
+    ]
+    result = trainer(*small, *overrides, "stop.steps=4")
+    assert result.code == 1 and "a sampler that breaks" in result.err
+    assert "step-00000004 is complete" in result.err
+    assert all(isinstance(text, str) for text in asked)
+    records = metrics(run_dir)
+    assert [r["step"] for r in records] == [0, 1, 2, 3, 4]
+    assert [r["step"] for r in records if "validation_loss" in r] == [0, 2]
+    assert "loss" not in records[0] and records[0]["num_tokens"] == 0
+    assert read_state(committed(run_dir / "checkpoints")[0]).step == 4
+    assert trainer(*small, *overrides, "stop.steps=4").code == 0, "goes on after it"
+    assert len(asked) == 3 and [r["step"] for r in metrics(run_dir)] == [0, 1, 2, 3, 4]
+
+
 def test_a_finished_run_says_so_and_changes_nothing(trainer, small, tmp_path):
     assert trainer(*small).code == 0
     before = losses(tmp_path / "run")

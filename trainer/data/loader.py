@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from monitoring.errors import ConfigError
-from trainer.data.order import SampleOrder
+from trainer.data.order import OrderRule, SampleOrder
 from trainer.data.prepare import PreparedData
 from trainer.data.tokens import TokenDataset, Tokens
 
@@ -140,6 +140,7 @@ class TrainLoader:
         world_size: Number of those.
         first_sample: Where to start: the number of samples that training has seen.
         pin: Return page-locked tensors (CUDA only).
+        order: How the weights of a mixture are counted.
 
     Raises:
         ConfigError: A source too small for one sample, or a weight too small.
@@ -158,6 +159,7 @@ class TrainLoader:
         world_size: int,
         first_sample: int,
         pin: bool,
+        order: OrderRule = OrderRule.exact,
         apart: bool = False,
     ) -> None:
         self._datasets, self._max_seq_len = prepared.sources, max_seq_len
@@ -169,7 +171,7 @@ class TrainLoader:
             _num_samples(name, dataset, max_seq_len)
             for name, dataset in zip(prepared.names, prepared.sources, strict=True)
         ]
-        self._order = SampleOrder(sizes, prepared.weights, seed, prepared.names)
+        self._order = SampleOrder(sizes, prepared.weights, seed, prepared.names, order)
         self._queue: queue.Queue[list[Batch] | BaseException] = queue.Queue(QUEUE_DEPTH)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, name="train-loader", daemon=True)

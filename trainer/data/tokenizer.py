@@ -1,12 +1,20 @@
-"""Tokenizers: load one or train a byte-level BPE, and tell by a fingerprint if two are the same."""
+"""Tokenizers: load one or train a byte-level BPE, and tell by a fingerprint if two are the same.
+
+`AutoTokenizer` chooses a class by what a folder says of its tokenizer, and for some types of model
+(qwen2, qwen3_5) by the type alone: it then rebuilds how text is split from that class's own code,
+whatever tokenizer.json says. A tokenizer that is trained for such a model splits text as the class
+does, and what an export holds is read back before it is handed on.
+"""
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from monitoring.errors import ConfigError
 
@@ -14,6 +22,20 @@ EOS = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and EOS
 
 KEY = "data.tokenizer"
+
+# What tokenizers differ in: digits, runs of white space, code, scripts, composed and decomposed
+# letters, emoji, ends of lines.
+_PROBES = (
+    "",
+    " ",
+    "Hello world, it's 2024-11-28; we'll pay $1,234,567.89 for 12345678901234567890 of them.",
+    "  two  spaces,   three\tand a tab\t\n\n\n  \r\n after blank lines   \n",
+    "def f(x: int) -> int:\n\treturn x**2 + 0x1F  # comment\n\n    if a != b and c >= 10:\n",
+    "café cafe\u0301 naïve \u212bngström \ufb01 ½ Ⅷ İstanbul",
+    "你好,世界 こんにちは 한국어 नमस्ते مرحبا שלום สวัสดี Привет",
+    "😀 👨\u200d👩\u200d👧 🇮🇳 \u200b\u00a0\u3000\ufeff \x00\x07 \u2028",
+    '<b>&amp;</b> https://example.org/a?b=c#d {"key": [1, 2.5e-3, null]} \\n <|im_start|> </s>',
+)
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerFast:
@@ -42,14 +64,21 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     return tokenizer
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE (GPT-2's regex, digits one by one); same texts, same tokenizer.
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    family: type[PreTrainedTokenizerFast] = PreTrainedTokenizerFast,
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE; same texts, same tokenizer.
 
-    All 256 bytes are in the alphabet, so every text comes back from its tokens unchanged.
+    Text is split by GPT-2's regex, digits one by one, or as `family` splits it. All 256 bytes are
+    in the alphabet, so every text comes back from its tokens unchanged (but for what `family`
+    normalizes).
 
     Args:
         texts: Training documents, read once.
         vocab_size: Largest number of tokens, EOS included; little text makes fewer.
+        family: The class to train one of, as `tokenizer_family` says.
 
     Raises:
         ConfigError: No room for 256 bytes and EOS.
@@ -58,12 +87,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         rule = f"a byte-level tokenizer has at least {MIN_VOCAB_SIZE} tokens"
         raise ConfigError("data.tokenizer_vocab_size", vocab_size, rule, "raise it")
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    if family is PreTrainedTokenizerFast:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+    else:
+        own: Tokenizer = family().backend_tokenizer
+        backend.normalizer, backend.pre_tokenizer = own.normalizer, own.pre_tokenizer
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -72,9 +105,138 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=EOS, clean_up_tokenization_spaces=False
-    )
+    settings = {"eos_token": EOS, "clean_up_tokenization_spaces": False}
+    if family is PreTrainedTokenizerFast:
+        return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
+    model = json.loads(backend.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    return family(vocab=model["vocab"], merges=merges, **settings)
+
+
+def tokenizer_family(model_config: PreTrainedConfig) -> type[PreTrainedTokenizerFast]:
+    """The class that a tokenizer for a model from scratch is trained in.
+
+    It is `PreTrainedTokenizerFast`, which is all in tokenizer.json, unless `AutoTokenizer` takes
+    another class for every model of this type (transformers'
+    `MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS`). Whether it does is tried, not looked up: the
+    list differs between versions.
+
+    Raises:
+        ConfigError: The class cannot be trained here.
+    """
+    general = train_tokenizer([], MIN_VOCAB_SIZE)
+    with tempfile.TemporaryDirectory() as folder:
+        general.save_pretrained(folder)
+        loaded = _loaded(folder, model_config)
+        if fingerprint(loaded) == fingerprint(general):
+            return PreTrainedTokenizerFast
+        family: type[PreTrainedTokenizerFast] = type(loaded)
+        try:
+            trained = train_tokenizer([], MIN_VOCAB_SIZE, family)
+            trained.save_pretrained(folder)
+            again = _loaded(folder, model_config)
+            trainable = fingerprint(again) == fingerprint(trained)
+        except (TypeError, ValueError):  # a class that is not built of a vocabulary and merges
+            trainable = False
+    if not trainable:
+        rule = (
+            f"transformers loads every tokenizer of a {model_config.model_type} as a "
+            f"{family.__name__}, which cannot be trained here"
+        )
+        raise ConfigError(KEY, "train", rule, "give the tokenizer of a model of that type")
+    return family
+
+
+def check_tokenizer(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, texts: Iterable[str] = ()
+) -> None:
+    """Check that a model's folder, as anyone loads it, makes the tokens that were trained on.
+
+    Args:
+        folder: With the tokenizer's files and the model's config.json.
+        tokenizer: What the data was prepared with.
+        texts: Documents to compare on, besides texts that tokenizers differ in.
+
+    Raises:
+        ConfigError: `AutoTokenizer` cannot load it, or it gives other tokens, other special tokens
+            or another chat template.
+    """
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise _other_tokenizer(folder, f"AutoTokenizer cannot load it: {reason}") from error
+    difference = _difference(tokenizer, loaded, [*_PROBES, *texts])
+    if difference is not None:
+        rule = f"AutoTokenizer loads it as a {type(loaded).__name__}, which {difference}"
+        raise _other_tokenizer(folder, rule)
+
+
+def check_for_model(
+    name: str, tokenizer: PreTrainedTokenizerFast, model_config: PreTrainedConfig
+) -> None:
+    """Check before training what `check_tokenizer` would say of a model's export.
+
+    Args:
+        name: Where the tokenizer is from.
+        tokenizer: What the data is to be prepared with.
+        model_config: Of the model from scratch that is to be trained.
+
+    Raises:
+        ConfigError: Next to this config, `AutoTokenizer` makes another tokenizer of its files.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        loaded = _loaded(folder, model_config)
+    if (difference := _difference(tokenizer, loaded, _PROBES)) is not None:
+        rule = (
+            f"transformers loads every tokenizer of a {model_config.model_type} as a "
+            f"{type(loaded).__name__}, which {difference}"
+        )
+        fix = "set data.tokenizer=train, or choose another model.model_type"
+        raise ConfigError(KEY, name, rule, fix)
+
+
+def _loaded(folder: str, model_config: PreTrainedConfig) -> Any:
+    """What `AutoTokenizer` makes of a tokenizer's files beside a model of this config."""
+    return AutoTokenizer.from_pretrained(folder, config=model_config, trust_remote_code=False)
+
+
+def _other_tokenizer(folder: Path, rule: str) -> ConfigError:
+    fix = "load it with transformers.PreTrainedTokenizerFast, or export with another version of it"
+    return ConfigError("export", folder, rule, fix)
+
+
+def _difference(
+    tokenizer: PreTrainedTokenizerFast, loaded: Any, texts: Iterable[str]
+) -> str | None:
+    """What a tokenizer that was loaded does otherwise; None where nothing."""
+    if not isinstance(loaded, PreTrainedTokenizerFast):
+        return "is not a fast tokenizer"
+    documents = plain_backend(tokenizer), plain_backend(loaded)
+    prompts = tokenizer.backend_tokenizer, loaded.backend_tokenizer
+    spelled = " and ".join(map(str, tokenizer.all_special_tokens))
+    num_texts = num_other = 0
+    example = ""
+    for text in (*texts, f"{spelled} {spelled}"):
+        num_texts += 1
+        # A document is read without special tokens, a prompt with those that the tokenizer adds.
+        made = [backend.encode(text, add_special_tokens=False).ids for backend in documents]
+        asked = [backend.encode(text).ids for backend in prompts]
+        if made[0] != made[1] or asked[0] != asked[1]:
+            num_other += 1
+            example = example or text
+    if num_other:
+        return f"makes other tokens of {num_other} of {num_texts} texts, such as {example!r:.60}"
+    if loaded.get_vocab() != tokenizer.get_vocab():
+        return f"has {len(loaded)} tokens, not the {len(tokenizer)} that were trained on"
+    special = loaded.special_tokens_map  # its class may name more of them, such as one for padding
+    for name, token in tokenizer.special_tokens_map.items():
+        if special.get(name) != token:
+            return f"has {special.get(name)!r} for its {name}, not {token!r}"
+    if loaded.chat_template != tokenizer.chat_template:
+        return "has another chat template"
+    return None
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -99,13 +261,31 @@ def vocab_size_of(tokenizer: PreTrainedTokenizerFast) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy of the backend for documents: no truncation, no padding, no special token out of text.
+def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the tokenizer, asked as it is by default, puts its BOS before a text."""
+    ids: list[int] = tokenizer("a").input_ids
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
-    A document that spells `<|endoftext|>` is a text about tokenizers, not the end of a document.
+
+def plain_backend(
+    tokenizer: PreTrainedTokenizerFast, parse_special_tokens: bool = False
+) -> Tokenizer:
+    """A copy of the backend for documents: no truncation and no padding.
+
+    Args:
+        tokenizer: It stays as it is.
+        parse_special_tokens: Make special tokens of what spells them. By itself a document that
+            spells `<|endoftext|>` is a text about tokenizers, not the end of a document.
     """
     backend: Tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = True
+    backend.encode_special_tokens = not parse_special_tokens
     return backend
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Special tokens by what spells them, longest first."""
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+    names = {token.content for token in added if token.special and token.content.strip()}
+    return sorted(names, key=lambda name: (-len(name), name))

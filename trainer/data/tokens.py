@@ -78,6 +78,15 @@ class TokenDataset:
         first, last = np.searchsorted(self._starts, bounds)
         return self._starts[first:last].astype(np.int64) - start
 
+    def first_texts(self, tokenizer: PreTrainedTokenizerFast, count: int) -> list[str]:
+        """The first `count` documents, or all, as text; of a long one its first 4096 tokens."""
+        starts = [*self._starts[: count + 1].tolist(), self.num_tokens][: count + 1]
+        backend = tokenizer.backend_tokenizer
+        return [
+            backend.decode(self.read(start, min(end - start, 4096)).tolist())
+            for start, end in zip(starts, starts[1:], strict=False)
+        ]
+
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read a folder's manifest and check it, the tokenizer's digests and all sizes.

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from monitoring.errors import ConfigError, DamagedError, Interrupted
 from tests.trainer.data.samples import make_texts, write_folder
@@ -44,6 +45,8 @@ def test_every_document_is_in_one_split_and_comes_back(config, ready, texts):
     assert sorted(kept + held_out) == sorted(texts)
     assert kept == sorted(kept, key=texts.index)
     assert 10 < len(held_out) < 40  # 24 expected
+    assert validation.first_texts(data.tokenizer, 3) == held_out[:3]
+    assert validation.first_texts(data.tokenizer, 1000) == held_out
     size = sum(len(text.encode()) for text in held_out)
     assert validation.num_bytes == size
     assert data.validation_bytes_per_token == size / validation.num_tokens
@@ -209,6 +212,26 @@ def test_a_pretrained_model_brings_its_tokenizer(config, tmp_path):
         prepare(config(), model_path=str(tmp_path / "model"), stop_requested=lambda: False)
 
 
+def test_a_tokenizer_is_trained_as_the_type_of_model_needs_it(config, ready, tmp_path):
+    def of(model_type, **changes):
+        settings = config(**changes), AutoConfig.for_model(model_type)
+        return prepare(
+            settings[0],
+            model_path=None,
+            stop_requested=lambda: False,
+            model_config=settings[1],
+        )
+
+    plain, llama, qwen2 = ready(config()), of("llama"), of("qwen2")
+    assert plain.digest == llama.digest != qwen2.digest
+    assert type(qwen2.tokenizer).__name__ == "Qwen2Tokenizer"
+    train_tokenizer(make_texts(20), 290).save_pretrained(tmp_path / "own")
+    given = {"tokenizer": str(tmp_path / "own"), "tokenizer_vocab_size": 4096}
+    assert len(of("llama", **given).tokenizer) == 290
+    with pytest.raises(ConfigError, match="data.tokenizer=.*own: .*of a qwen2"):
+        of("qwen2", **given)
+
+
 def test_tokens_are_opened_as_they_are(config, ready, tmp_path):
     data = ready(config())
     moved = shutil.copytree(data.folders[0], tmp_path / "moved")
@@ -289,9 +312,9 @@ def test_a_large_source_trains_the_tokenizer_on_a_fixed_part(config, ready, monk
     seen = []
     monkeypatch.setattr("trainer.data.prepare.TOKENIZER_TRAINING_BYTES", 4000)
 
-    def train(texts, size):
+    def train(texts, size, family):
         seen.append(list(texts))
-        return train_tokenizer(seen[-1], size)
+        return train_tokenizer(seen[-1], size, family)
 
     monkeypatch.setattr("trainer.data.prepare.train_tokenizer", train)
     data = ready(config())

@@ -4,10 +4,18 @@ import sys
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from monitoring.errors import ConfigError, DamagedError
-from trainer.data.tokenizer import fingerprint, load_tokenizer, plain_backend, train_tokenizer
+from trainer.data.tokenizer import (
+    check_for_model,
+    check_tokenizer,
+    fingerprint,
+    load_tokenizer,
+    plain_backend,
+    tokenizer_family,
+    train_tokenizer,
+)
 from trainer.data.tokens import TokenDataset, read_manifest, verify
 from trainer.data.writer import TokenDatasetWriter
 
@@ -76,6 +84,45 @@ def test_a_tokenizer_that_cannot_be_used_is_refused(tokenizer, tmp_path):
         load_tokenizer(str(tmp_path / "no_eos"))
     with pytest.raises(ConfigError, match="data.tokenizer_vocab_size=100"):
         train_tokenizer(["x"], 100)
+
+
+CODE = "def f(x):\n\treturn x ** 2\n\n    if a != b:\n        pass  # don't 2024\n" * 3
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3_5_moe_text"])
+def test_a_trained_tokenizer_is_loaded_as_it_was_trained(model_type, tmp_path):
+    config = AutoConfig.for_model(model_type)
+    trained = train_tokenizer([CODE] * 5, 300, tokenizer_family(config))
+    trained.save_pretrained(tmp_path)
+    assert fingerprint(load_tokenizer(str(tmp_path))) == fingerprint(trained)
+    config.save_pretrained(tmp_path)
+    check_tokenizer(tmp_path, trained, [CODE])
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    as_written = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for text in [CODE, *SAMPLES]:
+        assert loaded(text).input_ids == as_written(text).input_ids
+        assert loaded.decode(loaded(text).input_ids) == text
+
+
+def test_a_tokenizer_that_would_be_loaded_as_another_is_refused(tmp_path):
+    trained = train_tokenizer([CODE] * 5, 300)
+    trained.save_pretrained(tmp_path)
+    AutoConfig.for_model("llama").save_pretrained(tmp_path)
+    check_tokenizer(tmp_path, trained, [CODE])
+    qwen2 = AutoConfig.for_model("qwen2")
+    with pytest.raises(ConfigError, match="data.tokenizer=mine: .*every tokenizer of a qwen2 as"):
+        check_for_model("mine", trained, qwen2)
+    qwen2.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="export=.*makes other tokens of"):
+        check_tokenizer(tmp_path, trained, [CODE])
+    AutoConfig.for_model("llama").save_pretrained(tmp_path)
+    trained.chat_template = "{{ messages }}"
+    with pytest.raises(ConfigError, match="another chat template"):
+        check_tokenizer(tmp_path, trained)
+    trained.chat_template = None
+    trained.add_tokens(["<tool>"])
+    with pytest.raises(ConfigError, match="has 291 tokens, not the 292"):
+        check_tokenizer(tmp_path, trained)
 
 
 def test_reading_crosses_shards(tokenizer, tmp_path):

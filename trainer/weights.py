@@ -1,0 +1,460 @@
+"""Weights as they lie in a Hugging Face folder, and as the model holds them in memory.
+
+Transformers 5 renames, splits and joins tensors between the two (experts are one tensor each on
+disk and one for all in memory, `embed_out` becomes `lm_head`). Both ways are taken here by its own
+rules (`conversion_mapping.py` and `core_model_loading.py` of transformers), a few tensors at a
+time: `from_pretrained` and `save_pretrained` hold the whole model.
+
+A group is what has to be converted together: the tensors on one side that make the tensors on the
+other. What a group becomes is known before anything is read: it is converted on the meta device.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    dot_natural_key,
+    revert_weight_conversion,
+)
+from transformers.utils import cached_file
+
+from monitoring.errors import ConfigError, DamagedError
+from trainer.config import PathModelConfig
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# What stands for a number by itself; codes of a quantized model need their scales.
+_NUMBERS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+
+# Returns a tensor by the name that it has on the side it is read from.
+Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """Tensors that are converted together.
+
+    Attributes:
+        sources: Their names before.
+        targets: Names, shapes and types of what they become, on the meta device.
+        convert: Reads the sources and makes the targets.
+    """
+
+    sources: tuple[str, ...]
+    targets: dict[str, Tensor]
+    convert: Callable[[Read], dict[str, Tensor]]
+
+
+class WeightsReader:
+    """Reads a parameter or persistent buffer by its name in a model.
+
+    It holds one group of tensors at most. The model is told which of transformers' conversions its
+    files made use of, as `from_pretrained` does, so that an export undoes these.
+
+    Attributes:
+        stored_names: Names of the tensors in the files.
+
+    Args:
+        config: The folder or hub repository.
+        model: On any device; only its names, shapes and types count.
+
+    Raises:
+        ConfigError: If the files lack a tensor of the model, hold one that nothing explains, or
+            hold one of another shape or kind of number.
+        DamagedError: If a file cannot be read.
+    """
+
+    def __init__(self, config: PathModelConfig, model: PreTrainedModel) -> None:
+        self._files = _weight_files(config)
+        self.stored_names = sorted(self._files)
+        conversions = get_model_conversion_mapping(model)
+        stored = _described(config, self._files)
+        groups, unexplained = _loading_groups(model, conversions, stored)
+        _use_conversions(model, conversions)
+        self._group_of = {name: group for group in groups for name in group.targets}
+        self._twins = _twins(model)
+        self._opened: tuple[str, Any] = ("", None)
+        self._converted: dict[str, Tensor] = {}
+
+        _check_missing(config, model, self._group_of, self._twins)
+        _check_unexplained(config, model, unexplained)
+        for name, wanted in model.state_dict().items():
+            if name in self._group_of:
+                _check_kind(config, self._group_of[name], name, wanted)
+        self._check_tied(config)
+
+    def __call__(self, name: str) -> Tensor:
+        there = next(n for n in (name, *self._twins.get(name, ())) if n in self._group_of)
+        if there not in self._converted:
+            self._converted.clear()
+            self._converted = self._group_of[there].convert(self._read_stored)
+        return self._converted.pop(there)
+
+    def __contains__(self, name: str) -> bool:
+        return any(n in self._group_of for n in (name, *self._twins.get(name, ())))
+
+    def _read_stored(self, name: str) -> Tensor:
+        path = self._files[name]
+        if self._opened[0] != path:
+            self._opened = (path, safe_open(path, framework="pt"))  # one: a mapped file is memory
+        tensor: Tensor = self._opened[1].get_tensor(name)
+        return tensor
+
+    def _check_tied(self, config: PathModelConfig) -> None:
+        """Raises ConfigError where parameters that the model ties are stored as different ones."""
+        stored = [
+            (name, twin)
+            for name, twins in self._twins.items()
+            for twin in twins
+            if name < twin and {name, twin} <= self._group_of.keys()
+        ]
+        for pair in stored:
+            one, other = (self._group_of[n].convert(self._read_stored)[n] for n in pair)
+            if not torch.equal(one, other):
+                raise ConfigError(
+                    "model.path",
+                    config.path,
+                    f"its config ties {pair[0]} and {pair[1]}, and its weights hold two different "
+                    "ones",
+                    "set tie_word_embeddings to false in its config.json if both are meant",
+                )
+
+
+def saving_groups(
+    model: PreTrainedModel, stored_names: Iterable[str] | None = None
+) -> list[WeightGroup]:
+    """Returns what `save_pretrained` would write of `model`, group by group.
+
+    Args:
+        model: On the meta device, of the type in which it is saved.
+        stored_names: Names in the files that it was loaded from; None for a model that was not
+            loaded, or of which that is not known.
+    """
+    if stored_names is not None:
+        conversions = get_model_conversion_mapping(model)
+        _loading_groups(model, conversions, dict.fromkeys(stored_names), convert=False)
+        _use_conversions(model, conversions)
+        reverted = [c for c in conversions if c.was_used()]
+    else:
+        # As transformers: without files nobody knows whether there was a prefix.
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        reverted = [c for c in conversions if not isinstance(c, PrefixChange)]
+    reversed_ones = [c.reverse_transform() for c in reverted[::-1]]
+    converters = [c for c in reversed_ones if isinstance(c, WeightConverter)]
+    tensors = _saved_tensors(model)
+    together: dict[str, list[str]] = {}
+    for name in sorted(tensors, key=dot_natural_key):
+        renamed, _ = _converted_name(name, converters)
+        together.setdefault(renamed, []).append(name)
+    groups = []
+    for names in together.values():
+
+        def convert(read: Read, names: list[str] = names) -> dict[str, Tensor]:
+            made: dict[str, Tensor] = revert_weight_conversion(model, {n: read(n) for n in names})
+            return made
+
+        groups.append(WeightGroup(tuple(names), convert(tensors.__getitem__), convert))
+    return groups
+
+
+def canonical_names(model: PreTrainedModel) -> dict[str, str]:
+    """Returns the name in checkpoints of every tensor of `model`, twins of tied ones included.
+
+    A tied parameter has one canonical name: the first by which `named_parameters` reaches it.
+    """
+    names = {name: name for name in model.state_dict()}
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[name] = first.setdefault(id(parameter), name)
+    return names
+
+
+def find_file(config: PathModelConfig, name: str) -> str | None:
+    """Path of a file of the folder or hub repository; None where it has none of that name."""
+    path: str | None = cached_file(
+        config.path, name, revision=config.revision, _raise_exceptions_for_missing_entries=False
+    )
+    return path
+
+
+def _weight_files(config: PathModelConfig) -> dict[str, str]:
+    """Returns the file of each stored tensor; a single file goes before an index, as transformers
+    has it.
+
+    Raises:
+        ConfigError: If there are no safetensors, or one of several files is missing.
+        DamagedError: If the file or the index cannot be read.
+    """
+    single = find_file(config, _SINGLE)
+    if single is not None:
+        return dict.fromkeys(_names_in(config, single), single)
+    index = find_file(config, _INDEX)
+    if index is None:
+        raise ConfigError(
+            "model.path",
+            config.path,
+            f"has neither {_SINGLE} nor {_INDEX}",
+            "save the model as safetensors, or use model=config for random weights",
+        )
+    try:
+        weight_map: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise DamagedError(
+            "model.path", config.path, f"{_INDEX} has no weight_map", "download it again"
+        ) from e
+    files: dict[str, str] = {}
+    for shard in shards:  # what the files hold counts, not what the index says: so transformers
+        path = find_file(config, shard)
+        if path is None:
+            raise ConfigError("model.path", config.path, f"{shard} is missing", "download it again")
+        files |= dict.fromkeys(_names_in(config, path), path)
+    return files
+
+
+def _names_in(config: PathModelConfig, path: str) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as e:
+        line = str(e).strip().split("\n")[0].rstrip(".")
+        rule = f"{Path(path).name} cannot be read: {line}"
+        raise DamagedError("model.path", config.path, rule, "download or export it again") from e
+
+
+def _described(config: PathModelConfig, files: dict[str, str]) -> dict[str, Tensor]:
+    """Shape and type of each stored tensor, on the meta device."""
+    described: dict[str, Tensor] = {}
+    for path in sorted(set(files.values())):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                piece = file.get_slice(name)
+                dtype = _DTYPES.get(piece.get_dtype())
+                if dtype is None:
+                    raise ConfigError(
+                        "model.path",
+                        config.path,
+                        f"{name} is of type {piece.get_dtype()}, which no model is trained in",
+                        "give the model that it was made from",
+                    )
+                described[name] = torch.empty(piece.get_shape(), dtype=dtype, device="meta")
+    return described
+
+
+def _loading_groups(
+    model: PreTrainedModel,
+    conversions: list[Any],
+    stored: Mapping[str, Tensor | None],
+    convert: bool = True,
+) -> tuple[list[WeightGroup], list[str]]:
+    """Sorts stored tensors into groups, as `convert_and_load_state_dict_in_model` does.
+
+    Args:
+        model: Whose tensors they become.
+        conversions: Transformers' for it; each notes whether it was used.
+        stored: Tensors on the meta device by their names in the files.
+        convert: Whether the groups are wanted, or only the notes.
+
+    Returns:
+        The groups, and the stored names that become no tensor of the model.
+    """
+    renamings = [c for c in conversions if not isinstance(c, WeightConverter)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    of_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    wanted = model.state_dict()
+    prefix = model.base_model_prefix
+    plain: dict[str, str] = {}
+    joint: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
+    unexplained: list[str] = []
+    for name in sorted(stored, key=dot_natural_key):
+        renamed = name
+        for renaming in renamings:
+            renamed, _ = renaming.rename_source_key(renamed)
+        renamed, pattern = _converted_name(renamed, converters)
+        renamed = _with_prefix(renamed, prefix, wanted)
+        if renamed not in wanted and name in wanted:  # of this form already
+            renamed, pattern = name, None
+        if renamed not in wanted:
+            unexplained.append(name)
+        elif pattern is None:
+            plain[renamed] = name
+        else:
+            joint.setdefault(renamed, (of_pattern[pattern], []))[1].append((pattern, name))
+    if not convert:
+        return [], unexplained
+
+    groups = []
+    for target, source in plain.items():
+        tensor = stored[source]
+        assert tensor is not None
+        groups.append(WeightGroup((source,), {target: tensor}, _renamed(source, target)))
+    for target, (converter, members) in joint.items():
+        make = _joined(model, target, converter, members)
+        made = make({n: t for n, t in stored.items() if t is not None}.__getitem__)
+        groups.append(WeightGroup(tuple(name for _, name in members), made, make))
+    return groups, unexplained
+
+
+def _use_conversions(model: PreTrainedModel, conversions: list[Any]) -> None:
+    """Has a model remember the conversions that matched a name, as `from_pretrained` does."""
+    vars(model)["_weight_conversions"] = [c for c in conversions if c.was_used()]
+
+
+def _converted_name(name: str, converters: list[Any]) -> tuple[str, str | None]:
+    """The name that the first converter to match gives, and the pattern that matched."""
+    for converter in converters:
+        renamed, pattern = converter.rename_source_key(name)
+        if pattern is not None:
+            return renamed, pattern
+    return name, None
+
+
+def _with_prefix(name: str, prefix: str, wanted: Mapping[str, Tensor]) -> str:
+    """A checkpoint may be one of the bare model, or the model may be the bare one."""
+    if not prefix:
+        return name
+    if name.startswith(prefix):
+        bare = re.sub(f"^{prefix}.", "", name, count=1)
+        if bare in wanted:
+            return bare
+    return f"{prefix}.{name}" if f"{prefix}.{name}" in wanted else name
+
+
+def _renamed(source: str, target: str) -> Callable[[Read], dict[str, Tensor]]:
+    return lambda read: {target: read(source)}
+
+
+def _joined(
+    model: PreTrainedModel, target: str, converter: Any, members: list[tuple[str, str]]
+) -> Callable[[Read], dict[str, Tensor]]:
+    def make(read: Read) -> dict[str, Tensor]:
+        fresh = deepcopy(converter)
+        for pattern, name in members:
+            fresh.add_tensor(target, name, pattern, read(name))
+        made = fresh.convert(target, model=model, config=model.config)
+        return {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
+
+    return make
+
+
+def _twins(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+    """Other names of each tied parameter."""
+    of_parameter: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        of_parameter.setdefault(id(parameter), []).append(name)
+    return {
+        name: tuple(n for n in names if n != name)
+        for names in of_parameter.values()
+        for name in names
+    }
+
+
+def _saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What `save_pretrained` takes of the model's state: one name of what is tied."""
+    ignored = set(model._keys_to_ignore_on_save or ())
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    saved: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    state = model.state_dict(keep_vars=True)
+    for name in sorted(state, key=lambda n: n in tied):  # the name that others are tied to first
+        tensor = state[name]
+        if name not in ignored and id(tensor) not in seen:
+            seen.add(id(tensor))
+            saved[name] = tensor.detach()
+    return saved
+
+
+def _check_missing(
+    config: PathModelConfig,
+    model: PreTrainedModel,
+    group_of: Mapping[str, WeightGroup],
+    twins: Mapping[str, tuple[str, ...]],
+) -> None:
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    optional = model._keys_to_ignore_on_load_missing or ()
+    for name in model.state_dict():
+        if any(n in group_of for n in (name, *twins.get(name, ()))):
+            continue
+        if name not in parameters and any(re.search(pattern, name) for pattern in optional):
+            continue
+        fix = "download it again, or give a checkpoint of this architecture"
+        if name not in parameters:
+            fix = (
+                "if transformers' own value will do, save it again with "
+                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+            )
+        raise ConfigError("model.path", config.path, f"its weights have no {name}", fix)
+
+
+def _check_unexplained(
+    config: PathModelConfig, model: PreTrainedModel, unexplained: list[str]
+) -> None:
+    """Raises ConfigError for a tensor that transformers would warn about and leave out."""
+    ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+    buffers = [name for name, _ in model.named_buffers()]
+    # Buffers that older releases of transformers saved and newer ones compute.
+    if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
+        ignored.add(r"rotary_emb\.inv_freq")
+    if any(name.endswith("position_ids") for name in buffers):
+        ignored.add(r"(^|\.)position_ids$")
+    strange = [n for n in unexplained if not any(re.search(p, n) for p in ignored)]
+    if strange:
+        more = f" (and {len(strange) - 1} more)" if len(strange) > 1 else ""
+        raise ConfigError(
+            "model.path",
+            config.path,
+            f"its weights hold {strange[0]}{more}, which {type(model).__name__} has no place for",
+            "check that config.json describes these weights, or remove what does not belong",
+        )
+
+
+def _check_kind(config: PathModelConfig, group: WeightGroup, name: str, wanted: Tensor) -> None:
+    found = group.targets[name]
+    if found.shape != wanted.shape:
+        raise ConfigError(
+            "model.path",
+            config.path,
+            f"{group.sources[0]} makes {name} {tuple(found.shape)}, and it is "
+            f"{tuple(wanted.shape)} by its config",
+            "config.json and the weights are of different models: download both again",
+        )
+    if found.dtype != wanted.dtype and not {found.dtype, wanted.dtype} <= _NUMBERS:
+        raise ConfigError(
+            "model.path",
+            config.path,
+            f"{group.sources[0]} is {_name(found.dtype)}, and {name} of the model is "
+            f"{_name(wanted.dtype)}: these are codes of a quantized model, or of another one",
+            "give the model that it was made from",
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
