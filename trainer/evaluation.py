@@ -18,7 +18,8 @@ from trainer.data.prepare import PreparedData
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Has the module evaluate: without dropout, auxiliary losses and gradients."""
     module.eval()
     try:
         with torch.no_grad():
@@ -60,7 +61,7 @@ def evaluate(
     """
     total = torch.zeros((), device=world.device)
     num_targets = 0.0
-    with _evaluating(module):
+    with evaluating(module):
         for batch in held_out_batches(config, data, world):
             count, stop = world.sum(batch.num_targets, stop_requested())
             if stop:
@@ -120,7 +121,7 @@ def generate(
     prompt_len = len(ids)
     temperature = config.evaluation.sample_temperature
     generator = torch.Generator(world.device).manual_seed(config.seed)
-    with _evaluating(module):
+    with evaluating(module):
         for _ in range(config.evaluation.sample_tokens):
             if any(world.sum(stop_requested())):
                 return None
