@@ -7,6 +7,7 @@ kernels that the artifact will run, with weights that come from memory as they d
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -46,11 +47,11 @@ class DecodeCost:
 
     def added_ms(self, layers: Iterable[str]) -> float:
         """What more bits for some layers add; below 0 where they are the faster."""
-        return sum(high - low for low, high in (self.layer_ms[name] for name in layers))
+        return math.fsum(high - low for low, high in (self.layer_ms[name] for name in layers))
 
     def least_ms(self, added_ms: Mapping[str, float]) -> float:
         """Of the fastest assignment, by what each part adds."""
-        return self.low_ms + sum(min(0.0, ms) for ms in added_ms.values())
+        return self.low_ms + math.fsum(min(0.0, ms) for ms in added_ms.values())
 
     def predicted_ms(self, schemes: Mapping[str, Scheme], high: Scheme) -> float:
         """Of an assignment."""
@@ -63,7 +64,7 @@ class DecodeCost:
         fastest = 1000 / self.least_ms(added_ms)
         if step.budget_tokens_per_s <= fastest:
             return
-        every_high = 1000 / (self.low_ms + sum(added_ms.values()))
+        every_high = 1000 / (self.low_ms + math.fsum(added_ms.values()))
         rule = (
             f"the fastest that bits reach here is {fastest:.4g} tokens/s "
             f"({step.bits} bits everywhere: {1000 / self.low_ms:.4g}, {step.high_bits} bits: "

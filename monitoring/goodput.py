@@ -72,12 +72,12 @@ def goodput(run: Run) -> Goodput | None:
     starts = _starts(run)
     if not starts:
         return None
-    waiting_s = sum(max(0.0, b.began - a.ended) for a, b in pairwise(starts))
+    waiting_s = math.fsum(max(0.0, b.began - a.ended) for a, b in pairwise(starts))
     spent = {
         name: math.fsum(getattr(start, name) for start in starts)
         for name in ("useful_s", "starting_s", "saving_s", "evaluation_s", "lost_s", "ending_s")
     }
-    wall_s = sum(start.ended - start.began for start in starts) + waiting_s
+    wall_s = math.fsum(start.ended - start.began for start in starts) + waiting_s
     return Goodput(
         wall_s=wall_s,
         **spent,
@@ -122,14 +122,14 @@ class _Start:
         self._step_s = _median([_value(r, "step_s") for r in records]) or typical_s
 
         saves = [e for e in events if e["event"] == "checkpoint"]
-        self.saving_s = sum(_value(e, "blocking_s") for e in saves)
+        self.saving_s = math.fsum(_value(e, "blocking_s") for e in saves)
         self._read(records)
         last_saved = max(map(_step, saves), default=0)
         unlogged_s = max(0, min(kept_step, last_saved) - self._last_step) * self._step_s
         self.useful_s += unlogged_s
 
         # What comes after its last record: steps that count or do not, saves, and its end
-        saved_s = sum(_value(e, "blocking_s") for e in saves if _step(e) >= self._last_step)
+        saved_s = math.fsum(_value(e, "blocking_s") for e in saves if _step(e) >= self._last_step)
         busy_until = self._logged_until + unlogged_s + saved_s
         lost_s = self.lost_steps * self._step_s
         self.end = next((e for e in events if e["event"] in _ENDS), None)

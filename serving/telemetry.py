@@ -44,8 +44,8 @@ class DriftFeatures:
     def add(self, chunk: TextChunk) -> None:
         """What was generated."""
         self.completion_tokens += chunk.num_tokens
-        for token in chunk.logprobs or ():
-            self.logprob_sum += token.logprob
+        for told in chunk.logprobs or ():
+            self.logprob_sum += told.token.logprob
             self.logprob_count += 1
 
 

@@ -29,7 +29,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from monitoring.errors import DamagedError
+from monitoring.errors import ConfigError, DamagedError
+from trainer.data.order import OrderRule
 
 MANIFEST = "manifest.json"
 TRAINER = "trainer.json"
@@ -51,6 +52,8 @@ class TrainerState:
         data_digest: Of the prepared data and its mixture.
         tokenizer_fingerprint: Of the tokenizer.
         config: Resolved settings of the run.
+        order: How the order of samples counts the weights of a mixture; None in a checkpoint that
+            was saved before there was more than one way.
     """
 
     step: int
@@ -60,6 +63,7 @@ class TrainerState:
     data_digest: str
     tokenizer_fingerprint: str
     config: dict[str, Any]
+    order: OrderRule | None = None
 
 
 def step_name(step: int) -> str:
@@ -99,8 +103,17 @@ def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
 
 
 def read_state(checkpoint: Path) -> TrainerState:
-    """The part of a verified checkpoint that is not tensors."""
-    return TrainerState(**json.loads((checkpoint / TRAINER).read_text()))
+    """The part of a verified checkpoint that is not tensors.
+
+    Raises:
+        ConfigError: The samples of its run are ordered by a rule that is not known here.
+    """
+    values = json.loads((checkpoint / TRAINER).read_text())
+    order = values.pop("order", None)
+    if order not in (None, *OrderRule):
+        rule = f"its run orders samples by the rule {order!r}, which this version does not know"
+        raise ConfigError("resume", checkpoint, rule, "update spotforge")
+    return TrainerState(**values, order=None if order is None else OrderRule(order))
 
 
 def tensor_shapes(checkpoint: Path) -> dict[str, torch.Size]:

@@ -27,7 +27,7 @@ def check_forward(
     tokens = torch.arange(config.data.max_seq_len, device=world.device).unsqueeze(0) % 64
     try:
         with evaluating(module):
-            strategy.forward(input_ids=tokens, targets=tokens)
+            strategy.forward(input_ids=tokens)
     except torch.OutOfMemoryError:
         raise
     except Exception as e:

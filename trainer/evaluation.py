@@ -15,6 +15,7 @@ from parallel.world import World
 from trainer.config import TrainerConfig
 from trainer.data.loader import Batch, validation_batches
 from trainer.data.prepare import PreparedData
+from trainer.objective import Objective
 
 
 @contextmanager
@@ -28,7 +29,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train()
 
 
-def held_out_batches(config: TrainerConfig, data: PreparedData, world: World) -> Iterator[Batch]:
+def held_out_batches(
+    config: TrainerConfig, data: PreparedData, world: World, apart: bool
+) -> Iterator[Batch]:
     """This rank's share of the held-out samples; as many batches as on every other rank.
 
     Raises:
@@ -42,6 +45,7 @@ def held_out_batches(config: TrainerConfig, data: PreparedData, world: World) ->
         rank=world.rank,
         world_size=world.world_size,
         max_samples=config.evaluation.max_samples,
+        apart=apart,
     )
 
 
@@ -49,7 +53,7 @@ def evaluate(
     config: TrainerConfig,
     data: PreparedData,
     strategy: Strategy,
-    module: nn.Module,
+    module: Objective,
     world: World,
     stop_requested: Callable[[], bool],
 ) -> dict[str, float] | None:
@@ -62,17 +66,13 @@ def evaluate(
     total = torch.zeros((), device=world.device)
     num_targets = 0.0
     with evaluating(module):
-        for batch in held_out_batches(config, data, world):
+        for batch in held_out_batches(config, data, world, module.apart):
             count, stop = world.sum(batch.num_targets, stop_requested())
             if stop:
                 return None
             num_targets += count
             on_device = batch.to(world.device)
-            total += strategy.forward(
-                input_ids=on_device.input_ids,
-                targets=on_device.targets,
-                position_ids=on_device.position_ids,
-            )
+            total += strategy.forward(**on_device.inputs())
     dist.all_reduce(total)
     loss = total.item() / num_targets
     return {
@@ -84,12 +84,18 @@ def evaluate(
 def prompt_ids(config: TrainerConfig, tokenizer: Any) -> list[int]:
     """Tokens of `evaluation.sample_prompt`; of an empty one the token that a text begins with.
 
+    A prompt is the beginning of a document: where those have a BOS (`data.add_bos`, resolved), it
+    has one, too.
+
     Raises:
         ConfigError: If there are none: the tokenizer knows neither a beginning nor an end.
     """
     prompt = config.evaluation.sample_prompt
     assert prompt is not None
     ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False)
+    bos = tokenizer.bos_token_id
+    if config.data.add_bos is True and ids[:1] != [bos]:
+        ids = [bos, *ids]
     if ids:
         return ids
     # Texts end with EOS, and the next one follows: where there is no BOS, it begins with EOS.
@@ -108,7 +114,7 @@ def generate(
     config: TrainerConfig,
     tokenizer: Any,
     strategy: Strategy,
-    module: nn.Module,
+    module: Objective,
     world: World,
     stop_requested: Callable[[], bool],
 ) -> str | None:

@@ -110,7 +110,7 @@ class SaveSchedule:
             return self._interval.seconds
         if not self._costs_s:
             return min(_FIRST_SAVE_S, self._mtbf_s / 2)
-        return optimal_interval_s(sum(self._costs_s) / len(self._costs_s), self._mtbf_s)
+        return optimal_interval_s(math.fsum(self._costs_s) / len(self._costs_s), self._mtbf_s)
 
     def due(self, step: int) -> bool:
         """Whether to save after `step`."""

@@ -54,6 +54,8 @@ class TrainingLoop:
         self.checkpointer, self.reporter = checkpointer, reporter
         self.stop, self.heartbeat = stop, heartbeat
         self.state = state
+        assert state.order is not None, "the run names it at its start, or when it is gone on with"
+        self.order = state.order
         self.checkpoints = config.run_dir / "checkpoints"
         self.loss_watch = LossWatch(config.anomaly)
         self.judges_every_loss = config.anomaly.action is not AnomalyAction.stop
@@ -66,7 +68,7 @@ class TrainingLoop:
         self.save_schedule = SaveSchedule(
             Interval.parse(config.checkpoint.interval), mtbf_s, save_costs_s(config.run_dir)
         )
-        held_out_batches(config, data, world)
+        held_out_batches(config, data, world, module.apart)
         if config.evaluation.sample_prompt is not None:
             prompt_ids(config, data.tokenizer)  # refused now, if at all
         self.loader = self._loader(state.num_samples)
@@ -187,11 +189,7 @@ class TrainingLoop:
             last = i == len(batches) - 1
             on_device = batch.to(world.device)
             with strategy.accumulate(last=last):
-                loss_sum = strategy.forward(
-                    input_ids=on_device.input_ids,
-                    targets=on_device.targets,
-                    position_ids=on_device.position_ids,
-                )
+                loss_sum = strategy.forward(**on_device.inputs())
                 loss.add({"loss": loss_sum.detach(), **self.module.parts})
                 if last and self.judges_every_loss:
                     anomaly = self.loss_watch.verdict(loss.value())
@@ -230,7 +228,11 @@ class TrainingLoop:
         self.loader.close()
         self.loader = self._loader(num_samples)
         return dataclasses.replace(
-            saved, num_samples=num_samples, elapsed_s=state.elapsed_s, config=state.config
+            saved,
+            num_samples=num_samples,
+            elapsed_s=state.elapsed_s,
+            config=state.config,
+            order=state.order,
         )
 
     def _refuse_divergence(self, state: TrainerState, loss: float, grad_norm: float) -> None:
@@ -300,6 +302,8 @@ class TrainingLoop:
             world_size=world.world_size,
             first_sample=first_sample,
             pin=world.device.type == "cuda",
+            order=self.order,
+            apart=self.module.apart,
         )
 
     def _time_is_up(self, began: float) -> bool:

@@ -21,6 +21,7 @@ from monitoring.jsonl import read_records
 from monitoring.metrics import MetricLogger
 from monitoring.throughput import flops_per_token, mfu, peak_memory_bytes
 from parallel.world import World
+from trainer.checkpoint import TrainerState
 from trainer.config import TrainerConfig
 from trainer.data.loader import split_step
 from trainer.data.prepare import PreparedData
@@ -58,15 +59,22 @@ class Reporter:
         else:
             print(text, flush=True)
 
-    def open(self, first_step: int) -> None:
-        """Describes the run in its directory, once nothing can be refused."""
+    def open(self, state: TrainerState) -> None:
+        """Describes the run in its directory, once nothing can be refused.
+
+        Args:
+            state: From which it goes on.
+        """
         if self._world.rank != 0:
             return
+        first_step = state.step
         run_dir = self._config.run_dir
         (run_dir / "config.yaml").write_text(yaml.safe_dump(self._resolved, sort_keys=False))
+        # In this order: until data.json names the order of samples, that of a run from before
+        # orders had names is known by the Python of its environment.json alone.
         for name, content in (
+            ("data.json", self._data.describe() | {"order": state.order}),
             ("environment.json", describe_environment()),
-            ("data.json", self._data.describe()),
         ):
             (run_dir / name).write_text(json.dumps(content, indent=1))
         config = self._config

@@ -23,6 +23,7 @@ from parallel.world import World, join_world
 from trainer.checkpoint import STORED_NAMES, TrainerState, read_state, step_name
 from trainer.config import ModelConfig, NamedModelConfig, PathModelConfig, TrainerConfig, resolve
 from trainer.cpu import keep_freed_memory
+from trainer.data.order import OrderRule
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.tokenizer import vocab_size_of
 from trainer.dry_run import check_forward
@@ -39,14 +40,18 @@ from trainer.model import (
     set_special_token,
 )
 from trainer.positions import check_positions
+from trainer.probe import settle
 from trainer.remote import RemoteCheckpoints
 from trainer.reporter import Reporter, check_run_dir
 from trainer.resume import (
     check_same_model,
     check_same_run,
     find_checkpoint,
+    keep_what_was_found,
+    order_of,
     set_newer_aside,
     state_reader,
+    stored_config,
 )
 from trainer.run_lock import lock_run
 from trainer.saving import Checkpointer
@@ -86,12 +91,20 @@ def train_in(
             gpu = torch.cuda.get_device_properties(world.device)
             check_memory(config, world.world_size, gpu.total_memory)
         model_config = hf_config_of(config.model)  # refused before the data is prepared, if at all
+        stored = stored_config(config) if world.rank == 0 else None
+    stored = world.from_first(stored)
+    begun_before = stored is not None and "add_bos" not in stored["data"]
+    with world.together():
+        if stored is not None and config.data.add_bos == "auto":
+            config = _with_bos(config, bool(stored["data"].get("add_bos")))
         data = prepare(
             config.data,
             model_path=getattr(config.model, "path", None),
             stop_requested=poll,
             model_config=model_config,
+            begun_before=begun_before,
         )
+        config = _with_bos(config, data.add_bos)
         if config.data.verify:
             data.verify(world.local_rank, world.local_world_size, poll)
 
@@ -103,6 +116,8 @@ def train_in(
         prepare_fake_quant(model, config.fake_quant)
         module = config.objective.build(model, config.model, data.tokenizer_fingerprint)
     resolved = resolve(config)
+    if begun_before and not data.add_bos:
+        del resolved["data"]["add_bos"]  # so that the next start knows, too
     reporter = Reporter(config, resolved, data, model, world)
     if too_long is not None:
         reporter.say(too_long)
@@ -110,18 +125,26 @@ def train_in(
     with _locked(config, world):
         # 3. The checkpoint to go on from: refused here, if at all, before anything is written
         folder = config.run_dir / "checkpoints"
-        state = TrainerState(0, 0, 0, 0.0, data.digest, data.tokenizer_fingerprint, resolved)
+        state = TrainerState(
+            0, 0, 0, 0.0, data.digest, data.tokenizer_fingerprint, resolved, OrderRule.exact
+        )
+        before = None  # settings of the run so far
         with world.together():
             remote = _open_remote(config, world)
         checkpoint = find_checkpoint(config, folder, world, reporter, remote, heartbeat.beat)
         with world.together():
             if checkpoint is not None:
                 saved = read_state(checkpoint)
+                before = saved.config
+                keep_what_was_found(resolved, before)
                 check_same_run(config, state, saved, reporter.say)
                 check_same_model(checkpoint, model, reporter.say)
                 why = "the newest valid one" if config.resume == "auto" else "as resume says"
                 reporter.say(f"resuming after step {saved.step}, from {checkpoint} ({why})")
-                state = dataclasses.replace(saved, config=resolved)
+                order = order_of(saved, checkpoint.parent.parent)
+                if order is not saved.order and len(data.sources) > 1:
+                    reporter.say(f"resume: the checkpoint names no order of samples; it is {order}")
+                state = dataclasses.replace(saved, config=resolved, order=order)
                 if world.rank == 0:
                     set_newer_aside(folder, checkpoint, remote, reporter)
 
@@ -146,6 +169,7 @@ def train_in(
             strategy.load_state(state_reader(checkpoint), num_updates=state.step)
         with world.together():
             check_forward(config, strategy, module, world)
+            settle(config, module, strategy, world, resolved, before, reporter.say)
         poll.refuse_to_start()
 
         # 5. The loop
@@ -171,7 +195,7 @@ def train_in(
                 heartbeat,
                 state,
             )
-        reporter.open(state.step)
+        reporter.open(state)
         try:
             state, outcome = loop.run()
             # 6. What is handed on
@@ -184,6 +208,10 @@ def train_in(
         finally:
             checkpointer.close()
     return outcome
+
+
+def _with_bos(config: TrainerConfig, add_bos: bool) -> TrainerConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, add_bos=add_bos))
 
 
 class _Poll:

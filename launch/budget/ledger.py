@@ -106,12 +106,12 @@ class Account:
     @property
     def spent_usd(self) -> float:
         """By all starts."""
-        return sum(start.usd for start in self.starts)
+        return math.fsum(start.usd for start in self.starts)
 
     @property
     def seconds(self) -> float:
         """Paid for, in all starts."""
-        return sum(start.seconds for start in self.starts)
+        return math.fsum(start.seconds for start in self.starts)
 
     @property
     def tokens(self) -> float:

@@ -1,5 +1,6 @@
 """What a ledger says, for people."""
 
+import math
 from itertools import groupby
 from pathlib import Path
 
@@ -84,8 +85,8 @@ def _by_place(account: Account) -> list[str]:
     rows = [("place", "nodes", "starts", "hours", "$/h", "spent")]
     for (place, is_spot, nodes), group in groupby(sorted(account.starts, key=key), key):
         starts = list(group)
-        hours = sum(start.seconds for start in starts) / 3600
-        usd = sum(start.usd for start in starts)
+        hours = math.fsum(start.seconds for start in starts) / 3600
+        usd = math.fsum(start.usd for start in starts)
         rows.append(
             (
                 f"{place} spot" if is_spot else place,

@@ -123,9 +123,10 @@ class DeadlineAware:
             holds = 1.0
         weights = holds * len(now), (1 - holds) * share * num_zones  # in zones
         price = (
-            weights[0] * sum(now) / max(len(now), 1) + weights[1] * sum(later) / max(len(later), 1)
-        ) / max(sum(weights), 1e-9)
-        count = round(2 * sum(weights)) / 2
+            weights[0] * math.fsum(now) / max(len(now), 1)
+            + weights[1] * math.fsum(later) / max(len(later), 1)
+        ) / max(math.fsum(weights), 1e-9)
+        count = round(2 * math.fsum(weights)) / 2
         if zones:
             come = [rate * count for rate in beliefs.come.per_tick(STEP)]
         else:
@@ -133,7 +134,8 @@ class DeadlineAware:
         none = 1 - beliefs.up
         replaced = 1 - none ** max(count - 1, 0)
         regions = [terms.regions[zone] for zone in zones or range(num_zones)]
-        home = sum((regions.count(region) / len(regions)) ** 2 for region in set(regions))  # share
+        shares = [regions.count(region) / len(regions) for region in dict.fromkeys(regions)]
+        home = math.fsum(share**2 for share in shares)
         stays = min(replaced, 1 - none ** max(count * home - 1, 0)) + (1 - replaced) * home
         egress = terms.egress_usd / (terms.gap_h * terms.gang_size * usd * cell)  # on-demand cells
         return Model(

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from serving.engine import TokenChunk
+from serving.text.call_formats import CallFormat, format_of
 from serving.text.stages import Chat, Decoder, Encoder, TextChunk
 from serving.text.tokenizer import TokenizerFiles, vocab_size
+from serving.text.vocabulary import Vocabulary
 
 LONG_TEXT = 20_000  # characters; more take so long that others would wait
 
@@ -34,6 +36,11 @@ class TextStages(Protocol):
         ...
 
     @property
+    def call_format(self) -> CallFormat | None:
+        """Of calls in an answer; None: they are not read."""
+        ...
+
+    @property
     def is_ready(self) -> bool:
         """Whether both stages would answer now."""
         ...
@@ -52,8 +59,10 @@ class TextStages(Protocol):
         """
         ...
 
-    def decoder(self, stop: Sequence[str]) -> SequenceDecoder:
-        """For one more sequence."""
+    def decoder(
+        self, stop: Sequence[str], prompt: Sequence[int], shown: Sequence[str] = ()
+    ) -> SequenceDecoder:
+        """For one more sequence; see `Decoder`."""
         ...
 
     async def close(self) -> None:
@@ -67,8 +76,9 @@ class LocalStages:
     is_ready, restarts = True, 0
 
     def __init__(self, files: TokenizerFiles) -> None:
-        self._encoder, self._tokenizer = Encoder(files), files.tokenizer()
-        self.vocab_size = vocab_size(self._tokenizer)
+        tokenizer = files.tokenizer()
+        self._encoder, self._vocabulary = Encoder(files), Vocabulary(tokenizer)
+        self.vocab_size, self.call_format = vocab_size(tokenizer), call_format(files)
 
     async def encode(self, prompts: Sequence[str | Chat]) -> list[list[int]]:
         """See `TextStages`."""
@@ -80,9 +90,11 @@ class LocalStages:
     def _encode(self, prompts: Sequence[str | Chat]) -> list[list[int]]:
         return [self._encoder.encode(prompt) for prompt in prompts]
 
-    def decoder(self, stop: Sequence[str]) -> SequenceDecoder:
+    def decoder(
+        self, stop: Sequence[str], prompt: Sequence[int], shown: Sequence[str] = ()
+    ) -> SequenceDecoder:
         """See `TextStages`."""
-        return _LocalDecoder(Decoder(self._tokenizer, stop))
+        return _LocalDecoder(Decoder(self._vocabulary, stop, prompt, shown))
 
     async def close(self) -> None:
         """Nothing runs."""
@@ -97,6 +109,12 @@ class _LocalDecoder:
 
     def close(self) -> None:
         pass
+
+
+def call_format(files: TokenizerFiles) -> CallFormat | None:
+    """Of calls in the answers to chats with tools; None: they are not read."""
+    template = files.template(has_tools=True)
+    return None if template is None else format_of(template)
 
 
 def length(prompt: str | Chat) -> int:

@@ -20,7 +20,8 @@ standard input and output; N is the number of a prompt or sequence:
         {"refused": [N, PARAM, MESSAGE]}      of a `TextError`
 
     gateway -> decode
-        {"open": [N, [STOP, ...], [[TOKENS, TEXT], ...]]}    with the chunks that it had elsewhere
+        {"open": [N, [STOP, ...], PROMPT, [SHOWN, ...], [[TOKENS, TEXT], ...]]}    the last tokens
+                                              of its prompt, and the chunks that it had elsewhere
         {"feed": [N, TOKENS, LOGPROBS, FINISH_REASON, TEXT, TEXT_TOKENS]}
         {"close": N}
     decode -> gateway
@@ -36,9 +37,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from serving.engine import TokenChunk
-from serving.text.pipeline import length
+from serving.text.detokenizer import CONTEXT_TOKENS
+from serving.text.pipeline import call_format, length
 from serving.text.pool import Pool, Work, all_of
-from serving.text.stages import Chat, TextChunk, TextLogprob
+from serving.text.stages import Chat, TextChunk, TextLogprob, TextToken
 from serving.text.tokenizer import TokenizerFiles
 
 _LOAD_OF_A_PROMPT = 1_000  # in characters: what even a short one costs
@@ -57,6 +59,7 @@ class SplitStages:
     def __init__(
         self, files: TokenizerFiles, encoders: int = 1, decoders: int = 1, silence_s: float = 3.0
     ) -> None:
+        self.call_format = call_format(files)
         self.encoders = Pool("encode", files, encoders, silence_s)
         self.decoders = Pool("decode", files, decoders, silence_s)
 
@@ -102,9 +105,11 @@ class SplitStages:
         finally:
             self.encoders.remove(work)
 
-    def decoder(self, stop: Sequence[str]) -> _SplitDecoder:
+    def decoder(
+        self, stop: Sequence[str], prompt: Sequence[int], shown: Sequence[str] = ()
+    ) -> _SplitDecoder:
         """See `TextStages`."""
-        return _SplitDecoder(self.decoders, stop)
+        return _SplitDecoder(self.decoders, stop, prompt[-CONTEXT_TOKENS:], shown)
 
     async def close(self) -> None:
         """See `TextStages`."""
@@ -131,9 +136,9 @@ class _Prompt(Work):
 class _SplitDecoder(Work):
     """A `SequenceDecoder` whose state is in a process."""
 
-    def __init__(self, pool: Pool, stop: Sequence[str]) -> None:
+    def __init__(self, pool: Pool, *opening: Sequence[Any]) -> None:
         super().__init__(pool.new_id(), load=1)
-        self._pool, self._stop = pool, list(stop)
+        self._pool, self._opening = pool, opening  # of its `Decoder`
         self._past: list[tuple[list[int], str | None]] = []
         self._chunk = TokenChunk([])  # that is fed now, or was
         pool.add(self)
@@ -151,7 +156,7 @@ class _SplitDecoder(Work):
         self._pool.remove(self)
 
     def messages(self) -> list[tuple[str, Any]]:
-        opened = ("open", (self.id, self._stop, self._past))
+        opened = ("open", (self.id, *self._opening, self._past))
         return [opened, ("feed", (self.id, *self._chunk))] if self.is_waiting else [opened]
 
     def on_answer(self, content: Any) -> None:
@@ -161,7 +166,7 @@ class _SplitDecoder(Work):
         text, num_tokens, logprobs, reason = content
         if logprobs is not None:
             logprobs = [
-                TextLogprob(own, logprob, [(other, p) for other, p in top])
-                for own, logprob, top in logprobs
+                TextLogprob(TextToken(*own), [TextToken(*other) for other in top], offset)
+                for own, top, offset in logprobs
             ]
         self.answer.set_result(TextChunk(text, num_tokens, logprobs, reason))

@@ -19,6 +19,7 @@ from serving.engine import TokenChunk, TokenLogprob
 from serving.text.pipeline import LONG_TEXT, length
 from serving.text.stages import Chat, Decoder, Encoder, TextError
 from serving.text.tokenizer import TokenizerFiles, vocab_size
+from serving.text.vocabulary import Vocabulary
 
 IDLE_S = 0.5  # between two signs of life
 _BLOCK_BYTES = 1 << 20
@@ -68,7 +69,7 @@ class DecodeStage:
     """
 
     def __init__(self, files: TokenizerFiles) -> None:
-        self._tokenizer = files.tokenizer()
+        self._vocabulary = Vocabulary(files.tokenizer())
         self._decoders: dict[int, Decoder] = {}
 
     def hear(self, kind: str, content: Any) -> Iterator[Answer]:
@@ -79,8 +80,8 @@ class DecodeStage:
         id, *rest = content
         try:
             if kind == "open":
-                stop, past = rest
-                self._decoders[id] = decoder = Decoder(self._tokenizer, stop)
+                *opening, past = rest
+                self._decoders[id] = decoder = Decoder(self._vocabulary, *opening)
                 for tokens, text in past:
                     decoder.feed(TokenChunk(tokens, text=text))
             else:

@@ -13,6 +13,7 @@ from serving.engine import TokenChunk, TokenLogprob
 from serving.text.stages import Chat, Decoder, Encoder, TextError
 from serving.text.tokenizer import load
 from serving.text.tools import ToolCallParser
+from serving.text.vocabulary import Vocabulary
 from tests.serving.conftest import save_model
 from trainer.data.tokenizer import fingerprint
 
@@ -42,7 +43,7 @@ def test_tokens_and_fingerprint_are_transformers_own(export, files):
 def test_however_it_is_cut_the_text_is_the_same(files, text, seed):
     tokenizer, draw = files.tokenizer(), random.Random(seed)
     tokens, said = tokenizer.encode(text).ids, ""
-    decoder = Decoder(tokenizer, [])
+    decoder = Decoder(Vocabulary(tokenizer), [])
     while tokens:
         count = draw.randint(1, 3)
         piece, tokens = tokens[:count], tokens[count:]
@@ -54,7 +55,7 @@ def test_however_it_is_cut_the_text_is_the_same(files, text, seed):
 def test_a_character_that_never_ends_is_told_at_the_end(files):
     tokenizer = files.tokenizer()
     tokens = tokenizer.encode("a🦊").ids[:-1]
-    decoder = Decoder(tokenizer, [])
+    decoder = Decoder(Vocabulary(tokenizer), [])
     said = "".join(decoder.feed(TokenChunk([token])).text for token in tokens)
     assert said == "a"
     said += decoder.feed(TokenChunk([], None, "length")).text
@@ -65,7 +66,7 @@ def test_a_character_that_never_ends_is_told_at_the_end(files):
 def test_stop_strings_whatever_tokens_they_are_made_of(files, stop):
     tokenizer = files.tokenizer()
     text = "the cat sat on a mat"
-    decoder, said, reason = Decoder(tokenizer, stop), "", None
+    decoder, said, reason = Decoder(Vocabulary(tokenizer), stop), "", None
     for token in tokenizer.encode(text).ids:
         chunk = decoder.feed(TokenChunk([token]))
         said, reason = said + chunk.text, chunk.finish_reason
@@ -76,7 +77,7 @@ def test_stop_strings_whatever_tokens_they_are_made_of(files, stop):
 
 
 def test_what_only_looked_like_a_stop_string_is_told(files):
-    decoder = Decoder(files.tokenizer(), ["sat under"])
+    decoder = Decoder(Vocabulary(files.tokenizer()), ["sat under"])
     said = ""
     for token in files.tokenizer().encode("the cat sat").ids:
         said += decoder.feed(TokenChunk([token])).text
@@ -87,9 +88,9 @@ def test_what_only_looked_like_a_stop_string_is_told(files):
 def test_log_probabilities_carry_texts(files):
     tokens = files.tokenizer().encode("the cat").ids
     found = [TokenLogprob(-1.0, [(token, -1.0), (0, -2.0)]) for token in tokens]
-    chunk = Decoder(files.tokenizer(), []).feed(TokenChunk(tokens, found))
-    assert "".join(token.text for token in chunk.logprobs) == "the cat"
-    assert chunk.logprobs[0].top[1] == ("<|endoftext|>", -2.0)
+    chunk = Decoder(Vocabulary(files.tokenizer()), []).feed(TokenChunk(tokens, found))
+    assert "".join(told.token.text for told in chunk.logprobs) == "the cat"
+    assert chunk.logprobs[0].top[1] == (0, "<|endoftext|>", -2.0, None)
 
 
 def test_a_template_that_refuses_is_the_clients_mistake(files):

@@ -1,10 +1,13 @@
 """Which sample comes at which position of an endless stream: seekable, and the same for ever.
 
-Only integer arithmetic of our own: NumPy does not promise that its generators' permutations never
-change, and a run that resumes after an upgrade must see the samples that it would have seen.
+Only integers and fractions, and no generator of NumPy, which does not promise that its permutations
+never change: a run that goes on after an upgrade must see the samples that it would have seen. For
+the same reason a run goes on with the `OrderRule` that it began with.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +19,24 @@ Words = npt.NDArray[np.uint64]
 
 BLOCK = 1024  # positions in which a mixture keeps its proportions exactly
 ROUNDS = 8
+
+
+class OrderRule(StrEnum):
+    """How the weights of a mixture become numbers of samples; checkpoints keep its value.
+
+    Once `sum` of the language added the weights, which rounds otherwise from Python 3.12 on: 0.6,
+    0.3 and 0.1 made 615, 307 and 102 samples of a block before, and 614, 307 and 103 after.
+
+    Attributes:
+        exact: Weights are the decimals that the user wrote, and nothing is rounded.
+        left_to_right: Floats, added one after the other: the `sum` of Python 3.11.
+        compensated: Floats, added with Neumaier's correction: the `sum` of Python 3.12 and later.
+    """
+
+    exact = "exact"
+    left_to_right = "left-to-right"
+    compensated = "compensated"
+
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -87,6 +108,7 @@ class SampleOrder:
         weights: Share of each source, positive; only their proportions count.
         seed: Decides everything else.
         names: For messages.
+        rule: How weights are counted; matters to mixtures only.
 
     Raises:
         ConfigError: A weight too small to be met once in a block.
@@ -98,16 +120,20 @@ class SampleOrder:
         weights: Sequence[float],
         seed: int,
         names: Sequence[str] | None = None,
+        rule: OrderRule = OrderRule.exact,
     ) -> None:
         assert len(sizes) == len(weights) >= 1 and min(sizes) >= 1, (sizes, weights)
         self._sizes, self._seed = list(sizes), seed
-        self._counts = _largest_remainder(weights)
+        self._counts = _largest_remainder(_shares(weights, rule))
         for index, count in enumerate(self._counts):
             if count == 0:
                 name = names[index] if names else str(index)
-                rule = f"is less than one sample in {BLOCK} of the mixture"
-                fix = "raise it or remove the source"
-                raise ConfigError(f"data.sources.{name}.weight", weights[index], rule, fix)
+                raise ConfigError(
+                    f"data.sources.{name}.weight",
+                    weights[index],
+                    f"is less than one sample in {BLOCK} of the mixture",
+                    "raise it or remove the source",
+                )
 
     def __call__(self, first: int, count: int) -> tuple[Indices, Indices]:
         """Positions [first, first + count) of the stream.
@@ -155,12 +181,41 @@ class SampleOrder:
         return samples
 
 
-def _largest_remainder(weights: Sequence[float]) -> list[int]:
+def _shares(weights: Sequence[float], rule: OrderRule) -> Sequence[Fraction | float]:
+    """How many of BLOCK samples each source would have, were they divisible."""
+    if rule is OrderRule.exact:
+        decimals = [Fraction(repr(float(weight))) for weight in weights]
+        total = sum(decimals)
+        return [weight / total * BLOCK for weight in decimals]
+    add = _left_to_right if rule is OrderRule.left_to_right else _compensated
+    rounded = add(weights)
+    return [weight / rounded * BLOCK for weight in weights]
+
+
+def _largest_remainder(shares: Sequence[Fraction | float]) -> list[int]:
     """Seats of BLOCK for each source; ties go to the earlier source."""
-    total = sum(weights)
-    exact = [weight / total * BLOCK for weight in weights]
-    counts = [int(share) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+    counts = [int(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - shares[i], i))
     for index in by_remainder[: BLOCK - sum(counts)]:
         counts[index] += 1
     return counts
+
+
+def _left_to_right(values: Iterable[float]) -> float:
+    total = 0.0
+    for value in values:
+        total += value
+    return total
+
+
+def _compensated(values: Iterable[float]) -> float:
+    """What CPython 3.12 made of `sum` (Neumaier, 1974; `builtin_sum_impl`)."""
+    total = lost = 0.0
+    for value in values:
+        added = total + value
+        if abs(total) >= abs(value):
+            lost += (total - added) + value
+        else:
+            lost += (value - added) + total
+        total = added
+    return total + lost

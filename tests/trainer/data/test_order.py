@@ -1,10 +1,15 @@
-import time
+import sys
 
 import numpy as np
 import pytest
 
 from monitoring.errors import ConfigError
-from trainer.data.order import BLOCK, Permutation, SampleOrder
+from trainer.data.order import BLOCK, OrderRule, Permutation, SampleOrder
+
+
+def block_of(order):
+    """Samples of each source in the first block."""
+    return np.bincount(order(0, BLOCK)[0]).tolist()
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 16, 17, 63, 64, 65, 1000, 1024, 4097, 100_003])
@@ -50,6 +55,41 @@ GOLDEN_SINGLE = [259, 27, 936, 678, 591]
 GOLDEN_MIXTURE = [(1, 10), (0, 991), (0, 619), (1, 15), (0, 285), (1, 0), (0, 103), (1, 2)]
 
 
+# Of weights of which every rule makes other counts in a block, and what comes at 123,000.
+GOLDEN_RULES = {
+    "exact": ([214, 725, 85], [(1, 35), (2, 0), (1, 37), (1, 20), (0, 719)]),
+    "left-to-right": ([213, 725, 86], [(1, 35), (2, 1), (1, 37), (1, 20), (0, 723)]),
+    "compensated": ([213, 726, 85], [(1, 2), (2, 0), (1, 43), (1, 23), (0, 723)]),
+}
+
+
+@pytest.mark.parametrize("rule", OrderRule)
+def test_each_rule_keeps_its_order_on_every_python(rule):
+    """Golden, as above: a run goes on with its own rule, whatever Python it meets."""
+    order = SampleOrder([1000, 50, 7], [0.25, 0.85, 0.1], seed=3, rule=rule)
+    sources, samples = order(123_000, 5)
+    there = list(zip(sources.tolist(), samples.tolist(), strict=True))
+    assert (block_of(order), there) == GOLDEN_RULES[rule.value]
+
+
+@pytest.mark.parametrize("weights", [[0.25, 0.85, 0.1], [0.6, 0.3, 0.1], [0.05, 0.65, 0.2, 0.3]])
+def test_runs_from_before_rules_had_names_added_with_the_sum_of_their_python(weights):
+    rule = OrderRule.left_to_right if sys.version_info < (3, 12) else OrderRule.compensated
+    exact = [weight / sum(weights) * BLOCK for weight in weights]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+    for index in by_remainder[: BLOCK - sum(counts)]:
+        counts[index] += 1
+    assert block_of(SampleOrder([9] * len(weights), weights, seed=0, rule=rule)) == counts
+
+
+def test_weights_are_the_decimals_that_were_written():
+    """6 : 3 : 1, in whichever unit: no rounding may decide between equal remainders."""
+    written = ([0.6, 0.3, 0.1], [6.0, 3.0, 1.0], [6e-7, 3e-7, 1e-7])
+    counts = [block_of(SampleOrder([9] * 3, weights, seed=0)) for weights in written]
+    assert counts == [[615, 307, 102]] * 3  # 614.4, 307.2, 102.4: the tie is the earlier source's
+
+
 @pytest.mark.parametrize("sizes, weights", [([37], [1.0]), ([100, 37, 5], [3.0, 2.0, 0.5])])
 def test_seeking_equals_reading_from_the_start(sizes, weights):
     order = SampleOrder(sizes, weights, seed=9)
@@ -82,8 +122,16 @@ def test_a_weight_that_is_never_drawn_is_refused():
         SampleOrder([10, 10], [1.0, 0.0001], seed=0, names=["web", "rare"])
 
 
-def test_seeking_ten_million_positions_ahead_takes_no_time():
+def test_seeking_far_ahead_takes_no_more_work_than_reading_from_the_start(monkeypatch):
+    permuted, network = [], Permutation._network
+
+    def counted(self, words):
+        permuted.append(len(words))
+        return network(self, words)
+
+    monkeypatch.setattr(Permutation, "_network", counted)
     order = SampleOrder([10**9, 12_345, 7], [0.5, 0.3, 0.2], seed=3)
-    begin = time.perf_counter()
-    order(10_000_000, 512)
-    assert time.perf_counter() - begin < 0.2
+    order(0, 512)
+    at_the_start = sum(permuted)
+    order(10_000_000 * BLOCK, 512)
+    assert sum(permuted) < 4 * at_the_start
