@@ -22,6 +22,7 @@ from compression.targets.packing import (
     Values,
     kept_matrices,
     load_folder,
+    refuse_needed_weights,
     refuse_own_forward,
     stored_bytes,
     times_layers,
@@ -53,6 +54,7 @@ def check_parent(parent: Path, layers: Collection[str], schemes: set[Scheme], ke
     names = StoredNames(parent)
     if any(map(_is_packed, schemes)):
         refuse_own_forward(layers, names, key, "compressed_tensors")
+    refuse_needed_weights(parent, layers, key, "compressed_tensors")
     experts = [layer for layer in layers if names.is_expert(layer)]
     if not experts:
         return
