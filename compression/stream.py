@@ -89,14 +89,15 @@ class BlockStream:
         found = {index: self.layers(index) for index in set(layers.values())}
         return {name: found[index][name] for name, index in layers.items()}
 
-    def needing_weights(self, layers: Collection[str]) -> list[str]:
+    def needing_weights(self, layers: Collection[str], are_absent: bool) -> list[str]:
         """Layers, or modules around them, whose code takes weights past the layers' own forward.
 
         One block of each kind is read, run, and initialised as transformers does when it loads
         one. Experts are not judged: few tokens reach few.
 
         Args:
-            layers: Full names of those that will have codes in the place of weights.
+            layers: Full names of those that will have codes.
+            are_absent: Whether these layers have nothing called `weight` then.
         """
         config = self.model.config
         vars(config)["_is_quantized"] = True  # some models ask, and then call their layers
@@ -118,7 +119,7 @@ class BlockStream:
                 del layer.weight
             for name, module in block.named_modules():
                 try:
-                    if module not in chosen.values():
+                    if are_absent and module not in chosen.values():
                         self.model._init_weights(module)
                 except AttributeError:
                     found.append(f"{prefix}.{name}")

@@ -149,16 +149,19 @@ def refuse_own_forward(layers: Collection[str], names: StoredNames, key: str, va
         raise ConfigError(key, value, rule, "use target=huggingface")
 
 
-def refuse_needed_weights(parent: Path, layers: Collection[str], key: str, value: str) -> None:
+def refuse_needed_weights(
+    parent: Path, layers: Collection[str], are_absent: bool, key: str, value: str
+) -> None:
     """Raises ConfigError for layers whose weights the model's own code takes; codes are none.
 
     Args:
         parent: Folder of the model.
         layers: Names of those that will be in codes.
+        are_absent: Whether these layers have nothing called `weight` then.
         key: For errors.
         value: The target.
     """
-    found = BlockStream(parent).needing_weights(layers) if layers else []
+    found = BlockStream(parent).needing_weights(layers, are_absent) if layers else []
     if found:
         left = ",".join(sorted({f"'*.{name.rpartition('.')[2]}*'" for name in found}))
         rule = f"the model's own code takes weights of {found[0]}, of which only codes are there"

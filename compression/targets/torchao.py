@@ -43,7 +43,7 @@ def check_parent(parent: Path, layers: Collection[str], schemes: set[Scheme], ke
     names = StoredNames(parent)
     refuse_experts(layers, names, key, "torchao")
     refuse_own_forward(layers, names, key, "torchao")
-    refuse_needed_weights(parent, layers, key, "torchao")
+    refuse_needed_weights(parent, layers, False, key, "torchao")
 
 
 def check(schemes: set[Scheme], key: str) -> None:
