@@ -40,11 +40,11 @@ _SHOWS_BARS = (
 check_parent, layer_bytes, check_layer_times = takes_any, stored_bytes, times_layers
 
 
-def load(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
-    """A model of transformers, computed in `dtype`; auto: what config.json says."""
+def load(folder: Path, dtype: torch.dtype | str = "auto", attention: str | None = None) -> Any:
+    """A model of transformers; see `load_folder`."""
     for name in _SHOWS_BARS:
         vars(importlib.import_module(name))["tqdm"] = _no_bar
-    return load_folder(folder, dtype)
+    return load_folder(folder, dtype, attention)
 
 
 def runner(folder: Path) -> TorchRunner:

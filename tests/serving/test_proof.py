@@ -199,7 +199,7 @@ def settings_of(folder, **settings):
     return torch_worker.Settings(**of)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "mamba"])
+@pytest.mark.parametrize("family", ["gemma2", "falcon", "mamba"])
 def test_the_plain_engine_computes_what_generate_does(tmp_path, family):
     zoo.build(family, tmp_path)
     worker = PlainWorker(settings_of(tmp_path), HeardLines())
