@@ -2,7 +2,8 @@
 
 The new one starts beside the old one and has to prove that it computes what it should. Then it
 replaces it; or, as a canary, it first answers a share of the requests and is compared with the
-champion on those that came meanwhile. Requests that the old one has begun it ends; then it is stopped.
+champion on those that came meanwhile. Requests that the old one has begun it ends; then it is
+stopped.
 """
 
 from __future__ import annotations
