@@ -1,8 +1,9 @@
 """A new artifact takes over without a failed request, or does not take over at all.
 
-The new one starts beside the old one and has to make a token. Then it replaces it; or, as a canary,
-it first answers a share of the requests and is compared with the champion on those that came
-meanwhile. Requests that the old one has begun it ends; then it is stopped.
+The new one starts beside the old one and has to prove that it computes what it should. Then it
+replaces it; or, as a canary, it first answers a share of the requests and is compared with the
+champion on those that came meanwhile. Requests that the old one has begun it ends; then it is
+stopped.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Rollout:
             SpotforgeError: It does not start; the champion goes on.
             Busy: Another rollout goes on.
         """
-        return await self._start(name, self._root, share, "swapped", "it made a token")
+        return await self._start(name, self._root, share, "swapped", "it proved itself")
 
     async def _start(
         self, name: str, root: Path | None, share: float | None, what: str, why: str

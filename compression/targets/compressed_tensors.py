@@ -77,16 +77,16 @@ def check_parent(parent: Path, layers: Collection[str], schemes: set[Scheme], ke
         raise ConfigError(key, "compressed_tensors", rule, fix)
 
 
-def load(folder: Path, dtype: torch.dtype | None = None) -> Any:
-    """A model of transformers, in the folder's own type or in another."""
+def load(folder: Path, dtype: torch.dtype | str = "auto", attention: str | None = None) -> Any:
+    """A model of transformers; see `load_folder`."""
     for name in _SHOWS_BARS:
         vars(importlib.import_module(name))["tqdm"] = _no_bar
-    return load_folder(folder, dtype or "auto")
+    return load_folder(folder, dtype, attention)
 
 
 def runner(folder: Path, dtype: torch.dtype | None = None) -> TorchRunner:
     """The same, to be timed."""
-    return TorchRunner(load(folder, dtype))
+    return TorchRunner(load(folder, dtype or "auto"))
 
 
 def _no_bar(iterable: Iterable[Any], **_: Any) -> Iterable[Any]:

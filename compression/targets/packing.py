@@ -173,12 +173,15 @@ def times_layers(key: str) -> None:
     """The `check_layer_times` of targets whose layers run in this process."""
 
 
-def load_folder(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
+def load_folder(
+    folder: Path, dtype: torch.dtype | str = "auto", attention: str | None = None
+) -> Any:
     """A model that transformers knows how to load by itself.
 
     Args:
         folder: Of config and weights.
         dtype: To compute in; auto: what config.json says.
+        attention: As transformers calls its implementations; None: its own choice.
 
     Raises:
         DamagedError: Weights are not there, or of other shapes: transformers draws them at random
@@ -187,6 +190,7 @@ def load_folder(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
+        attn_implementation=attention,
         trust_remote_code=False,  # else it asks at the terminal
         output_loading_info=True,
         ignore_mismatched_sizes=True,

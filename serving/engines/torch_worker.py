@@ -323,11 +323,16 @@ class TorchWorker(ABC):
 
     def _reference_model(self) -> Any:
         """The same weights in float32 where half of the free memory holds them; else the model."""
-        if self._settings.dtype == "float32":
-            return self._model
-        if 4 * sum(p.numel() for p in self._model.parameters()) > _free_bytes(self._model) / 2:
-            return self._model
-        return _load(self._settings, "float32", None)[0]
+        model = self._model
+        # Some choose their attention as they are built, and cannot change it.
+        is_plain = _is_eager(model) or model._can_set_attn_implementation()
+        if self._settings.dtype == "float32" and is_plain:
+            return model
+        if 4 * sum(p.numel() for p in model.parameters()) <= _free_bytes(model) / 2:
+            return _load(self._settings, "float32", "eager")[0]
+        if is_plain:
+            return model
+        raise MemoryError("there is no room for a second model, with eager attention")
 
     @contextlib.contextmanager
     def _as_asked(self, adapter: str | None) -> Iterator[Any]:
@@ -359,12 +364,10 @@ def _load(settings: Settings, dtype: str, attention: str | None) -> tuple[Any, l
     folder, numbers = Path(settings.folder), getattr(torch, dtype)
     try:
         if settings.target is None:
-            model = load_folder(folder, numbers)
+            model = load_folder(folder, numbers, attention)
         else:
             target = importlib.import_module(f"compression.targets.{settings.target}")
-            model = target.load(folder, numbers)
-        if attention is not None:
-            model.set_attn_implementation(attention)
+            model = target.load(folder, numbers, attention)
         restored = restore_buffers(model)
         return model.to(device), restored
     except (OSError, ValueError, KeyError, ImportError) as e:  # an unknown type, no such file
@@ -396,15 +399,19 @@ def _eos_tokens(model: Any) -> list[int]:
 @contextlib.contextmanager
 def _eager(model: Any) -> Iterator[None]:
     """Attention as the model's own file writes it down, without a cache of pages."""
-    before = model.config._attn_implementation
-    if before == "eager":
+    if _is_eager(model):
         yield
         return
+    before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def _is_eager(model: Any) -> bool:
+    return bool(model.config._attn_implementation == "eager")
 
 
 def _embedding(model: Any, tokens: list[int]) -> list[float]:

@@ -346,8 +346,8 @@ def test_openvino_is_not_taken_for_adapters(export, adapters, tmp_path, monkeypa
     monkeypatch.setenv("SPOTFORGE_OPENVINO_PYTHON", sys.executable)
     artifact = resolve_artifact(str(export))
     found = resolve_all({"plain": str(adapters["plain"])}, artifact)
-    _, why = asyncio.run(build(artifact, EngineConfig(), tmp_path, found))
-    assert why == "it alone has adapters"
+    _, _, why, *_ = asyncio.run(build(artifact, EngineConfig(), tmp_path, found))
+    assert why == "it alone has batches with adapters"
     asked = EngineConfig(name=EngineName.openvino)
     with pytest.raises(ConfigError, match="the openvino engine has no adapters"):
         asyncio.run(build(artifact, asked, tmp_path, found))

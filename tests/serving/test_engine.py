@@ -134,6 +134,61 @@ def test_a_request_outlives_its_engine(export):
     with_engine(export, work, silence_s=2.0)
 
 
+@pytest.mark.long
+def test_on_a_starved_host_an_engine_is_kept_and_one_that_hangs_is_found(export):
+    async def work(running):
+        await tokens_of(running, "a")
+        spins = [
+            await asyncio.create_subprocess_exec(sys.executable, "-c", "while True: pass")
+            for _ in range(6 * os.cpu_count())
+        ]
+        try:
+            await asyncio.sleep(10)
+            assert running.is_ready and running.stats().restarts == 0
+            pid = running.pid
+            os.kill(pid, signal.SIGSTOP)
+            async with asyncio.timeout(60):
+                while running.is_ready:
+                    await asyncio.sleep(0.1)
+        finally:
+            for spin in spins:
+                spin.kill()
+                await spin.wait()
+        async with asyncio.timeout(120):
+            while not running.is_ready:
+                await asyncio.sleep(0.1)
+        assert running.pid != pid and running.stats().restarts == 1
+
+    with_engine(export, work, silence_s=1.0)
+
+
+@pytest.mark.long
+def test_an_engine_that_spins_without_a_word_is_found(tmp_path):
+    program = tmp_path / "spins.py"
+    program.write_text(
+        "import json, sys\n"
+        "def say(**line): print(json.dumps(line), flush=True)\n"
+        "say(ready={'engine': 'spins', 'max_context': 8, 'max_running': 1})\n"
+        "asked = json.loads(input())['submit']['id']\n"
+        "say(step={'tokens': [[asked, [1], [[-1.0, []]]]], 'finished': [[asked, 'length']],"
+        " 'running': 0, 'kv_cache_usage': 0})\n"
+        "while True: pass\n"
+    )
+
+    async def work():
+        watch = Watch(silence_s=1.0, step_timeout_s=2.0)
+        running = ProcessEngine([sys.executable, str(program)], watch)
+        await running.start()
+        try:
+            async with asyncio.timeout(60):
+                while running.stats().restarts == 0:
+                    await asyncio.sleep(0.1)
+        finally:
+            await running.close()
+
+    asyncio.run(work())
+
+
 def test_what_kills_an_engine_twice_is_given_up(export):
     """A token beyond the embedding: the gateway refuses it, and an engine would be lost."""
 

@@ -41,7 +41,7 @@ def with_remote(export, work, fake=None, **settings):
         await server.start()
         config = EngineConfig(name=EngineName.remote, url=f"{server.url}/v1/", **settings)
         try:
-            engine, _ = await build(resolve(str(export)), config, Path("unused"), {})
+            engine, *_ = await build(resolve(str(export)), config, Path("unused"), {})
             try:
                 await engine.start()
                 return await work(engine, server)
@@ -238,7 +238,7 @@ def test_settings_that_cannot_be(export):
         whole = ServingConfig(artifact="a", engine=config)
         with pytest.raises(ConfigError, match="runs what its server has"):
             await Rollout(None, whole, Path("unused"), Path("."), print).swap(str(export))
-        engine, _ = await build(resolve(str(export)), config, Path("unused"), {})
+        engine, *_ = await build(resolve(str(export)), config, Path("unused"), {})
         with pytest.raises(SpotforgeError, match="cannot be reached"):
             await engine.start()
         await engine.close()
@@ -252,7 +252,7 @@ def test_a_gateway_is_a_server_like_any(export, served):
 
         async def generate(stop):
             config = EngineConfig(name=EngineName.remote, url=behind.url)
-            engine, _ = await build(behind.artifact, config, Path("unused"), {})
+            engine, *_ = await build(behind.artifact, config, Path("unused"), {})
             deployment = Deployment(behind.artifact, engine, LocalStages(behind.files))
             try:
                 info = await engine.start()
@@ -294,7 +294,7 @@ def fake_vllm(tmp_path, monkeypatch):
 def with_vllm(export, work, **settings):
     async def run():
         config = EngineConfig(name=EngineName.vllm, max_running=4, max_context=100, **settings)
-        engine, _ = await build(resolve(str(export)), config, Path("unused"), {})
+        engine, *_ = await build(resolve(str(export)), config, Path("unused"), {})
         try:
             await engine.start()
             return await work(engine)
@@ -381,7 +381,7 @@ def test_auto_takes_vllm_where_there_is_a_gpu(export, fake_vllm, monkeypatch):
     monkeypatch.setenv("SPOTFORGE_OPENVINO_PYTHON", "")
 
     async def choose():
-        engine, why = await build(resolve(str(export)), EngineConfig(), Path("unused"), {})
+        engine, _, why, *_ = await build(resolve(str(export)), EngineConfig(), Path("unused"), {})
         await engine.close()
         return type(engine).__name__, why
 
