@@ -42,7 +42,8 @@ class Choice:
 
     def but(self, asked: Mapping[str, float | None]) -> Choice:
         """With what a request asks for; None: it asks for nothing."""
-        return dataclasses.replace(self, **{k: v for k, v in asked.items() if v is not None})
+        given: dict[str, Any] = {name: x for name, x in asked.items() if x is not None}
+        return dataclasses.replace(self, **given)
 
     def extras(self) -> list[str]:
         """The settings that change something and that not every engine has."""
