@@ -42,8 +42,8 @@ class Choice:
 
     def but(self, asked: Mapping[str, float | None]) -> Choice:
         """With what a request asks for; None: it asks for nothing."""
-        said: dict[str, Any] = {k: v for k, v in asked.items() if v is not None}
-        return dataclasses.replace(self, **said)
+        given: dict[str, Any] = {name: x for name, x in asked.items() if x is not None}
+        return dataclasses.replace(self, **given)
 
     def extras(self) -> list[str]:
         """The settings that change something and that not every engine has."""

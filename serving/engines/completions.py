@@ -17,14 +17,7 @@ from typing import Any
 import httpx
 
 from monitoring.errors import ConfigError, SpotforgeError
-from serving.engine import (
-    EngineError,
-    EngineFailed,
-    EngineRefused,
-    TokenChunk,
-    TokenLogprob,
-    TokenRequest,
-)
+from serving.engine import EngineError, EngineRefused, TokenChunk, TokenLogprob, TokenRequest
 
 _CONNECT_TIMEOUT_S = 10.0
 _RETRY_S = 1  # where a busy server does not say
@@ -307,7 +300,7 @@ def _refusal(status: int, headers: httpx.Headers, body: bytes) -> SpotforgeError
         return EngineRefused(text, int(after) if after.isdecimal() else _RETRY_S)
     if status in (400, 413, 422):
         return EngineRefused(text, None)
-    return Lost(text) if status >= 500 else EngineFailed(text)
+    return Lost(text) if status >= 500 else EngineError(text)
 
 
 def _message(body: bytes) -> str:

@@ -134,8 +134,8 @@ class Encoder:
         if chat.tools and "tools" not in template:
             raise TextError("tools", "the model's chat template knows no tools")
         if chat.finds_calls and format_of(template) is None:
-            why = "calls as the model's chat template has them are not read here: set tool_choice"
-            raise TextError("tools", f"{why} to required, to a function, or to none")
+            rule = "calls as the model's chat template has them are not read here: set tool_choice"
+            raise TextError("tools", f"{rule} to required, to a function, or to none")
         try:
             tools: Any = chat.tools
             rendered: Any = render_jinja_template(

@@ -64,7 +64,8 @@ def tokens_of(chunks):
 def test_vllm_tells_token_ids(export):
     async def work(engine, server):
         assert (engine.info.engine, engine.info.max_context) == ("vllm 0.32.0", 128)
-        assert engine.info.features == ["json_schema", "logprobs_when_sampling"]
+        choices = ["top_k", "min_p", "repetition_penalty"]
+        assert engine.info.features == ["json_schema", "logprobs_when_sampling", *choices]
         chunks = await chunks_of(engine, seed=-1, temperature=0.5, top_p=0.9, logprobs=2)
         assert tokens_of(chunks) == list(range(8, 16))
         assert chunks[-1].finish_reason == "length"
