@@ -81,10 +81,6 @@ REFUSED = {
     ),
     "field of a wrong type": (["model.config.hidden_size=abc"], ["hidden_size", "int"]),
     "attention": (["model.attn_implementation=foo"], ["attn_implementation=foo"]),
-    "positions beyond the table": (
-        ["model.model_type=gpt2", "model.config={n_embd: 32, n_layer: 1, n_positions: 16}"],
-        ["data.max_seq_len=32", "table of 16 positions", "max_position_embeddings"],
-    ),
     "heads that only fail when they compute": (
         [
             "model.model_type=youtu",
