@@ -24,8 +24,10 @@ class SourceConfig:
     Attributes:
         kind: What `path` is.
         path: File, folder or glob (`text`, `jsonl`, `parquet`), a repository or folder that
-            `datasets.load_dataset` takes (`hub`), or a prepared token dataset (`tokens`).
-        column: The field that holds the text (`jsonl`, `parquet`, `hub`).
+            `datasets.load_dataset` takes (`hub`), or a prepared token dataset (`tokens`). Links to
+            files and folders are followed; one that leads nowhere is refused.
+        column: The field that holds the text (`jsonl`, `parquet`, `hub`). The others need not be
+            the same in all rows or files. Rows without text are left out, and counted.
         subset: Name of the configuration inside a hub repository.
         revision: Commit or tag of a hub repository.
         split: Split of a hub repository.
@@ -50,7 +52,8 @@ class PreparationConfig:
     Attributes:
         max_seq_len: Tokens in a sample (T).
         tokenizer: `auto` (the pretrained model's own, else trained on the data), `train` (a
-            byte-level BPE), or a folder or hub name.
+            byte-level BPE, which splits text as transformers will for the model's type), or a
+            folder or hub name.
         tokenizer_vocab_size: Largest size of a trained tokenizer (little text makes fewer tokens).
         validation_fraction: Share of the documents held out. A document's digest decides, so that a
             held-out document stays held out when others are added.
