@@ -231,7 +231,7 @@ def test_unknown_models_and_paths(client, fast):
 
 
 def test_a_client_that_goes_away_frees_its_slot(served):
-    with served(token_s=0.02) as running:
+    with served(token_s=0.5) as running:
         body = {"model": "tiny", "prompt": "x", "max_tokens": 400, "stream": True}
         for is_stream in (True, False):
             with httpx.Client() as client:
@@ -248,9 +248,10 @@ def test_a_client_that_goes_away_frees_its_slot(served):
                             json=body,
                             timeout=httpx.Timeout(120, read=0.3),
                         )
+            deadline_s = time.monotonic() + 120  # the whole answer takes 200
             while running.engine.running or running.gateway.admission.running:
+                assert time.monotonic() < deadline_s
                 time.sleep(0.005)
-        assert running.engine.cancelled == 2  # neither was computed to its end
 
 
 def test_more_than_fits_is_told_to_come_back(served):
