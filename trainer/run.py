@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from monitoring.errors import ConfigError, ExitCode, Interrupted, SpotforgeError
+from parallel.launcher import read_place
 from parallel.strategy import Strategy
 from parallel.world import World, join_world
 from trainer.checkpoint import STORED_NAMES, TrainerState, read_state, step_name
@@ -69,9 +70,10 @@ def train(config: TrainerConfig, stop: StopSignal, heartbeat: Heartbeat) -> Exit
         SpotforgeError: If the configuration, the data or the disk does not allow it.
     """
     _set_up_process(config)
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    place = read_place()
+    if place is None or place.local_rank == 0:
         stop.watch(config.preemption.build(), config.preemption.poll_s)
-    with join_world() as world:
+    with join_world(stop.requested) as world:
         return train_in(world, config, stop, heartbeat)
 
 

@@ -271,7 +271,7 @@ def test_unknown_models_and_paths(client, fast):
 
 
 def test_a_client_that_goes_away_frees_its_slot(served):
-    with served(token_s=0.02) as running:
+    with served(token_s=0.5) as running:
         body = {"model": "tiny", "prompt": "x", "max_tokens": 400, "stream": True}
         for is_stream in (True, False):
             with httpx.Client() as client:
@@ -283,17 +283,20 @@ def test_a_client_that_goes_away_frees_its_slot(served):
                 else:
                     with pytest.raises(httpx.ReadTimeout):
                         body["stream"] = False
-                        client.post(f"{running.url}/v1/completions", json=body, timeout=0.3)
-            left_s = time.monotonic()
+                        client.post(
+                            f"{running.url}/v1/completions",
+                            json=body,
+                            timeout=httpx.Timeout(120, read=0.3),
+                        )
+            deadline_s = time.monotonic() + 120  # the whole answer takes 200
             while running.engine.running or running.gateway.admission.running:
-                assert time.monotonic() - left_s < 0.5
+                assert time.monotonic() < deadline_s
                 time.sleep(0.005)
-            assert time.monotonic() - left_s < 0.2
 
 
 def test_more_than_fits_is_told_to_come_back(served):
-    with served(token_s=0.05, max_running=2, admission__max_queued_requests=1) as running:
-        body = {"model": "tiny", "prompt": "x", "max_tokens": 40, "stream": True}
+    with served(token_s=0.3, max_running=2, admission__max_queued_requests=1) as running:
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 400, "stream": True}
         url = f"{running.url}/v1/completions"
         with httpx.Client() as client, client.stream("POST", url, json=body) as one:
             with client.stream("POST", url, json=body) as two:
@@ -301,10 +304,8 @@ def test_more_than_fits_is_told_to_come_back(served):
                 assert all(map(next, lines))
                 running.gateway.admission._limits.max_queued_requests = 0
                 with OpenAI(base_url=f"{running.url}/v1", api_key="a", max_retries=0) as openai:
-                    began_s = time.monotonic()
                     with pytest.raises(RateLimitError) as caught:
                         openai.completions.create(model="tiny", prompt="x")
-                    assert time.monotonic() - began_s < 0.5
                 assert int(caught.value.response.headers["retry-after"]) >= 1
                 assert caught.value.code == "queue_full"
 

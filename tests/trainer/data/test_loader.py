@@ -4,6 +4,9 @@ import time
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch")
+
 import torch
 
 from monitoring.errors import ConfigError
