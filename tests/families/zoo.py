@@ -176,7 +176,7 @@ FAMILIES: dict[str, Family] = {
             "n_group": 1,
             "topk_group": 1,
             "first_k_dense_replace": 0,
-            "kv_lora_rank": 8,
+            "kv_lora_rank": 16,
             "q_lora_rank": 16,
             "qk_rope_head_dim": 4,
             "qk_nope_head_dim": 8,
