@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
+from transformers import AutoConfig
 
 from compression.artifact import find_run
 from compression.chat import KEY, read_samples
@@ -59,8 +60,10 @@ def draw_samples(
         stop_requested: Polled.
 
     Raises:
-        ConfigError: There is no data, too little, or the two share text.
+        ConfigError: There is no data, too little, the two share text, or a sample is longer than
+            the model's window.
     """
+    _check_window(config, model)
     if config.calibration.messages is not None:
         return _conversations(config, config.calibration.messages, model)
     if config.data is None and config.parent.run is None:
@@ -111,6 +114,26 @@ def _generated(
     return Samples(calibration, evaluation, f"generated:{digest}")
 
 
+def _check_window(config: CompressionConfig, model: Path) -> None:
+    """Refuses samples of more tokens than the model has positions for."""
+    key, length = "calibration.max_seq_len", config.calibration.max_seq_len
+    has_data = config.data is not None or config.parent.run is not None
+    if config.calibration.messages is None and has_data:
+        key, length = "data.max_seq_len", data_config(config).max_seq_len
+    longest = window_of(model)
+    if longest is not None and length > longest:
+        rule = f"the model has {longest} positions"
+        raise ConfigError(key, length, rule, f"set {key}={longest}, or less")
+
+
+def window_of(model: Path) -> int | None:
+    """Positions that a model has; None where there is no limit."""
+    config: Any = AutoConfig.from_pretrained(model).get_text_config()
+    names = ("max_position_embeddings", "max_seq_len")  # MPT's is the latter
+    found = (getattr(config, name, None) for name in names)
+    return next((int(size) for size in found if size is not None), None)
+
+
 def data_config(config: CompressionConfig) -> DataConfig:
     """The data of the command line, else of the run."""
     if config.data is not None:
@@ -122,6 +145,8 @@ def data_config(config: CompressionConfig) -> DataConfig:
     saved: Any = OmegaConf.load(find_run(config.parent.run) / "config.yaml")
     schema = MixtureDataConfig if "sources" in saved.data else SingleDataConfig
     found: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), saved.data))
+    if "add_bos" not in saved.data:  # a run that was begun before there was the choice
+        found.add_bos = False
     # The tokenizer is the export's own, however it was come by.
     vocab_size = PreparationConfig.tokenizer_vocab_size
     run_data: DataConfig = dataclasses.replace(

@@ -9,13 +9,15 @@ Shapes: B sequences of T tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from compression.experts import split_experts
+from compression.layers import linear_layers
 from monitoring.errors import ConfigError
 from parallel.strategy import decoder_blocks
 from trainer.config import PathModelConfig
@@ -75,12 +77,24 @@ class BlockStream:
             if module not in inside and own:
                 yield module
 
+    def layers(self, index: int) -> dict[str, nn.Linear]:
+        """The linear layers of a block by full name, each expert's among them, loaded or not."""
+        return linear_layers(self.names[index], self.blocks[index])
+
+    def chosen(self, layers: Mapping[str, int]) -> dict[str, nn.Linear]:
+        """Some layers, given with the number of their block."""
+        found = {index: self.layers(index) for index in set(layers.values())}
+        return {name: found[index][name] for name, index in layers.items()}
+
     def name_of(self, module: nn.Module) -> str:
         """As `model.layers.0.mlp.up_proj`."""
         return self._of_module[module]
 
     def load(self, index: int) -> nn.Module:
-        """Reads a block; `release` it before the next, for the sake of memory."""
+        """Reads a block; `release` it before the next, for the sake of memory.
+
+        Experts that transformers fuses are linear layers then.
+        """
         return self._load(self.blocks[index])
 
     def release(self, index: int) -> None:
@@ -142,6 +156,7 @@ class BlockStream:
 
     def _load(self, part: nn.Module) -> nn.Module:
         self._read(part)
+        split_experts(part)
         self._overwrite(self._of_module[part], part)
         return part
 

@@ -38,7 +38,8 @@ Keys (key=value):
   keys                        file of API keys; default: whoever can connect may ask
   topology                    local | split: text stages in the gateway, or in processes
   text.encoders, .decoders    numbers of those processes
-  engine.name                 auto | transformers | openvino | vllm | remote
+  engine.name                 auto | transformers | openvino | vllm | plain | remote
+  engine.dtype                auto | float32 | bfloat16 | float16: what is computed in
   engine.url                  http://HOST:PORT of a server with OpenAI's API, for remote
   engine.remote_model         as that server calls the model; default: it has only one
   engine.api_key_env          environment variable with that server's API key; default: none

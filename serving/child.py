@@ -10,14 +10,13 @@ import contextlib
 import ctypes
 import json
 import logging
-import os
 import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from monitoring.errors import SpotforgeError
 
@@ -28,13 +27,44 @@ _STABLE_S = 60.0  # a process that lived this long has not failed in a row
 _BACKOFF_S = (0.0, 0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # by failures in a row
 _BLOCK_BYTES = 1 << 20
 _LAST_WORDS_BYTES = 1_000
-_LONGEST_LOOK_S = 1.0  # when this process stood still itself, that says nothing of its child
+LOOK_S = 0.25  # between two looks at a child
+_LATE_S = 0.15  # beyond it this process stood still itself, which says nothing of its child
+_NANOSECONDS = 1e9
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class ChildEnded(SpotforgeError):
     """The process ended before it did what was waited for; its last words say why."""
+
+
+class Look(NamedTuple):
+    """What a look at a child shows.
+
+    Attributes:
+        had_s: Seconds since the last look that the child had for whatever it does: without those
+            that it waited for a CPU, and those that this process was too late to look.
+        still_s: That it had in a row, said nothing, used no CPU time and waited for nothing.
+        silent_s: That it had since it said something.
+    """
+
+    had_s: float
+    still_s: float
+    silent_s: float
+
+
+class _Threads(NamedTuple):
+    """Of a process, all together.
+
+    Attributes:
+        used_s: CPU time of those that are there, in seconds.
+        waited_s: For a CPU, by thread; a wait counts once it is over.
+        wants: One of them runs, waits for a CPU, or for a disk.
+    """
+
+    used_s: float
+    waited_s: dict[str, float]
+    wants: bool
 
 
 class Child:
@@ -55,9 +85,9 @@ class Child:
         self._reader = asyncio.create_task(self._read())
         self._errors = asyncio.create_task(self._read_errors())
         self._unsent: list[bytes] = []
-        self._still_s = 0.0
+        self._still_s = self._silent_s = 0.0
         self._looked_s, self._heard_at_look_s = time.monotonic(), self.heard_s
-        self._cpu_at_look_s = 0.0
+        self._threads = _Threads(0.0, {}, False)
 
     @classmethod
     async def start(
@@ -126,18 +156,28 @@ class Child:
         await asyncio.wait([self._reader], timeout=seconds)
         return self._reader.done()
 
-    def still_s(self) -> float:
-        """Seconds that it said nothing, used no CPU time and waited for none.
+    def look(self) -> Look:
+        """How it fares; to be asked every `LOOK_S`.
 
-        It is to be asked for several times a second.
+        On a host with more to do than it can, both this process and the child stand still now and
+        then, and neither is a sign that the child hangs.
         """
-        now_s, (state, cpu_s) = time.monotonic(), _activity(self.pid)
-        self._still_s += min(now_s - self._looked_s, _LONGEST_LOOK_S)
-        has_changed = (self.heard_s, cpu_s) != (self._heard_at_look_s, self._cpu_at_look_s)
-        if has_changed or state == "R":  # it would run, were the host not that busy
+        now_s, before = time.monotonic(), self._threads
+        passed_s, self._looked_s = now_s - self._looked_s, now_s
+        threads = self._threads = _threads_of(self.pid)
+        waited_s = [s - before.waited_s.get(name, 0.0) for name, s in threads.waited_s.items()]
+        has_waited = max(waited_s, default=0.0) > 0
+        is_late = passed_s > LOOK_S + _LATE_S
+        had_s = 0.0 if is_late else max(0.0, passed_s - max(waited_s, default=0.0))
+        if self.heard_s != self._heard_at_look_s:
+            self._heard_at_look_s, self._silent_s = self.heard_s, 0.0
+        else:
+            self._silent_s += had_s
+        if self._silent_s == 0 or threads.wants or has_waited or threads.used_s != before.used_s:
             self._still_s = 0.0
-        self._looked_s, self._heard_at_look_s, self._cpu_at_look_s = now_s, self.heard_s, cpu_s
-        return self._still_s
+        else:
+            self._still_s += had_s
+        return Look(had_s, self._still_s, self._silent_s)
 
     async def last_words(self) -> str:
         """How it ended, and what it said of that; waits for its end."""
@@ -219,16 +259,22 @@ async def keep_up(
         _log.warning("%s: up again after %.1f s", name, time.monotonic() - began_s)
 
 
-def _activity(pid: int) -> tuple[str, float]:
-    """State, and user and system time, of a process; as of one that sleeps where that is unknown.
+def _threads_of(pid: int) -> _Threads:
+    """As of one that sleeps where that is unknown.
 
-    See proc_pid_stat(5).
+    Sources: proc_pid_stat(5), and Documentation/scheduler/sched-stats.rst of Linux.
     """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "S", 0.0
-    return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    used_s, waited_s, wants = 0.0, {}, False
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        try:
+            state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+            used, waited, _ = map(int, (task / "schedstat").read_text().split())
+        except (OSError, ValueError, IndexError):  # it ended, or this system does not say
+            continue
+        used_s += used / _NANOSECONDS
+        waited_s[task.name] = waited / _NANOSECONDS
+        wants = wants or state in "RD"
+    return _Threads(used_s, waited_s, wants)
 
 
 def _die_with_parent() -> None:

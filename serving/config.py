@@ -23,7 +23,17 @@ class EngineName(Enum):
     transformers = "transformers"
     openvino = "openvino"
     vllm = "vllm"
+    plain = "plain"
     remote = "remote"
+
+
+class EngineDtype(Enum):
+    """What numbers a model is computed in. `auto`: float32 on a CPU, its own on a GPU."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 @dataclass
@@ -44,8 +54,9 @@ class EngineConfig:
         kv_cache_mb: Room for keys and values; null: for all running sequences at 512 tokens, and
             for one of the whole context.
         num_threads: On a CPU; null: the engine's own choice.
+        dtype: Of the numbers that are computed with, for artifacts of every format.
         openvino_bits: Of the weights, where openvino is prepared from dense ones: 8, 4 or 32.
-        start_timeout_s: For loading, and one token.
+        start_timeout_s: For loading, one token, and the proof that its numbers are right.
         silence_s: An engine that says and does nothing for so long is killed and started again.
         step_timeout_s: One that says nothing for so long, however busy, too.
         probe_interval_s: A token is asked for when none was made for so long.
@@ -60,6 +71,7 @@ class EngineConfig:
     max_batch_tokens: int | None = None
     kv_cache_mb: int | None = None
     num_threads: int | None = None
+    dtype: EngineDtype = EngineDtype.auto
     openvino_bits: int = 8
     start_timeout_s: float = 600.0
     silence_s: float = 3.0
@@ -80,6 +92,23 @@ class EngineConfig:
                 rule = f"has no effect with engine.name={self.name.value}"
                 fix = "leave it out" if is_remote else "set engine.name=remote"
                 raise ConfigError(f"engine.{key}", value, rule, fix)
+        if is_remote and self.dtype is not EngineDtype.auto:
+            rule = "has no effect with engine.name=remote"
+            raise ConfigError("engine.dtype", self.dtype.value, rule, "leave it out")
+        if self.name is EngineName.plain and self.max_batch_tokens is not None:
+            key, rule = "engine.max_batch_tokens", "has no effect with engine.name=plain"
+            raise ConfigError(key, self.max_batch_tokens, rule, "leave it out")
+
+
+class GenerationConfig(Enum):
+    """What a request gets that does not say how tokens are chosen.
+
+    `auto`: what the model's `generation_config.json` says of temperature, top_p, top_k, min_p and
+    repetition_penalty; `vllm`: 1, 1, 0, 0 and 1, whatever it says. Its EOS tokens count in both.
+    """
+
+    auto = "auto"
+    vllm = "vllm"
 
 
 class Topology(Enum):
@@ -205,6 +234,7 @@ class ServingConfig:
         cache: Folder for what engines prepare; null: SPOTFORGE_CACHE/serving.
         drain_timeout_s: For requests that run when it is told to stop.
         topology: Where the text stages run.
+        generation_config: How tokens are chosen where a request does not say.
     """
 
     artifact: str = MISSING
@@ -219,6 +249,7 @@ class ServingConfig:
     cache: str | None = None
     drain_timeout_s: float = 120.0
     topology: Topology = Topology.local
+    generation_config: GenerationConfig = GenerationConfig.auto
     text: TextConfig = field(default_factory=TextConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     guard: Guard = field(default_factory=Guard)

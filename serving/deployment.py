@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from monitoring.errors import ConfigError, SpotforgeError
+from monitoring.errors import ConfigError
 from serving.adapters import Adapter, resolve_all
 from serving.artifact import Artifact
-from serving.config import ServingConfig, Topology
+from serving.config import GenerationConfig, ServingConfig, Topology
 from serving.engine import Engine, EngineInfo, TokenRequest
-from serving.engines.choose import build
+from serving.engines import choose
+from serving.sampling import Choice, defaults_of
 from serving.text.pipeline import LocalStages, TextStages
 from serving.text.split import SplitStages
 from serving.text.stages import TextChunk
 from serving.text.tokenizer import load
-
-_log = logging.getLogger("spotforge.serving")
 
 
 class Deployment:
@@ -29,6 +27,8 @@ class Deployment:
         engine: What generates.
         text: The stages around it.
         adapters: That the engine has, by name.
+        defaults: How tokens are chosen where a request does not say.
+        why: Which engine it is, and for what reason.
     """
 
     def __init__(
@@ -37,36 +37,39 @@ class Deployment:
         engine: Engine,
         text: TextStages,
         adapters: dict[str, Adapter] | None = None,
+        defaults: Choice | None = None,
+        why: str = "",
     ) -> None:
-        self.artifact, self.engine, self.text = artifact, engine, text
-        self.adapters = adapters or {}
+        self.artifact, self.engine, self.text, self.why = artifact, engine, text, why
+        self.adapters, self.defaults = adapters or {}, defaults or Choice()
         self._users = 0
         self._unused = asyncio.Event()
         self._unused.set()
 
     @classmethod
     async def start(cls, artifact: Artifact, config: ServingConfig, cache: Path) -> Deployment:
-        """Starts all of it; returns once the engine has made a token.
+        """Starts all of it; returns once the engine has proven that it computes what it should.
 
         Raises:
             SpotforgeError: It does not start; nothing is left running.
         """
         adapters = await asyncio.to_thread(resolve_all, config.adapters, artifact)
-        engine, why = await build(artifact, config.engine, cache, adapters)
-        starting = asyncio.create_task(_start_engine(engine, artifact))
+        defaults = _defaults(artifact, config)
+        starting = asyncio.create_task(choose.start(artifact, config.engine, cache, adapters))
         texts = asyncio.create_task(_start_text(artifact, config, cache))
         try:
-            info, text = await asyncio.gather(starting, texts)
+            started, text = await asyncio.gather(starting, texts)
+            _check_defaults(defaults, started.info)
         except BaseException:
             starting.cancel()
             texts.cancel()
             await asyncio.gather(starting, texts, return_exceptions=True)
-            await engine.close()
-            if texts.done() and not texts.cancelled() and texts.exception() is None:
+            if not starting.cancelled() and starting.exception() is None:
+                await starting.result().engine.close()
+            if not texts.cancelled() and texts.exception() is None:
                 await texts.result().close()
             raise
-        _log.info("%s (%s): %s, since %s", artifact.name, artifact.version, info.engine, why)
-        return cls(artifact, engine, text, adapters)
+        return cls(artifact, started.engine, text, adapters, defaults, started.why)
 
     @property
     def is_ready(self) -> bool:
@@ -74,15 +77,20 @@ class Deployment:
         return self.engine.is_ready and self.text.is_ready
 
     async def generate(
-        self, request: TokenRequest, stop: Sequence[str]
+        self, request: TokenRequest, stop: Sequence[str], shown: Sequence[str] = ()
     ) -> AsyncIterator[TextChunk]:
         """The text of one sequence, until it ends or meets a stop string.
+
+        Args:
+            request: For the engine.
+            stop: Texts that end it.
+            shown: Special tokens that are part of its text.
 
         Raises:
             EngineRefused: The engine did not take it.
             EngineError: The request is lost.
         """
-        decoder = self.text.decoder(stop, request.prompt)
+        decoder = self.text.decoder(stop, request.prompt, shown)
         chunks = self.engine.submit(request)
         try:
             async for chunk in chunks:
@@ -116,13 +124,19 @@ class Deployment:
         await self.text.close()
 
 
-async def _start_engine(engine: Engine, artifact: Artifact) -> EngineInfo:
-    try:
-        return await engine.start()
-    except ConfigError:
-        raise
-    except SpotforgeError as e:
-        raise SpotforgeError(f"artifact={artifact.name}: its engine does not start: {e}") from e
+def _defaults(artifact: Artifact, config: ServingConfig) -> Choice:
+    """As the model's author has them, if that is asked for."""
+    is_authors = config.generation_config is GenerationConfig.auto
+    return defaults_of(artifact.folder) if is_authors else Choice()
+
+
+def _check_defaults(defaults: Choice, info: EngineInfo) -> None:
+    """Raises ConfigError for one that an engine has not."""
+    for name in defaults.extras():
+        if name not in info.features:
+            rule = f"the model says {name}={getattr(defaults, name)}, and {info.engine} has none"
+            fix = "set generation_config=vllm, or take another engine"
+            raise ConfigError("generation_config", "auto", rule, fix)
 
 
 async def _start_text(artifact: Artifact, config: ServingConfig, cache: Path) -> TextStages:

@@ -9,6 +9,9 @@ What an engine program is told and says is one JSON object a line, on its standa
         {"submit": {...}}                     the fields of `TokenRequest`
         {"cancel": "ID"}
         {"embed": {"id": "ID", "inputs": [[1, 2], ...], "adapter": "NAME" or null}}
+        {"score": {"id": "ID", "tokens": [1, 2, ...], "start": 5, "of": [[7, 8], ...],
+                   "adapter": "NAME" or null}}  of its own weights, by a plain forward
+        {"proven": null}                      no more scores will be asked for
         end of file                           the gateway is gone: exit
     engine -> gateway
         {"ready": {...}}                      once, the fields of `EngineInfo`
@@ -18,17 +21,20 @@ What an engine program is told and says is one JSON object a line, on its standa
         {"failed": {"id": "ID", "error": "one line"}}
         {"refused": {"id": "ID", "error": "one line"}}   its schema, which the client can change
         {"embedding": {"id": "ID", "vector": [0.1, ...]}}   of one input, in their order
+        {"scored": {"id": "ID", "scores": [[-0.1, -0.2, -3.0], ...]}}   log-probabilities in each
+                                 place from `start` on: the likeliest token's, and those of `of`
         {"idle": {"kv_cache_usage": 0.0}}     twice a second while there is nothing to do
         {"misconfigured": ["key", "value", "rule", "fix"]}    before it exits: a setting is wrong
+        {"unfit": "one line"}                 before it exits: this engine cannot run such a model
         {"fatal": "one line"}                 before it exits by itself
 
 LOGPROBS is a list, for each token [its log-probability, [[token, log-probability], ...]]: of the
-model's own distribution, before temperature and top_p. A line of any kind is a heartbeat.
+model's own distribution, before what a request asks for. A line of any kind is a heartbeat.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -37,6 +43,10 @@ from monitoring.errors import SpotforgeError
 
 class EngineError(SpotforgeError):
     """An engine could not do what it was asked to; the request is lost, the gateway is not."""
+
+
+class EngineFailed(EngineError):
+    """An engine failed at a request, and would again: asking once more is in vain."""
 
 
 class EngineRefused(EngineError):
@@ -52,6 +62,13 @@ class EngineRefused(EngineError):
         self.retry_after_s = retry_after_s
 
 
+class Unproven(SpotforgeError):
+    """An engine does not compute what a plain forward of the same model does, or does not run it.
+
+    Another engine may.
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
     """What an engine is asked for: one sequence.
@@ -62,6 +79,9 @@ class TokenRequest:
         max_tokens: New tokens at most, at least 1.
         temperature: 0: the likeliest token.
         top_p: In (0, 1].
+        top_k: Only so many of the likeliest tokens; 0: all.
+        min_p: The least share of the likeliest token's probability, in [0, 1].
+        repetition_penalty: Of tokens that are there already, as transformers has it; 1: none.
         seed: The same seed, prompt and model give the same tokens, whatever else is in the batch.
         logprobs: How many alternatives to tell beside each token's own; None: nothing at all.
         ignore_eos: Go on to `max_tokens`.
@@ -76,6 +96,9 @@ class TokenRequest:
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int = 0
     logprobs: int | None = None
     ignore_eos: bool = False
@@ -128,8 +151,11 @@ class EngineInfo:
         max_context: Tokens of prompt and answer together, at most.
         max_running: Sequences that it steps at once.
         max_logprobs: Alternatives that it can tell; -1: it tells no log-probabilities.
-        features: Of `embeddings`, `json_schema`, and `logprobs_when_sampling`: they are the
-            model's own at any temperature and top_p, not only where sampling changes nothing.
+        features: Of `embeddings`, `json_schema`, `top_k`, `min_p`, `repetition_penalty`, and
+            `logprobs_when_sampling`: they are the model's own however tokens are chosen, not only
+            where sampling changes nothing.
+        built_with: What its numbers depend on, too, as `torch 2.13.0+cpu on cpu`.
+        restored_buffers: Names of buffers that loading had left without their values.
     """
 
     engine: str
@@ -137,6 +163,8 @@ class EngineInfo:
     max_running: int
     max_logprobs: int = 20
     features: list[str] = field(default_factory=list)
+    built_with: str = ""
+    restored_buffers: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -171,12 +199,15 @@ class Engine(Protocol):
         """Whether it made a token when it was last asked, and is alive since."""
         ...
 
-    async def start(self) -> EngineInfo:
-        """Starts it and has it make one token.
+    async def start(self, prove: Prove | None = None) -> EngineInfo:
+        """Starts it, has it make one token, and has that proven.
+
+        Args:
+            prove: Called once the engine takes requests; None: nothing is asked of its numbers.
 
         Raises:
             SpotforgeError: It did not come up; nothing of it is left running. A ConfigError where
-                a setting is why.
+                a setting is why; Unproven where another engine may do better.
         """
         ...
 
@@ -185,6 +216,7 @@ class Engine(Protocol):
 
         Raises:
             EngineRefused: Its schema cannot be held to.
+            EngineFailed: It cannot be done.
             EngineError: The request is lost.
         """
         ...
@@ -206,3 +238,7 @@ class Engine(Protocol):
     async def close(self) -> None:
         """Stops it; what it still has is lost. Drain first."""
         ...
+
+
+# Asks an engine for what it computes; raises Unproven where that is wrong.
+Prove = Callable[[Engine], Awaitable[None]]

@@ -32,15 +32,18 @@ from trainer.heartbeat import Heartbeat
 from trainer.loop import TrainingLoop
 from trainer.memory import check_memory
 from trainer.model import Materializer, build_meta_model, hf_config_of, prepare_training
+from trainer.probe import settle
 from trainer.remote import RemoteCheckpoints
 from trainer.reporter import Reporter, check_run_dir
 from trainer.resume import (
     check_same_model,
     check_same_run,
     find_checkpoint,
+    keep_what_was_found,
     order_of,
     set_newer_aside,
     state_reader,
+    stored_config,
 )
 from trainer.run_lock import lock_run
 from trainer.saving import Checkpointer
@@ -80,12 +83,20 @@ def train_in(
             gpu = torch.cuda.get_device_properties(world.device)
             check_memory(config, world.world_size, gpu.total_memory)
         model_config = hf_config_of(config.model)  # refused before the data is prepared, if at all
+        stored = stored_config(config) if world.rank == 0 else None
+    stored = world.from_first(stored)
+    begun_before = stored is not None and "add_bos" not in stored["data"]
+    with world.together():
+        if stored is not None and config.data.add_bos == "auto":
+            config = _with_bos(config, bool(stored["data"].get("add_bos")))
         data = prepare(
             config.data,
             model_path=getattr(config.model, "path", None),
             stop_requested=poll,
             model_config=model_config,
+            begun_before=begun_before,
         )
+        config = _with_bos(config, data.add_bos)
         if config.data.verify:
             data.verify(world.local_rank, world.local_world_size, poll)
 
@@ -96,6 +107,8 @@ def train_in(
         prepare_fake_quant(model, config.fake_quant)
         module = config.objective.build(model, config.model, data.tokenizer_fingerprint)
     resolved = resolve(config)
+    if begun_before and not data.add_bos:
+        del resolved["data"]["add_bos"]  # so that the next start knows, too
     reporter = Reporter(config, resolved, data, model, world)
 
     with _locked(config, world):
@@ -104,12 +117,15 @@ def train_in(
         state = TrainerState(
             0, 0, 0, 0.0, data.digest, data.tokenizer_fingerprint, resolved, OrderRule.exact
         )
+        before = None  # settings of the run so far
         with world.together():
             remote = _open_remote(config, world)
         checkpoint = find_checkpoint(config, folder, world, reporter, remote, heartbeat.beat)
         with world.together():
             if checkpoint is not None:
                 saved = read_state(checkpoint)
+                before = saved.config
+                keep_what_was_found(resolved, before)
                 check_same_run(config, state, saved, reporter.say)
                 check_same_model(checkpoint, model, reporter.say)
                 why = "the newest valid one" if config.resume == "auto" else "as resume says"
@@ -140,6 +156,8 @@ def train_in(
             reporter.say(f"keep_zeros: {weights.num_zeros} weights are zero, and stay so")
         if checkpoint is not None:
             strategy.load_state(state_reader(checkpoint), num_updates=state.step)
+        with world.together():
+            settle(config, module, strategy, world, resolved, before, reporter.say)
         poll.refuse_to_start()
 
         # 5. The loop
@@ -178,6 +196,10 @@ def train_in(
         finally:
             checkpointer.close()
     return outcome
+
+
+def _with_bos(config: TrainerConfig, add_bos: bool) -> TrainerConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, add_bos=add_bos))
 
 
 class _Poll:

@@ -3,28 +3,54 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
+import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from compression.served import served_dtype
 from compression.targets.openvino_program import PYTHON, WeightFormat
 from monitoring.errors import ConfigError, SpotforgeError
 from serving.adapters import Adapter
-from serving.artifact import Artifact, Format
+from serving.artifact import Artifact, Format, read_json
 from serving.config import EngineConfig, EngineName
-from serving.engine import Engine
-from serving.engines import openvino, vllm
+from serving.engine import Engine, EngineInfo, Unproven
+from serving.engines import openvino, scores, vllm
 from serving.engines.completions import CompletionsClient, http_client
 from serving.engines.process import ProcessEngine, watch_of
+from serving.engines.proof import Proof, Score, cases_of
 from serving.engines.remote import RemoteEngine, connect
+
+_log = logging.getLogger("spotforge.serving")
 
 _TOKENS_OF_A_SEQUENCE = 512  # what the default KV cache has room for, for all that run
 _GPU_BATCH_TOKENS = 2048
 _OPENVINO_ITEMSIZE = 2  # its KV cache is in float16
+_CONTEXT_WITHOUT_LIMIT = 8192  # where neither the model nor anybody else names one
+_OTHER_NAMES = {  # that older models have for the same
+    "max_position_embeddings": ("n_positions", "n_ctx", "max_seq_len"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "hidden_size": ("n_embd", "d_model"),
+}
 _LEAST_RUNNING = 32  # fewer that run at once are no reason to cut prompts into crumbs
-_TRANSFORMERS = {Format.huggingface, Format.torchao, Format.compressed_tensors}
+_ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
+_OPENVINO_TYPES = {"float32": "f32", "bfloat16": "bf16"}  # as it calls them
+_TORCH_FORMATS = {Format.huggingface, Format.torchao, Format.compressed_tensors}
+_OF_TORCH = {  # their programs
+    EngineName.transformers: "serving.engines.transformers_worker",
+    EngineName.plain: "serving.engines.plain_worker",
+}
+# What `auto` takes where one does not prove that it computes what the model does.
+_INSTEAD = {
+    EngineName.vllm: EngineName.transformers,
+    EngineName.openvino: EngineName.transformers,
+    EngineName.transformers: EngineName.plain,
+}
+_FIX = "leave engine.name out: it finds one that does, if there is one"
 _FORMATS = {
     8: WeightFormat("int8"),
     4: WeightFormat("int4"),
@@ -32,9 +58,99 @@ _FORMATS = {
 }
 
 
+class Choice(NamedTuple):
+    """An engine that is not started yet.
+
+    Attributes:
+        engine: The engine.
+        name: Which one it is.
+        why: It is this one.
+        dtype: That it computes in; None: it does not tell.
+        score: A plain forward of the same weights; None: there are none here.
+        format: Key of the bounds that it has to be within of that.
+    """
+
+    engine: Engine
+    name: EngineName
+    why: str
+    dtype: str | None = None
+    score: Score | None = None
+    format: str = ""
+
+
+class Started(NamedTuple):
+    """An engine that is up.
+
+    Attributes:
+        engine: The engine.
+        info: What it says of itself.
+        why: It is this one, and what else there is to say of it.
+    """
+
+    engine: Engine
+    info: EngineInfo
+    why: str
+
+
+async def start(
+    artifact: Artifact, config: EngineConfig, cache: Path, adapters: dict[str, Adapter]
+) -> Started:
+    """Starts an engine, and has it prove that it computes what the model does.
+
+    Where `auto` took one that does not, transformers is next, and then the plain engine.
+
+    Args:
+        artifact: What it is to run.
+        config: Settings.
+        cache: Folder for what is prepared, and for proofs.
+        adapters: By name.
+
+    Raises:
+        ConfigError: No engine here can run the artifact, or not the one that was asked for.
+        SpotforgeError: It does not start; nothing is left running.
+    """
+    choice = await build(artifact, config, cache, adapters)
+    failed: list[str] = []
+    while True:
+        prove = _proof(choice, artifact, cache, adapters)
+        try:
+            info = await _start_one(choice.engine, artifact, prove)
+        except Unproven as e:
+            said, other = f"{choice.name.value}: {e}", _INSTEAD.get(choice.name)
+            if config.name is not EngineName.auto or other is None or not _is_torch(artifact):
+                fix = "serve another model" if choice.name is EngineName.plain else _FIX
+                rule = f"is not served: {'; '.join([*failed, said])}"
+                raise ConfigError("artifact", artifact.name, rule, fix) from e
+            _log.warning("%s: not served by %s", artifact.name, said)
+            failed.append(said)
+            asked = dataclasses.replace(config, name=other)
+            choice = await build(artifact, asked, cache, adapters)
+            continue
+        why = f"{choice.name.value}, since {'; '.join(failed) or choice.why}"
+        if prove is None:
+            why += "; what it computes is not proven, as it is not run here"
+        if info.restored_buffers:
+            names = ", ".join(info.restored_buffers)
+            why += f"; loading had left {names} without their values, which were computed anew"
+        dtype = "a type that it does not tell" if choice.dtype is None else choice.dtype
+        _log.info("%s (%s): %s in %s: %s", artifact.name, artifact.version, info.engine, dtype, why)
+        return Started(choice.engine, info, why)
+
+
+async def _start_one(engine: Engine, artifact: Artifact, prove: Proof | None) -> EngineInfo:
+    try:
+        return await engine.start(prove)
+    except BaseException as e:
+        await engine.close()
+        if not isinstance(e, SpotforgeError) or isinstance(e, ConfigError | Unproven):
+            raise
+        why = f"its engine does not start: {e}"
+        raise SpotforgeError(f"artifact={artifact.name}: {why}") from e
+
+
 async def build(
     artifact: Artifact, config: EngineConfig, cache: Path, adapters: dict[str, Adapter]
-) -> tuple[Engine, str]:
+) -> Choice:
     """An engine that is not started yet, and why it is this one.
 
     `auto` takes transformers for adapters; vLLM on a host with a GPU where SPOTFORGE_VLLM_PYTHON
@@ -50,36 +166,54 @@ async def build(
     Raises:
         ConfigError: No engine here can run the artifact, or not the one that was asked for.
     """
-    if adapters and config.name not in (EngineName.auto, EngineName.transformers):
+    if adapters and config.name not in (EngineName.auto, *_OF_TORCH):
         rule = f"the {config.name.value} engine has no adapters"
         raise ConfigError("adapters", ", ".join(adapters), rule, "serve an export by transformers")
+    asked = "it was asked for"
     if config.name is EngineName.remote:  # the artifact is only read for its texts
-        return connect(config, kv_cache(artifact.folder, config, 4)[0]), "it was asked for"
+        engine = connect(config, kv_cache(artifact.folder, config, 4)[0])
+        return Choice(engine, config.name, asked)
     if config.name is EngineName.vllm:
-        return _vllm(artifact, config), "it was asked for"
+        return _vllm(artifact, config, asked)
     if artifact.format is Format.gguf:
         rule, fix = "no engine here runs GGUF", "serve the export, or run it in llama.cpp"
         raise ConfigError("artifact", artifact.name, rule, fix)
     if adapters and artifact.format is Format.openvino:
         rule, fix = "the openvino engine has no adapters", "serve an export by transformers"
         raise ConfigError("adapters", ", ".join(adapters), rule, fix)
-    if config.name is EngineName.transformers:
-        return _transformers(artifact, config, adapters), "it was asked for"
+    if config.name in _OF_TORCH:
+        return _torch(config.name, artifact, config, adapters, asked)
     if config.name is EngineName.openvino:
-        return await _openvino(artifact, config, cache), "it was asked for"
+        return await _openvino(artifact, config, cache, asked)
     if adapters:
-        return _transformers(artifact, config, adapters), "it alone has adapters"
+        why = "it alone has batches with adapters"
+        return _torch(EngineName.transformers, artifact, config, adapters, why)
     if artifact.format is Format.openvino:
-        return await _openvino(artifact, config, cache), "the artifact is an IR"
+        return await _openvino(artifact, config, cache, "the artifact is an IR")
     if vllm.has_gpu() and os.environ.get(vllm.PYTHON) and vllm.why_not(artifact) is None:
-        return _vllm(artifact, config), f"this host has a GPU, and {vllm.PYTHON} names a vLLM"
-    why = _why_not_openvino(artifact)
-    if why is None:
+        return _vllm(artifact, config, f"this host has a GPU, and {vllm.PYTHON} names a vLLM")
+    why_not = _why_not_openvino(artifact)
+    if why_not is None:
         try:
-            return await _openvino(artifact, config, cache), "this host has no GPU"
+            return await _openvino(artifact, config, cache, "this host has no GPU")
         except SpotforgeError as e:
-            why = f"OpenVINO does not do: {e}"
-    return _transformers(artifact, config, adapters), why
+            why_not = f"OpenVINO does not do: {e}"
+    return _torch(EngineName.transformers, artifact, config, adapters, why_not)
+
+
+def _proof(
+    choice: Choice, artifact: Artifact, cache: Path, adapters: dict[str, Adapter]
+) -> Proof | None:
+    if choice.score is None or choice.dtype is None:
+        return None
+    weight_bytes = sum(path.stat().st_size for path in artifact.folder.glob("*.safetensors"))
+    cases = cases_of(_described(artifact.folder), weight_bytes, vllm.has_gpu(), adapters)
+    digests = [artifact.digest, *(f"{a.name} {a.digest}" for a in adapters.values())]
+    return Proof(cache, digests, cases, choice.format, choice.dtype, choice.score)
+
+
+def _is_torch(artifact: Artifact) -> bool:
+    return artifact.format in _TORCH_FORMATS
 
 
 def _why_not_openvino(artifact: Artifact) -> str | None:
@@ -93,15 +227,22 @@ def _why_not_openvino(artifact: Artifact) -> str | None:
     return None
 
 
-async def _openvino(artifact: Artifact, config: EngineConfig, cache: Path) -> Engine:
+async def _openvino(artifact: Artifact, config: EngineConfig, cache: Path, why: str) -> Choice:
     if artifact.format not in (Format.openvino, Format.huggingface):
         rule = f"OpenVINO does not run {artifact.format.value}"
         raise ConfigError("engine.name", "openvino", rule, "serve the export that it was made from")
+    dtype = _dtype(artifact, config)
+    if dtype not in _OPENVINO_TYPES:
+        rule = f"OpenVINO computes in {' or '.join(_OPENVINO_TYPES)} on a CPU"
+        raise ConfigError("engine.dtype", dtype, rule, "choose one")
     weights = _FORMATS[config.openvino_bits]
     prepare = openvino.prepare  # minutes, the first time
     ir = await asyncio.to_thread(prepare, artifact.folder, artifact.digest, cache, weights)
     max_context, kv_cache_tokens = kv_cache(artifact.folder, config, _OPENVINO_ITEMSIZE)
     token_bytes = _bytes_of_a_token(_described(artifact.folder), _OPENVINO_ITEMSIZE)
+    if token_bytes is None:
+        rule = "the model's config.json does not say what a token takes in its cache"
+        raise ConfigError("engine.name", "openvino", rule, "leave it out")
     arguments = openvino.command(
         ir,
         max_context=max_context,
@@ -109,13 +250,19 @@ async def _openvino(artifact: Artifact, config: EngineConfig, cache: Path) -> En
         max_batch_tokens=_max_batch_tokens(config, 3),
         kv_cache_bytes=kv_cache_tokens * token_bytes,
         num_threads=config.num_threads,
+        inference_precision=_OPENVINO_TYPES[dtype],
     )
-    return ProcessEngine(arguments, watch_of(config))
+    # An IR that was packed may be in fewer bits than those that are asked for here.
+    is_whole = artifact.format is Format.huggingface and config.openvino_bits == 32
+    format = ("bfloat16" if dtype == "bfloat16" else "float16") if is_whole else "int8"
+    engine = ProcessEngine(arguments, watch_of(config))
+    return Choice(engine, EngineName.openvino, why, dtype, scores.of_ir(ir), format)
 
 
-def _vllm(artifact: Artifact, config: EngineConfig) -> Engine:
-    max_context, _ = kv_cache(artifact.folder, config, _itemsize(artifact))
-    command = vllm.command(artifact, config, max_context, _max_batch_tokens(config, 3))
+def _vllm(artifact: Artifact, config: EngineConfig, why: str) -> Choice:
+    dtype = _dtype(artifact, config)
+    max_context, _ = kv_cache(artifact.folder, config, _ITEMSIZES[dtype])
+    command = vllm.command(artifact, config, max_context, _max_batch_tokens(config, 3), dtype)
 
     def client(unix_socket: str) -> RemoteEngine:
         http = http_client("http://vllm", config.step_timeout_s, unix_socket=unix_socket)
@@ -128,14 +275,23 @@ def _vllm(artifact: Artifact, config: EngineConfig) -> Engine:
             patience_s=config.start_timeout_s,
         )
 
-    return vllm.VllmEngine(command, client, watch_of(config))
+    engine = vllm.VllmEngine(command, client, watch_of(config))
+    format = dtype if artifact.format is Format.huggingface else "int8"
+    return Choice(engine, EngineName.vllm, why, dtype, scores.of_folder(artifact), format)
 
 
-def _transformers(artifact: Artifact, config: EngineConfig, adapters: dict[str, Adapter]) -> Engine:
-    if artifact.format not in _TRANSFORMERS:
+def _torch(
+    name: EngineName,
+    artifact: Artifact,
+    config: EngineConfig,
+    adapters: dict[str, Adapter],
+    why: str,
+) -> Choice:
+    if not _is_torch(artifact):
         rule = f"transformers does not run {artifact.format.value}"
-        raise ConfigError("engine.name", "transformers", rule, "leave it out")
-    max_context, kv_cache_tokens = kv_cache(artifact.folder, config, _itemsize(artifact))
+        raise ConfigError("engine.name", name.value, rule, "leave it out")
+    dtype = _dtype(artifact, config)
+    max_context, kv_cache_tokens = kv_cache(artifact.folder, config, _ITEMSIZES[dtype])
     settings = {
         "folder": str(artifact.folder),
         "target": None if artifact.format is Format.huggingface else artifact.format.value,
@@ -144,10 +300,18 @@ def _transformers(artifact: Artifact, config: EngineConfig, adapters: dict[str, 
         "max_batch_tokens": _max_batch_tokens(config, 6),  # its smallest step is long already
         "kv_cache_tokens": kv_cache_tokens,
         "num_threads": config.num_threads,
+        "dtype": dtype,
         "adapters": {a.name: (str(a.folder), a.digest) for a in adapters.values()},
     }
-    program = "serving.engines.transformers_worker"
-    return ProcessEngine([sys.executable, "-m", program, json.dumps(settings)], watch_of(config))
+    arguments = [sys.executable, "-m", _OF_TORCH[name], json.dumps(settings)]
+    engine = ProcessEngine(arguments, watch_of(config))
+    return Choice(engine, name, why, dtype, scores.of_program(engine), dtype)
+
+
+def _dtype(artifact: Artifact, config: EngineConfig) -> str:
+    """That the artifact is computed in, by whichever engine."""
+    described = read_json(artifact.folder / "config.json")
+    return served_dtype(described, vllm.has_gpu(), config.dtype.value)
 
 
 def _max_batch_tokens(config: EngineConfig, times_running: int) -> int:
@@ -157,15 +321,6 @@ def _max_batch_tokens(config: EngineConfig, times_running: int) -> int:
     if vllm.has_gpu():
         return _GPU_BATCH_TOKENS
     return times_running * max(_LEAST_RUNNING, config.max_running)
-
-
-def _itemsize(artifact: Artifact) -> int:
-    """Bytes of a number in transformers' KV cache: it is of the type that the model computes in."""
-    if artifact.format is Format.huggingface and not vllm.has_gpu():
-        return 4
-    described = _described(artifact.folder)
-    dtype = described.get("dtype") or described.get("torch_dtype") or "float32"
-    return 4 if dtype == "float32" else 2
 
 
 def kv_cache(folder: Path, config: EngineConfig, itemsize: int) -> tuple[int, int]:
@@ -180,21 +335,23 @@ def kv_cache(folder: Path, config: EngineConfig, itemsize: int) -> tuple[int, in
         ConfigError: The cache is smaller than one context, or the context larger than the model's.
     """
     described = _described(folder)
-    trained = int(described.get("max_position_embeddings") or 1 << 20)
-    max_context = config.max_context or trained
-    if max_context > trained:
+    trained = int(described.get("max_position_embeddings") or 0) or None
+    max_context = config.max_context or trained or _CONTEXT_WITHOUT_LIMIT
+    if trained is not None and max_context > trained:
         rule = f"the model knows {trained} positions"
         raise ConfigError("engine.max_context", max_context, rule, "give less")
     if config.kv_cache_mb is None:
         tokens = max(max_context, config.max_running * _TOKENS_OF_A_SEQUENCE)
-        # GPT-2 calls them otherwise.
-        is_told = {"num_attention_heads", "hidden_size", "num_hidden_layers"} <= described.keys()
-        needed = tokens * _bytes_of_a_token(described, itemsize) if is_told else 0
+        needed = tokens * (_bytes_of_a_token(described, itemsize) or 0)
         fix = "give less, or set engine.kv_cache_mb"
         _check_room("engine.max_running", config.max_running, needed, fix)
         return max_context, tokens
     _check_room("engine.kv_cache_mb", config.kv_cache_mb, config.kv_cache_mb * 10**6, "give less")
-    tokens = config.kv_cache_mb * 10**6 // _bytes_of_a_token(described, itemsize)
+    token_bytes = _bytes_of_a_token(described, itemsize)
+    if token_bytes is None:
+        rule = "the model's config.json does not say what a token takes"
+        raise ConfigError("engine.kv_cache_mb", config.kv_cache_mb, rule, "leave it out")
+    tokens = config.kv_cache_mb * 10**6 // token_bytes
     if tokens < max_context:
         rule = f"has room for {tokens} tokens, which is less than one context ({max_context})"
         fix = f"give more, or engine.max_context={tokens}"
@@ -210,17 +367,26 @@ def _check_room(key: str, value: int, needed: int, fix: str) -> None:
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    """What `config.json` says of the language model."""
-    described: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return described.get("text_config") or described
+    """What `config.json` says of the language model, by the names that most models have."""
+    told = read_json(folder / "config.json")
+    described: dict[str, Any] = told.get("text_config") or told
+    renamed = {
+        name: described[other]
+        for name, other_names in _OTHER_NAMES.items()
+        for other in other_names
+        if other in described
+    }
+    return renamed | described
 
 
 def _host_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _bytes_of_a_token(described: dict[str, Any], itemsize: int) -> int:
-    """Keys and values of all layers."""
+def _bytes_of_a_token(described: dict[str, Any], itemsize: int) -> int | None:
+    """Keys and values of all layers; None where the model does not tell."""
+    if not {"num_attention_heads", "hidden_size", "num_hidden_layers"} <= described.keys():
+        return None
     heads = int(described["num_attention_heads"])
     head_dim = int(described.get("head_dim") or described["hidden_size"] // heads)
     key_value_heads = int(described.get("num_key_value_heads") or heads)

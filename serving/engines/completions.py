@@ -17,7 +17,14 @@ from typing import Any
 import httpx
 
 from monitoring.errors import ConfigError, SpotforgeError
-from serving.engine import EngineError, EngineRefused, TokenChunk, TokenLogprob, TokenRequest
+from serving.engine import (
+    EngineError,
+    EngineFailed,
+    EngineRefused,
+    TokenChunk,
+    TokenLogprob,
+    TokenRequest,
+)
 
 _CONNECT_TIMEOUT_S = 10.0
 _RETRY_S = 1  # where a busy server does not say
@@ -205,8 +212,13 @@ class CompletionsClient:
             body["ignore_eos"] = True
         if not self.server.tells_ids:
             return body | {"stream_options": {"include_usage": True}}
-        # Those that the model's generation_config.json would set, unasked.
-        body |= {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True}
+        # All of them, or the model's generation_config.json would set what is missing.
+        body |= {
+            "top_k": request.top_k,
+            "min_p": request.min_p,
+            "repetition_penalty": request.repetition_penalty,
+            "return_token_ids": True,
+        }
         if request.logprobs is not None:
             body |= {"logprobs": request.logprobs, "return_tokens_as_token_ids": True}
         if request.schema is not None:
@@ -295,7 +307,7 @@ def _refusal(status: int, headers: httpx.Headers, body: bytes) -> SpotforgeError
         return EngineRefused(text, int(after) if after.isdecimal() else _RETRY_S)
     if status in (400, 413, 422):
         return EngineRefused(text, None)
-    return Lost(text) if status >= 500 else EngineError(text)
+    return Lost(text) if status >= 500 else EngineFailed(text)
 
 
 def _message(body: bytes) -> str:

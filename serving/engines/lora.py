@@ -8,8 +8,9 @@ weights are neither copied nor changed, so any kind of linear layer will do, qua
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +74,34 @@ class LoraLayers:
         """
         self._shares = [] if name is None else [_Share(name, None, None)]
         self._counts = None
+
+    def can_merge(self, name: str, model: nn.Module) -> bool:
+        """Whether a model's adapted layers hold numbers, to which an adapter's can be added."""
+        weights = (model.get_submodule(layer).weight for layer in self._updates[name])
+        return all(type(w) is nn.Parameter and w.is_floating_point() for w in weights)
+
+    @contextlib.contextmanager
+    def merged(self, name: str, model: nn.Module) -> Iterator[None]:
+        """A model with W + scale * B A in place of W, as PEFT would merge it, for a while.
+
+        Args:
+            name: Of the adapter.
+            model: The base, or a copy of it; its hooks add nothing meanwhile.
+        """
+        self.use(None)
+        layers: dict[str, Any] = {n: model.get_submodule(n) for n in self._updates[name]}
+        # Not in place: a head's matrix may be the embedding's, too, which is left as it is.
+        weights = {layer: module.weight for layer, module in layers.items()}
+        try:
+            for layer, (down, up) in self._updates[name].items():
+                module, delta = layers[layer], down @ up  # (in, out)
+                delta = delta if isinstance(module, Conv1D) else delta.T
+                merged = weights[layer].float() + delta
+                module.weight = nn.Parameter(merged.to(weights[layer].dtype), requires_grad=False)
+            yield
+        finally:
+            for layer, module in layers.items():
+                module.weight = weights[layer]
 
     def follow(
         self, model: nn.Module, requests: Callable[[], list[tuple[int, str | None]]]

@@ -135,7 +135,7 @@ def _check_logits(program: OpenVino, folder: Path, ir: Path, weights: WeightForm
     config = json.loads((ir / "config.json").read_text(encoding="utf-8"))
     length = min(_TOKENS, config.get("max_position_embeddings") or _TOKENS)
     tokens = np.random.default_rng(0).integers(0, config["vocab_size"], (_SAMPLES, length))
-    wanted = _torch_logits(folder, tokens)
+    wanted = torch_logits(folder, tokens)
     found = program.logits(ir, tokens)
     snr_db = _signal_to_noise_db(wanted, found)
     least_db = _LEAST_DB[weights.dtype]
@@ -149,12 +149,26 @@ def _check_logits(program: OpenVino, folder: Path, ir: Path, weights: WeightForm
     return snr_db
 
 
-def _torch_logits(folder: Path, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-    """What a fresh load of the artifact computes: (N, T, V)."""
+def torch_logits(
+    folder: Path, tokens: NDArray[np.int64], target: str = "huggingface"
+) -> NDArray[np.float32]:
+    """What a fresh load of an artifact computes.
+
+    Args:
+        folder: Of the artifact.
+        tokens: (N, T)
+        target: What the compression packed it for.
+
+    Returns:
+        (N, T, V)
+
+    Raises:
+        SpotforgeError: It does not load.
+    """
     with tempfile.TemporaryDirectory() as work:
         given, scored = Path(work) / "tokens.npy", Path(work) / "logits.npy"
         np.save(given, tokens, allow_pickle=False)
-        module = [sys.executable, "-m", "compression.reload", "huggingface"]
+        module = [sys.executable, "-m", "compression.reload", target]
         done = subprocess.run(
             [*module, str(folder.absolute()), str(given), str(scored)],
             stdin=subprocess.DEVNULL,

@@ -20,16 +20,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from monitoring.errors import ConfigError, SpotforgeError
-from serving.child import Child, ChildEnded, keep_up
+from serving.child import LOOK_S, Child, ChildEnded, keep_up
 from serving.config import EngineConfig
 from serving.engine import (
     EngineError,
+    EngineFailed,
     EngineInfo,
     EngineRefused,
     EngineStats,
+    Prove,
     TokenChunk,
     TokenLogprob,
     TokenRequest,
+    Unproven,
 )
 
 _log = logging.getLogger("spotforge.serving")
@@ -43,7 +46,7 @@ class Watch:
     """When an engine counts as hung.
 
     Attributes:
-        start_timeout_s: For loading, and one token.
+        start_timeout_s: For loading, one token, and the proof that it computes the right ones.
         silence_s: Without a line, without using any CPU time and without waiting for it.
         step_timeout_s: Without a line, however busy it is.
         probe_interval_s: A token is asked for when none was made for this long.
@@ -134,9 +137,11 @@ class ProcessEngine:
         self._stats = EngineStats()
         self._live: dict[str, _Live] = {}
         self._embeds: dict[str, _Embeds] = {}
+        self._scores: dict[str, asyncio.Future[list[list[float]]]] = {}
         self._is_up = False  # a process is there, has said that it is ready, and made a token
         self._is_hung = False
         self._misconfigured: ConfigError | None = None
+        self._unfit: Unproven | None = None
         self._token_s = 0.0  # when there was one
         self._tasks: list[asyncio.Task[None]] = []
         self._up = asyncio.Event()
@@ -160,9 +165,26 @@ class ProcessEngine:
         """Of the process that is there now."""
         return None if self._child is None else self._child.pid
 
-    async def start(self) -> EngineInfo:
+    async def start(self, prove: Prove | None = None) -> EngineInfo:
         """See `Engine`."""
-        await self._launch()
+        timeout_s = self._watch.start_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._launch()
+                if prove is not None:
+                    assert self._child is not None
+                    await self._child.unless_it_ends(prove(self))
+        except TimeoutError as e:
+            await self._kill()
+            rule = f"it was not loaded and proven within {timeout_s:g} s"
+            raise SpotforgeError(f"engine: {rule}; give engine.start_timeout_s more") from e
+        except BaseException as e:
+            await self._kill()
+            is_about_the_model = isinstance(e, EngineError) or (
+                isinstance(e, ChildEnded) and self._ready is not None and self._ready.done()
+            )
+            raise (Unproven(str(e)) if is_about_the_model else e) from None
+        self._say("proven", None)
         work = keep_up("engine", self._watch_one, self._end, self._launch_again)
         self._tasks.append(asyncio.create_task(work))
         return self.info
@@ -204,6 +226,34 @@ class ProcessEngine:
             if len(embeds.vectors) < embeds.count:
                 self._say("cancel", id)
 
+    async def score(
+        self, id: str, tokens: list[int], start: int, of: list[list[int]], adapter: str | None
+    ) -> list[list[float]]:
+        """Has the program compute log-probabilities by a plain forward of the weights that it has.
+
+        Args:
+            id: Unique among all that the engine has.
+            tokens: A whole sequence.
+            start: Index of the first token that is scored.
+            of: Token ids, for each token from there on.
+            adapter: That is added to the model.
+
+        Returns:
+            For each token from `start` on, what its place gives the likeliest token, and those of
+            `of`.
+
+        Raises:
+            EngineError: It cannot.
+        """
+        scored: asyncio.Future[list[list[float]]] = asyncio.get_running_loop().create_future()
+        self._scores[id] = scored
+        try:
+            asked = {"id": id, "tokens": tokens, "start": start, "of": of, "adapter": adapter}
+            self._say("score", asked)
+            return await scored
+        finally:
+            del self._scores[id]
+
     def stats(self) -> EngineStats:
         """See `Engine`."""
         return self._stats
@@ -222,7 +272,7 @@ class ProcessEngine:
 
     async def _launch(self) -> None:
         """Starts a process, waits until it is ready, and has it make one token."""
-        self._misconfigured, self._is_hung = None, False
+        self._misconfigured, self._unfit, self._is_hung = None, None, False
         self._ready = asyncio.get_running_loop().create_future()
         self._child = await Child.start(self._command, self._hear, self._env)
         try:
@@ -235,7 +285,7 @@ class ProcessEngine:
             raise SpotforgeError(f"engine: made no token within {timeout_s:g} s") from e
         except ChildEnded as e:
             await self._kill()
-            raise self._misconfigured or e from None
+            raise self._misconfigured or self._unfit or e from None
         except BaseException:
             await self._kill()
             raise
@@ -272,17 +322,22 @@ class ProcessEngine:
             assert self._ready is not None
             self._ready.set_result(EngineInfo(**content))
         elif kind == "failed":
-            self._on_failed(content["id"], EngineError(content["error"]))
+            self._on_failed(content["id"], EngineFailed(content["error"]))
         elif kind == "refused":
             self._on_failed(content["id"], EngineRefused(content["error"]))
         elif kind == "embedding":
             if (embeds := self._embeds.get(content["id"])) is not None:
                 embeds.add(content["vector"])
+        elif kind == "scored":
+            if (scored := self._scores.get(content["id"])) is not None and not scored.done():
+                scored.set_result(content["scores"])
         elif kind == "idle":
             self._stats.running = 0
             self._stats.kv_cache_usage = content["kv_cache_usage"]
         elif kind == "misconfigured":
             self._misconfigured = ConfigError(*content)
+        elif kind == "unfit":
+            self._unfit = Unproven(content)
 
     def _on_step(self, step: dict[str, Any]) -> None:
         self._token_s = time.monotonic()
@@ -298,7 +353,7 @@ class ProcessEngine:
             if logprobs is not None:
                 if not all(math.isfinite(own) for own, _ in logprobs):
                     self._say("cancel", name)
-                    self._on_failed(name, EngineError(_NO_NUMBERS))
+                    self._on_failed(name, EngineFailed(_NO_NUMBERS))
                     continue
                 logprobs = [TokenLogprob(own, [tuple(t) for t in top]) for own, top in logprobs]
             reason = finished.pop(name, None)
@@ -314,6 +369,8 @@ class ProcessEngine:
             live.chunks.put_nowait(error)
         elif (embeds := self._embeds.get(name)) is not None and not embeds.all.done():
             embeds.all.set_exception(error)
+        elif (scored := self._scores.get(name)) is not None and not scored.done():
+            scored.set_exception(error)
 
     # -- Watching ----------------------------------------------------------------------------
 
@@ -330,25 +387,25 @@ class ProcessEngine:
         watch, child = self._watch, self._child
         assert child is not None
         probing: asyncio.Task[None] | None = None
-        probe_began_s = 0.0
+        probe_s = 0.0  # that the child had for the token
         try:
             while True:
-                if await child.ends_within(0.25):
+                if await child.ends_within(LOOK_S):
                     return await child.last_words()
-                now_s, still_s = time.monotonic(), child.still_s()
-                silent_s = now_s - child.heard_s
-                self._is_hung = still_s > watch.silence_s
+                look = child.look()
+                self._is_hung = look.still_s > watch.silence_s
                 if self._is_hung:
-                    return f"said nothing and did nothing for {still_s:.1f} s"
-                if silent_s > watch.step_timeout_s:
-                    return f"said nothing for {silent_s:.0f} s"
+                    return f"said nothing and did nothing for {look.still_s:.1f} s"
+                if look.silent_s > watch.step_timeout_s:
+                    return f"said nothing for {look.silent_s:.0f} s"
+                probe_s += look.had_s
                 if probing is not None and probing.done():
                     if (error := probing.exception()) is not None:
                         return f"makes no token: {error}"
                     probing = None
-                if probing is None and now_s - self._token_s > watch.probe_interval_s:
-                    probing, probe_began_s = asyncio.create_task(self._probe()), now_s
-                if probing is not None and now_s - probe_began_s > watch.probe_timeout_s:
+                if probing is None and time.monotonic() - self._token_s > watch.probe_interval_s:
+                    probing, probe_s = asyncio.create_task(self._probe()), 0.0
+                if probing is not None and probe_s > watch.probe_timeout_s:
                     return f"made no token within {watch.probe_timeout_s:g} s"
         finally:
             if probing is not None:
@@ -362,7 +419,7 @@ class ProcessEngine:
             live.deaths += 1
             if live.deaths >= _DEATHS_OF_A_REQUEST or live.request.id.startswith(_PROBE):
                 del self._live[live.request.id]
-                live.chunks.put_nowait(EngineError(f"the engine failed twice with it: {why}"))
+                live.chunks.put_nowait(EngineFailed(f"the engine failed twice with it: {why}"))
             elif len(live.tokens) >= live.request.max_tokens:
                 del self._live[live.request.id]
                 live.chunks.put_nowait(TokenChunk([], None, "length"))

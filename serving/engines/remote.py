@@ -13,11 +13,25 @@ from urllib.parse import urlsplit
 
 from monitoring.errors import ConfigError, SpotforgeError
 from serving.config import EngineConfig
-from serving.engine import EngineError, EngineInfo, EngineStats, TokenChunk, TokenRequest
+from serving.engine import (
+    EngineError,
+    EngineInfo,
+    EngineStats,
+    Prove,
+    TokenChunk,
+    TokenRequest,
+)
 from serving.engines.completions import CompletionsClient, Lost, http_client
 from serving.engines.process import Watch, watch_of
 
 _log = logging.getLogger("spotforge.serving")
+_VLLM_FEATURES = [
+    "json_schema",
+    "logprobs_when_sampling",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+]
 _LOSSES_OF_A_REQUEST = 2
 _PATIENCE_S = 5.0  # a load balancer has found another server by then
 _RETRY_PROBE_S = 1.0
@@ -72,8 +86,8 @@ class RemoteEngine:
         """See `Engine`."""
         return self._is_ready and not self._is_closed
 
-    async def start(self) -> EngineInfo:
-        """See `Engine`."""
+    async def start(self, prove: Prove | None = None) -> EngineInfo:
+        """See `Engine`. A server elsewhere is asked for no proof."""
         try:
             async with asyncio.timeout(self._watch.probe_timeout_s):
                 server = await self._client.connect()
@@ -89,7 +103,7 @@ class RemoteEngine:
                 raise ConfigError("engine.max_context", max_context, rule, "give less")
             max_context = min(max_context, server.max_context)
         # vLLM's log-probabilities are `raw_logprobs` unless told otherwise: the model's own.
-        features = ["json_schema", "logprobs_when_sampling"] if server.tells_ids else []
+        features = _VLLM_FEATURES if server.tells_ids else []
         max_logprobs = 20 if server.tells_ids else -1
         self._info = EngineInfo(server.name, max_context, self._max_running, max_logprobs, features)
         self._token_s = time.monotonic()

@@ -24,7 +24,15 @@ from monitoring.errors import ConfigError, MissingExtraError, SpotforgeError
 from serving.artifact import Artifact, Format
 from serving.child import keep_up
 from serving.config import EngineConfig
-from serving.engine import EngineInfo, EngineStats, TokenChunk, TokenRequest
+from serving.engine import (
+    EngineError,
+    EngineInfo,
+    EngineStats,
+    Prove,
+    TokenChunk,
+    TokenRequest,
+    Unproven,
+)
 from serving.engines.process import Watch
 from serving.engines.remote import RemoteEngine
 
@@ -71,7 +79,7 @@ def _capability() -> float | None:
 
 
 def command(
-    artifact: Artifact, config: EngineConfig, max_context: int, max_batch_tokens: int
+    artifact: Artifact, config: EngineConfig, max_context: int, max_batch_tokens: int, dtype: str
 ) -> list[str]:
     """`vllm serve`, without where it listens.
 
@@ -80,6 +88,7 @@ def command(
         config: Settings.
         max_context: Tokens of prompt and answer together, at most.
         max_batch_tokens: Tokens in a step, at most.
+        dtype: To compute in. By itself vLLM would take float16 for what is in float32.
 
     Raises:
         ConfigError: It cannot run that, or not so; MissingExtraError where no vLLM is named.
@@ -98,6 +107,7 @@ def command(
     arguments = {
         "--served-model-name": artifact.version,
         "--max-model-len": max_context,
+        "--dtype": dtype,
         "--max-num-seqs": config.max_running,
         "--max-num-batched-tokens": max_batch_tokens,
         # Those that run and those that wait. The gateway lets no more in than run; cancelled ones
@@ -155,11 +165,16 @@ class VllmEngine:
         """Of the process that is there now."""
         return None if self._process is None else self._process.pid
 
-    async def start(self) -> EngineInfo:
+    async def start(self, prove: Prove | None = None) -> EngineInfo:
         """See `Engine`."""
         try:
             await self._launch()
             info = await self._remote.start()
+            if prove is not None:
+                await prove(self)
+        except (Unproven, EngineError) as e:
+            await self.close()
+            raise Unproven(str(e)) from None
         except SpotforgeError as e:
             cause = self._cause()
             await self.close()

@@ -13,14 +13,13 @@ from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
 from monitoring.errors import SpotforgeError
-from serving.child import Child, keep_up
-from serving.engine import EngineError
+from serving.child import LOOK_S, Child, keep_up
+from serving.engine import EngineError, EngineFailed
 from serving.text.stages import TextError
 from serving.text.tokenizer import TokenizerFiles
 
 T = TypeVar("T")
 
-_LOOK_S = 0.25
 _START_TIMEOUT_S = 60.0
 _ANSWER_TIMEOUT_S = 60.0  # however busy it is
 _DEATHS_OF_A_MESSAGE = 3
@@ -227,8 +226,8 @@ class Worker:
     async def _watch(self) -> str:
         child = self._child
         assert child is not None
-        while not await child.ends_within(_LOOK_S):
-            if (still_s := child.still_s()) > self._silence_s:
+        while not await child.ends_within(LOOK_S):
+            if (still_s := child.look().still_s) > self._silence_s:
                 return f"said nothing and did nothing for {still_s:.1f} s"
             asked = [work.asked_s for work in self._works.values() if work.is_waiting]
             if asked and time.monotonic() - min(asked) > _ANSWER_TIMEOUT_S:
@@ -260,6 +259,6 @@ class Worker:
             if kind == "refused":
                 work.fail(TextError(*rest))
             elif kind == "failed":
-                work.fail(EngineError(*rest))
+                work.fail(EngineFailed(*rest))
             else:
                 work.on_answer(rest)

@@ -57,6 +57,7 @@ class FakeEngine:
         self.is_ready = True
         self.running, self.cancelled, self.seen = 0, 0, []
         self.fails = None
+        self.others = []  # alternatives to each token, less likely than it
 
     async def start(self):
         return self.info
@@ -72,7 +73,8 @@ class FakeEngine:
                 token = self.tokens[i % len(self.tokens)]
                 told = None
                 if request.logprobs is not None:
-                    told = [TokenLogprob(-0.5, [(token, -0.5)][: request.logprobs])]
+                    top = [(token, -0.5), *((other, -2.0) for other in self.others)]
+                    told = [TokenLogprob(-0.5, top[: request.logprobs])]
                 is_last = i + 1 == request.max_tokens
                 yield TokenChunk([token], told, "length" if is_last else None)
                 if is_last:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from serving.artifact import resolve
-from serving.config import EngineConfig, EngineName
+from serving.config import EngineConfig, EngineDtype, EngineName
 from serving.engines import choose
 from tests.serving.conftest import save_model
 
@@ -19,25 +19,29 @@ def build(folder, config):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "quantization", "itemsize"),
+    ("dtype", "quantization", "asked", "has_gpu", "itemsize"),
     [
-        ("bfloat16", None, 4),  # a plain folder is computed in float32 on a CPU
-        ("bfloat16", "torchao", 2),
-        ("bfloat16", "compressed-tensors", 2),
-        ("float32", "torchao", 4),
+        ("bfloat16", None, "auto", False, 4),  # on a CPU all formats are computed in float32
+        ("bfloat16", "torchao", "auto", False, 4),
+        ("bfloat16", "compressed-tensors", "auto", False, 4),
+        ("bfloat16", None, "auto", True, 2),
+        ("bfloat16", "torchao", "auto", True, 2),
+        ("float32", None, "auto", True, 4),
+        ("float32", None, "bfloat16", False, 2),
     ],
 )
 def test_megabytes_of_a_kv_cache_are_of_the_type_it_is_in(
-    tmp_path, monkeypatch, dtype, quantization, itemsize
+    tmp_path, monkeypatch, dtype, quantization, asked, has_gpu, itemsize
 ):
     monkeypatch.setattr(choose, "ProcessEngine", lambda command, _: json.loads(command[-1]))
-    monkeypatch.setattr(choose.vllm, "has_gpu", lambda: False)
+    monkeypatch.setattr(choose.vllm, "has_gpu", lambda: has_gpu)
     save_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"dtype": dtype}
     if quantization is not None:
         config["quantization_config"] = {"quant_method": quantization}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    told = build(tmp_path, EngineConfig(name=EngineName.transformers, kv_cache_mb=1))
+    name, dtype = EngineName.transformers, EngineDtype(asked)
+    told = build(tmp_path, EngineConfig(name=name, kv_cache_mb=1, dtype=dtype))
     assert told["kv_cache_tokens"] == 10**6 // (NUMBERS_OF_A_TOKEN * itemsize)
 
 

@@ -204,7 +204,7 @@ def test_at_the_same_time_it_is_prepared_once(folder, tmp_path, monkeypatch):
 
 @real
 def test_another_models_ir_is_not_kept(folder, ir, tmp_path, monkeypatch):
-    monkeypatch.setattr(openvino, "_torch_logits", lambda *_: torch.randn(2, 64, VOCAB).numpy())
+    monkeypatch.setattr(openvino, "torch_logits", lambda *_: torch.randn(2, 64, VOCAB).numpy())
     with pytest.raises(SpotforgeError, match=r"logits -?\d+\.\d dB from the artifact's, not 60"):
         openvino.prepare(folder, "digest", tmp_path, FP32)
     assert [path.suffix for path in tmp_path.iterdir()] in ([".lock"], [])

@@ -54,6 +54,12 @@ class PreparationConfig:
         tokenizer_vocab_size: Largest size of a trained tokenizer (little text makes fewer tokens).
         validation_fraction: Share of the documents held out. A document's digest decides, so that a
             held-out document stays held out when others are added.
+        add_bos: Whether each document begins with the tokenizer's BOS token: `auto` does what the
+            tokenizer itself does to a text (Gemma's and Llama's add one), `true` or `false`. What
+            it came to is stored with the run.
+        parse_special_tokens: Whether a document that spells a special token, such as
+            `<|im_end|>`, gets that token (`true`: for text that was laid out as a conversation) or
+            the text of its name (`false`).
         mask_documents: Attend and predict within documents only; otherwise a sample is read as one
             text.
         cache_dir: Where prepared token datasets live, one folder each, named by content.
@@ -65,6 +71,8 @@ class PreparationConfig:
     tokenizer: str = "auto"
     tokenizer_vocab_size: int = 4096
     validation_fraction: float = 0.05
+    add_bos: bool | str = "auto"
+    parse_special_tokens: bool = False
     mask_documents: bool = False
     cache_dir: str = "${oc.env:SPOTFORGE_CACHE,'~/.cache/spotforge'}"
     shard_tokens: int = 100_000_000

@@ -1,0 +1,170 @@
+"""transformers' ordinary forward and cache as an engine program: one sequence at a time.
+
+    python -m serving.engines.plain_worker '{"folder": "runs/demo/export", ...}'
+
+It is for models that an engine with batches computes wrongly, or not at all. Every sequence has a
+cache of the kind that its model makes for itself; those that run take turns, a token each, so that
+none waits for another to end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import deque
+from collections.abc import Generator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from serving.engines.lines import Lines
+from serving.engines.torch_worker import Settings, TorchWorker, serve
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """A request that is being worked on, as the sampler wants to see it.
+
+    Attributes:
+        request_id: Of the request.
+        initial_tokens: Its prompt.
+        max_tokens: New tokens at most.
+        steps: Yields the logits of the next token, (V,), and is sent the token.
+        generated_tokens: So far.
+    """
+
+    request_id: str
+    initial_tokens: list[int]
+    max_tokens: int
+    steps: Generator[Tensor, int | None, None]
+    generated_tokens: list[int] = field(default_factory=list)
+
+
+class _Row(NamedTuple):
+    """What the sampler is told of a row of logits."""
+
+    state: _Sequence
+
+
+class PlainWorker(TorchWorker):
+    """The program.
+
+    Args:
+        settings: Of the program.
+        lines: To the gateway.
+    """
+
+    def __init__(self, settings: Settings, lines: Lines) -> None:
+        import transformers
+        from transformers import GenerationConfig
+
+        super().__init__(settings, lines, "eager")
+        # What is left of it would change how requests sample, or what kind of cache they get.
+        self._model.generation_config = GenerationConfig()
+        self._running: deque[_Sequence] = deque()
+        # Caches grow as their sequences do: so many contexts have room.
+        room = settings.kv_cache_tokens // self._max_context
+        self._max_running = max(1, min(settings.max_running, room))
+        self._say_ready(f"plain transformers {transformers.__version__}", self._max_running)
+
+    def _begin(self, request: dict[str, Any]) -> None:
+        prompt, max_tokens = request["prompt"], request["max_tokens"]
+        steps = _steps_of(self._model, prompt, max_tokens)
+        self._running.append(_Sequence(request["id"], prompt, max_tokens, steps))
+
+    def _cancel(self, name: str) -> None:
+        self._running = deque(s for s in self._running if s.request_id != name)
+
+    def _advance(self) -> None:
+        """The next token of the sequence whose turn it is."""
+        if not self._running:
+            return
+        sequence = self._running.popleft()
+        name = sequence.request_id
+        try:
+            token = self._next_token(sequence)
+        except Exception as e:  # whatever it is, it is this request's and not the engine's
+            self._forget(name)
+            error = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+            self._lines.say("failed", {"id": name, "error": error})
+            return
+        sequence.generated_tokens.append(token)
+        is_stopped = token in self._eos and not self._sampler.ignores_eos(name)
+        is_ended = is_stopped or len(sequence.generated_tokens) == sequence.max_tokens
+        if not is_ended:
+            self._running.append(sequence)
+        tokens: dict[str, Any] = {}
+        finished: list[tuple[str, str]] = []
+        self._collect(name, [token], is_ended, tokens, finished)
+        self._say_step(tokens, finished)
+
+    def _next_token(self, sequence: _Sequence) -> int:
+        import torch
+
+        if self._adapters is not None:
+            self._adapters.use(self._adapter_of[sequence.request_id])
+        generated = sequence.generated_tokens
+        with torch.no_grad():
+            scores = sequence.steps.send(generated[-1] if generated else None).unsqueeze(0)
+            row: Any = _Row(sequence)
+            rows = self._sampler.prepare_tensor_args([row])
+            return int(self._sampler(scores, rows).argmax(dim=-1))
+
+    def _check(self) -> None:
+        pass  # there is no thread that could have ended
+
+    def _paused(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def _kv_cache_usage(self) -> float:
+        tokens = sum(len(s.initial_tokens) + len(s.generated_tokens) for s in self._running)
+        return round(tokens / (self._max_running * self._max_context), 4)
+
+
+def _steps_of(
+    model: Any, prompt: list[int], max_tokens: int
+) -> Generator[Tensor, int | None, None]:
+    """Prepares inputs and cache as `generate` does, and computes nothing yet."""
+    import torch
+    from transformers import GenerationConfig
+
+    ids = torch.tensor([prompt], device=model.device)
+    steps: Generator[Tensor, int | None, None] = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=GenerationConfig(do_sample=False, max_new_tokens=max_tokens),
+        custom_generate=_steps,
+    )
+    return steps
+
+
+def _steps(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    **kwargs: Any,
+) -> Generator[Tensor, int | None, None]:
+    """The loop of transformers' `_sample` (generation/utils.py), without its sampling."""
+    import torch
+
+    length = None  # of what is new: the whole prompt, and then a token
+    while True:
+        inputs = model.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=length, is_first_iteration=length is None, **kwargs
+        )
+        outputs = model(**inputs, return_dict=True)
+        kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
+        logits = outputs.logits[0, -1].float()
+        del outputs
+        token = yield logits
+        input_ids = torch.cat([input_ids, input_ids.new_tensor([[token]])], dim=-1)
+        length = 1 if kwargs["use_cache"] else None
+
+
+if __name__ == "__main__":
+    serve(PlainWorker, sys.argv[1:])

@@ -1,0 +1,72 @@
+"""Plain forwards that engines are compared with, wherever the same weights can be had."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compression.targets.openvino_program import OpenVino
+from monitoring.errors import SpotforgeError
+from serving.artifact import Artifact
+from serving.engine import EngineError
+from serving.engines.openvino import torch_logits
+from serving.engines.process import ProcessEngine
+from serving.engines.proof import Asked, Score, Scores
+
+
+def of_program(engine: ProcessEngine) -> Score:
+    """By the engine's own process, of the weights that it has loaded."""
+    numbers = itertools.count()
+
+    async def score(asked: list[Asked]) -> list[Scores]:
+        scored = []
+        for one in asked:
+            rows = await engine.score(f"score-{next(numbers)}", *one)
+            scored.append(Scores([row[0] for row in rows], [row[1:] for row in rows]))
+        return scored
+
+    return score
+
+
+def of_ir(ir: Path) -> Score:
+    """By OpenVINO without GenAI, of the same IR.
+
+    Args:
+        ir: Its folder.
+    """
+    return _of_logits(lambda tokens: OpenVino().logits(ir, tokens))
+
+
+def of_folder(artifact: Artifact) -> Score:
+    """By transformers in a fresh process, of the artifact's files."""
+    return _of_logits(lambda tokens: torch_logits(artifact.folder, tokens, artifact.format.value))
+
+
+def _of_logits(logits: Callable[[NDArray[np.int64]], NDArray[Any]]) -> Score:
+    async def score(asked: list[Asked]) -> list[Scores]:
+        # Rows of one length: what follows a token changes nothing for it.
+        tokens = np.zeros((len(asked), max(len(one.tokens) for one in asked)), np.int64)
+        for row, one in zip(tokens, asked, strict=True):
+            row[: len(one.tokens)] = one.tokens
+        try:
+            found = await asyncio.to_thread(logits, tokens)  # (N, T, V)
+        except SpotforgeError as e:
+            raise EngineError(str(e)) from e
+        return [_scores(row, one) for row, one in zip(found, asked, strict=True)]
+
+    return score
+
+
+def _scores(logits: NDArray[Any], asked: Asked) -> Scores:
+    """Of a sequence: (T, V) logits."""
+    places = logits[asked.start - 1 : len(asked.tokens) - 1].astype(np.float64)
+    places -= places.max(-1, keepdims=True)
+    places -= np.log(np.exp(places).sum(-1, keepdims=True))
+    best = places.max(-1).tolist()
+    return Scores(best, [row[of].tolist() for row, of in zip(places, asked.of, strict=True)])
