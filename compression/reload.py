@@ -36,6 +36,21 @@ class ReloadError(SpotforgeError):
 
 
 @dataclass(frozen=True)
+class Beside:
+    """A model that artifacts are compared with.
+
+    Attributes:
+        folder: Of the model.
+        hidden: What its last block makes of the samples.
+        wraps: See `BlockStream`.
+    """
+
+    folder: Path
+    hidden: Hidden
+    wraps: bool
+
+
+@dataclass(frozen=True)
 class Reloaded:
     """What an artifact is as it is loaded.
 
@@ -55,7 +70,7 @@ def reload(
     artifact: Path,
     input_ids: Tensor,
     num_logits: int,
-    parent: tuple[Path, Hidden],
+    parent: Beside,
     folder: Path,
     stop_requested: Callable[[], bool],
 ) -> Reloaded:
@@ -66,7 +81,7 @@ def reload(
         artifact: Folder that it packed.
         input_ids: (N, T) int64.
         num_logits: Samples whose logits are wanted.
-        parent: Folder of the parent, and what its last block makes of the samples.
+        parent: To compare it with.
         folder: For files between the two processes.
         stop_requested: Polled.
 
@@ -80,9 +95,10 @@ def reload(
         job = {
             "target": target.value,
             "artifact": str(artifact),
-            "parent": str(parent[0]),
-            "hidden": str(parent[1].path),
-            "shape": parent[1].shape,
+            "parent": str(parent.folder),
+            "wraps": parent.wraps,
+            "hidden": str(parent.hidden.path),
+            "shape": parent.hidden.shape,
             "num_logits": num_logits,
         }
         (exchange / "job.json").write_text(json.dumps(job))
@@ -141,6 +157,7 @@ def main(path: Path) -> None:
 
     parent = BlockStream(Path(job["parent"]))
     parent.load_head()
+    parent.wraps = job["wraps"]
     hidden = Hidden(Path(job["hidden"]), tuple(job["shape"]))
     quality = compare(logits_of(parent, hidden), found(), input_ids)
     dtype = getattr(model, "dtype", None)

@@ -38,10 +38,9 @@ from compression.config import CompressionConfig, LayersConfig, Target
 from compression.evaluate import Quality, compare, final_hidden, logits_of
 from compression.gate import GateError, failures
 from compression.heal import check_overrides
-from compression.hidden import Hidden
 from compression.mixed import check_budget, shapes_of
 from compression.recipe import HealConfig, MixedConfig, QatConfig, StructuredPruneConfig
-from compression.reload import ReloadError, reload, signal_to_noise_db
+from compression.reload import Beside, ReloadError, reload, signal_to_noise_db
 from compression.report import print_report
 from compression.result import Result
 from compression.samples import Samples, data_config, draw_samples, window_of
@@ -158,7 +157,7 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
                     artifact,
                     samples.evaluation,
                     _RELOADED,
-                    (parent, evaluated.parent_hidden),
+                    evaluated.parent,
                     scratch,
                     stop_requested,
                 )
@@ -317,12 +316,12 @@ class _Evaluated:
     Attributes:
         quality: Beside the parent.
         logits: Of the first samples (N, T, V).
-        parent_hidden: What the parent's last block makes of the samples.
+        parent: To compare artifacts with.
     """
 
     quality: Quality
     logits: Tensor
-    parent_hidden: Hidden
+    parent: Beside
 
 
 def _evaluate(
@@ -351,7 +350,8 @@ def _evaluate(
     with torch.no_grad():
         first = next(hidden["child"].batches())[:_RELOADED]
         logits = streams["child"].logits(first)
-    return _Evaluated(quality, logits, hidden["parent"])
+    beside = Beside(parent, hidden["parent"], streams["parent"].wraps)
+    return _Evaluated(quality, logits, beside)
 
 
 def _least_db(target: Target, dtype: Dtype, schemes: Collection[Scheme]) -> float:

@@ -63,12 +63,12 @@ def draw_samples(
         ConfigError: There is no data, too little, the two share text, or a sample is longer than
             the model's window.
     """
-    _check_window(config, model)
     if config.calibration.messages is not None:
         return _conversations(config, config.calibration.messages, model)
     if config.data is None and config.parent.run is None:
         return _generated(config, model, stop_requested)
     data = data_config(config)
+    _check_window("data.max_seq_len", data.max_seq_len, model)
     prepared = prepare(data, model_path=str(model), stop_requested=stop_requested)
     max_seq_len = data.max_seq_len
     calibration = _calibration(config, prepared, max_seq_len, data.mask_documents)
@@ -94,6 +94,7 @@ def _conversations(config: CompressionConfig, path: str, model: Path) -> Samples
     sizes = config.calibration.num_samples, config.evaluation.num_samples
     max_seq_len = config.calibration.max_seq_len
     samples = read_samples(Path(path), model, sizes, max_seq_len, config.seed)
+    _check_window("calibration.max_seq_len", max_seq_len, model)
     calibration, evaluation = samples
     _check_tokens(config, *calibration.shape)
     check_no_overlap(calibration, evaluation, KEY)
@@ -105,6 +106,7 @@ def _generated(
     config: CompressionConfig, model: Path, stop_requested: Callable[[], bool]
 ) -> Samples:
     sizes = config.calibration.num_samples, config.evaluation.num_samples
+    _check_window("calibration.max_seq_len", config.calibration.max_seq_len, model)
     _check_tokens(config, sizes[0], config.calibration.max_seq_len)
     settings = config.calibration.max_seq_len, config.seed, stop_requested
     samples = generate_samples(model, sum(sizes), *settings)
@@ -114,16 +116,12 @@ def _generated(
     return Samples(calibration, evaluation, f"generated:{digest}")
 
 
-def _check_window(config: CompressionConfig, model: Path) -> None:
+def _check_window(key: str, max_seq_len: int, model: Path) -> None:
     """Refuses samples of more tokens than the model has positions for."""
-    key, length = "calibration.max_seq_len", config.calibration.max_seq_len
-    has_data = config.data is not None or config.parent.run is not None
-    if config.calibration.messages is None and has_data:
-        key, length = "data.max_seq_len", data_config(config).max_seq_len
     longest = window_of(model)
-    if longest is not None and length > longest:
+    if longest is not None and max_seq_len > longest:
         rule = f"the model has {longest} positions"
-        raise ConfigError(key, length, rule, f"set {key}={longest}, or less")
+        raise ConfigError(key, max_seq_len, rule, f"set {key}={longest}, or less")
 
 
 def window_of(model: Path) -> int | None:

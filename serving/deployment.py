@@ -54,12 +54,12 @@ class Deployment:
             SpotforgeError: It does not start; nothing is left running.
         """
         adapters = await asyncio.to_thread(resolve_all, config.adapters, artifact)
-        defaults = _defaults(artifact, config)
+        defaults = sampling_defaults(artifact.folder, config)
         starting = asyncio.create_task(choose.start(artifact, config.engine, cache, adapters))
         texts = asyncio.create_task(_start_text(artifact, config, cache))
         try:
             started, text = await asyncio.gather(starting, texts)
-            _check_defaults(defaults, started.info)
+            check_defaults(defaults, started.info)
         except BaseException:
             starting.cancel()
             texts.cancel()
@@ -124,13 +124,13 @@ class Deployment:
         await self.text.close()
 
 
-def _defaults(artifact: Artifact, config: ServingConfig) -> Choice:
-    """As the model's author has them, if that is asked for."""
+def sampling_defaults(folder: Path, config: ServingConfig) -> Choice:
+    """As the model's author has them, if that is asked for; raises ConfigError: they cannot be."""
     is_authors = config.generation_config is GenerationConfig.auto
-    return defaults_of(artifact.folder) if is_authors else Choice()
+    return defaults_of(folder) if is_authors else Choice()
 
 
-def _check_defaults(defaults: Choice, info: EngineInfo) -> None:
+def check_defaults(defaults: Choice, info: EngineInfo) -> None:
     """Raises ConfigError for one that an engine has not."""
     for name in defaults.extras():
         if name not in info.features:

@@ -26,12 +26,20 @@ from trainer.cpu import keep_freed_memory
 from trainer.data.order import OrderRule
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.tokenizer import vocab_size_of
+from trainer.dry_run import check_forward
 from trainer.export import export_checkpoint
 from trainer.fake_quant import prepare_fake_quant
 from trainer.heartbeat import Heartbeat
 from trainer.loop import TrainingLoop
 from trainer.memory import check_memory
-from trainer.model import Materializer, build_meta_model, hf_config_of, prepare_training
+from trainer.model import (
+    Materializer,
+    build_meta_model,
+    hf_config_of,
+    prepare_training,
+    set_special_token,
+)
+from trainer.positions import check_positions
 from trainer.probe import settle
 from trainer.remote import RemoteCheckpoints
 from trainer.reporter import Reporter, check_run_dir
@@ -104,12 +112,15 @@ def train_in(
     with world.together():
         model = build_meta_model(config.model, vocab_size_of(data.tokenizer))
         _set_special_tokens(config.model, model, data)
+        too_long = check_positions(model, config.data.max_seq_len)
         prepare_fake_quant(model, config.fake_quant)
         module = config.objective.build(model, config.model, data.tokenizer_fingerprint)
     resolved = resolve(config)
     if begun_before and not data.add_bos:
         del resolved["data"]["add_bos"]  # so that the next start knows, too
     reporter = Reporter(config, resolved, data, model, world)
+    if too_long is not None:
+        reporter.say(too_long)
 
     with _locked(config, world):
         # 3. The checkpoint to go on from: refused here, if at all, before anything is written
@@ -157,6 +168,7 @@ def train_in(
         if checkpoint is not None:
             strategy.load_state(state_reader(checkpoint), num_updates=state.step)
         with world.together():
+            check_forward(config, strategy, module, world)
             settle(config, module, strategy, world, resolved, before, reporter.say)
         poll.refuse_to_start()
 
@@ -312,13 +324,17 @@ def _set_up_process(config: TrainerConfig) -> None:
 def _set_special_tokens(config: ModelConfig, model: Any, data: PreparedData) -> None:
     """Has a model from scratch end its texts as the data's end, not as its family's first model.
 
-    What `model.config` sets itself stays.
+    What `model.config` sets itself stays, and so does a padding token that the model has.
     """
     if not isinstance(config, NamedModelConfig):
         return
-    for name in {"bos_token_id", "eos_token_id"} - config.config.keys():
+    names = {"bos_token_id", "eos_token_id"}
+    if model.config.get_text_config().pad_token_id is None:
+        names.add("pad_token_id")
+    for name in names - config.config.keys():
         for described in filter(None, (model.config, model.generation_config)):
-            setattr(described, name, getattr(data.tokenizer, name))
+            value = getattr(data.tokenizer, name)
+            set_special_token(described, name, value, otherwise=data.tokenizer.eos_token_id)
 
 
 def _save_assets(

@@ -22,6 +22,7 @@ from compression.targets.packing import (
     Values,
     kept_matrices,
     load_folder,
+    refuse_needed_weights,
     refuse_own_forward,
     stored_bytes,
     times_layers,
@@ -51,8 +52,10 @@ def check_parent(parent: Path, layers: Collection[str], schemes: set[Scheme], ke
         key: For errors.
     """
     names = StoredNames(parent)
-    if any(map(_is_packed, schemes)):
+    is_packed = any(map(_is_packed, schemes))
+    if is_packed:
         refuse_own_forward(layers, names, key, "compressed_tensors")
+    refuse_needed_weights(parent, layers, is_packed, key, "compressed_tensors")
     experts = [layer for layer in layers if names.is_expert(layer)]
     if not experts:
         return

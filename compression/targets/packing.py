@@ -17,6 +17,7 @@ from compression.grid import Quantized
 from compression.result import Result
 from compression.scheme import Scheme
 from compression.speed import TorchRunner
+from compression.stream import BlockStream
 from compression.targets.names import StoredNames
 from monitoring.errors import ConfigError, DamagedError
 from trainer.export import save_weights
@@ -146,6 +147,26 @@ def refuse_own_forward(layers: Collection[str], names: StoredNames, key: str, va
         kind = type(names.linears[odd]).__name__
         rule = f"{odd} is a {kind}, whose own code multiplies by a dense weight"
         raise ConfigError(key, value, rule, "use target=huggingface")
+
+
+def refuse_needed_weights(
+    parent: Path, layers: Collection[str], are_absent: bool, key: str, value: str
+) -> None:
+    """Raises ConfigError for layers whose weights the model's own code takes; codes are none.
+
+    Args:
+        parent: Folder of the model.
+        layers: Names of those that will be in codes.
+        are_absent: Whether these layers have nothing called `weight` then.
+        key: For errors.
+        value: The target.
+    """
+    found = BlockStream(parent).needing_weights(layers, are_absent) if layers else []
+    if found:
+        left = ",".join(sorted({f"'*.{name.rpartition('.')[2]}*'" for name in found}))
+        rule = f"the model's own code takes weights of {found[0]}, of which only codes are there"
+        fix = f"use target=huggingface, or leave out what is named so: layers.exclude=[{left}]"
+        raise ConfigError(key, value, rule, fix)
 
 
 def times_layers(key: str) -> None:

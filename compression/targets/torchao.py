@@ -18,6 +18,7 @@ from compression.targets.packing import (
     kept_matrices,
     load_folder,
     refuse_experts,
+    refuse_needed_weights,
     refuse_own_forward,
     stored_bytes,
     times_layers,
@@ -42,6 +43,7 @@ def check_parent(parent: Path, layers: Collection[str], schemes: set[Scheme], ke
     names = StoredNames(parent)
     refuse_experts(layers, names, key, "torchao")
     refuse_own_forward(layers, names, key, "torchao")
+    refuse_needed_weights(parent, layers, False, key, "torchao")
 
 
 def check(schemes: set[Scheme], key: str) -> None:

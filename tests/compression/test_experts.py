@@ -249,6 +249,13 @@ def test_experts_that_few_tokens_reach_are_told_of_and_treated_as_the_others(fol
             Scheme(),
             "query_key_value is a FalconLinear.*use target=huggingface",
         ),
+        (
+            "mamba",
+            dict(num_hidden_layers=1, state_size=8),
+            torchao,
+            Scheme(),
+            r"own code takes weights of backbone.layers.0.mixer.dt_proj.*exclude=\['\*.dt_proj\*'",
+        ),
     ],
 )
 def test_what_no_target_loads_again_is_refused(model_type, fields, target, scheme, said, folder_of):

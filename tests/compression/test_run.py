@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from compression import run as run_module
 from compression.artifact import locked, read_report
+from compression.reload import Reloaded
 from compression.samples import draw_samples
 from tests.compression.conftest import SMALL, save_model
 from tests.compression.test_samples import settings
@@ -88,13 +89,6 @@ def test_a_report_says_what_the_artifact_is_as_it_is_loaded(rounded, parent, tex
     assert report["as_loaded"]["dtype"] == "bfloat16"
     assert report["as_loaded"]["kl_nats"]["mean"] == pytest.approx(kl, rel=0.05)
     assert report["evaluation"]["kl_nats"]["mean"] != pytest.approx(kl, rel=0.001)
-
-
-@pytest.mark.parametrize("words", [[], ["calibration.messages=MESSAGES"]])
-def test_samples_are_no_longer_than_the_window(words, compress, parent, tmp_path):
-    words = [word.replace("MESSAGES", str(tmp_path / "chat.jsonl")) for word in words]
-    code, _, err = compress(f"model={parent}", *words, data=False)
-    assert code == 2 and "calibration.max_seq_len=512: the model has 256 positions" in err
 
 
 def test_lineage_lists_every_file(rounded, parent):
@@ -187,7 +181,8 @@ def test_several_recipes_make_a_plot(compress, parent, tmp_path):
 def test_an_artifact_that_computes_something_else_is_not_kept(
     compress, parent, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(run_module, "logits_of", lambda *_: torch.randn(2, 32, 320))
+    other = Reloaded("bfloat16", {}, torch.randn(2, 32, 320))
+    monkeypatch.setattr(run_module, "reload", lambda *_: other)
     code, _, err = compress(f"model={parent}", "out=x")
     assert code == 1 and "it was not kept" in err
     assert not (tmp_path / "x" / "compressed_tensors").exists()

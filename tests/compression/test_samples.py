@@ -162,6 +162,12 @@ def test_content_in_parts_is_calibrated_on_as_one_text(chat_model, conversations
     assert torch.equal(one.calibration, other.calibration) and one.digest == other.digest
 
 
+def test_samples_of_conversations_are_no_longer_than_the_window(chat_model, conversations):
+    words = of_chat(conversations, "calibration.max_seq_len=257", "evaluation.num_samples=1")
+    with pytest.raises(ConfigError, match="calibration.max_seq_len=257: the model has 256"):
+        draw_samples(words, chat_model, lambda: False)
+
+
 def test_arguments_of_a_call_reach_the_template_as_an_object():
     call = {"type": "function", "function": {"name": "f", "arguments": '{"city": "Pune"}'}}
     message = for_template({"role": "assistant", "content": None, "tool_calls": [call]})

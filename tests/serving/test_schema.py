@@ -3,15 +3,19 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import time
+from queue import SimpleQueue
 
 import httpx
 import jsonschema_rs
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from serving.engine import EngineRefused, TokenRequest
+from serving.engines.grammars import Grammars
 from serving.text.tools import call_schema
 from tests.serving.conftest import stream_lines
 from tests.serving.test_engine import PROMPT, tokens_of, with_engine
@@ -52,6 +56,26 @@ def test_texts_satisfy_their_schema_and_the_rest_of_the_batch_goes_on(export):
         assert logprobs[0].top == [(t, pytest.approx(x, abs=1e-3)) for t, x in wanted[0].top]
         assert logprobs[0].logprob < logprobs[0].top[-1][1]
     assert len({tuple(found) for found, _, _ in held}) == len(held)
+
+
+@pytest.mark.parametrize("schema", [{"type": "array", "items": {"enum": [1]}}, SCHEMA])
+def test_a_model_that_likes_white_space_still_comes_to_an_end(export, schema):
+    tokenizer, told = AutoTokenizer.from_pretrained(export), SimpleQueue()
+    grammars = Grammars(tokenizer, 320, [0], lambda name, found: told.put(found))
+    grammars.compile("x", schema)
+    matcher, tokens = told.get(timeout=60), []
+    texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+    spaces = [i for i, text in enumerate(texts) if text and not text.strip()]
+    while not matcher.is_stopped():
+        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist()
+        ends = [i for i in allowed if texts[i] in ("]", "}", '"')]
+        tokens.append(([i for i in spaces if i in allowed] + ends + allowed)[0])
+        matcher.consume_tokens(tokens[-1:])
+        assert len(tokens) < 250
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    json.loads(text)
+    assert max(map(len, re.findall(r"\s+", text))) <= 10
 
 
 def test_a_text_goes_on_within_its_grammar_when_its_engine_is_lost(export):

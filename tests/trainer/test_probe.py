@@ -1,12 +1,15 @@
 """What is found out about a model before its first step; transformers' own loss is right."""
 
+import json
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from monitoring.errors import ConfigError
@@ -256,3 +259,44 @@ def test_shards_are_asked_and_trained_as_whole_models_are():
     assert whole[1] == pytest.approx(shards[1], rel=1e-5)
     for name, total in whole[2].items():
         assert shards[2][name] == pytest.approx(total, rel=1e-4, abs=1e-4), name
+
+
+@pytest.mark.long
+def test_a_run_stores_what_it_found_and_goes_on_with_it(trainer, small, tmp_path):
+    run = [
+        *small,
+        "data.mask_documents=true",
+        "model.model_type=gpt_oss",
+        "model.attn_implementation=eager",
+        "+model.config.num_local_experts=4",
+        "schedule=constant",
+        "evaluation.every_steps=2",
+    ]
+    first = trainer(*run, "stop.steps=3")
+    assert first.code == 0, first.err
+    assert "GptOssForCausalLM does not tell documents apart" in first.out
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["probe"] == {"auxiliary_loss": False, "documents": APART}
+    assert config["model"]["fused_loss"] is True
+    second = trainer(*run, "stop.steps=5")
+    assert second.code == 0 and "fused_loss" not in second.out and "probe" not in second.out
+    again = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert again["probe"] == config["probe"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recomputed", ["false", "true"])
+def test_a_run_with_an_auxiliary_loss(trainer, small, recomputed):
+    experts = ["model.model_type=mixtral", "+model.config.num_local_experts=4"]
+    on = [
+        "+model.config.output_router_logits=true",
+        "+model.config.router_aux_loss_coef=0.5",
+        f"activation_checkpointing={recomputed}",
+    ]
+    assert trainer(*small, *experts, *on, "stop.steps=2", "schedule.warmup_steps=1").code == 0
+    run_dir = next(word for word in small if word.startswith("run.dir=")).removeprefix("run.dir=")
+    for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        parts = record["cross_entropy"] + record["auxiliary_loss"]
+        assert record["loss"] == pytest.approx(parts, rel=1e-5)
+        assert 0.9 < record["auxiliary_loss"] < 1.5, "0.5 x 2 experts a token, about balanced"

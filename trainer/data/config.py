@@ -60,8 +60,8 @@ class PreparationConfig:
         parse_special_tokens: Whether a document that spells a special token, such as
             `<|im_end|>`, gets that token (`true`: for text that was laid out as a conversation) or
             the text of its name (`false`).
-        mask_documents: Attend and predict within documents only; otherwise a sample is read as one
-            text.
+        mask_documents: Compute and predict within documents only, whatever the model; otherwise a
+            sample is read as one text.
         cache_dir: Where prepared token datasets live, one folder each, named by content.
         shard_tokens: Tokens in one shard file.
         verify: Check the digests of the prepared shards at every start.
