@@ -42,7 +42,7 @@ def judge(places: Places, column: str) -> str:
         found = answer["logprobs"]["token_logprobs"]
         if len(found) != len(logprobs):
             raise Wrong(f"{prompt!r}: {len(found)} tokens, by generate {len(logprobs)}")
-        worst = max(abs(a - b) for a, b in zip(found, logprobs, strict=True))
+        worst = max((abs(a - b) for a, b in zip(found, logprobs, strict=True)), default=0.0)
         if not worst <= TOLERANCE:
             raise Wrong(f"{prompt!r}: log-probabilities differ by {worst:.1e}")
         if answer["text"] != text:
@@ -69,7 +69,7 @@ def _generated(places: Places, prompt: str) -> tuple[str, list[float]]:
 
 async def _asked(places: Places) -> tuple[str, list[dict[str, Any]]]:
     """The engine's name, and the answers to all prompts at once and to the first one alone."""
-    from serving.config import EngineConfig, ServingConfig
+    from serving.config import AdmissionConfig, EngineConfig, ServingConfig
     from serving.server import serve
 
     with socket.socket() as s:
@@ -80,6 +80,8 @@ async def _asked(places: Places) -> tuple[str, list[dict[str, Any]]]:
         port=port,
         cache=str(places.root / "serving-cache"),
         engine=EngineConfig(num_threads=1, max_running=8),
+        # All wait for an engine that works on one at a time.
+        admission=AdmissionConfig(max_queued_requests=len(_PROMPTS)),
     )
     serving = asyncio.create_task(serve(config))
     try:

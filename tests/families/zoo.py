@@ -176,7 +176,7 @@ FAMILIES: dict[str, Family] = {
             "n_group": 1,
             "topk_group": 1,
             "first_k_dense_replace": 0,
-            "kv_lora_rank": 8,
+            "kv_lora_rank": 16,
             "q_lora_rank": 16,
             "qk_rope_head_dim": 4,
             "qk_nope_head_dim": 8,
@@ -352,7 +352,7 @@ FAMILIES: dict[str, Family] = {
     "mamba": Family(
         "a state instead of attention",
         "mamba",
-        {"state_size": 4},
+        {"state_size": 4, "time_step_rank": 16},
         reset={"conv1d.weight": 0.0},
     ),
     "mamba2": Family(
@@ -376,7 +376,7 @@ FAMILIES: dict[str, Family] = {
             "attn_layer_offset": 1,
             "num_experts": 4,
             "mamba_d_state": 4,
-            "mamba_dt_rank": 4,
+            "mamba_dt_rank": 16,
         },
         scale={"router.weight": 4.0},
         reset={"router.weight": 0.0},
