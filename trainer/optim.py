@@ -1,8 +1,9 @@
-"""The optimizer: AdamW with decay on matrices only."""
+"""The optimizer: AdamW, with decay on what multiplies."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING
 
 from monitoring.errors import ConfigError
@@ -12,13 +13,27 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
+# Last parts of names of tensors that state-space models hold as matrices and that multiply nothing.
+_RATES = ("A_log", "dt_bias")
+
+
+class Decay(Enum):
+    """Which parameters are under weight decay."""
+
+    auto = "auto"
+    matrices = "matrices"
+
+
 @dataclass
 class AdamWConfig:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101), torch's fused implementation.
 
     Attributes:
         lr: Peak learning rate; the schedule scales it.
-        weight_decay: Applied to parameters of two or more dimensions; norms and biases have none.
+        weight_decay: Applied to the parameters that `decay` says.
+        decay: `matrices` are parameters of two or more dimensions; `auto` leaves out those of them
+            that are biases (of experts), norms (of heads) or rates (`A_log`) by their names, or
+            that the model marks with `_no_weight_decay`.
         max_norm: Largest global gradient norm; null switches clipping off.
     """
 
@@ -27,6 +42,7 @@ class AdamWConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
+    decay: Decay = Decay.auto
     max_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
@@ -73,3 +89,25 @@ class AdamWConfig:
             eps=self.eps,
             fused=True,
         )
+
+
+def decayed_names(model: nn.Module, decay: Decay) -> set[str]:
+    """Names of the parameters of `model` that are under weight decay.
+
+    Args:
+        model: As transformers built it: its marks are on the parameters that it made.
+        decay: The rule.
+    """
+    matrices = {name: p for name, p in model.named_parameters() if p.ndim >= 2}
+    if decay is Decay.matrices:
+        return set(matrices)
+    return {
+        name
+        for name, parameter in matrices.items()
+        if not getattr(parameter, "_no_weight_decay", False) and _multiplies(name)
+    }
+
+
+def _multiplies(name: str) -> bool:
+    *_, owner, leaf = f".{name}".split(".")
+    return not (leaf in _RATES or leaf.endswith("bias") or owner.lower().endswith("norm"))

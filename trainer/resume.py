@@ -147,7 +147,7 @@ def set_newer_aside(
 
 
 def keep_what_was_found(resolved: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Carries over what `trainer/probe.py` found out about the model when the run began.
+    """Carries over what was found out or chosen when the run began.
 
     Args:
         resolved: Settings of this run; is changed.
@@ -157,6 +157,10 @@ def keep_what_was_found(resolved: dict[str, Any], saved: dict[str, Any]) -> None
         resolved["model"]["fused_loss"] = saved["model"]["fused_loss"]
     if "probe" in saved:
         resolved["probe"] = saved["probe"]
+    if "decay" not in saved["optim"]:  # it was of matrices, as long as nobody could choose
+        del resolved["optim"]["decay"]
+    elif resolved["optim"]["decay"] == "auto":
+        resolved["optim"]["decay"] = saved["optim"]["decay"]
 
 
 def check_same_run(

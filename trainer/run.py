@@ -40,6 +40,7 @@ from trainer.model import (
     prepare_training,
     set_special_token,
 )
+from trainer.optim import Decay, decayed_names
 from trainer.positions import check_positions
 from trainer.probe import settle
 from trainer.remote import RemoteCheckpoints
@@ -154,7 +155,8 @@ def train_in(
         prepare_training(
             model, compile=config.compile, checkpointing=config.activation_checkpointing
         )
-        matrices = {name for name, p in model.named_parameters() if p.ndim >= 2}
+        decay = Decay(resolved["optim"].get("decay", "matrices"))
+        decayed = decayed_names(model, decay)
         poll.refuse_to_start()
         with world.together():
             strategy: Strategy = config.parallel.build(world, config.precision)
@@ -162,7 +164,7 @@ def train_in(
             strategy.setup(
                 module,
                 module.materializer(weights, world.device),
-                partial(config.optim.build, decayed=matrices),
+                partial(config.optim.build, decayed=decayed),
                 weights.sparse,
             )
         if weights.sparse:

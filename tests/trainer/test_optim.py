@@ -11,7 +11,7 @@ from tests.distributed import run_distributed
 from tests.small_run import MODEL, VOCAB
 from trainer.model import Materializer, build_meta_model
 from trainer.objective import NextTokenLoss
-from trainer.optim import AdamWConfig
+from trainer.optim import AdamWConfig, Decay, decayed_names
 
 CONFIG = AdamWConfig(lr=2e-3, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.25)
 STRATEGIES = {"ddp": DdpConfig(), "fsdp": FsdpConfig(), "zero3": ZeroConfig(stage=3)}
@@ -36,6 +36,29 @@ def test_settings_reach_the_optimizer():
     for group in optimizer.param_groups:
         assert group["fused"] is True
         assert group["lr"] == 2e-3 and group["betas"] == (0.8, 0.9) and group["eps"] == 1e-6
+
+
+def test_what_decays_by_its_name_and_by_the_models_mark():
+    model = torch.nn.Module()
+    for name in ("q_norm", "experts", "mixer", "gate", "embed"):
+        model.add_module(name, torch.nn.Module())
+    for name in (
+        *("q_norm.weight", "experts.gate_up_proj_bias", "mixer.A_log", "gate.weight"),
+        *("experts.gate_up_proj", "mixer.in_proj", "embed.weight"),
+    ):
+        owner, leaf = name.split(".")
+        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(torch.ones(2, 3)))
+    model.gate.weight._no_weight_decay = True
+    model.mixer.D = torch.nn.Parameter(torch.ones(3))
+    every = {name for name, p in model.named_parameters() if p.ndim == 2}
+    assert decayed_names(model, Decay.matrices) == every
+    left = {"experts.gate_up_proj", "mixer.in_proj", "embed.weight"}
+    assert decayed_names(model, Decay.auto) == left
+
+
+def test_of_an_ordinary_model_all_matrices_decay():
+    model = build_meta_model(MODEL, VOCAB)
+    assert decayed_names(model, Decay.auto) == decayed_names(model, Decay.matrices)
 
 
 def test_every_parameter_is_in_one_group():
