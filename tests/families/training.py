@@ -81,11 +81,11 @@ def data_words(root: Path) -> list[str]:
 
 def train(places: Places, column: str) -> str:
     """Trains, on one rank of the world; returns what a refusal asked for, if anything."""
-    shutil.rmtree(places.run(column), ignore_errors=True)
     from trainer.heartbeat import Heartbeat
     from trainer.run import train_in
     from trainer.stopping import StopSignal
 
+    shutil.rmtree(places.run(column), ignore_errors=True)  # before the ranks meet, so before a run
     remedies: list[str] = []
     while True:
         try:
