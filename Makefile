@@ -5,8 +5,8 @@ BIN    := $(VENV)/bin
 # Every GPU there is, or two processes on a CPU.
 NPROC  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 2)
 
-.PHONY: train test test-long test-matrix test-sky test-llama test-openvino families chaos soak \
-  lint install benchmark clean
+.PHONY: train test test-long test-matrix test-pythons test-sky test-llama test-openvino families \
+  chaos soak lint install benchmark clean
 
 train: install  ## The main job: learn to write Python from the standard library's source
 	$(BIN)/python -m trainer experiment=stdlib nproc=$(NPROC)
@@ -29,6 +29,30 @@ chaos: install  ## Hundreds of kills, stops and damages, from a seed; writes a p
 
 soak: install  ## An hour of all that clients do, against a server of a small random model
 	$(BIN)/python -m tests.serving.soak
+
+PYTHONS ?= python3.11 python3.12 python3.13
+# Where torch is to be had for them, e.g. https://download.pytorch.org/whl/cpu; PyPI's is of gigabytes.
+TORCH_INDEX ?=
+# An environment without torch leaves out what needs it, and says so; so does one without a Python.
+test-pythons:  ## The same order, data, checkpoints and plans under every Python that is there
+	@for python in $(PYTHONS); do \
+	  $$python -c '' 2>/dev/null || { echo "$$python is not there: left out"; continue; }; \
+	  venv=.pythons-venv/$$(basename $$python); \
+	  test -e $$venv/installed || { $$python -m venv $$venv && \
+	    $$venv/bin/python -c "import tomllib; wanted = \
+	tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']; \
+	print(*(name for name in wanted if not name.startswith(('torch', 'accelerate'))), sep='\n')" \
+	      > $$venv/wanted && \
+	    $$venv/bin/python -m pip install --quiet --constraint constraints.txt \
+	      --requirement $$venv/wanted pytest pytest-timeout && \
+	    { test -z "$(TORCH_INDEX)" || $$venv/bin/python -m pip install --quiet \
+	      --constraint constraints.txt --index-url $(TORCH_INDEX) torch; } && \
+	    touch $$venv/installed; } || exit 1; \
+	  echo "under $$($$venv/bin/python --version):"; \
+	  $$venv/bin/python -m pytest -q $(TESTS_OF_PYTHONS) || exit 1; \
+	done
+TESTS_OF_PYTHONS := tests/trainer/data tests/trainer/test_order_of_runs.py \
+  tests/trainer/test_checkpoint.py tests/launch/plan
 
 SKY_VENV ?= .sky-venv
 test-sky: install  ## The real SkyPilot, in an environment of its own, with random price lists

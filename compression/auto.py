@@ -85,8 +85,7 @@ def run_auto(config: CompressionConfig, stop_requested: Callable[[], bool]) -> P
 def _candidates(config: CompressionConfig, parent: Path) -> list[_Candidate]:
     stream = BlockStream(parent)
     layers = choose_layers(stream, config.layers.include, config.layers.exclude)
-    modules = dict(stream.model.named_modules())
-    widths = {modules[name].in_features for name in layers}
+    widths = {layer.in_features for layer in stream.chosen(layers).values()}
     candidates = [_Candidate("int8_weight_only", RoundConfig(), Target.openvino)]
     sizes = [size for size in _GROUP_SIZES if not any(width % size for width in widths)]
     if sizes:

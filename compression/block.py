@@ -45,6 +45,13 @@ class Block:
         """Of scales."""
         return self.scales_in or self.dtype
 
+    def note_tokens(self, seen: list[Inputs]) -> None:
+        """Notes how many tokens reached each layer: an expert sees those that are routed to it."""
+        found = {name: inputs.num_tokens for inputs in seen for name in inputs.names}
+        for name, layer in self.layers.items():
+            counts = {"calibration_tokens": found.get(name, 0), "inputs": layer.in_features}
+            self.notes.setdefault(name, {}).update(counts)
+
     def put(self, name: str, quantized: Quantized, **note: object) -> None:
         """A layer's weight becomes what its codes stand for."""
         self.quantized[name] = quantized
@@ -63,6 +70,7 @@ class Inputs:
         gram: Mean of x x^T over tokens (I, I).
         largest: Of each input, the largest magnitude (I).
         mean: Of each input, the mean magnitude (I).
+        num_tokens: That they are of.
     """
 
     names: tuple[str, ...]
@@ -70,6 +78,7 @@ class Inputs:
     gram: Tensor
     largest: Tensor
     mean: Tensor
+    num_tokens: int
 
 
 @torch.no_grad()
@@ -86,7 +95,9 @@ def watch_inputs(block: Block) -> list[Inputs]:
             block.run(batch)
     finally:
         watch.remove()
-    return watch.results()
+    seen = watch.results()
+    block.note_tokens(seen)
+    return seen
 
 
 class _Watch:
@@ -127,7 +138,8 @@ class _Watch:
         for leader, (gram, largest, total) in self._sums.items():
             names = tuple(name for name, first in self._leader.items() if first == leader)
             count = self._counts[leader]
-            found.append(Inputs(names, self._feeder[leader], gram / count, largest, total / count))
+            means = gram / count, largest, total / count
+            found.append(Inputs(names, self._feeder[leader], *means, count))
         return found
 
     def _on_input(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

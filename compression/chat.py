@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from monitoring.errors import ConfigError
+from trainer.data.messages import for_template
 
 KEY = "calibration.messages"
 _HELD_OUT = 0.2  # share of the conversations that parent and child are compared on
@@ -144,11 +145,18 @@ def _conversations(path: Path) -> Iterator[tuple[int, list[dict[str, Any]]]]:
                 if not isinstance(messages, list) or not all(map(_is_message, messages)):
                     rule = "has no `messages`, a list of objects with role and content"
                     raise ConfigError(KEY, f"{path}:{number}", rule, fix)
-                yield number, messages
+                yield number, [_for_template(m, f"{path}:{number}", fix) for m in messages]
     except ValueError as e:
         raise ConfigError(KEY, path, f"is no JSON lines: {e}", fix) from e
     except OSError as e:
         raise ConfigError(KEY, path, e.strerror or str(e), fix) from e
+
+
+def _for_template(message: dict[str, Any], where: str, fix: str) -> dict[str, Any]:
+    try:
+        return for_template(message)
+    except ValueError as e:
+        raise ConfigError(KEY, where, str(e), fix) from e
 
 
 def _is_message(message: object) -> bool:

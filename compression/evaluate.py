@@ -8,7 +8,7 @@ Shapes: N samples of T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,35 +112,26 @@ def perplexity(stream: BlockStream, input_ids: Tensor, folder: Path, advance: Ad
     """Of one model; see `final_hidden`."""
     hidden = final_hidden(stream, input_ids, folder, advance)
     losses = [
-        F.cross_entropy(stream.logits(row)[0, :-1], ids[1:])
-        for row, ids in zip(_rows(hidden), input_ids, strict=True)
+        F.cross_entropy(logits[0, :-1], ids[1:])
+        for logits, ids in zip(logits_of(stream, hidden), input_ids, strict=True)
     ]
     return math.exp(min(float(torch.stack(losses).mean()), 700.0))
 
 
 @torch.no_grad()
-def compare(
-    parent: BlockStream,
-    parent_hidden: Hidden,
-    child: BlockStream,
-    child_hidden: Hidden,
-    input_ids: Tensor,
-) -> Quality:
+def compare(before: Iterable[Tensor], after: Iterable[Tensor], input_ids: Tensor) -> Quality:
     """Compares the next-token distributions of two models.
 
     Args:
-        parent: With its head loaded.
-        parent_hidden: See `final_hidden`.
-        child: With its head loaded.
-        child_hidden: See `final_hidden`.
+        before: Of each sample, the parent's logits (1, T, V); see `logits_of`.
+        after: Likewise, the child's.
         input_ids: (N, T) int64.
     """
     parent_loss, child_loss, kl, agree = [], [], [], []
-    rows = zip(_rows(parent_hidden), _rows(child_hidden), input_ids, strict=True)
-    for before, after, ids in rows:
+    for parent, child, ids in zip(before, after, input_ids, strict=True):
         targets = ids[1:]
-        log_p = parent.logits(before)[0, :-1].log_softmax(-1)  # (T - 1, V)
-        log_q = child.logits(after)[0, :-1].log_softmax(-1)
+        log_p = parent[0, :-1].log_softmax(-1)  # (T - 1, V)
+        log_q = child[0, :-1].log_softmax(-1)
         parent_loss.append(F.nll_loss(log_p, targets))
         child_loss.append(F.nll_loss(log_q, targets))
         agree.append((log_p.argmax(-1) == log_q.argmax(-1)).float().mean())
@@ -154,6 +145,17 @@ def compare(
         Interval.of(torch.stack(agree)),
         input_ids[:, 1:].numel(),
     )
+
+
+def logits_of(stream: BlockStream, hidden: Hidden) -> Iterator[Tensor]:
+    """A sample after another: (1, T, V) float32.
+
+    Args:
+        stream: With its head loaded.
+        hidden: See `final_hidden`.
+    """
+    for row in _rows(hidden):
+        yield stream.logits(row)
 
 
 def _rows(hidden: Hidden) -> Iterator[Tensor]:

@@ -42,15 +42,11 @@ def generate_samples(
         (N, T) int64.
 
     Raises:
-        ConfigError: It has no token to start with, or fewer positions.
+        ConfigError: It has no token to start with.
         Interrupted: Told to stop.
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
-    longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", max_seq_len)
-    if max_seq_len > longest:
-        rule = f"the model has {longest} positions"
-        raise ConfigError("calibration.max_seq_len", max_seq_len, rule, f"use {longest}")
     make = _conversations if tokenizer.chat_template is not None else _texts
     torch.manual_seed(seed)
     batches = []

@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compression.block import Block
 from compression.hidden import Hidden, embed
 from compression.progress import Advance
 from compression.recipe import Method
-from compression.result import Result, round_inputs
+from compression.result import Result, persistent_tensors, round_inputs
 from compression.stream import BlockStream
 from monitoring.errors import Interrupted
 
@@ -59,11 +59,8 @@ def compress(
     advance(first, num_blocks)
     for index in range(first, num_blocks):
         module = stream.load(index)
-        chosen = {
-            name: layer
-            for name, layer in _linears(stream.names[index], module).items()
-            if name in layers
-        }
+        found = stream.layers(index).items()
+        chosen = {name: layer for name, layer in found if name in layers}
         block = Block(
             stream.names[index],
             module,
@@ -96,9 +93,9 @@ def compress(
 def _round(block: Block) -> None:
     """What follows sees the block as the artifact has it."""
     quantized = {f"{name}.weight" for name in block.quantized}
-    for local, parameter in block.module.named_parameters():
-        if f"{block.name}.{local}" not in quantized:
-            parameter.data = parameter.data.to(block.dtype).float()
+    for local, tensor in persistent_tensors(block.module).items():
+        if f"{block.name}.{local}" not in quantized and tensor.is_floating_point():
+            tensor.data = tensor.data.to(block.dtype).float()
     for name, value in block.quantized.items():
         round_inputs(block.layers[name], value.scheme.activation)
 
@@ -108,16 +105,12 @@ def _write_rest(stream: BlockStream, result: Result) -> None:
     stream.load_head()
     tensors = {}
     for module in stream.rest():
-        for local, parameter in module.named_parameters(recurse=False):
-            if not (stream.is_tied and module is stream.model.get_output_embeddings()):
-                tensors[f"{stream.name_of(module)}.{local}"] = parameter.data
+        if stream.is_tied and module is stream.model.get_output_embeddings():
+            continue
+        for local, tensor in persistent_tensors(module, recurse=False).items():
+            tensors[f"{stream.name_of(module)}.{local}"] = tensor
     result.write_rest(tensors)
 
 
 def _hidden_path(result: Result, index: int) -> Path:
     return result.folder / f"hidden-{index:05d}.bin"
-
-
-def _linears(prefix: str, module: nn.Module) -> dict[str, nn.Linear]:
-    found = module.named_modules()
-    return {f"{prefix}.{name}": part for name, part in found if isinstance(part, nn.Linear)}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from compression.grid import fit_grid
 from compression.hidden import Hidden, embed
@@ -86,7 +86,8 @@ def measure_kl(
     parent = embed(input_ids, stream.embed, folder / "parent-0", width)
     rounded: dict[str, Hidden] = {}
     for index in range(num_blocks):
-        modules = _linears(stream, index)
+        stream.load(index)
+        modules = stream.layers(index)
         run = partial(stream.run, index)
         for part, hidden in rounded.items():
             rounded[part] = _moved(hidden, run, folder / f"{part}-{index + 1}")
@@ -118,8 +119,8 @@ def measure_kl(
 
 def shapes_of(stream: BlockStream, layers: Mapping[str, int]) -> dict[str, tuple[int, int]]:
     """(outputs, inputs) of each layer."""
-    modules = dict(stream.model.named_modules())
-    return {name: (modules[name].out_features, modules[name].in_features) for name in layers}
+    chosen = stream.chosen(layers)
+    return {name: (layer.out_features, layer.in_features) for name, layer in chosen.items()}
 
 
 def check_budget(
@@ -211,12 +212,3 @@ def _moved(hidden: Hidden, run: Any, path: Path) -> Hidden:
     following = hidden.map(run, path)
     hidden.path.unlink()
     return following
-
-
-def _linears(stream: BlockStream, index: int) -> dict[str, nn.Linear]:
-    block = stream.load(index)
-    return {
-        f"{stream.names[index]}.{name}": module
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-    }

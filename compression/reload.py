@@ -1,6 +1,6 @@
-"""Loads an artifact as a user would, in a process of its own, and writes its logits.
+"""Loads an artifact as a user would, in a process of its own, and compares it with its parent.
 
-    python -m compression.reload TARGET ARTIFACT TOKENS.npy LOGITS.npy
+    python -m compression.reload JOB.json
 
 Shapes: N samples of T tokens, V vocabulary.
 """
@@ -8,51 +8,108 @@ Shapes: N samples of T tokens, V vocabulary.
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from compression.config import Target
-from monitoring.errors import SpotforgeError
+from compression.evaluate import compare, logits_of
+from compression.hidden import Hidden
+from compression.stream import BlockStream
+from monitoring.errors import Interrupted, SpotforgeError
 
-_TIMEOUT_S = 3600
+_TIMEOUT_S = 4 * 3600
+_POLL_S = 0.5
 
 
 class ReloadError(SpotforgeError):
     """A packed artifact does not load, or does not compute what it was made to."""
 
 
-def logits_of(target: Target, artifact: Path, input_ids: Tensor, folder: Path) -> Tensor:
-    """Next-token logits of an artifact that a fresh process loads.
+@dataclass(frozen=True)
+class Beside:
+    """A model that artifacts are compared with.
+
+    Attributes:
+        folder: Of the model.
+        hidden: What its last block makes of the samples.
+        wraps: See `BlockStream`.
+    """
+
+    folder: Path
+    hidden: Hidden
+    wraps: bool
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """What an artifact is as it is loaded.
+
+    Attributes:
+        dtype: In which it computes, as torch calls it; None where its engine decides.
+        quality: Beside the parent, as `Quality.describe` has it.
+        logits: Of the first samples (N, T, V) float32.
+    """
+
+    dtype: str | None
+    quality: dict[str, Any]
+    logits: Tensor
+
+
+def reload(
+    target: Target,
+    artifact: Path,
+    input_ids: Tensor,
+    num_logits: int,
+    parent: Beside,
+    folder: Path,
+    stop_requested: Callable[[], bool],
+) -> Reloaded:
+    """Has a fresh process load an artifact and compare it.
 
     Args:
         target: Whose `load` it is.
         artifact: Folder that it packed.
         input_ids: (N, T) int64.
-        folder: For the two files.
-
-    Returns:
-        (N, T, V) float32.
+        num_logits: Samples whose logits are wanted.
+        parent: To compare it with.
+        folder: For files between the two processes.
+        stop_requested: Polled.
 
     Raises:
         ReloadError: It does not load.
+        Interrupted: Told to stop.
     """
-    tokens, logits = folder / "tokens.npy", folder / "logits.npy"
-    np.save(tokens, input_ids.numpy())
-    paths = [str(path) for path in (artifact, tokens, logits)]
-    command = [sys.executable, "-m", __name__, target.value, *paths]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    if done.returncode != 0:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing was said"]
-        raise ReloadError(f"{artifact}: does not load in a fresh process: {said[-1]}")
-    result = torch.from_numpy(np.load(logits))
-    tokens.unlink()
-    logits.unlink()
-    return result
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        exchange = Path(name)
+        np.save(exchange / "tokens.npy", input_ids.numpy())
+        job = {
+            "target": target.value,
+            "artifact": str(artifact),
+            "parent": str(parent.folder),
+            "wraps": parent.wraps,
+            "hidden": str(parent.hidden.path),
+            "shape": parent.hidden.shape,
+            "num_logits": num_logits,
+        }
+        (exchange / "job.json").write_text(json.dumps(job))
+        command = [sys.executable, "-m", __name__, str(exchange / "job.json")]
+        code, said = _run(command, stop_requested)
+        if code != 0:
+            rule = "does not load in a fresh process"
+            raise ReloadError(f"{artifact}: {rule}: {(said or ['nothing was said'])[-1]}")
+        told = json.loads((exchange / "told.json").read_text())
+        logits = torch.from_numpy(np.load(exchange / "logits.npy"))
+    return Reloaded(told["dtype"], told["quality"], logits)
 
 
 def signal_to_noise_db(wanted: Tensor, found: Tensor) -> float:
@@ -61,17 +118,56 @@ def signal_to_noise_db(wanted: Tensor, found: Tensor) -> float:
     return float(10 * (wanted.double().square().mean() / noise).log10())
 
 
-def main(arguments: list[str]) -> None:
+def _run(command: list[str], stop_requested: Callable[[], bool]) -> tuple[int, list[str]]:
+    """Exit code of a program, and the lines that it said on stderr."""
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        waited_s = 0.0
+        while True:
+            try:
+                _, said = process.communicate(timeout=_POLL_S)
+                return process.returncode, [line for line in said.splitlines() if line.strip()]
+            except subprocess.TimeoutExpired:
+                waited_s += _POLL_S
+                if stop_requested():
+                    process.kill()
+                    rule = "stopped while an artifact was loaded again; the same command goes on"
+                    raise Interrupted(rule) from None
+                if waited_s > _TIMEOUT_S:
+                    process.kill()
+                    return 1, [f"it took over {_TIMEOUT_S / 3600:.0f} hours"]
+
+
+@torch.no_grad()
+def main(path: Path) -> None:
     """Entry point of the fresh process."""
-    target, artifact, tokens, logits = arguments
-    model = importlib.import_module(f"compression.targets.{target}").load(Path(artifact))
-    with torch.no_grad():
-        rows = [
-            model(row.unsqueeze(0), use_cache=False).logits.float()
-            for row in torch.from_numpy(np.load(tokens))
-        ]
-    np.save(logits, torch.cat(rows).numpy())
+    job = json.loads(path.read_text())
+    input_ids = torch.from_numpy(np.load(path.with_name("tokens.npy")))
+    artifact = Path(job["artifact"])
+    model = importlib.import_module(f"compression.targets.{job['target']}").load(artifact)
+    kept: list[Tensor] = []
+
+    def found() -> Iterator[Tensor]:
+        for row in input_ids:
+            logits = model(row.unsqueeze(0), use_cache=False).logits.float()
+            if len(kept) < job["num_logits"]:
+                kept.append(logits)
+            yield logits
+
+    parent = BlockStream(Path(job["parent"]))
+    parent.load_head()
+    parent.wraps = job["wraps"]
+    hidden = Hidden(Path(job["hidden"]), tuple(job["shape"]))
+    quality = compare(logits_of(parent, hidden), found(), input_ids)
+    dtype = getattr(model, "dtype", None)
+    told = {
+        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        "quality": quality.describe(),
+    }
+    path.with_name("told.json").write_text(json.dumps(told))
+    np.save(path.with_name("logits.npy"), torch.cat(kept).numpy())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(Path(sys.argv[1]))

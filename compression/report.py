@@ -16,7 +16,8 @@ from compression.artifact import CANDIDATES
 def print_report(artifact: Path, report: dict[str, Any]) -> None:
     """The table of one artifact: parent, child, and what lies between."""
     table = Table(title=f"{report['recipe']} as {report['target']}", title_justify="left")
-    for column in ("", "parent", "child", ""):
+    parent_dtype = report["speed"].get("parent", {}).get("dtype")
+    for column in ("", f"parent{_in(parent_dtype)}", "child", ""):
         table.add_column(column, justify="left" if column == "" else "right")
     for row in _rows(report):
         table.add_row(*row)
@@ -45,6 +46,15 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         ("KL to the parent, nats/token", "", _interval(quality["kl_nats"], ".3g"), ""),
         ("same greedy token", "", _interval(quality["greedy_agreement"], ".3f"), ""),
     ]
+    loaded = report["as_loaded"]
+    if loaded["dtype"] != "float32":  # what is above was computed in float32
+        named = f"as loaded{_in(loaded['dtype'])}"
+        ratio = f"{_interval(loaded['perplexity_ratio'], '.4f')} x"
+        rows += [
+            (f"perplexity, {named}", "", f"{loaded['child_perplexity']:.4f}", ratio),
+            (f"KL, {named}", "", _interval(loaded["kl_nats"], ".3g"), ""),
+            (f"same greedy token, {named}", "", _interval(loaded["greedy_agreement"], ".3f"), ""),
+        ]
     speed = report["speed"]
     for key, name, pattern in (
         ("memory_bytes", "MB in memory", ".1f"),
@@ -55,10 +65,19 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         if not speed:
             continue
         scale = 1e6 if key == "memory_bytes" else 1.0
-        before, after = speed["parent"][key] / scale, speed["child"][key] / scale
-        ratio = f"{after / before:.2f} x" if before else ""
-        rows.append((name, f"{before:{pattern}}", f"{after:{pattern}}", ratio))
+        before = speed["parent"][key] / scale
+        parent, children = f"{before:{pattern}}", [which for which in speed if which != "parent"]
+        for which in children:
+            after = speed[which][key] / scale
+            ratio = f"{after / before:.2f} x" if before else ""
+            of_child = name + _in(speed[which]["dtype"])
+            rows.append((of_child, parent, f"{after:{pattern}}", ratio))
+            parent = ""
     return rows
+
+
+def _in(dtype: str | None) -> str:
+    return "" if dtype is None else f" in {dtype}"
 
 
 def _interval(described: dict[str, float | None], pattern: str) -> str:

@@ -57,11 +57,11 @@ class Result:
         tensors: dict[str, Tensor] = {}
         metadata = {"notes": json.dumps(block.notes), "schemes": "{}"}
         schemes = {}
-        for local, parameter in block.module.named_parameters():
+        for local, tensor in persistent_tensors(block.module).items():
             name = f"{block.name}.{local}"
             quantized = block.quantized.get(name.removesuffix(".weight"))
             if quantized is None or not local.endswith(".weight"):
-                tensors[name] = parameter.data.to(self.dtype).contiguous()
+                tensors[name] = self.cast(tensor)
                 continue
             schemes[name.removesuffix(".weight")] = quantized.scheme.describe()
             tensors[name + _CODES] = quantized.codes.contiguous()
@@ -71,9 +71,14 @@ class Result:
         metadata["schemes"] = json.dumps(schemes)
         self._write(self.block_file(index), tensors, metadata)
 
+    def cast(self, tensor: Tensor) -> Tensor:
+        """A tensor that is not quantized as it is stored: numbers that are no floats stay."""
+        dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to(dtype).contiguous()
+
     def write_rest(self, tensors: dict[str, Tensor]) -> None:
         """Writes what is outside the blocks."""
-        cast = {name: tensor.to(self.dtype).contiguous() for name, tensor in tensors.items()}
+        cast = {name: self.cast(tensor) for name, tensor in tensors.items()}
         self._write(self.folder / REST, cast, {})
 
     def files(self) -> list[Path]:
@@ -123,7 +128,7 @@ class Result:
 
     def put_into(self, name: str, part: nn.Module) -> None:
         """Gives a part of the dense model the weights of this one, and rounds what it is given."""
-        parameters = {f"{name}.{local}": p for local, p in part.named_parameters()}
+        parameters = {f"{name}.{local}": p for local, p in persistent_tensors(part).items()}
         modules = {f"{name}.{local}" if local else name: m for local, m in part.named_modules()}
         for path in sorted({self._file_of[n] for n in parameters if n in self._file_of}):
             for weight, value in self.read(path):
@@ -133,12 +138,28 @@ class Result:
                     parameters[weight].data = value.dequantize()
                     round_inputs(modules[weight.removesuffix(".weight")], value.scheme.activation)
                 else:
-                    parameters[weight].data = value.float()
+                    parameters[weight].data = value.to(parameters[weight].dtype)
 
     def _write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         staged = path.with_name(f".staging-{path.name}")
         save_file(tensors, staged, {"format": "pt", **metadata})
         staged.replace(path)
+
+
+def persistent_tensors(module: nn.Module, recurse: bool = True) -> dict[str, Tensor]:
+    """Parameters and buffers that are part of a model's files, by name.
+
+    Args:
+        module: In which.
+        recurse: Also in the modules below it.
+    """
+    modules = module.named_modules() if recurse else [("", module)]
+    return {
+        f"{name}.{local}" if name else local: tensor
+        for name, part in modules
+        for local, tensor in (*part._parameters.items(), *part._buffers.items())
+        if tensor is not None and local not in part._non_persistent_buffers_set
+    }
 
 
 def round_inputs(layer: nn.Module, activation: Activation) -> None:

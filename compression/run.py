@@ -14,7 +14,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,21 +35,22 @@ from compression.artifact import (
     weight_bytes,
 )
 from compression.config import CompressionConfig, LayersConfig, Target
-from compression.evaluate import Quality, compare, final_hidden
+from compression.evaluate import Quality, compare, final_hidden, logits_of
 from compression.gate import GateError, failures
 from compression.heal import check_overrides
 from compression.mixed import check_budget, shapes_of
 from compression.recipe import HealConfig, MixedConfig, QatConfig, StructuredPruneConfig
-from compression.reload import ReloadError, logits_of, signal_to_noise_db
+from compression.reload import Beside, ReloadError, reload, signal_to_noise_db
 from compression.report import print_report
 from compression.result import Result
-from compression.samples import Samples, data_config, draw_samples
+from compression.samples import Samples, data_config, draw_samples, window_of
 from compression.scheme import Activation, Scheme
 from compression.source import Source, check_shapes, choose_layers
 from compression.speed import Runner, Speed, measure
 from compression.stages import Stages
 from compression.stream import BlockStream
 from compression.structured.prune import check as check_structured
+from compression.targets.names import StoredNames
 from compression.targets.packing import torch_runner
 from monitoring.environment import describe_environment
 from monitoring.errors import ConfigError, Interrupted
@@ -69,7 +70,9 @@ class Packer(Protocol):
     def check(self, schemes: set[Scheme], key: str) -> None:
         """Raises ConfigError for a result that cannot be packed, or served."""
 
-    def check_parent(self, parent: Path, layers: Collection[str], key: str) -> None:
+    def check_parent(
+        self, parent: Path, layers: Collection[str], schemes: set[Scheme], key: str
+    ) -> None:
         """Raises ConfigError for a model, or layers of it, that the target cannot hold."""
 
     def pack(self, result: Result, source: Path, out: Path) -> None:
@@ -78,8 +81,8 @@ class Packer(Protocol):
     def load(self, folder: Path) -> Any:
         """Such a folder as a model: token ids in, logits out."""
 
-    def runner(self, folder: Path) -> Runner | None:
-        """The same, to be timed; None where it runs elsewhere."""
+    def runner(self, folder: Path, dtype: torch.dtype | None = None) -> Runner | None:
+        """The same, to be timed, in the folder's own type or in another; None: not here."""
 
     def check_layer_times(self, key: str) -> None:
         """Raises ConfigError where the layers of an artifact cannot be timed one at a time."""
@@ -121,6 +124,9 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
             _forget(work, made)
             raise
         cpu_s = time.process_time() - began
+        warnings = _few_tokens(result.notes())
+        for warning in warnings:
+            print(f"warning: {warning}")
 
         with tempfile.TemporaryDirectory(dir=work) as name:
             scratch = Path(name)
@@ -135,6 +141,7 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
                 "evaluation": {"data_digest": samples.digest} | evaluated.quality.describe(),
                 "stages": stages.notes,
                 "layers": result.notes(),
+                "warnings": warnings,
                 "compression_cpu_s": round(cpu_s, 1),
                 "parent_weight_bytes": weight_bytes(parent),
                 "environment": describe_environment(),
@@ -145,14 +152,23 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
             for target, packer in packers.items():
                 artifact = scratch / target.value
                 packer.pack(result, model, artifact)
-                found = logits_of(target, artifact, samples.evaluation[:_RELOADED], scratch)
+                loaded = reload(
+                    target,
+                    artifact,
+                    samples.evaluation,
+                    _RELOADED,
+                    evaluated.parent,
+                    scratch,
+                    stop_requested,
+                )
                 least_db = _least_db(target, config.dtype, result.schemes().values())
-                snr_db = _check_logits(target, evaluated.logits, found, least_db)
+                snr_db = _check_logits(target, evaluated.logits, loaded.logits, least_db)
                 speeds = _speeds(config, packer, parent, artifact)
                 layer_bytes = packer.layer_bytes(artifact, set(result.schemes()))
                 described = report | {
                     "target": target.value,
                     "reloaded_snr_db": round(snr_db, 1),
+                    "as_loaded": {"dtype": loaded.dtype} | loaded.quality,
                     "weight_bytes": weight_bytes(artifact),
                     "quantized_layer_bytes": layer_bytes,
                     "speed": {name: speed.describe() for name, speed in speeds.items()},
@@ -167,6 +183,25 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
                 print_report(place, described)
         shutil.rmtree(work)
     return out
+
+
+def _few_tokens(notes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What is to be said of layers that too few tokens reached to tell their inputs apart."""
+    counts = {
+        name: (note["calibration_tokens"], note["inputs"])
+        for name, note in notes.items()
+        if "calibration_tokens" in note
+    }
+    few = {name: (n, inputs) for name, (n, inputs) in counts.items() if n < inputs}
+    if not few:
+        return []
+    name = min(few, key=lambda name: few[name][0])
+    none = sum(n == 0 for n, _ in few.values())
+    return [
+        f"{len(few)} of {len(counts)} layers saw fewer calibration tokens than they have inputs, "
+        f"{none} of them none (the fewest: {name}, {few[name][0]} for {few[name][1]} inputs); "
+        "their weights are little better than rounded: raise calibration.num_samples"
+    ]
 
 
 def _judge(config: CompressionConfig, report: dict[str, Any], out: Path) -> None:
@@ -192,12 +227,7 @@ def _forget(work: Path, made: list[Path]) -> None:
 
 def _check_lengths(config: CompressionConfig, parent: Path) -> None:
     """Refuses to time more tokens than the model has positions for."""
-    described = json.loads((parent / "config.json").read_text(encoding="utf-8"))
-    longest = described.get("max_position_embeddings")
-    if config.data is not None and longest is not None and config.data.max_seq_len > longest:
-        rule = f"the model has {longest} positions"
-        raise ConfigError("data.max_seq_len", config.data.max_seq_len, rule, "use fewer")
-    settings = config.evaluation
+    longest, settings = window_of(parent), config.evaluation
     wanted = settings.prompt_tokens + settings.new_tokens
     if settings.speed and longest is not None and wanted > longest:
         rule = f"with evaluation.new_tokens that is {wanted}; the model has {longest} positions"
@@ -218,6 +248,11 @@ def _check_layers(config: CompressionConfig, parent: Path) -> dict[str, int]:
                 rule = "training rounds every layer of the decoder blocks"
                 fix = "leave layers.include and layers.exclude alone"
                 raise ConfigError(f"recipe.{name}", "qat", rule, fix)
+            names = StoredNames(parent)
+            expert = next((name for name in layers if names.is_expert(name)), None)
+            if expert is not None:
+                rule = f"training rounds linear layers alone, and not experts as {expert}"
+                raise ConfigError(f"recipe.{name}", "qat", rule, "use int4_gptq or int4_awq")
             step = step.rounding()
         if isinstance(step, HealConfig):
             continue
@@ -241,11 +276,12 @@ def _packers(
             schemes |= set(step.schemes(f"recipe.{name}"))
         elif step.quantizes:
             schemes.add(step.scheme(f"recipe.{name}"))
+    coded = layers if schemes else ()
     packers: dict[Target, Packer] = {}
     for target in config.targets:
         packers[target] = importlib.import_module(f"compression.targets.{target.value}")
         packers[target].check(schemes, "target")
-        packers[target].check_parent(parent, layers, "target")
+        packers[target].check_parent(parent, coded, schemes, "target")
         if config.has_speed_budget:
             packers[target].check_layer_times("target")
     return packers
@@ -275,10 +311,17 @@ def _made_from(config: CompressionConfig, source: Source, samples: Samples) -> d
 
 @dataclass(frozen=True)
 class _Evaluated:
-    """What the result computes before it is packed: of the first samples, logits (N, T, V)."""
+    """What the result computes before it is packed, in float32.
+
+    Attributes:
+        quality: Beside the parent.
+        logits: Of the first samples (N, T, V).
+        parent: To compare artifacts with.
+    """
 
     quality: Quality
     logits: Tensor
+    parent: Beside
 
 
 def _evaluate(
@@ -302,13 +345,13 @@ def _evaluate(
                     raise Interrupted("stopped while evaluating; the same command goes on")
 
             hidden[name] = final_hidden(stream, input_ids, folder, advance)
-    quality = compare(
-        streams["parent"], hidden["parent"], streams["child"], hidden["child"], input_ids
-    )
+    before, after = (logits_of(streams[name], hidden[name]) for name in ("parent", "child"))
+    quality = compare(before, after, input_ids)
     with torch.no_grad():
         first = next(hidden["child"].batches())[:_RELOADED]
         logits = streams["child"].logits(first)
-    return _Evaluated(quality, logits)
+    beside = Beside(parent, hidden["parent"], streams["parent"].wraps)
+    return _Evaluated(quality, logits, beside)
 
 
 def _least_db(target: Target, dtype: Dtype, schemes: Collection[Scheme]) -> float:
@@ -324,7 +367,7 @@ def _check_logits(target: Target, wanted: Tensor, found: Tensor, least_db: float
     Raises:
         ReloadError: They are another model's.
     """
-    snr_db = signal_to_noise_db(wanted, found[: len(wanted)])
+    snr_db = signal_to_noise_db(wanted, found)
     if not snr_db >= least_db:
         raise ReloadError(
             f"target={target.value}: loaded again, its logits are {snr_db:.1f} dB from what the "
@@ -341,4 +384,8 @@ def _speeds(
     if child is None:
         return {}
     runners = {"parent": torch_runner(parent), "child": child}
+    if child.dtype not in (None, "float32"):  # as it is loaded; and as a server may load it
+        in_float32 = packer.runner(artifact, torch.float32)
+        assert in_float32 is not None
+        runners["child_float32"] = in_float32
     return measure(runners, settings.prompt_tokens, settings.new_tokens, settings.rounds)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
+from transformers import AutoConfig
 
 from compression.artifact import find_run
 from compression.chat import KEY, read_samples
@@ -59,13 +60,15 @@ def draw_samples(
         stop_requested: Polled.
 
     Raises:
-        ConfigError: There is no data, too little, or the two share text.
+        ConfigError: There is no data, too little, the two share text, or a sample is longer than
+            the model's window.
     """
     if config.calibration.messages is not None:
         return _conversations(config, config.calibration.messages, model)
     if config.data is None and config.parent.run is None:
         return _generated(config, model, stop_requested)
     data = data_config(config)
+    _check_window("data.max_seq_len", data.max_seq_len, model)
     prepared = prepare(data, model_path=str(model), stop_requested=stop_requested)
     max_seq_len = data.max_seq_len
     calibration = _calibration(config, prepared, max_seq_len, data.mask_documents)
@@ -91,6 +94,7 @@ def _conversations(config: CompressionConfig, path: str, model: Path) -> Samples
     sizes = config.calibration.num_samples, config.evaluation.num_samples
     max_seq_len = config.calibration.max_seq_len
     samples = read_samples(Path(path), model, sizes, max_seq_len, config.seed)
+    _check_window("calibration.max_seq_len", max_seq_len, model)
     calibration, evaluation = samples
     _check_tokens(config, *calibration.shape)
     check_no_overlap(calibration, evaluation, KEY)
@@ -102,6 +106,7 @@ def _generated(
     config: CompressionConfig, model: Path, stop_requested: Callable[[], bool]
 ) -> Samples:
     sizes = config.calibration.num_samples, config.evaluation.num_samples
+    _check_window("calibration.max_seq_len", config.calibration.max_seq_len, model)
     _check_tokens(config, sizes[0], config.calibration.max_seq_len)
     settings = config.calibration.max_seq_len, config.seed, stop_requested
     samples = generate_samples(model, sum(sizes), *settings)
@@ -109,6 +114,22 @@ def _generated(
     check_no_overlap(calibration, evaluation)
     digest = hashlib.sha256(samples.numpy().tobytes()).hexdigest()
     return Samples(calibration, evaluation, f"generated:{digest}")
+
+
+def _check_window(key: str, max_seq_len: int, model: Path) -> None:
+    """Refuses samples of more tokens than the model has positions for."""
+    longest = window_of(model)
+    if longest is not None and max_seq_len > longest:
+        rule = f"the model has {longest} positions"
+        raise ConfigError(key, max_seq_len, rule, f"set {key}={longest}, or less")
+
+
+def window_of(model: Path) -> int | None:
+    """Positions that a model has; None where there is no limit."""
+    config: Any = AutoConfig.from_pretrained(model).get_text_config()
+    names = ("max_position_embeddings", "max_seq_len")  # MPT's is the latter
+    found = (getattr(config, name, None) for name in names)
+    return next((int(size) for size in found if size is not None), None)
 
 
 def data_config(config: CompressionConfig) -> DataConfig:
@@ -122,6 +143,8 @@ def data_config(config: CompressionConfig) -> DataConfig:
     saved: Any = OmegaConf.load(find_run(config.parent.run) / "config.yaml")
     schema = MixtureDataConfig if "sources" in saved.data else SingleDataConfig
     found: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), saved.data))
+    if "add_bos" not in saved.data:  # a run that was begun before there was the choice
+        found.add_bos = False
     # The tokenizer is the export's own, however it was come by.
     vocab_size = PreparationConfig.tokenizer_vocab_size
     run_data: DataConfig = dataclasses.replace(

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from compression.layers import other_matrices
 from compression.recipe import BlockStep, Pattern, PruneConfig
 from compression.stream import BlockStream
 from monitoring.errors import ConfigError, DamagedError
@@ -105,31 +106,44 @@ def choose_layers(stream: BlockStream, include: list[str], exclude: list[str]) -
         exclude: ... unless it matches one of these.
 
     Raises:
-        ConfigError: A pattern matches nothing, or nothing is left.
+        ConfigError: A pattern matches nothing, or nothing is left, or what is chosen is not built
+            of linear layers.
     """
-    found = {
-        f"{stream.names[index]}.{name}": index
-        for index, block in enumerate(stream.blocks)
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-    }
+    found = {name: i for i in range(len(stream.blocks)) for name in stream.layers(i)}
+    size = stream.model.config.get_text_config().hidden_size
+    others: dict[str, tuple[int, nn.Module]] = {}
+    for index, (name, block) in enumerate(zip(stream.names, stream.blocks, strict=True)):
+        matrices = other_matrices(name, block, size)
+        others |= {other: (index, module) for other, module in matrices.items()}
     if not found:
+        kinds = ", ".join(sorted({type(module).__name__ for _, module in others.values()}))
         rule = f"{type(stream.model).__name__} has no linear layers in its decoder blocks"
+        rule += f", but {kinds}" if kinds else ""
         raise ConfigError("model", stream.model.config.model_type, rule, "choose another model")
     if not include:
         raise ConfigError("layers.include", "[]", "chooses no layer", "use ['*']")
+    every = [*found, *others]
     for key, patterns in (("layers.include", include), ("layers.exclude", exclude)):
         for pattern in patterns:
-            if not fnmatch.filter(found, pattern):
+            if not fnmatch.filter(every, pattern):
                 near = difflib.get_close_matches(pattern, found, n=1, cutoff=0.0)
                 rule = "matches no linear layer of a decoder block"
                 raise ConfigError(key, pattern, rule, f"there is {near[0]}, for one")
-    chosen = {
-        name: index
-        for name, index in found.items()
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in include)
-        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
-    }
+
+    def is_chosen(name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in include) and not any(
+            fnmatch.fnmatchcase(name, pattern) for pattern in exclude
+        )
+
+    foreign = next((name for name in others if is_chosen(name)), None)
+    if foreign is not None:
+        kind = type(others[foreign][1]).__name__
+        last = {name.rpartition(".")[2] for name in others if is_chosen(name)}
+        rule = f"{foreign} is a {kind}, whose matrices are no linear layers: no recipe changes them"
+        leave = ",".join(f"'*.{name}'" for name in sorted(last))
+        fix = f"leave them as they are with layers.exclude=[{leave}]"
+        raise ConfigError("layers.include", include, rule, fix)
+    chosen = {name: index for name, index in found.items() if is_chosen(name)}
     if not chosen:
         raise ConfigError("layers.exclude", exclude, "leaves no layer", "exclude less")
     return chosen
@@ -152,8 +166,7 @@ def check_shapes(stream: BlockStream, layers: dict[str, int], key: str, step: Bl
         return
     else:
         size, setting = step.group_size, f"{key}.group_size"
-    modules = dict(stream.model.named_modules())
-    widths = {name: modules[name].in_features for name in layers}
+    widths = {name: layer.in_features for name, layer in stream.chosen(layers).items()}
     odd = next((name for name, width in widths.items() if width % size), None)
     if odd is None:
         return

@@ -30,7 +30,11 @@ class Runner(Protocol):
 
     Attributes:
         memory_bytes: Of its weights and buffers, as they are held while it runs.
+        dtype: In which it computes, as torch calls it; None where its engine decides.
     """
+
+    @property
+    def dtype(self) -> str | None: ...
 
     @property
     def memory_bytes(self) -> int: ...
@@ -42,16 +46,18 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one model; medians over rounds, by the names of `Timing`, and its memory."""
+    """Of one model; medians over rounds, by the names of `Timing`, its memory and its type."""
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     decode_cpu_ms_per_token: float
     memory_bytes: int
+    dtype: str | None
 
     def describe(self) -> dict[str, Any]:
         """JSON types only."""
-        return {key: round(value, 3) for key, value in asdict(self).items()}
+        numbers = {key: value for key, value in asdict(self).items() if key != "dtype"}
+        return {key: round(value, 3) for key, value in numbers.items()} | {"dtype": self.dtype}
 
 
 class TorchRunner:
@@ -59,6 +65,11 @@ class TorchRunner:
 
     def __init__(self, model: Any) -> None:
         self._model = model
+
+    @property
+    def dtype(self) -> str | None:
+        """See `Runner`."""
+        return str(self._model.dtype).removeprefix("torch.")
 
     @property
     def memory_bytes(self) -> int:
@@ -122,5 +133,5 @@ def measure(
     speeds = {}
     for name, runner in runners.items():
         prefill, decode, cpu = map(statistics.median, zip(*timings[name][1:], strict=True))
-        speeds[name] = Speed(prefill, decode, cpu, runner.memory_bytes)
+        speeds[name] = Speed(prefill, decode, cpu, runner.memory_bytes, runner.dtype)
     return speeds

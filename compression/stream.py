@@ -9,13 +9,16 @@ Shapes: B sequences of T tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from compression.experts import split_experts
+from compression.layers import linear_layers
 from monitoring.errors import ConfigError
 from parallel.strategy import decoder_blocks
 from trainer.config import PathModelConfig
@@ -33,6 +36,8 @@ class BlockStream:
         model: On the meta device, but for the small parts outside blocks, embedding and head.
         blocks: Its decoder blocks.
         names: Theirs, as `model.layers.0`.
+        wraps: Whether a block returns a tuple. It is seen when one runs; a stream that is for its
+            head alone has to be told.
 
     Args:
         folder: config.json and safetensors.
@@ -63,7 +68,7 @@ class BlockStream:
             if module not in (self._embedding, self._head):
                 self._load(module)
         self._inject: Tensor | None = None
-        self._wraps = False  # whether a block returns a tuple
+        self.wraps = False
         for block in self.blocks:
             block.forward = self._pass_on
 
@@ -75,12 +80,61 @@ class BlockStream:
             if module not in inside and own:
                 yield module
 
+    def layers(self, index: int) -> dict[str, nn.Linear]:
+        """The linear layers of a block by full name, each expert's among them, loaded or not."""
+        return linear_layers(self.names[index], self.blocks[index])
+
+    def chosen(self, layers: Mapping[str, int]) -> dict[str, nn.Linear]:
+        """Some layers, given with the number of their block."""
+        found = {index: self.layers(index) for index in set(layers.values())}
+        return {name: found[index][name] for name, index in layers.items()}
+
+    def needing_weights(self, layers: Collection[str], are_absent: bool) -> list[str]:
+        """Layers, or modules around them, whose code takes weights past the layers' own forward.
+
+        One block of each kind is read, run, and initialised as transformers does when it loads
+        one. Experts are not judged: few tokens reach few.
+
+        Args:
+            layers: Full names of those that will have codes.
+            are_absent: Whether these layers have nothing called `weight` then.
+        """
+        config = self.model.config
+        vars(config)["_is_quantized"] = True  # some models ask, and then call their layers
+        kinds, found = set(), []
+        for index, (prefix, block) in enumerate(zip(self.names, self.blocks, strict=True)):
+            wanted = [n for n in self.layers(index) if n in layers and ".experts." not in n]
+            kind = type(block), tuple(name.removeprefix(prefix) for name in wanted)
+            if kind in kinds:
+                continue
+            kinds.add(kind)
+            self.load(index)
+            every = self.layers(index)
+            chosen, called = {name: every[name] for name in wanted}, set[nn.Module]()
+            for layer in chosen.values():
+                layer.register_forward_hook(partial(_note, called))
+            self.run(index, torch.ones(1, 4, config.get_text_config().hidden_size))
+            found += [name for name, layer in chosen.items() if layer not in called]
+            for layer in chosen.values():
+                del layer.weight
+            for name, module in block.named_modules():
+                try:
+                    if are_absent and module not in chosen.values():
+                        self.model._init_weights(module)
+                except AttributeError:
+                    found.append(f"{prefix}.{name}")
+            self.release(index)
+        return found
+
     def name_of(self, module: nn.Module) -> str:
         """As `model.layers.0.mlp.up_proj`."""
         return self._of_module[module]
 
     def load(self, index: int) -> nn.Module:
-        """Reads a block; `release` it before the next, for the sake of memory."""
+        """Reads a block; `release` it before the next, for the sake of memory.
+
+        Experts that transformers fuses are linear layers then.
+        """
         return self._load(self.blocks[index])
 
     def release(self, index: int) -> None:
@@ -123,8 +177,8 @@ class BlockStream:
             if not args:
                 kwargs.pop("hidden_states")
             output = type(block).forward(block, hidden, *args[1:], **kwargs)
-            self._wraps = isinstance(output, tuple)
-            raise _Reached(output[0] if self._wraps else output)
+            self.wraps = isinstance(output, tuple)
+            raise _Reached(output[0] if self.wraps else output)
 
         block.forward = reach
         try:
@@ -138,12 +192,17 @@ class BlockStream:
     def _pass_on(self, *args: Any, **kwargs: Any) -> Any:
         given = args[0] if args else kwargs["hidden_states"]
         hidden = given if self._inject is None else self._inject
-        return (hidden,) if self._wraps else hidden
+        return (hidden,) if self.wraps else hidden
 
     def _load(self, part: nn.Module) -> nn.Module:
         self._read(part)
+        split_experts(part)
         self._overwrite(self._of_module[part], part)
         return part
+
+
+def _note(called: set[nn.Module], module: nn.Module, *_: Any) -> None:
+    called.add(module)
 
 
 class _Reached(Exception):

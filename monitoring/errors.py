@@ -42,7 +42,8 @@ class ConfigError(SpotforgeError):
     exit_code = ExitCode.BAD_CONFIG
 
     def __init__(self, key: str, value: object, rule: str, fix: str) -> None:
-        super().__init__(f"{key}={value}: {rule}; {fix}")
+        shown = str(value).replace("\n", "\\n").replace("\r", "\\r")  # a file may be named so
+        super().__init__(f"{key}={shown}: {rule}; {fix}")
         self.key, self.value, self.rule, self.fix = key, value, rule, fix
 
     def __reduce__(self) -> tuple[type, tuple[str, object, str, str]]:

@@ -8,7 +8,8 @@ Keys of a record (units in the names; absent when not known):
 
     step, loss (nats a token), grad_norm, lr, num_tokens (seen since the run began), tokens_per_s,
     mfu (0 to 1), peak_memory_bytes, data_wait_s and step_s (means since the last record),
-    checkpoint_blocking_s; distillation_loss and cross_entropy where `loss` is made of both;
+    checkpoint_blocking_s; distillation_loss, cross_entropy and auxiliary_loss where `loss` is made
+    of them;
     validation_loss and validation_bits_per_byte at evaluations.
 
 Added here: elapsed_s (time in training since the run began, without the time between a stop and the

@@ -1,7 +1,9 @@
 """The ranks of a run: who this process is, and how it agrees with the others."""
 
 import os
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,12 +12,16 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from monitoring.errors import SpotforgeError
+from monitoring.errors import Interrupted, SpotforgeError
+from parallel.launcher import Place, read_place
 
 _TIMEOUT = timedelta(minutes=30)
 # One rank may fetch a checkpoint or export for long while the others wait for it. A rank that is
 # lost closes its connections, and one that hangs is the supervisor's to find.
 _CONTROL_TIMEOUT = timedelta(hours=24)
+# The launcher starts all ranks at about the same time; machines that are busy take minutes.
+_RENDEZVOUS_S = 600.0
+_POLL_S = 0.05
 _STOP = "stop"
 T = TypeVar("T")
 
@@ -95,15 +101,68 @@ class World:
 
 
 @contextmanager
-def join_world() -> Iterator[World]:
-    """Joins the ranks that the launcher described in the environment (RANK, WORLD_SIZE, ...).
+def join_world(stop_requested: Callable[[], bool] = lambda: False) -> Iterator[World]:
+    """Joins the ranks that the launcher described in the environment; see `parallel.launcher`.
 
     Without a launcher the world is this one process, with the same groups, so that one code path
     serves both.
+
+    Args:
+        stop_requested: Asked while the other ranks are waited for.
+
+    Raises:
+        ConfigError: The environment describes half a launcher, or an impossible one.
+        Interrupted: Told to stop before all ranks were there.
+        SpotforgeError: They were not there in time, or could not be reached.
     """
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    place = read_place()
+    world = _connect(None) if place is None else _meet(place, stop_requested)
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)  # of this thread; ranks are connected in another
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+        if place is None:
+            os.environ.pop("LOCAL_RANK", None)  # that DeepSpeed was given: half a launcher
+
+
+def _meet(place: Place, stop_requested: Callable[[], bool]) -> World:
+    """Connects in a thread of its own: in C++, where it waits, no signal reaches Python."""
+    found: list[World | Exception] = []
+
+    def connect() -> None:
+        try:
+            found.append(_connect(place))
+        except Exception as e:
+            found.append(e)
+
+    where = f"rank {place.rank} of {place.world_size} at {place.master_addr}:{place.master_port}"
+    thread = threading.Thread(target=connect, name="rendezvous", daemon=True)
+    thread.start()
+    deadline = time.monotonic() + _RENDEZVOUS_S
+    while not found:
+        if stop_requested():
+            raise Interrupted(f"told to stop while {where} waited for the others; nothing was lost")
+        if time.monotonic() > deadline:
+            raise SpotforgeError(
+                f"{where}: the others did not come within {_RENDEZVOUS_S:.0f} s; look at how they "
+                "ended, and start all of them again"
+            )
+        thread.join(_POLL_S)
+    if isinstance(found[0], dist.DistError):
+        raise SpotforgeError(f"{where}: {str(found[0]).splitlines()[0]}") from found[0]
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def _connect(place: Place | None) -> World:
+    rank, world_size, local_rank, local_world_size = 0, 1, 0, 1
+    store: dist.Store = dist.HashStore()
+    if place is not None:
+        local_rank, local_world_size = place.local_rank, place.local_world_size
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -111,9 +170,6 @@ def join_world() -> Iterator[World]:
     else:
         device = torch.device("cpu")
         backend = "gloo"
-    store: dist.Store = dist.HashStore()
-    if "RANK" in os.environ:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
     dist.init_process_group(
         backend,
         store=store,
@@ -122,16 +178,13 @@ def join_world() -> Iterator[World]:
         timeout=_TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )
-    try:
-        yield World(
-            rank=rank,
-            world_size=world_size,
-            local_rank=local_rank,
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-            device=device,
-            control=dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT),
-            saving=dist.new_group(backend="gloo", timeout=_TIMEOUT),
-            store=dist.PrefixStore("spotforge", store),
-        )
-    finally:
-        dist.destroy_process_group()
+    return World(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        device=device,
+        control=dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT),
+        saving=dist.new_group(backend="gloo", timeout=_TIMEOUT),
+        store=dist.PrefixStore("spotforge", store),
+    )

@@ -100,6 +100,17 @@ class EngineConfig:
             raise ConfigError(key, self.max_batch_tokens, rule, "leave it out")
 
 
+class GenerationConfig(Enum):
+    """What a request gets that does not say how tokens are chosen.
+
+    `auto`: what the model's `generation_config.json` says of temperature, top_p, top_k, min_p and
+    repetition_penalty; `vllm`: 1, 1, 0, 0 and 1, whatever it says. Its EOS tokens count in both.
+    """
+
+    auto = "auto"
+    vllm = "vllm"
+
+
 class Topology(Enum):
     """Where text becomes tokens and back: in the gateway, or in processes that scale apart."""
 
@@ -223,6 +234,7 @@ class ServingConfig:
         cache: Folder for what engines prepare; null: SPOTFORGE_CACHE/serving.
         drain_timeout_s: For requests that run when it is told to stop.
         topology: Where the text stages run.
+        generation_config: How tokens are chosen where a request does not say.
     """
 
     artifact: str = MISSING
@@ -237,6 +249,7 @@ class ServingConfig:
     cache: str | None = None
     drain_timeout_s: float = 120.0
     topology: Topology = Topology.local
+    generation_config: GenerationConfig = GenerationConfig.auto
     text: TextConfig = field(default_factory=TextConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     guard: Guard = field(default_factory=Guard)

@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+from monitoring.errors import ConfigError
 from serving.adapters import Adapter, resolve_all
 from serving.artifact import Artifact
-from serving.config import ServingConfig, Topology
-from serving.engine import Engine, TokenRequest
+from serving.config import GenerationConfig, ServingConfig, Topology
+from serving.engine import Engine, EngineInfo, TokenRequest
 from serving.engines import choose
+from serving.sampling import Choice, defaults_of
 from serving.text.pipeline import LocalStages, TextStages
 from serving.text.split import SplitStages
 from serving.text.stages import TextChunk
@@ -25,6 +27,7 @@ class Deployment:
         engine: What generates.
         text: The stages around it.
         adapters: That the engine has, by name.
+        defaults: How tokens are chosen where a request does not say.
         why: Which engine it is, and for what reason.
     """
 
@@ -34,10 +37,11 @@ class Deployment:
         engine: Engine,
         text: TextStages,
         adapters: dict[str, Adapter] | None = None,
+        defaults: Choice | None = None,
         why: str = "",
     ) -> None:
         self.artifact, self.engine, self.text, self.why = artifact, engine, text, why
-        self.adapters = adapters or {}
+        self.adapters, self.defaults = adapters or {}, defaults or Choice()
         self._users = 0
         self._unused = asyncio.Event()
         self._unused.set()
@@ -50,10 +54,12 @@ class Deployment:
             SpotforgeError: It does not start; nothing is left running.
         """
         adapters = await asyncio.to_thread(resolve_all, config.adapters, artifact)
+        defaults = sampling_defaults(artifact.folder, config)
         starting = asyncio.create_task(choose.start(artifact, config.engine, cache, adapters))
         texts = asyncio.create_task(_start_text(artifact, config, cache))
         try:
             started, text = await asyncio.gather(starting, texts)
+            check_defaults(defaults, started.info)
         except BaseException:
             starting.cancel()
             texts.cancel()
@@ -63,7 +69,7 @@ class Deployment:
             if not texts.cancelled() and texts.exception() is None:
                 await texts.result().close()
             raise
-        return cls(artifact, started.engine, text, adapters, started.why)
+        return cls(artifact, started.engine, text, adapters, defaults, started.why)
 
     @property
     def is_ready(self) -> bool:
@@ -71,15 +77,20 @@ class Deployment:
         return self.engine.is_ready and self.text.is_ready
 
     async def generate(
-        self, request: TokenRequest, stop: Sequence[str]
+        self, request: TokenRequest, stop: Sequence[str], shown: Sequence[str] = ()
     ) -> AsyncIterator[TextChunk]:
         """The text of one sequence, until it ends or meets a stop string.
+
+        Args:
+            request: For the engine.
+            stop: Texts that end it.
+            shown: Special tokens that are part of its text.
 
         Raises:
             EngineRefused: The engine did not take it.
             EngineError: The request is lost.
         """
-        decoder = self.text.decoder(stop, request.prompt)
+        decoder = self.text.decoder(stop, request.prompt, shown)
         chunks = self.engine.submit(request)
         try:
             async for chunk in chunks:
@@ -111,6 +122,21 @@ class Deployment:
         """Now; what it still works on is lost."""
         await self.engine.close()
         await self.text.close()
+
+
+def sampling_defaults(folder: Path, config: ServingConfig) -> Choice:
+    """As the model's author has them, if that is asked for; raises ConfigError: they cannot be."""
+    is_authors = config.generation_config is GenerationConfig.auto
+    return defaults_of(folder) if is_authors else Choice()
+
+
+def check_defaults(defaults: Choice, info: EngineInfo) -> None:
+    """Raises ConfigError for one that an engine has not."""
+    for name in defaults.extras():
+        if name not in info.features:
+            rule = f"the model says {name}={getattr(defaults, name)}, and {info.engine} has none"
+            fix = "set generation_config=vllm, or take another engine"
+            raise ConfigError("generation_config", "auto", rule, fix)
 
 
 async def _start_text(artifact: Artifact, config: ServingConfig, cache: Path) -> TextStages:

@@ -29,7 +29,7 @@ What an engine program is told and says is one JSON object a line, on its standa
         {"fatal": "one line"}                 before it exits by itself
 
 LOGPROBS is a list, for each token [its log-probability, [[token, log-probability], ...]]: of the
-model's own distribution, before temperature and top_p. A line of any kind is a heartbeat.
+model's own distribution, before what a request asks for. A line of any kind is a heartbeat.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ from monitoring.errors import SpotforgeError
 
 class EngineError(SpotforgeError):
     """An engine could not do what it was asked to; the request is lost, the gateway is not."""
+
+
+class EngineFailed(EngineError):
+    """An engine failed at a request, and would again: asking once more is in vain."""
 
 
 class EngineRefused(EngineError):
@@ -75,6 +79,9 @@ class TokenRequest:
         max_tokens: New tokens at most, at least 1.
         temperature: 0: the likeliest token.
         top_p: In (0, 1].
+        top_k: Only so many of the likeliest tokens; 0: all.
+        min_p: The least share of the likeliest token's probability, in [0, 1].
+        repetition_penalty: Of tokens that are there already, as transformers has it; 1: none.
         seed: The same seed, prompt and model give the same tokens, whatever else is in the batch.
         logprobs: How many alternatives to tell beside each token's own; None: nothing at all.
         ignore_eos: Go on to `max_tokens`.
@@ -89,6 +96,9 @@ class TokenRequest:
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int = 0
     logprobs: int | None = None
     ignore_eos: bool = False
@@ -141,8 +151,9 @@ class EngineInfo:
         max_context: Tokens of prompt and answer together, at most.
         max_running: Sequences that it steps at once.
         max_logprobs: Alternatives that it can tell; -1: it tells no log-probabilities.
-        features: Of `embeddings`, `json_schema`, and `logprobs_when_sampling`: they are the
-            model's own at any temperature and top_p, not only where sampling changes nothing.
+        features: Of `embeddings`, `json_schema`, `top_k`, `min_p`, `repetition_penalty`, and
+            `logprobs_when_sampling`: they are the model's own however tokens are chosen, not only
+            where sampling changes nothing.
         built_with: What its numbers depend on, too, as `torch 2.13.0+cpu on cpu`.
         restored_buffers: Names of buffers that loading had left without their values.
     """
@@ -205,6 +216,7 @@ class Engine(Protocol):
 
         Raises:
             EngineRefused: Its schema cannot be held to.
+            EngineFailed: It cannot be done.
             EngineError: The request is lost.
         """
         ...

@@ -35,11 +35,19 @@ class ModelConfig:
     Attributes:
         attn_implementation: Transformers' name of the attention kernel; null: as it chooses.
         fused_loss: Compute head and cross-entropy together, in chunks, so that the logits of a
-            batch are never held. Off: transformers computes the logits.
+            batch are never held: `auto` where the model's logits are the product of its hidden
+            states and its head, as is tried before the first step; `true` refuses a model that does
+            more; `false` has transformers compute the logits.
     """
 
     attn_implementation: str | None = "sdpa"
-    fused_loss: bool = True
+    fused_loss: Any = "auto"  # OmegaConf knows no `str | bool`
+
+    def __post_init__(self) -> None:
+        if not (self.fused_loss == "auto" or isinstance(self.fused_loss, bool)):
+            raise ConfigError(
+                "model.fused_loss", self.fused_loss, "is not auto, true or false", "use auto"
+            )
 
 
 @dataclass
@@ -75,6 +83,7 @@ class PathModelConfig(ModelConfig):
     keep_zeros: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.keep_zeros and not self.weights:
             raise ConfigError(
                 "model.keep_zeros",
@@ -93,7 +102,7 @@ class PretrainConfig:
     ) -> Objective:
         from trainer.objective import NextTokenLoss
 
-        return NextTokenLoss(model, config.fused_loss)
+        return NextTokenLoss(model, config.fused_loss is not False)
 
 
 @dataclass
@@ -134,7 +143,11 @@ class DistillConfig:
 
         teacher = build_teacher(self, model, config, tokenizer_fingerprint)
         return DistillationLoss(
-            model, teacher, config.fused_loss, temperature=self.temperature, weight=self.weight
+            model,
+            teacher,
+            config.fused_loss is not False,
+            temperature=self.temperature,
+            weight=self.weight,
         )
 
 

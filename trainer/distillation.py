@@ -14,10 +14,11 @@ from trainer.data.loader import IGNORE_INDEX
 from trainer.objective import (
     HeadGradients,
     Objective,
-    check_plain_logits,
     chunks,
-    hidden_and_head,
-    next_token,
+    cross_entropy_sum,
+    next_logits,
+    over_targets,
+    with_head,
 )
 from trainer.teacher import Teacher
 
@@ -26,33 +27,34 @@ class DistillationLoss(Objective):
     """weight * T^2 * KL(teacher || student) + (1 - weight) * cross-entropy, summed over targets.
 
     Both distributions are taken at temperature T; T^2 keeps the size of the gradients (Hinton et
-    al., arXiv 1503.02531, section 2).
+    al., arXiv 1503.02531, section 2). The student's auxiliary loss is added, if it has one.
     """
 
     def __init__(
         self, model: nn.Module, teacher: Teacher, fused: bool, *, temperature: float, weight: float
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, fused)
         self.teacher = teacher
-        self.fused, self.temperature, self.weight = fused, temperature, weight
-        if fused:
-            check_plain_logits(model)
-            check_plain_logits(teacher.model)
+        self.temperature, self.weight = temperature, weight
 
     def forward(
         self,
         input_ids: Tensor,
         targets: Tensor | None = None,
         position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
-        if targets is None or not self.training:
-            return next_token(self.model, self.fused, input_ids, targets, position_ids)
-        taught = self.teacher(input_ids, position_ids, hidden=self.fused)
+        if targets is None:
+            return next_logits(self.model, input_ids)
+        states, auxiliary = self.states(input_ids, position_ids, attention_mask)
+        if not self.training:
+            return cross_entropy_sum(self.model, self.fused, states, targets)
+        taught = self.teacher(input_ids, position_ids, hidden=self.fused).flatten(0, 1)
         if self.fused:
             head = self.teacher.model.get_output_embeddings()
             divergence, entropy, loss = fused_linear_distillation(
-                *hidden_and_head(self.model, input_ids, position_ids),
-                taught.flatten(0, 1),
+                *with_head(self.model, states),
+                taught,
                 head.weight,
                 head.bias,
                 targets.flatten(),
@@ -60,18 +62,18 @@ class DistillationLoss(Objective):
                 self.weight,
             )
         else:
-            inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
-            logits = self.model(**inputs).logits.float().flatten(0, 1)  # (N, V)
-            taught = taught.float().flatten(0, 1)
-            divergence = divergence_sum(logits, taught, targets.flatten(), self.temperature)
-            entropy = F.cross_entropy(
-                logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-            )
+            logits = states.float()  # (N, V)
+            divergence = divergence_sum(logits, taught.float(), targets.flatten(), self.temperature)
+            entropy = cross_entropy_sum(self.model, False, logits, targets)
             loss = self.weight * divergence + (1 - self.weight) * entropy
         self.parts = {
             "distillation_loss": divergence.detach(),
             "cross_entropy": entropy.detach(),
         }
+        if auxiliary is not None:
+            auxiliary = over_targets(auxiliary, targets)
+            self.parts["auxiliary_loss"] = auxiliary.detach()
+            loss = loss + auxiliary
         return loss
 
     def materializer(self, model: Materialize, device: torch.device) -> Materialize:

@@ -15,10 +15,12 @@ from parallel.world import World
 from trainer.config import TrainerConfig
 from trainer.data.loader import Batch, validation_batches
 from trainer.data.prepare import PreparedData
+from trainer.objective import Objective
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Has the module evaluate: without dropout, auxiliary losses and gradients."""
     module.eval()
     try:
         with torch.no_grad():
@@ -27,7 +29,9 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         module.train()
 
 
-def held_out_batches(config: TrainerConfig, data: PreparedData, world: World) -> Iterator[Batch]:
+def held_out_batches(
+    config: TrainerConfig, data: PreparedData, world: World, apart: bool
+) -> Iterator[Batch]:
     """This rank's share of the held-out samples; as many batches as on every other rank.
 
     Raises:
@@ -41,6 +45,7 @@ def held_out_batches(config: TrainerConfig, data: PreparedData, world: World) ->
         rank=world.rank,
         world_size=world.world_size,
         max_samples=config.evaluation.max_samples,
+        apart=apart,
     )
 
 
@@ -48,7 +53,7 @@ def evaluate(
     config: TrainerConfig,
     data: PreparedData,
     strategy: Strategy,
-    module: nn.Module,
+    module: Objective,
     world: World,
     stop_requested: Callable[[], bool],
 ) -> dict[str, float] | None:
@@ -60,18 +65,14 @@ def evaluate(
     """
     total = torch.zeros((), device=world.device)
     num_targets = 0.0
-    with _evaluating(module):
-        for batch in held_out_batches(config, data, world):
+    with evaluating(module):
+        for batch in held_out_batches(config, data, world, module.apart):
             count, stop = world.sum(batch.num_targets, stop_requested())
             if stop:
                 return None
             num_targets += count
             on_device = batch.to(world.device)
-            total += strategy.forward(
-                input_ids=on_device.input_ids,
-                targets=on_device.targets,
-                position_ids=on_device.position_ids,
-            )
+            total += strategy.forward(**on_device.inputs())
     dist.all_reduce(total)
     loss = total.item() / num_targets
     return {
@@ -83,12 +84,18 @@ def evaluate(
 def prompt_ids(config: TrainerConfig, tokenizer: Any) -> list[int]:
     """Tokens of `evaluation.sample_prompt`; of an empty one the token that a text begins with.
 
+    A prompt is the beginning of a document: where those have a BOS (`data.add_bos`, resolved), it
+    has one, too.
+
     Raises:
         ConfigError: If there are none: the tokenizer knows neither a beginning nor an end.
     """
     prompt = config.evaluation.sample_prompt
     assert prompt is not None
     ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False)
+    bos = tokenizer.bos_token_id
+    if config.data.add_bos is True and ids[:1] != [bos]:
+        ids = [bos, *ids]
     if ids:
         return ids
     # Texts end with EOS, and the next one follows: where there is no BOS, it begins with EOS.
@@ -107,7 +114,7 @@ def generate(
     config: TrainerConfig,
     tokenizer: Any,
     strategy: Strategy,
-    module: nn.Module,
+    module: Objective,
     world: World,
     stop_requested: Callable[[], bool],
 ) -> str | None:
@@ -120,7 +127,7 @@ def generate(
     prompt_len = len(ids)
     temperature = config.evaluation.sample_temperature
     generator = torch.Generator(world.device).manual_seed(config.seed)
-    with _evaluating(module):
+    with evaluating(module):
         for _ in range(config.evaluation.sample_tokens):
             if any(world.sum(stop_requested())):
                 return None

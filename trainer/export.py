@@ -23,7 +23,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from monitoring.environment import describe_environment
 from monitoring.errors import ConfigError, SpotforgeError
@@ -39,6 +39,7 @@ from trainer.checkpoint import (
     verify,
 )
 from trainer.config import PathModelConfig
+from trainer.data.tokenizer import check_tokenizer, fingerprint, load_tokenizer
 from trainer.model import Materializer, build_meta_model
 from trainer.weights import WeightGroup, WeightsReader, canonical_names, saving_groups
 
@@ -75,7 +76,8 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: Dtype) -> None:
         dtype: Type of its weights; float32 reproduces the training model's logits exactly.
 
     Raises:
-        ConfigError: If it cannot be written, or `out` holds something else.
+        ConfigError: If it cannot be written, `out` holds something else, or transformers loads its
+            tokenizer as another.
         SpotforgeError: If the folder does not hold what the checkpoint does.
     """
     _check_replaceable(out)
@@ -92,6 +94,7 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: Dtype) -> None:
         config |= {"architectures": [type(weights.model).__name__], "dtype": dtype.value}
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         _check_reads_back(weights, staging)
+        _check_tokenizer(checkpoint, staging)
         lineage = _lineage(checkpoint, staging, dtype)
         (staging / "lineage.json").write_text(json.dumps(lineage, indent=1) + "\n")
         if out.exists():
@@ -123,6 +126,13 @@ def _check_replaceable(out: Path) -> None:
         raise ConfigError(
             "out", out, f"holds {strange[0]}, which is of no export", "choose an empty folder"
         )
+
+
+def _check_tokenizer(checkpoint: Path, folder: Path) -> None:
+    """Raises ConfigError where others would make other tokens of a text than training did."""
+    if fingerprint(load_tokenizer(str(folder))) != read_state(checkpoint).tokenizer_fingerprint:
+        # A class may name a token more and make the same of every text.
+        check_tokenizer(folder, PreTrainedTokenizerFast.from_pretrained(checkpoint / ASSETS))
 
 
 class _Weights:

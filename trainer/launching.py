@@ -23,6 +23,7 @@ from types import FrameType
 
 from monitoring.errors import ConfigError, ExitCode, SpotforgeError
 from parallel.config import FsdpConfig
+from parallel.launcher import Place, read_place
 from trainer.config import TrainerConfig, resolve
 from trainer.heartbeat import Heartbeat
 from trainer.stopping import StopSignal
@@ -43,8 +44,9 @@ def launch(config: TrainerConfig, isolated: bool = False) -> int:
         The exit code: 0 finished, 33 stopped with a complete checkpoint, 2 refused, 1 failed.
     """
     try:
-        if "RANK" in os.environ:
-            _check_launcher(config)
+        place = read_place()
+        if place is not None:
+            _check_launcher(config, place)
             return run_rank(config)
         nproc, num_nodes = _local_ranks(config), int(os.environ.get("SKYPILOT_NUM_NODES", 1))
         config.check(nproc * num_nodes)
@@ -64,14 +66,16 @@ def run_rank(config: TrainerConfig) -> int:
     """Runs this process's rank; prints what went wrong, once for all ranks that can tell."""
     with StopSignal() as stop:
         heartbeat = Heartbeat()
+        place: Place | None = None
         try:
+            place = read_place()
             from trainer.run import train  # seconds of imports, in which a signal may come
 
             return train(config, stop, heartbeat)
         except SpotforgeError as e:
             if e.exit_code == ExitCode.FAILED:
                 heartbeat.failed()
-            if not e.seen_by_all or int(os.environ.get("RANK", 0)) == 0:
+            if not e.seen_by_all or place is None or place.rank == 0:
                 print(e, file=sys.stderr, flush=True)
             return e.exit_code
         except Exception as e:
@@ -83,7 +87,7 @@ def run_rank(config: TrainerConfig) -> int:
                 return ExitCode.BAD_CONFIG
             heartbeat.failed()
             # A rank that loses another fails too: its launcher's SIGTERM says that it is the echo.
-            if not ("RANK" in os.environ and stop.wait(seconds=3)):
+            if not (place is not None and stop.wait(seconds=3)):
                 traceback.print_exc()
             return ExitCode.FAILED
 
@@ -155,14 +159,13 @@ def _local_ranks(config: TrainerConfig) -> int:
     return nproc
 
 
-def _check_launcher(config: TrainerConfig) -> None:
+def _check_launcher(config: TrainerConfig, place: Place) -> None:
     """An `nproc` that contradicts the launcher is refused rather than ignored."""
-    started = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if config.nproc != "auto" and _parse_nproc(config.nproc) != started:
+    if config.nproc != "auto" and _parse_nproc(config.nproc) != place.local_world_size:
         raise ConfigError(
             "nproc",
             config.nproc,
-            f"the launcher started {started} ranks on this machine",
+            f"the launcher started {place.local_world_size} ranks on this machine",
             "leave nproc=auto under a launcher",
         )
 

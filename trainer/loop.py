@@ -68,7 +68,7 @@ class TrainingLoop:
         self.save_schedule = SaveSchedule(
             Interval.parse(config.checkpoint.interval), mtbf_s, save_costs_s(config.run_dir)
         )
-        held_out_batches(config, data, world)
+        held_out_batches(config, data, world, module.apart)
         if config.evaluation.sample_prompt is not None:
             prompt_ids(config, data.tokenizer)  # refused now, if at all
         self.loader = self._loader(state.num_samples)
@@ -189,11 +189,7 @@ class TrainingLoop:
             last = i == len(batches) - 1
             on_device = batch.to(world.device)
             with strategy.accumulate(last=last):
-                loss_sum = strategy.forward(
-                    input_ids=on_device.input_ids,
-                    targets=on_device.targets,
-                    position_ids=on_device.position_ids,
-                )
+                loss_sum = strategy.forward(**on_device.inputs())
                 loss.add({"loss": loss_sum.detach(), **self.module.parts})
                 if last and self.judges_every_loss:
                     anomaly = self.loss_watch.verdict(loss.value())
@@ -307,6 +303,7 @@ class TrainingLoop:
             first_sample=first_sample,
             pin=world.device.type == "cuda",
             order=self.order,
+            apart=self.module.apart,
         )
 
     def _time_is_up(self, began: float) -> bool:

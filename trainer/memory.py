@@ -92,7 +92,7 @@ def plan_memory(config: TrainerConfig, shape: ModelShape, world_size: int) -> Me
     state = _state(config, shape, world_size, compute_bytes)
     teacher = teacher_shape(config)
     embedding = shape.vocab_size * shape.hidden_size
-    if config.model.fused_loss:
+    if config.model.fused_loss is not False:  # auto, too: most families can
         logits = min(_LOGITS_NUMEL, tokens * shape.vocab_size)
         matrices = _LOSS_MATRICES if teacher is None else _DISTILLATION_MATRICES
         loss = 4.0 * matrices * logits + 4.0 * embedding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 from collections.abc import Iterator
@@ -47,13 +48,13 @@ def hf_config_of(config: NamedModelConfig | PathModelConfig) -> Any:
         return found
     try:
         known = AutoConfig.for_model(config.model_type)
-    except ValueError as e:
+    except (ValueError, StrictDataclassError) as e:
         raise ConfigError(
             "model.model_type", config.model_type, _first_line(e), "use a type transformers knows"
         ) from e
     for field in config.config:
         # transformers would keep an unknown field and ignore it.
-        if not hasattr(known, field):
+        if not _has_field(known, field):
             close = difflib.get_close_matches(field, known.to_dict(), n=1)
             raise ConfigError(
                 f"model.config.{field}",
@@ -64,11 +65,18 @@ def hf_config_of(config: NamedModelConfig | PathModelConfig) -> Any:
     sizes = {} if config.vocab_size is None else {"vocab_size": config.vocab_size}
     try:
         return AutoConfig.for_model(config.model_type, **config.config, **sizes)
-    except (ValueError, TypeError, StrictDataclassError) as e:
+    except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as e:
         rule = str(e).strip().split("\n")[-1].strip()
         raise ConfigError(
             "model.config", config.config, rule, f"give values that {type(known).__name__} takes"
         ) from e
+
+
+def _has_field(known: Any, field: str) -> bool:
+    try:
+        return hasattr(known, field)
+    except RuntimeError:  # one of which each layer has its own
+        return True
 
 
 def _check_not_quantized(hf_config: Any, config: PathModelConfig) -> None:
@@ -100,9 +108,11 @@ def build_meta_model(
             more tokens than the embedding has rows.
     """
     hf_config = hf_config_of(config)
-    if isinstance(config, NamedModelConfig) and config.vocab_size is None:
-        hf_config.vocab_size = -(-tokenizer_size // 64) * 64
-    vocab_size = hf_config.get_text_config().vocab_size
+    text_config = hf_config.get_text_config()
+    if isinstance(config, NamedModelConfig):
+        text_config.vocab_size = config.vocab_size or -(-tokenizer_size // 64) * 64
+        _fit_special_tokens(config, text_config)
+    vocab_size = text_config.vocab_size
     if tokenizer_size > vocab_size:
         raise ConfigError(
             "data.tokenizer",
@@ -120,23 +130,64 @@ def build_meta_model(
             "an encoder sees the tokens that it is to predict",
             "choose a causal language model, or one whose config says is_decoder=true",
         )
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                hf_config, dtype=dtype, attn_implementation=config.attn_implementation
-            )
-    except (ValueError, ImportError) as e:
-        raise ConfigError(
-            "model",
-            f"{hf_config.model_type} with attn_implementation={config.attn_implementation}",
-            _first_line(e),
-            "choose a causal language model and an attention that it has",
-        ) from e
+    model = _build(hf_config, dtype, config.attn_implementation)
     if model.get_output_embeddings() is None:
         raise ConfigError(
             "model", type(model).__name__, "has no output head", "choose a causal language model"
         )
     return model
+
+
+def _build(hf_config: Any, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
+    try:
+        return _on_meta(hf_config, dtype, attn_implementation)
+    except Exception as e:  # constructors check little: values that do not fit raise anything
+        error = e
+    if attn_implementation is not None:
+        try:
+            _on_meta(hf_config, dtype, None)
+        except Exception:
+            pass  # then the attention is not what is wrong
+        else:
+            raise ConfigError(
+                "model.attn_implementation",
+                attn_implementation,
+                f"{hf_config.model_type} cannot be built with it ({_first_line(error)})",
+                "set model.attn_implementation=null, and transformers chooses",
+            ) from error
+    raise ConfigError(
+        "model",
+        hf_config.model_type,
+        f"transformers cannot build it ({type(error).__name__}: {_first_line(error)})",
+        "choose a causal language model, and values of its config that fit together",
+    ) from error
+
+
+def _on_meta(
+    hf_config: Any, dtype: torch.dtype, attn_implementation: str | None
+) -> PreTrainedModel:
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            copy.deepcopy(hf_config), dtype=dtype, attn_implementation=attn_implementation
+        )
+    return model
+
+
+def _fit_special_tokens(config: NamedModelConfig, text_config: Any) -> None:
+    """Takes back special tokens of a family's first model that a smaller vocabulary lacks."""
+    for name in {"pad_token_id", "bos_token_id", "eos_token_id"} - config.config.keys():
+        given = getattr(text_config, name, None)
+        ids = given if isinstance(given, list) else [given]
+        if any(i is not None and i >= text_config.vocab_size for i in ids):
+            set_special_token(text_config, name, None, otherwise=text_config.vocab_size - 1)
+
+
+def set_special_token(described: Any, name: str, value: int | None, otherwise: int) -> None:
+    """Sets `pad_token_id` and its like; families that cannot be without one take the other."""
+    try:
+        setattr(described, name, value)
+    except StrictDataclassError:
+        setattr(described, name, otherwise)
 
 
 class Materializer:

@@ -4,37 +4,39 @@ Shapes: B sequences of T tokens, N = B x T, H hidden size, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from monitoring.errors import ConfigError
 from parallel.strategy import Materialize
 from trainer.data.loader import IGNORE_INDEX
 
 # Logits held at once, in elements: they stay in the cache of a CPU, and keep a GPU busy.
 _CHUNK_NUMEL = {"cpu": 2**22, "cuda": 2**26}
 
-# Fields of a transformers config by which a model does more to its logits than a matrix product.
-_LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-
 
 class Objective(nn.Module, ABC):
     """A Hugging Face causal LM, `model`, and the loss that it is trained for.
 
     Head and loss are inside forward so that a strategy which gathers parameters around forward has
-    the head's weight there.
+    the head's weight there. `trainer/probe.py` finds out what the model at hand needs.
 
     Attributes:
+        fused: Whether head and loss are computed together; else transformers computes the logits.
+        auxiliary: Whether the model's own loss (routers out of balance, z-loss) is added.
+        apart: Whether the documents of a sample are to be given in rows of their own.
         parts: What the loss of the last forward in training is made of, by the name of its metric:
             sums over targets, float32 scalars without a gradient. Empty where it is of one piece.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, fused: bool) -> None:
         super().__init__()
         self.model: Any = model
+        self.fused, self.auxiliary, self.apart = fused, False, False
         self.parts: dict[str, Tensor] = {}
 
     @abstractmethod
@@ -43,6 +45,7 @@ class Objective(nn.Module, ABC):
         input_ids: Tensor,
         targets: Tensor | None = None,
         position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Loss, or the next token's logits where there are no targets.
 
@@ -50,6 +53,7 @@ class Objective(nn.Module, ABC):
             input_ids: (B, T) int64.
             targets: (B, T) int64; IGNORE_INDEX bears no loss.
             position_ids: (B, T) int64, restarting at 0 with each document; None counts up.
+            attention_mask: (B, T) int64, 0 for padding at the end of a row; None: there is none.
 
         Returns:
             The loss summed over targets, a float32 scalar: the objective's in training, plain
@@ -61,60 +65,138 @@ class Objective(nn.Module, ABC):
     def materializer(self, model: Materialize, device: torch.device) -> Materialize:
         """What fills all of this module part by part, given what fills the parts of `model`."""
 
+    def states(
+        self, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the loss is made of, and the model's own loss.
+
+        Returns:
+            (N, H) hidden states that the head makes logits of where the loss is fused, else (N, V)
+            logits; and the auxiliary loss, a scalar mean, or None where it is not wanted.
+        """
+        inputs = model_inputs(input_ids, position_ids)
+        if not (self.training and self.auxiliary):
+            return outputs_of(self.model, self.fused, inputs).flatten(0, 1), None
+        if attention_mask is not None:
+            # No document is changed by what comes after it, but routers would be told to balance
+            # padding, too.
+            inputs["attention_mask"] = attention_mask
+        outputs, auxiliary = outputs_and_own_loss(self.model, self.fused, inputs)
+        return outputs.flatten(0, 1), auxiliary
+
 
 class NextTokenLoss(Objective):
-    """Summed cross-entropy on packed samples."""
-
-    def __init__(self, model: nn.Module, fused: bool) -> None:
-        super().__init__(model)
-        self.fused = fused
-        if fused:
-            check_plain_logits(self.model)
+    """Summed cross-entropy on packed samples, and the model's auxiliary loss if it has one."""
 
     def forward(
         self,
         input_ids: Tensor,
         targets: Tensor | None = None,
         position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
-        return next_token(self.model, self.fused, input_ids, targets, position_ids)
+        if targets is None:
+            return next_logits(self.model, input_ids)
+        states, auxiliary = self.states(input_ids, position_ids, attention_mask)
+        entropy = cross_entropy_sum(self.model, self.fused, states, targets)
+        if auxiliary is None:
+            return entropy
+        auxiliary = over_targets(auxiliary, targets)
+        self.parts = {"cross_entropy": entropy.detach(), "auxiliary_loss": auxiliary.detach()}
+        return entropy + auxiliary
 
     def materializer(self, model: Materialize, device: torch.device) -> Materialize:
         return model
 
 
-def next_token(
-    model: Any,
-    fused: bool,
-    input_ids: Tensor,
-    targets: Tensor | None,
-    position_ids: Tensor | None,
-) -> Tensor:
-    """Summed cross-entropy, or logits after the last position: as `Objective.forward` says."""
-    inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
-    if targets is None:
-        last: Tensor = model(**inputs, logits_to_keep=1).logits[:, -1]  # (B, V)
-        return last
-    if not fused:
-        logits = model(**inputs).logits.float()  # (B, T, V)
-        return F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-        )
-    hidden, weight, bias = hidden_and_head(model, input_ids, position_ids)
-    return fused_linear_cross_entropy(hidden, weight, bias, targets.flatten())
+def model_inputs(input_ids: Tensor, position_ids: Tensor | None) -> dict[str, Any]:
+    """Arguments of a model's forward."""
+    inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+    if position_ids is not None:
+        inputs["position_ids"] = position_ids
+    return inputs
 
 
-def hidden_and_head(
-    model: Any, input_ids: Tensor, position_ids: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def next_logits(model: Any, input_ids: Tensor) -> Tensor:
+    """(B, V) logits after the last position."""
+    logits: Tensor = model(**model_inputs(input_ids, None), logits_to_keep=1).logits[:, -1]
+    return logits
+
+
+def outputs_of(model: Any, hidden: bool, inputs: dict[str, Any]) -> Tensor:
+    """(B, T, H) hidden states that the head makes logits of, or (B, T, V) logits."""
+    outputs: Tensor = (
+        model.base_model(**inputs).last_hidden_state if hidden else model(**inputs).logits
+    )
+    return outputs
+
+
+def outputs_and_own_loss(model: Any, hidden: bool, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """As `outputs_of`, and what the model adds to cross-entropy where it is given labels.
+
+    That is the auxiliary loss as each family of transformers defines it, times its coefficient; 0
+    where a family or its config wants none. Hidden states are those that the head was given, which
+    made the logits of one position of them only.
+    """
+    given: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        given.append(args[0])
+        return (args[0][:, -1:],)
+
+    with _without_cross_entropy(model):
+        if not hidden:
+            outputs = model(**inputs, labels=inputs["input_ids"])
+            return outputs.logits, outputs.loss
+        with model.get_output_embeddings().register_forward_pre_hook(keep):
+            outputs = model(**inputs, labels=inputs["input_ids"])
+    (states,) = given
+    return states, outputs.loss
+
+
+@contextmanager
+def _without_cross_entropy(model: Any) -> Iterator[None]:
+    """Has a model that is given labels return a loss of what it adds to cross-entropy only."""
+    own = model.loss_function
+    model.loss_function = _nothing
+    try:
+        yield
+    finally:
+        model.loss_function = own
+
+
+def _nothing(logits: Tensor, *_: Any, **__: Any) -> Tensor:
+    return logits.new_zeros((), dtype=torch.float32)  # a new one: models add to it in place
+
+
+def over_targets(mean: Tensor, targets: Tensor) -> Tensor:
+    """A mean over a micro-batch, weighted by the targets (B, T) in it: a sum, as the loss is."""
+    return mean.float() * (targets != IGNORE_INDEX).sum()
+
+
+def cross_entropy_sum(model: Any, fused: bool, states: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross-entropy, a float32 scalar.
+
+    Args:
+        model: Whose head it is.
+        fused: What `states` are.
+        states: (N, H) hidden states, or (N, V) logits.
+        targets: (B, T) int64 with IGNORE_INDEX.
+    """
+    if fused:
+        return fused_linear_cross_entropy(*with_head(model, states), targets.flatten())
+    return F.cross_entropy(
+        states.float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+
+
+def with_head(model: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """What logits are the product of: (N, H) hidden states, the head's (V, H) weight, its bias.
 
     The first two are of autocast's type where it is on.
     """
-    inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
-    hidden = model.base_model(**inputs).last_hidden_state.flatten(0, 1)  # (N, H)
     head = model.get_output_embeddings()
-    weight, bias = head.weight, head.bias
+    weight, bias = head.weight, getattr(head, "bias", None)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -222,17 +304,3 @@ def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     """Rows of which the logits are held at once."""
     rows = max(1, _CHUNK_NUMEL.get(hidden.device.type, 2**22) // weight.shape[0])
     return [slice(i, i + rows) for i in range(0, hidden.shape[0], rows)]
-
-
-def check_plain_logits(model: Any) -> None:
-    """Raises ConfigError for a model whose logits are no product of hidden states and head."""
-    for field in _LOGIT_FIELDS:
-        value = getattr(model.config, field, None)
-        if value not in (None, 1, 1.0):
-            raise ConfigError(
-                "model.fused_loss",
-                True,
-                f"{type(model).__name__} transforms its logits ({field}={value}), which the fused "
-                "loss leaves out",
-                "set model.fused_loss=false",
-            )

@@ -95,6 +95,12 @@ class RemoteCheckpoints:
         """Committed checkpoints, newest first."""
         return [name for name in self._all_names() if self._is_committed(name)]
 
+    def read(self, name: str, file: str) -> bytes:
+        """One small file of a committed checkpoint, unverified."""
+        path = f"{self._base(name)}/{file}"
+        content: bytes = self._retried(f"reading {path}", lambda: self._fs.cat_file(path))
+        return content
+
     def upload(self, checkpoint: Path, files: Iterable[str]) -> None:
         """Uploads these files of a checkpoint, which is not committed before `commit` says so.
 

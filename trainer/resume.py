@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ from torch import Tensor, nn
 from monitoring.errors import ConfigError, DamagedError
 from parallel.strategy import SLOTS, ReadTensors, persistent_buffers, trainable
 from parallel.world import World
-from trainer.checkpoint import TrainerState, committed, read_tensors, tensor_shapes, verify
+from trainer.checkpoint import (
+    TRAINER,
+    TrainerState,
+    committed,
+    read_tensors,
+    tensor_shapes,
+    verify,
+)
 from trainer.config import TrainerConfig
 from trainer.data.order import OrderRule
 from trainer.remote import RemoteCheckpoints
@@ -32,6 +40,8 @@ _MEANING = (
     "objective",
     "data.max_seq_len",
     "data.mask_documents",
+    "data.add_bos",
+    "data.parse_special_tokens",
     "optim",
     "schedule",
     "precision",
@@ -83,6 +93,32 @@ def find_checkpoint(
     return None
 
 
+def stored_config(config: TrainerConfig) -> dict[str, Any] | None:
+    """The settings of the run that this one goes on with, before its checkpoint is looked at.
+
+    Data is prepared before there is a checkpoint, and as it was for the run that it belongs to.
+
+    Returns:
+        None where there is nothing to go on with, or nothing that can be read.
+    """
+    if config.resume == "never":
+        return None
+    checkpoints = committed(config.run_dir / "checkpoints")
+    if config.resume != "auto":
+        checkpoints = [Path(config.resume).expanduser()]
+    for checkpoint in checkpoints:
+        with suppress(OSError, ValueError, KeyError, TypeError):  # it is told of when it is checked
+            stored: dict[str, Any] = json.loads((checkpoint / TRAINER).read_bytes())["config"]
+            return stored
+    if config.checkpoint.upload is not None and config.resume == "auto":
+        remote = RemoteCheckpoints(config.checkpoint.upload)
+        for name in remote.names():
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                stored = json.loads(remote.read(name, TRAINER))["config"]
+                return stored
+    return None
+
+
 def set_newer_aside(
     folder: Path, checkpoint: Path, remote: RemoteCheckpoints | None, reporter: Reporter
 ) -> None:
@@ -108,6 +144,19 @@ def set_newer_aside(
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
         reporter.say(f"{path.name} is set aside as {aside.name}")
+
+
+def keep_what_was_found(resolved: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Carries over what `trainer/probe.py` found out about the model when the run began.
+
+    Args:
+        resolved: Settings of this run; is changed.
+        saved: Those of the checkpoint.
+    """
+    if resolved["model"]["fused_loss"] == "auto":
+        resolved["model"]["fused_loss"] = saved["model"]["fused_loss"]
+    if "probe" in saved:
+        resolved["probe"] = saved["probe"]
 
 
 def check_same_run(
@@ -140,7 +189,8 @@ def check_same_run(
                 "allow_changes", key, "there is no such key", "name a key of the config"
             )
     changes = []
-    for key in sorted(before.keys() | now.keys()):
+    digests = ("data", "data.tokenizer")  # last: a setting that changed them says more
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (key in digests, key)):
         old, new = before.get(key), now.get(key)
         if old == new or (key not in before and not new):  # unknown then, off now
             continue

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from monitoring.errors import ConfigError, ExitCode, Interrupted, SpotforgeError
+from parallel.launcher import read_place
 from parallel.strategy import Strategy
 from parallel.world import World, join_world
 from trainer.checkpoint import STORED_NAMES, TrainerState, read_state, step_name
@@ -26,21 +27,32 @@ from trainer.cpu import keep_freed_memory
 from trainer.data.order import OrderRule
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.tokenizer import vocab_size_of
+from trainer.dry_run import check_forward
 from trainer.export import export_checkpoint
 from trainer.fake_quant import prepare_fake_quant
 from trainer.heartbeat import Heartbeat
 from trainer.loop import TrainingLoop
 from trainer.memory import check_memory
-from trainer.model import Materializer, build_meta_model, hf_config_of, prepare_training
+from trainer.model import (
+    Materializer,
+    build_meta_model,
+    hf_config_of,
+    prepare_training,
+    set_special_token,
+)
+from trainer.positions import check_positions
+from trainer.probe import settle
 from trainer.remote import RemoteCheckpoints
 from trainer.reporter import Reporter, check_run_dir
 from trainer.resume import (
     check_same_model,
     check_same_run,
     find_checkpoint,
+    keep_what_was_found,
     order_of,
     set_newer_aside,
     state_reader,
+    stored_config,
 )
 from trainer.run_lock import lock_run
 from trainer.saving import Checkpointer
@@ -58,9 +70,10 @@ def train(config: TrainerConfig, stop: StopSignal, heartbeat: Heartbeat) -> Exit
         SpotforgeError: If the configuration, the data or the disk does not allow it.
     """
     _set_up_process(config)
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    place = read_place()
+    if place is None or place.local_rank == 0:
         stop.watch(config.preemption.build(), config.preemption.poll_s)
-    with join_world() as world:
+    with join_world(stop.requested) as world:
         return train_in(world, config, stop, heartbeat)
 
 
@@ -80,12 +93,20 @@ def train_in(
             gpu = torch.cuda.get_device_properties(world.device)
             check_memory(config, world.world_size, gpu.total_memory)
         model_config = hf_config_of(config.model)  # refused before the data is prepared, if at all
+        stored = stored_config(config) if world.rank == 0 else None
+    stored = world.from_first(stored)
+    begun_before = stored is not None and "add_bos" not in stored["data"]
+    with world.together():
+        if stored is not None and config.data.add_bos == "auto":
+            config = _with_bos(config, bool(stored["data"].get("add_bos")))
         data = prepare(
             config.data,
             model_path=getattr(config.model, "path", None),
             stop_requested=poll,
             model_config=model_config,
+            begun_before=begun_before,
         )
+        config = _with_bos(config, data.add_bos)
         if config.data.verify:
             data.verify(world.local_rank, world.local_world_size, poll)
 
@@ -93,10 +114,15 @@ def train_in(
     with world.together():
         model = build_meta_model(config.model, vocab_size_of(data.tokenizer))
         _set_special_tokens(config.model, model, data)
+        too_long = check_positions(model, config.data.max_seq_len)
         prepare_fake_quant(model, config.fake_quant)
         module = config.objective.build(model, config.model, data.tokenizer_fingerprint)
     resolved = resolve(config)
+    if begun_before and not data.add_bos:
+        del resolved["data"]["add_bos"]  # so that the next start knows, too
     reporter = Reporter(config, resolved, data, model, world)
+    if too_long is not None:
+        reporter.say(too_long)
 
     with _locked(config, world):
         # 3. The checkpoint to go on from: refused here, if at all, before anything is written
@@ -104,12 +130,15 @@ def train_in(
         state = TrainerState(
             0, 0, 0, 0.0, data.digest, data.tokenizer_fingerprint, resolved, OrderRule.exact
         )
+        before = None  # settings of the run so far
         with world.together():
             remote = _open_remote(config, world)
         checkpoint = find_checkpoint(config, folder, world, reporter, remote, heartbeat.beat)
         with world.together():
             if checkpoint is not None:
                 saved = read_state(checkpoint)
+                before = saved.config
+                keep_what_was_found(resolved, before)
                 check_same_run(config, state, saved, reporter.say)
                 check_same_model(checkpoint, model, reporter.say)
                 why = "the newest valid one" if config.resume == "auto" else "as resume says"
@@ -140,6 +169,9 @@ def train_in(
             reporter.say(f"keep_zeros: {weights.num_zeros} weights are zero, and stay so")
         if checkpoint is not None:
             strategy.load_state(state_reader(checkpoint), num_updates=state.step)
+        with world.together():
+            check_forward(config, strategy, module, world)
+            settle(config, module, strategy, world, resolved, before, reporter.say)
         poll.refuse_to_start()
 
         # 5. The loop
@@ -178,6 +210,10 @@ def train_in(
         finally:
             checkpointer.close()
     return outcome
+
+
+def _with_bos(config: TrainerConfig, add_bos: bool) -> TrainerConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, add_bos=add_bos))
 
 
 class _Poll:
@@ -290,13 +326,17 @@ def _set_up_process(config: TrainerConfig) -> None:
 def _set_special_tokens(config: ModelConfig, model: Any, data: PreparedData) -> None:
     """Has a model from scratch end its texts as the data's end, not as its family's first model.
 
-    What `model.config` sets itself stays.
+    What `model.config` sets itself stays, and so does a padding token that the model has.
     """
     if not isinstance(config, NamedModelConfig):
         return
-    for name in {"bos_token_id", "eos_token_id"} - config.config.keys():
+    names = {"bos_token_id", "eos_token_id"}
+    if model.config.get_text_config().pad_token_id is None:
+        names.add("pad_token_id")
+    for name in names - config.config.keys():
         for described in filter(None, (model.config, model.generation_config)):
-            setattr(described, name, getattr(data.tokenizer, name))
+            value = getattr(data.tokenizer, name)
+            set_special_token(described, name, value, otherwise=data.tokenizer.eos_token_id)
 
 
 def _save_assets(

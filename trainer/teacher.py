@@ -13,6 +13,7 @@ from parallel.strategy import Materialize, torch_dtype
 from trainer.config import DistillConfig, ModelConfig, PathModelConfig
 from trainer.data.tokenizer import fingerprint, load_tokenizer
 from trainer.model import Materializer, build_meta_model
+from trainer.objective import model_inputs, outputs_of
 from trainer.weights import WeightsReader, find_file
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -48,14 +49,8 @@ class Teacher(nn.Module):
         Returns:
             (B, T, H) hidden states, or (B, T, V) logits; of its type.
         """
-        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
         with torch.autocast(input_ids.device.type, enabled=False):
-            states: Tensor = (
-                self.model.base_model(**inputs).last_hidden_state
-                if hidden
-                else self.model(**inputs).logits
-            )
-        return states
+            return outputs_of(self.model, hidden, model_inputs(input_ids, position_ids))
 
     def materializer(self, module: nn.Module, device: torch.device) -> Materialize:
         """What fills its parts with its weights.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compression.block import Block, Inputs, output_error, watch_inputs
+from compression.experts import SplitExperts
 from compression.grid import fit_grid
 from compression.methods.clipping import clipped_grid
 from compression.scheme import Scheme
@@ -122,7 +123,7 @@ def _fold(block: Block, inputs: Inputs) -> Fold | None:
     Who made it is found by looking, not by name; that dividing it there is exact is tried out on
     a batch (a norm that adds one to its weight, or a factor that is used elsewhere, is not).
     """
-    source = _source(block, inputs)
+    source, is_known = _source(block, inputs)
     if source is None:
         return None
     layers = [block.layers[name] for name in inputs.names]
@@ -141,22 +142,29 @@ def _fold(block: Block, inputs: Inputs) -> Fold | None:
             layer.weight.data = layer.weight.data * scale
         return scale
 
-    return fold if _is_exact(block, fold, len(inputs.mean)) else None
+    return fold if is_known or _is_exact(block, fold, len(inputs.mean)) else None
 
 
-def _source(block: Block, inputs: Inputs) -> Any:
-    """The norm or linear layer that makes an input."""
+def _source(block: Block, inputs: Inputs) -> tuple[Any, bool]:
+    """The norm or linear layer that makes an input, and whether dividing it there is exact.
+
+    That is known of experts, of which a batch to try it on may reach none.
+    """
     modules = dict(block.module.named_modules())
     if inputs.feeder is not None:
         source = modules[inputs.feeder]
         weight = getattr(source, "weight", None)
         is_norm = isinstance(weight, Tensor) and weight.shape == inputs.mean.shape
-        return source if is_norm else None
+        return (source if is_norm else None), False
     if len(inputs.names) == 1:
         path, _, last = inputs.names[0].removeprefix(f"{block.name}.").rpartition(".")
         factor = modules.get(f"{path}.{_FACTOR_OF.get(last, '')}")
-        return factor if isinstance(factor, nn.Linear) else None
-    return None
+        experts = modules.get(path.rpartition(".")[0])
+        if isinstance(factor, nn.Linear) and isinstance(experts, SplitExperts):
+            return (factor, True) if experts.scales_through else (None, False)
+        if isinstance(factor, nn.Linear):
+            return factor, False
+    return None, False
 
 
 @torch.no_grad()

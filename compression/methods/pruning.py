@@ -38,11 +38,13 @@ class Prune:
     def apply(self, block: Block) -> None:
         """Prunes the block's layers."""
         if self.criterion is Criterion.magnitude:
-            for name, layer in block.layers.items():
-                self._keep(block, name, ~self._is_least(layer.weight.data.abs(), per_row=False))
+            for name in block.layers:
+                self._by_magnitude(block, name)
             return
+        unseen = set(block.layers)
         for inputs in watch_inputs(block):
             norm = inputs.gram.diagonal().sqrt()
+            unseen -= set(inputs.names)
             for name in inputs.names:
                 weight = block.layers[name].weight.data
                 if self.criterion is Criterion.sparsegpt:
@@ -50,6 +52,13 @@ class Prune:
                     block.notes.setdefault(name, {})["sparsity"] = self.sparsity
                 else:
                     self._keep(block, name, ~self._is_least(weight.abs() * norm, per_row=True))
+
+        for name in unseen:  # an expert that no token reached
+            self._by_magnitude(block, name)
+
+    def _by_magnitude(self, block: Block, name: str) -> None:
+        score = block.layers[name].weight.data.abs()
+        self._keep(block, name, ~self._is_least(score, per_row=False))
 
     def _keep(self, block: Block, name: str, mask: Tensor) -> None:
         block.layers[name].weight.data = block.layers[name].weight.data * mask

@@ -6,7 +6,7 @@ Codes are stored as they were chosen; the library packs them and describes them 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ from compression.grid import Quantized
 from compression.result import Result
 from compression.scheme import Activation, Number, Scheme
 from compression.speed import TorchRunner
+from compression.targets.names import StoredNames
 from compression.targets.packing import (
     Values,
     kept_matrices,
     load_folder,
+    refuse_needed_weights,
+    refuse_own_forward,
     stored_bytes,
-    takes_any,
     times_layers,
     write_folder,
 )
@@ -37,7 +39,42 @@ _SHOWS_BARS = (
     "compressed_tensors.compressors.model_compressors.model_compressor",
 )
 
-check_parent, layer_bytes, check_layer_times = takes_any, stored_bytes, times_layers
+layer_bytes, check_layer_times = stored_bytes, times_layers
+
+
+def check_parent(parent: Path, layers: Collection[str], schemes: set[Scheme], key: str) -> None:
+    """Raises ConfigError for layers that transformers does not load as they are packed.
+
+    Args:
+        parent: Folder of the model.
+        layers: Names of those that will be in codes.
+        schemes: Of the codes.
+        key: For errors.
+    """
+    names = StoredNames(parent)
+    is_packed = any(map(_is_packed, schemes))
+    if is_packed:
+        refuse_own_forward(layers, names, key, "compressed_tensors")
+    refuse_needed_weights(parent, layers, is_packed, key, "compressed_tensors")
+    experts = [layer for layer in layers if names.is_expert(layer)]
+    if not experts:
+        return
+    fix = "use target=huggingface, or leave them out: layers.exclude=['*.experts.*']"
+    kept = next((n for n in names.linears if names.is_expert(n) and n not in layers), None)
+    if kept is not None:
+        rule = f"transformers reads codes of all experts, or of none, and {kept} is left out"
+        raise ConfigError(key, "compressed_tensors", rule, fix)
+    if not all(map(_is_packed, schemes)):
+        rule = "transformers unpacks experts when it loads them, and rounds no input of theirs"
+        fix = "choose a recipe of weights alone, or layers.exclude=['*.experts.*']"
+        raise ConfigError(key, "compressed_tensors", rule, fix)
+    if len(schemes) > 1:
+        rule = "transformers reads the codes of all experts by one scheme"
+        raise ConfigError(key, "compressed_tensors", rule, fix)
+    fused = next((layer for layer in experts if names.matrix(layer) is None), None)
+    if fused is not None:
+        rule = f"the files of such a model hold no matrix of {fused} by itself"
+        raise ConfigError(key, "compressed_tensors", rule, fix)
 
 
 def load(folder: Path, dtype: torch.dtype | str = "auto", attention: str | None = None) -> Any:
@@ -47,9 +84,9 @@ def load(folder: Path, dtype: torch.dtype | str = "auto", attention: str | None 
     return load_folder(folder, dtype, attention)
 
 
-def runner(folder: Path) -> TorchRunner:
+def runner(folder: Path, dtype: torch.dtype | None = None) -> TorchRunner:
     """The same, to be timed."""
-    return TorchRunner(load(folder))
+    return TorchRunner(load(folder, dtype or "auto"))
 
 
 def _no_bar(iterable: Iterable[Any], **_: Any) -> Iterable[Any]:
@@ -100,7 +137,9 @@ def pack(result: Result, source: Path, out: Path) -> None:
             stored[f"{name}_shape"] = torch.tensor(value.codes.shape)
         return stored, {}
 
-    write_folder(result, source, out, packed, _quantization_config(result))
+    # Its loader would take dense experts under their names on disk for codes, and drop them.
+    config = _quantization_config(result)
+    write_folder(result, source, out, packed, config, keeps_fused=True)
 
 
 def _is_packed(scheme: Scheme) -> bool:

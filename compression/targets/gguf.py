@@ -34,6 +34,31 @@ _INSTALL = "pip install 'spotforge[compression]'"
 # transformers' name -> llama.cpp's, of architectures that both have alike.
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
+# Settings of these architectures that the file says, or that its tensors show.
+_WRITTEN = {
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps"),
+    *("rope_parameters", "tie_word_embeddings", "attention_bias", "mlp_bias", "hidden_act"),
+    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+}
+_ROPE_WRITTEN = {
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor"),
+    *("high_freq_factor", "original_max_position_embeddings"),
+}
+_OF_NO_LOGIT = {
+    *("architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "initializer_range"),
+    *(
+        "pretraining_tp",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "return_dict",
+        "chunk_size_feed_forward",
+    ),
+    *("output_attentions", "output_hidden_states", "is_encoder_decoder", "_name_or_path"),
+}
+
 Array = np.ndarray[Any, Any]
 
 
@@ -58,12 +83,16 @@ def check(schemes: set[Scheme], key: str) -> None:
             raise ConfigError(key, "gguf", rule, f"set group_size={_BLOCK}")
 
 
-def check_parent(parent: Path, layers: Collection[str], key: str) -> None:
+def check_parent(parent: Path, layers: Collection[str], schemes: set[Scheme], key: str) -> None:
     """Raises ConfigError for a model that llama.cpp would run differently, or not at all.
+
+    Every setting of its config that is not transformers' default has to be one that is written, or
+    one that changes no logits.
 
     Args:
         parent: Its folder.
         layers: Names of those that will be in codes.
+        schemes: Of the codes.
         key: For errors.
     """
     config: Any = AutoConfig.from_pretrained(parent)
@@ -78,10 +107,33 @@ def check_parent(parent: Path, layers: Collection[str], key: str) -> None:
     }
     if config.model_type == "qwen3":
         fields["attention_bias"] = (config.attention_bias, (False,))
+    usual = type(config)().to_dict()
+    described = config.to_dict()
+    fields |= {
+        name: (described.get(name), (value,))
+        for name, value in usual.items()
+        if name not in _WRITTEN and name not in _OF_NO_LOGIT
+    }
+    fields |= {
+        f"rope_parameters.{name}": (value, ())
+        for name, value in config.rope_parameters.items()
+        if name not in _ROPE_WRITTEN
+    }
     for name, (value, allowed) in fields.items():
         if value not in allowed:
             rule = f"llama.cpp's {config.model_type} has no {name}={value}"
             raise ConfigError(key, "gguf", rule, "use target=compressed_tensors")
+    window = _window(config)
+    if window is not None and window < config.max_position_embeddings:
+        rule = (
+            f"each token of this model sees the last {window} of up to "
+            f"{config.max_position_embeddings}, in llama.cpp all of them"
+        )
+        fix = (
+            "use target=compressed_tensors, or compress a copy whose config.json says "
+            f"max_position_embeddings={window}: as far as there both are the same"
+        )
+        raise ConfigError(key, "gguf", rule, fix)
     heads = config.num_attention_heads * _head_dim(config)
     widths = {"down_proj": config.intermediate_size, "o_proj": heads}
     for name in layers:
@@ -98,17 +150,15 @@ def pack(result: Result, source: Path, out: Path) -> None:
     import gguf
 
     config: Any = AutoConfig.from_pretrained(source)
-    length = min(config.max_position_embeddings, getattr(config, "sliding_window", None) or 2**62)
     described = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    described["max_position_embeddings"] = length
-    if _ARCHITECTURES[config.model_type] == "llama":  # within its window, a Mistral is a Llama
+    if _ARCHITECTURES[config.model_type] == "llama":  # no longer than its window, a Mistral is one
         described |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
         described.pop("sliding_window", None)
     copy_assets(source, out, described, result.dtype)
 
     writer = gguf.GGUFWriter(out / _FILE, _ARCHITECTURES[config.model_type])
     writer.add_name(source.name)
-    writer.add_context_length(length)
+    writer.add_context_length(config.max_position_embeddings)
     _add_shape(writer, config)
     bits = [scheme.bits for scheme in result.schemes().values()]
     kind = f"MOSTLY_{_BLOCK_TYPES[max(bits, key=bits.count)]}" if bits else "GUESSED"
@@ -134,7 +184,7 @@ def load(folder: Path) -> Any:
     ).eval()
 
 
-def runner(folder: Path) -> None:
+def runner(folder: Path, dtype: torch.dtype | None = None) -> None:
     """None: transformers loads it, but it is llama.cpp that runs it."""
 
 
@@ -268,6 +318,14 @@ def _add_vocabulary(writer: Any, source: Path, vocab_size: int) -> None:
         ids[name](index)
     writer.add_add_bos_token(vocabulary.adds["bos"])
     writer.add_add_eos_token(vocabulary.adds["eos"])
+
+
+def _window(config: Any) -> int | None:
+    """Tokens that some layer looks back at; None: all."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and "sliding_attention" not in kinds:
+        return None
+    return getattr(config, "sliding_window", None)
 
 
 def _head_dim(config: Any) -> int:

@@ -6,6 +6,7 @@ What is not quantized is stored as float16, which holds what bfloat16 does but f
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -18,11 +19,10 @@ from compression.result import Result
 from compression.scheme import Activation, Number, Scheme
 from compression.speed import Timing
 from compression.targets import huggingface
+from compression.targets.names import StoredNames
 from compression.targets.openvino_program import IntegerWeight, OpenVino, WeightFormat
-from compression.targets.packing import takes_any
+from compression.targets.packing import refuse_experts
 from monitoring.errors import ConfigError
-
-check_parent = takes_any  # the program knows its architectures
 
 _WEIGHTS = "openvino_model.bin"
 
@@ -37,6 +37,14 @@ def check(schemes: set[Scheme], key: str) -> None:
             rule = f"an IR holds 4 or 8 bits, not {scheme.bits}"
             raise ConfigError(key, "openvino", rule, "set bits=4 or bits=8")
     OpenVino().versions()
+
+
+def check_parent(parent: Path, layers: Collection[str], schemes: set[Scheme], key: str) -> None:
+    """Raises ConfigError for layers that are no constant of their own in an IR.
+
+    The program knows its architectures.
+    """
+    refuse_experts(layers, StoredNames(parent), key, "openvino")
 
 
 def pack(result: Result, source: Path, out: Path) -> None:
@@ -71,6 +79,8 @@ def layer_bytes(folder: Path, layers: set[str]) -> int | None:
 class _Ir:
     """An IR folder that is called as transformers' models are, and timed."""
 
+    dtype = None  # OpenVINO decides
+
     def __init__(self, folder: Path) -> None:
         self._folder, self._program = folder, OpenVino()
         self.memory_bytes = (folder / _WEIGHTS).stat().st_size
@@ -93,7 +103,9 @@ class _Ir:
         return Timing(found.prefill_tokens_per_s, found.decode_tokens_per_s, found.cpu_ms_per_token)
 
 
-runner = _Ir
+def runner(folder: Path, dtype: torch.dtype | None = None) -> _Ir | None:
+    """The same, to be timed; in which type, OpenVINO decides."""
+    return _Ir(folder) if dtype is None else None
 
 
 def _integers(value: Quantized) -> IntegerWeight:

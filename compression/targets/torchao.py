@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,38 @@ from torch import Tensor
 from compression.grid import Quantized
 from compression.result import Result
 from compression.scheme import Activation, Number, Scheme
+from compression.targets.names import StoredNames
 from compression.targets.packing import (
     Values,
     kept_matrices,
     load_folder,
+    refuse_experts,
+    refuse_needed_weights,
+    refuse_own_forward,
     stored_bytes,
-    takes_any,
     times_layers,
     torch_runner,
     write_folder,
 )
 from monitoring.errors import ConfigError, MissingExtraError
 
-check_parent, load, layer_bytes = takes_any, load_folder, stored_bytes
+load, layer_bytes = load_folder, stored_bytes
 runner, check_layer_times = torch_runner, times_layers
+
+
+def check_parent(parent: Path, layers: Collection[str], schemes: set[Scheme], key: str) -> None:
+    """Raises ConfigError for layers that torchao's tensors do not multiply in.
+
+    Args:
+        parent: Folder of the model.
+        layers: Names of those that will be in codes.
+        schemes: Of the codes.
+        key: For errors.
+    """
+    names = StoredNames(parent)
+    refuse_experts(layers, names, key, "torchao")
+    refuse_own_forward(layers, names, key, "torchao")
+    refuse_needed_weights(parent, layers, False, key, "torchao")
 
 
 def check(schemes: set[Scheme], key: str) -> None:

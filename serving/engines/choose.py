@@ -83,10 +83,12 @@ class Started(NamedTuple):
 
     Attributes:
         engine: The engine.
+        info: What it says of itself.
         why: It is this one, and what else there is to say of it.
     """
 
     engine: Engine
+    info: EngineInfo
     why: str
 
 
@@ -132,7 +134,7 @@ async def start(
             why += f"; loading had left {names} without their values, which were computed anew"
         dtype = "a type that it does not tell" if choice.dtype is None else choice.dtype
         _log.info("%s (%s): %s in %s: %s", artifact.name, artifact.version, info.engine, dtype, why)
-        return Started(choice.engine, why)
+        return Started(choice.engine, info, why)
 
 
 async def _start_one(engine: Engine, artifact: Artifact, prove: Proof | None) -> EngineInfo:

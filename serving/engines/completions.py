@@ -205,8 +205,13 @@ class CompletionsClient:
             body["ignore_eos"] = True
         if not self.server.tells_ids:
             return body | {"stream_options": {"include_usage": True}}
-        # Those that the model's generation_config.json would set, unasked.
-        body |= {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True}
+        # All of them, or the model's generation_config.json would set what is missing.
+        body |= {
+            "top_k": request.top_k,
+            "min_p": request.min_p,
+            "repetition_penalty": request.repetition_penalty,
+            "return_token_ids": True,
+        }
         if request.logprobs is not None:
             body |= {"logprobs": request.logprobs, "return_tokens_as_token_ids": True}
         if request.schema is not None:

@@ -20,9 +20,8 @@ _KEPT = 32
 # A chain of references takes a few KiB a link, and a stack that ends takes the process with it.
 # Memory that is never touched costs nothing.
 _STACK_BYTES = 256 * 2**20
-_OPTIONS: JsonCompileOptions = {
-    "whitespace_pattern": r"[ \n\r\t]{1,16}"
-}  # without an end, some models never stop
+# Without an end, some models never stop: a space, or a line's end with its indentation.
+_OPTIONS: JsonCompileOptions = {"whitespace_pattern": r" |\r?\n[ \t]{0,8}"}
 
 
 class Grammars:

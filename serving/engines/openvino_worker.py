@@ -93,6 +93,9 @@ class Worker:
         self._pipeline = genai.ContinuousBatchingPipeline(
             settings.folder, scheduler, "CPU", properties
         )
+        features = ["top_k", "repetition_penalty"]
+        if hasattr(genai.GenerationConfig(), "min_p"):  # newer ones have it
+            features.append("min_p")
         told.say(
             "ready",
             {
@@ -100,7 +103,7 @@ class Worker:
                 "max_context": self._max_context,
                 "max_running": settings.max_running,
                 "max_logprobs": 0,
-                "features": [],
+                "features": features,
             },
         )
 
@@ -164,10 +167,12 @@ class Worker:
         if logprobs:
             raise ValueError("this engine tells the log-probability of each token only")
         # GenAI's are of the distribution that it draws from.
-        is_own = request["temperature"] in (0, 1) and request["top_p"] == 1
-        if logprobs is not None and request["temperature"] and not is_own:
+        cuts = (request["top_p"], request["top_k"], request["min_p"]) != (1, 0, 0)
+        is_own = request["temperature"] == 0 or (request["temperature"] == 1 and not cuts)
+        if logprobs is not None and not (is_own and request["repetition_penalty"] == 1):
             raise ValueError(
-                "this engine tells log-probabilities at temperature 0, or 1 with top_p 1, only"
+                "this engine tells log-probabilities at temperature 0, or 1 with top_p 1, only, and"
+                " without top_k, min_p and repetition_penalty"
             )
 
     def _generation_config(self, request: dict[str, Any]) -> Any:
@@ -179,7 +184,12 @@ class Worker:
         config.do_sample = request["temperature"] >= _GREEDY_TEMPERATURE
         if config.do_sample:
             config.temperature, config.top_p = request["temperature"], request["top_p"]
+            if request["top_k"]:
+                config.top_k = request["top_k"]
+            if request["min_p"]:
+                config.min_p = request["min_p"]
             config.rng_seed = _seed(request["seed"], request["offset"])
+        config.repetition_penalty = request["repetition_penalty"]
         config.logprobs = 0 if request["logprobs"] is None else 1
         return config
 

@@ -24,6 +24,7 @@ from serving.child import LOOK_S, Child, ChildEnded, keep_up
 from serving.config import EngineConfig
 from serving.engine import (
     EngineError,
+    EngineFailed,
     EngineInfo,
     EngineRefused,
     EngineStats,
@@ -321,7 +322,7 @@ class ProcessEngine:
             assert self._ready is not None
             self._ready.set_result(EngineInfo(**content))
         elif kind == "failed":
-            self._on_failed(content["id"], EngineError(content["error"]))
+            self._on_failed(content["id"], EngineFailed(content["error"]))
         elif kind == "refused":
             self._on_failed(content["id"], EngineRefused(content["error"]))
         elif kind == "embedding":
@@ -352,7 +353,7 @@ class ProcessEngine:
             if logprobs is not None:
                 if not all(math.isfinite(own) for own, _ in logprobs):
                     self._say("cancel", name)
-                    self._on_failed(name, EngineError(_NO_NUMBERS))
+                    self._on_failed(name, EngineFailed(_NO_NUMBERS))
                     continue
                 logprobs = [TokenLogprob(own, [tuple(t) for t in top]) for own, top in logprobs]
             reason = finished.pop(name, None)
@@ -418,7 +419,7 @@ class ProcessEngine:
             live.deaths += 1
             if live.deaths >= _DEATHS_OF_A_REQUEST or live.request.id.startswith(_PROBE):
                 del self._live[live.request.id]
-                live.chunks.put_nowait(EngineError(f"the engine failed twice with it: {why}"))
+                live.chunks.put_nowait(EngineFailed(f"the engine failed twice with it: {why}"))
             elif len(live.tokens) >= live.request.max_tokens:
                 del self._live[live.request.id]
                 live.chunks.put_nowait(TokenChunk([], None, "length"))

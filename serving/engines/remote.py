@@ -25,6 +25,13 @@ from serving.engines.completions import CompletionsClient, Lost, http_client
 from serving.engines.process import Watch, watch_of
 
 _log = logging.getLogger("spotforge.serving")
+_VLLM_FEATURES = [
+    "json_schema",
+    "logprobs_when_sampling",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+]
 _LOSSES_OF_A_REQUEST = 2
 _PATIENCE_S = 5.0  # a load balancer has found another server by then
 _RETRY_PROBE_S = 1.0
@@ -96,7 +103,7 @@ class RemoteEngine:
                 raise ConfigError("engine.max_context", max_context, rule, "give less")
             max_context = min(max_context, server.max_context)
         # vLLM's log-probabilities are `raw_logprobs` unless told otherwise: the model's own.
-        features = ["json_schema", "logprobs_when_sampling"] if server.tells_ids else []
+        features = _VLLM_FEATURES if server.tells_ids else []
         max_logprobs = 20 if server.tells_ids else -1
         self._info = EngineInfo(server.name, max_context, self._max_running, max_logprobs, features)
         self._token_s = time.monotonic()

@@ -1,9 +1,9 @@
 """Sampling by each request's own settings, inside transformers' continuous batching.
 
 transformers samples all requests of a batch alike, from one stream of random numbers. Here every
-request has its own temperature, top_p and seed, and the token at a position depends on nothing
-else in the batch: a request that is started again goes on with the same tokens. A request with a
-schema has only those that its grammar allows.
+request has its own `serving.sampling.Choice` and seed, and the token at a position depends on
+nothing else in the batch: a request that is started again goes on with the same tokens. A request
+with a schema has only those that its grammar allows.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         self._eos = eos
         self._requests: dict[str, dict[str, Any]] = {}
         self._texts: dict[str, _HeldText] = {}
+        self._seen: dict[str, _SeenTokens] = {}
         self._logprobs: dict[str, list[Any]] = {}
         self._rows: list[RequestState] = []
 
@@ -56,6 +57,8 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         self._requests[request["id"]] = request
         if matcher is not None:
             self._texts[request["id"]] = _HeldText(matcher, request)
+        if request["repetition_penalty"] != 1:
+            self._seen[request["id"]] = _SeenTokens(request["repetition_penalty"])
         if request["logprobs"] is not None:
             self._logprobs[request["id"]] = []
 
@@ -63,6 +66,7 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         """A request that is over."""
         self._requests.pop(name, None)
         self._texts.pop(name, None)
+        self._seen.pop(name, None)
         self._logprobs.pop(name, None)
 
     def error(self, name: str) -> str | None:
@@ -109,23 +113,30 @@ class Sampler(ContinuousBatchingLogitsProcessor):
             if request is not None and request["temperature"] > 0:
                 position = len(state.initial_tokens) + len(state.generated_tokens)
                 drawn.append((i, request, random.Random(f"{request['seed']} {position}").random()))
-        allowed = self._allowed(scores)
+        allowed = self._allowed(self._penalized(scores))
         chosen = allowed.argmax(dim=-1)
         if drawn:
             rows = torch.tensor([i for i, _, _ in drawn], device=scores.device)
+            columns = zip(
+                *((*(r[name] for name in _DRAWN_BY), u) for _, r, u in drawn), strict=True
+            )
             chosen[rows] = draw(
                 allowed[rows],
-                *(
-                    torch.tensor(column, device=scores.device, dtype=torch.float64)
-                    for column in zip(
-                        *((r["temperature"], r["top_p"], u) for _, r, u in drawn), strict=True
-                    )
-                ),
+                *(torch.tensor(c, device=scores.device, dtype=torch.float64) for c in columns),
             )
         self._note_logprobs(scores, chosen, requests)
         if not drawn and allowed is scores:
             return scores
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen.unsqueeze(1), 0.0)
+
+    def _penalized(self, scores: Tensor) -> Tensor:
+        """The scores, lower for tokens that a row has already, where it asks for that: (N, V)."""
+        penalized = scores
+        for i, state in enumerate(self._rows):
+            if (seen := self._seen.get(state.request_id)) is not None:
+                penalized = scores.clone() if penalized is scores else penalized
+                penalized[i] = seen.penalize(scores[i], state)
+        return penalized
 
     def _allowed(self, scores: Tensor) -> Tensor:
         """The scores, without those of tokens that a row's grammar forbids: (N, V)."""
@@ -180,26 +191,67 @@ class _HeldText:
         return torch.from_numpy(bits).bool()
 
 
-def draw(scores: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
+class _SeenTokens:
+    """The tokens of a prompt and of its answer, as far as it has come."""
+
+    def __init__(self, penalty: float) -> None:
+        self._penalty = penalty
+        self._mask: Tensor | None = None  # (V,) bool
+        self._count = 0
+
+    def penalize(self, scores: Tensor, state: RequestState) -> Tensor:
+        """As transformers' `RepetitionPenaltyLogitsProcessor`: (V,) to (V,)."""
+        if self._mask is None:
+            self._mask = torch.zeros_like(scores, dtype=torch.bool)
+        initial, generated = state.initial_tokens, state.generated_tokens
+        new = initial[self._count :] + generated[max(0, self._count - len(initial)) :]
+        self._count += len(new)
+        self._mask[torch.tensor(new, device=scores.device, dtype=torch.long)] = True
+        lower = torch.where(scores < 0, scores * self._penalty, scores / self._penalty)
+        return torch.where(self._mask, lower, scores)
+
+
+_DRAWN_BY = ("temperature", "top_k", "top_p", "min_p")
+
+
+def draw(
+    scores: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    uniform: Tensor,
+) -> Tensor:
     """Draws a token a row, by the inverse of its cumulative distribution.
+
+    The tokens that are left are those of transformers' warpers, in their order.
 
     Args:
         scores: (N, V) logits.
         temperature: (N,), above 0.
+        top_k: (N,): so many of the likeliest tokens, and those that equal the last; 0: all.
         top_p: (N,) in (0, 1]: the likeliest tokens that together have it, and no others.
+        min_p: (N,) in [0, 1]: tokens with at least this share of the likeliest one's probability.
         uniform: (N,) in [0, 1).
 
     Returns:
         (N,) int64.
     """
     # The largest score is taken off first, so that a tiny temperature gives no inf - inf.
-    shifted = scores.double() - scores.amax(dim=-1, keepdim=True)
-    probabilities = (shifted / temperature.unsqueeze(1)).softmax(-1)
+    shifted = (scores.double() - scores.amax(dim=-1, keepdim=True)) / temperature.unsqueeze(1)
+    if bool((top_k > 0).any()):
+        ordered = shifted.sort(dim=-1, descending=True).values
+        last = torch.where(top_k > 0, top_k, scores.shape[-1]).clamp_max(scores.shape[-1]) - 1
+        shifted = shifted.masked_fill(shifted < ordered.gather(1, last.long()[:, None]), -torch.inf)
+    probabilities = shifted.softmax(-1)
     if bool((top_p < 1).any()):
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
         ordered = ordered.masked_fill(before >= top_p.unsqueeze(1), 0.0)  # the first one stays
         probabilities = torch.zeros_like(probabilities).scatter_(1, order, ordered)
+    if bool((min_p > 0).any()):
+        least = min_p.unsqueeze(1) * probabilities.amax(dim=-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
     cumulative = probabilities.cumsum(-1)
     wanted = uniform.unsqueeze(1) * cumulative[:, -1:]
     found = torch.searchsorted(cumulative, wanted, right=True).squeeze(1)

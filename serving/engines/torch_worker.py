@@ -138,7 +138,7 @@ class TorchWorker(ABC):
         """
         import torch
 
-        features = ["logprobs_when_sampling"]
+        features = ["logprobs_when_sampling", "top_k", "min_p", "repetition_penalty"]
         if self._embeds_text():
             features.append("embeddings")
         if self._grammars is not None:

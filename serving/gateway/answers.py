@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from typing import Any
 
 from serving.gateway.errors import ApiError
 from serving.gateway.generation import Generation
+from serving.text.call_formats import CallParser
 from serving.text.stages import TextChunk, TextLogprob, TextToken
-from serving.text.tools import ToolCallParser, WholeCall
+from serving.text.tools import WholeCall
 
 Chunks = AsyncIterator[tuple[int, TextChunk]]
 
@@ -113,20 +114,33 @@ class ChatAnswer(Answer):
     """Of `/v1/chat/completions`.
 
     Args:
-        finds_tools: Whether calls of tools are looked for in the text.
+        finds_calls: Names of the functions whose calls are looked for in the text; None: none are.
         is_call: Whether all of the text is one.
+        is_parallel: Whether there may be more than one; else only the first counts.
     """
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, *args: Any, finds_tools: bool, is_call: bool) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        finds_calls: Collection[str] | None,
+        is_call: bool,
+        is_parallel: bool,
+    ) -> None:
         super().__init__(*args)
-        self._parsers = [
-            WholeCall() if is_call else ToolCallParser() if finds_tools else None
-            for _ in range(self._num_choices)
-        ]
+        self._format = self._generation.deployment.text.call_format
+        self._parsers = [self._parser(finds_calls, is_call) for _ in range(self._num_choices)]
+        self._is_parallel = is_parallel
         self._calls = [0] * self._num_choices
         self._has_begun = [False] * self._num_choices
+
+    def _parser(self, finds_calls: Collection[str] | None, is_call: bool) -> CallParser | None:
+        if is_call:
+            return WholeCall()
+        if finds_calls is None or self._format is None:
+            return None
+        return self._format.parser(finds_calls)
 
     def _choice(self, index: int, parts: list[TextChunk]) -> dict[str, Any]:
         said, calls = self._split(index, "".join(part.text for part in parts), True)
@@ -151,9 +165,8 @@ class ChatAnswer(Answer):
         if said or chunk.logprobs:
             logprobs = None if chunk.logprobs is None else _chat_logprobs(chunk.logprobs)
             deltas.append(_delta(index, {"content": said}, logprobs))
-        for call in calls:
-            at = self._calls[index]
-            self._calls[index] += 1
+        first = self._calls[index] - len(calls)
+        for at, call in enumerate(calls, first):
             deltas.append(_delta(index, {"tool_calls": [{"index": at, **call}]}))
         if chunk.finish_reason is not None:
             reason = "tool_calls" if self._calls[index] else chunk.finish_reason
@@ -165,14 +178,19 @@ class ChatAnswer(Answer):
         if parser is None:
             return text, []
         said, calls = parser.feed(text, is_last)
+        if not self._is_parallel:
+            calls = calls[: 1 - self._calls[index]]
+        first = self._calls[index]
+        self._calls[index] += len(calls)
         return said, [
-            {
-                "id": f"call_{self._generation.id[:16]}{index}{self._calls[index] + i}",
-                "type": "function",
-                "function": call,
-            }
-            for i, call in enumerate(calls)
+            {"id": self._call_id(index, at), "type": "function", "function": call}
+            for at, call in enumerate(calls, first)
         ]
+
+    def _call_id(self, index: int, at: int) -> str:
+        if self._format is not None and self._format.has_short_ids:
+            return f"{self._generation.id[:5]}{index:02x}{at:02x}"
+        return f"call_{self._generation.id[:16]}{index}{at}"
 
 
 def _delta(

@@ -59,6 +59,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         413: "The body is too large.",
         429: "Too much is asked for: come back after `Retry-After` seconds.",
         431: "The headers are too large.",
+        500: "The engine cannot do it, now or later.",
         503: "The engine, or the server, is not there now.",
         504: "The deadline passed.",
     }.items()
@@ -120,7 +121,7 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
     @app.post("/v1/completions", tags=["generation"], responses={200: _STREAMED})
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continues a text."""
-        sampling = _sampling(body, body.limit(), body.logprobs)
+        sampling = _sampling(body, body.logprobs)
         prompts = body.prompts()
         generation = await _begin(gateway, request, body.model, prompts, sampling)
         answer = CompletionAnswer(
@@ -131,18 +132,20 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
     @app.post("/v1/chat/completions", tags=["generation"], responses={200: _STREAMED})
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answers in a conversation."""
-        sampling = _sampling(body, body.limit(), body.wanted_logprobs())
         tools = body.offered_tools()
+        finds_calls = tools is not None and not body.must_call
+        sampling = _sampling(body, body.wanted_logprobs(), finds_calls)
         messages = [message.for_template() for message in body.messages]
-        chat = Chat(messages, tools, body.chat_template_kwargs or {})
+        chat = Chat(messages, tools, body.chat_template_kwargs or {}, finds_calls)
         generation = await _begin(gateway, request, body.model, [chat], sampling)
         answer = ChatAnswer(
             generation,
             body.model,
             body.num_choices(),
             body.includes_usage(),
-            finds_tools=tools is not None,
+            finds_calls=body.function_names() if finds_calls else None,
             is_call=body.must_call,
+            is_parallel=body.parallel_tool_calls is not False,
         )
         return await _respond(request, generation, answer, bool(body.stream))
 
@@ -293,26 +296,26 @@ async def _gone(request: Request) -> None:
 
 
 def _sampling(
-    body: CompletionRequest | ChatRequest,
-    max_tokens: int | None,
-    logprobs: int | None,
+    body: CompletionRequest | ChatRequest, logprobs: int | None, finds_calls: bool = False
 ) -> Sampling:
     return Sampling(
-        max_tokens,
-        1.0 if body.temperature is None else body.temperature,
-        1.0 if body.top_p is None else body.top_p,
-        body.num_choices(),
-        body.seed,
-        logprobs,
-        body.stops(),
-        body.ignore_eos,
-        body.schema_of_text(),
-        body.schema_field(),
+        max_tokens=body.limit(),
+        max_tokens_field=body.limit_field(),
+        default_max_tokens=body.default_limit,
+        choice=body.choice(),
+        n=body.num_choices(),
+        seed=body.seed,
+        logprobs=logprobs,
+        stop=body.stops(),
+        ignore_eos=bool(body.ignore_eos),
+        schema=body.schema_of_text(),
+        schema_field=body.schema_field(),
+        finds_calls=finds_calls,
     )
 
 
-def _encoded(vector: list[float], encoding: str) -> list[float] | str:
-    if encoding == "float":
+def _encoded(vector: list[float], encoding: str | None) -> list[float] | str:
+    if encoding != "base64":
         return vector
     return base64.b64encode(array.array("f", vector).tobytes()).decode()
 

@@ -46,6 +46,8 @@ class ApiError(Exception):
         headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
+        if self.status == 500:
+            headers["x-should-retry"] = "false"  # OpenAI's clients would, twice
         return JSONResponse(self.body(), self.status, headers)
 
 

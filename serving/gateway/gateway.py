@@ -25,6 +25,7 @@ from serving.gateway.generation import Generation, Sampling, lost, tells_logprob
 from serving.keys import Key, Keys
 from serving.metrics import Metrics
 from serving.models import AdaptedModel, Model
+from serving.sampling import Choice
 from serving.telemetry import Telemetry
 from serving.text.stages import Chat, TextError
 
@@ -130,8 +131,10 @@ class Gateway:
         deployment = model.pick()
         with deployment:
             tokens = await self._encode(deployment, prompts, deadline_s)
-            max_tokens = _max_tokens(deployment, tokens, sampling)
-            _check_features(deployment, sampling)
+            field = "messages" if isinstance(prompts[0], Chat) else "prompt"
+            max_tokens = _max_tokens(deployment, tokens, sampling, field)
+            choice = deployment.defaults.but(sampling.choice)
+            _check_features(deployment, sampling, choice)
             sequences = len(tokens) * sampling.n
             prompt_tokens = sum(map(len, tokens)) * sampling.n
             slot = await self._admit(request, key, model, prompt_tokens, max_tokens, sequences)
@@ -144,6 +147,7 @@ class Gateway:
             tokens,
             max_tokens,
             sampling,
+            choice,
             slot,
             arrived_s,
             deadline_s,
@@ -260,30 +264,47 @@ class Gateway:
         return [prompt if isinstance(prompt, list) else next(encoded) for prompt in prompts]
 
 
-def _max_tokens(deployment: Deployment, prompts: list[list[int]], sampling: Sampling) -> int:
+def _max_tokens(
+    deployment: Deployment, prompts: list[list[int]], sampling: Sampling, field: str
+) -> int:
     """New tokens at most; raises ApiError 400 where prompt and answer do not fit."""
     longest, context = max(map(len, prompts)), deployment.engine.info.max_context
-    wanted = 1 if sampling.max_tokens is None else sampling.max_tokens
-    if longest + wanted > context:
+    room, wanted = context - longest, sampling.max_tokens
+    if room < 1:
         text = (
-            f"the prompt has {longest} tokens and max_tokens is {wanted}: together"
+            f"the prompt has {longest} tokens, but the model's context has {context}, of which"
+            " an answer takes at least one"
+        )
+        raise ApiError(400, text, field, "context_length_exceeded")
+    if wanted is None:
+        return min(room, sampling.default_max_tokens or room)
+    if wanted > room:
+        name = sampling.max_tokens_field
+        text = (
+            f"the prompt has {longest} tokens and {name} is {wanted}: together"
             f" {longest + wanted}, but the model's context has {context}"
         )
-        raise ApiError(400, text, "max_tokens", "context_length_exceeded")
-    return context - longest if sampling.max_tokens is None else sampling.max_tokens
+        raise ApiError(400, text, name, "context_length_exceeded")
+    return wanted
 
 
-def _check_features(deployment: Deployment, sampling: Sampling) -> None:
+def _check_features(deployment: Deployment, sampling: Sampling, choice: Choice) -> None:
     info = deployment.engine.info
     if sampling.schema is not None and "json_schema" not in info.features:
         text = f"{info.engine} cannot hold its answers to a schema"
         raise ApiError(400, text, sampling.schema_field, "unsupported")
+    for name in choice.extras():
+        if name not in info.features:
+            raise ApiError(400, f"{name}: {info.engine} has none", name, "unsupported")
     if sampling.logprobs is None:
         return
-    if not tells_logprobs(deployment, sampling):
+    if not tells_logprobs(deployment, choice):
         text = f"logprobs: {info.engine} tells none"
         if info.max_logprobs >= 0:
-            text += " unless temperature is 0, or both it and top_p are 1"
+            text += (
+                " unless temperature is 0, or both it and top_p are 1, without top_k, min_p and"
+                " repetition_penalty"
+            )
         raise ApiError(400, text, "logprobs", "unsupported")
     if sampling.logprobs > info.max_logprobs:
         text = f"{info.engine} tells at most {max(0, info.max_logprobs)} alternatives a token"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 import time
 import uuid
@@ -11,29 +12,41 @@ from dataclasses import dataclass
 
 from serving.admission import Slot
 from serving.deployment import Deployment
-from serving.engine import EngineError, EngineRefused, TokenRequest
+from serving.engine import EngineError, EngineFailed, EngineRefused, TokenRequest
 from serving.gateway.errors import ApiError
 from serving.keys import Key
 from serving.metrics import Metrics
 from serving.models import AdaptedModel, Model
+from serving.sampling import Choice
 from serving.telemetry import Telemetry, Transcript
 from serving.text.stages import TextChunk
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the sequences of a request are made; see `TokenRequest`."""
+    """How the sequences of a request are made; see `TokenRequest`.
+
+    Attributes:
+        max_tokens: As the request has it; None: it does not say.
+        max_tokens_field: Where it does.
+        default_max_tokens: Where it does not, or fewer where those do not fit; None: what fits.
+        choice: What it asks for of a `Choice`.
+        schema_field: Where it asks for the schema.
+        finds_calls: Whether calls of tools are to be found in the text.
+    """
 
     max_tokens: int | None
-    temperature: float
-    top_p: float
+    max_tokens_field: str
+    default_max_tokens: int | None
+    choice: dict[str, float | None]
     n: int
     seed: int | None
     logprobs: int | None
     stop: list[str]
     ignore_eos: bool
     schema: dict[str, object] | None
-    schema_field: str  # of the request
+    schema_field: str
+    finds_calls: bool = False
 
 
 class Generation:
@@ -57,6 +70,7 @@ class Generation:
         prompts: list[list[int]],
         max_tokens: int,
         sampling: Sampling,
+        choice: Choice,
         slot: Slot,
         arrived_s: float,
         deadline_s: float,
@@ -68,7 +82,8 @@ class Generation:
         self.completion_tokens = 0
         self._metrics, self._telemetry = metrics, telemetry
         self._key, self._model = key, model
-        self._prompts, self._max_tokens, self._sampling = prompts, max_tokens, sampling
+        self._prompts, self._max_tokens = prompts, max_tokens
+        self._sampling, self._choice = sampling, choice
         self._slot, self._arrived_s, self._deadline_s = slot, arrived_s, deadline_s
         self._started_s = time.monotonic()
         self._first_s: float | None = None
@@ -124,7 +139,7 @@ class Generation:
         if (
             logprobs is None
             and self._drift is not None
-            and tells_logprobs(self.deployment, sampling)
+            and tells_logprobs(self.deployment, self._choice)
         ):
             logprobs = 0
         return [
@@ -132,8 +147,7 @@ class Generation:
                 id=f"{self.id}-{i * sampling.n + j}",
                 prompt=prompt,
                 max_tokens=self._max_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
+                **dataclasses.asdict(self._choice),
                 seed=seed + i * sampling.n + j,
                 logprobs=logprobs,
                 ignore_eos=sampling.ignore_eos,
@@ -152,9 +166,12 @@ class Generation:
         """
         queue: asyncio.Queue[tuple[int, TextChunk] | Exception] = asyncio.Queue()
 
+        call_format = self.deployment.text.call_format if self._sampling.finds_calls else None
+        shown = () if call_format is None else call_format.marks
+
         async def run(index: int, request: TokenRequest) -> None:
             try:
-                async for chunk in self.deployment.generate(request, self._sampling.stop):
+                async for chunk in self.deployment.generate(request, self._sampling.stop, shown):
                     queue.put_nowait((index, chunk))
             except EngineError as e:
                 queue.put_nowait(e)
@@ -233,17 +250,18 @@ class Generation:
             self._telemetry.drift(self.id, self._digest, self._drift)
 
 
-def tells_logprobs(deployment: Deployment, sampling: Sampling) -> bool:
-    """Whether the engine knows the model's own, where a request samples like this."""
+def tells_logprobs(deployment: Deployment, choice: Choice) -> bool:
+    """Whether the engine knows the model's own, where tokens are chosen like this."""
     info = deployment.engine.info
     if info.max_logprobs < 0:
         return False
-    is_own = sampling.temperature == 0 or (sampling.temperature == 1 and sampling.top_p == 1)
-    return is_own or "logprobs_when_sampling" in info.features
+    return choice.is_models_own or "logprobs_when_sampling" in info.features
 
 
 def lost(error: EngineError, schema_field: str | None = None) -> ApiError:
-    """What a client is told when an engine lost its request, or did not take it."""
+    """What a client is told when an engine lost its request, did not take it, or cannot do it."""
+    if isinstance(error, EngineFailed):
+        return ApiError(500, f"the engine cannot do it: {error}", code="engine_failed")
     if not isinstance(error, EngineRefused):
         text = f"the engine lost the request: {error}"
         return ApiError(503, text, code="engine", retry_after_s=1)

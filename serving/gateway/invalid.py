@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from serving.gateway.errors import ApiError
+from serving.gateway.schema import Unsupported
 
 # Fields that OpenAI's API has, and that are here so that their defaults are taken.
 _UNSUPPORTED = {
+    *Unsupported.model_fields,
+    "annotations",
     "best_of",
     "dimensions",
     "echo",
@@ -35,8 +38,9 @@ def describe(error: dict[str, Any], body: Any) -> ApiError:
     """
     if error["type"] == "json_invalid":
         return ApiError(400, "the body is no valid JSON")
-    kind = error["type"]
-    path = _path(error["loc"][1:], body, kind == "missing")
+    kind, (place, *where) = error["type"], error["loc"]
+    # Of a query parameter there is no body to look into.
+    path = [str(x) for x in where] if place != "body" else _path(where, body, kind == "missing")
     field, param = path[-1] if path else "", ".".join(path)
     if not path and kind == "model_attributes_type":
         text = "the body must be a JSON object, sent with content-type: application/json"
@@ -70,7 +74,7 @@ def _bounds(told: dict[str, Any]) -> str:
     return f"at most {told['max_length']}"
 
 
-def _path(where: tuple[str | int, ...], body: Any, is_missing: bool) -> list[str]:
+def _path(where: list[str | int], body: Any, is_missing: bool) -> list[str]:
     """The field, without the branches of unions, which pydantic puts between."""
     path = []
     for i, part in enumerate(where):

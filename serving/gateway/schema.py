@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -12,6 +12,7 @@ from serving.text.tools import call_schema
 _SEED = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 _SCHEMA_LEVELS = 100
 _SCHEMA_BYTES = 2**16
+_DEFAULT = "Default: as the model's generation_config.json has it."
 _TOKEN_ID = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -22,7 +23,7 @@ class _Body(BaseModel):
 class StreamOptions(_Body):
     """Of a stream."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class JsonSchema(_Body):
@@ -80,10 +81,13 @@ class _Sampling(_Body):
     """What completions and chats have in common."""
 
     model: str = Field(max_length=256)
-    temperature: float | None = Field(
-        None, ge=0, le=2, allow_inf_nan=False, description="Default: 1."
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description=_DEFAULT)
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False, description=_DEFAULT)
+    top_k: int | None = Field(None, ge=-1, lt=2**31, description=f"{_DEFAULT} 0 and -1: all.")
+    min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False, description=_DEFAULT)
+    repetition_penalty: float | None = Field(
+        None, ge=0.01, le=100, allow_inf_nan=False, description=_DEFAULT
     )
-    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False, description="Default: 1.")
     n: int | None = Field(None, ge=1, le=128, description="Default: 1.")
     seed: _SEED | None = None
     response_format: ResponseFormat | None = None
@@ -91,9 +95,9 @@ class _Sampling(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=256)
-    ignore_eos: bool = Field(False, description="Go on to max_tokens (as in vLLM).")
-    presence_penalty: float = Field(0, ge=0, le=0, description="Only 0 is supported.")
-    frequency_penalty: float = Field(0, ge=0, le=0, description="Only 0 is supported.")
+    ignore_eos: bool | None = Field(None, description="Go on to max_tokens (as in vLLM).")
+    presence_penalty: float | None = Field(None, ge=0, le=0, description="Only 0 is supported.")
+    frequency_penalty: float | None = Field(None, ge=0, le=0, description="Only 0 is supported.")
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> _Sampling:
@@ -128,7 +132,17 @@ class _Sampling(_Body):
 
     def includes_usage(self) -> bool:
         """Whether a stream ends with its usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def choice(self) -> dict[str, float | None]:
+        """What is asked for of a `Choice`, by name; None: nothing."""
+        return {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": None if self.top_k is None else max(0, self.top_k),
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+        }
 
 
 class CompletionRequest(_Sampling):
@@ -145,14 +159,20 @@ class CompletionRequest(_Sampling):
     )
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="Default: 16.")
     logprobs: int | None = Field(None, ge=0, le=20)
-    echo: Literal[False] = False
+    echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
     suffix: None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 
-    def limit(self) -> int:
-        """New tokens at most."""
-        return 16 if self.max_tokens is None else self.max_tokens
+    default_limit: ClassVar[int | None] = 16
+
+    def limit(self) -> int | None:
+        """New tokens at most; None: `default_limit`, or as many as fit."""
+        return self.max_tokens
+
+    def limit_field(self) -> str:
+        """Which field says that."""
+        return "max_tokens"
 
     def prompts(self) -> list[str | list[int]]:
         """One or more."""
@@ -168,6 +188,18 @@ class FunctionCall(_Body):
 
     name: str
     arguments: str
+
+    @model_validator(mode="after")
+    def _arguments_are_json(self) -> FunctionCall:
+        try:
+            self.for_template()
+        except (ValueError, RecursionError) as e:
+            raise ValueError("arguments are no JSON") from e
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """With arguments as an object, which templates go through or write as JSON themselves."""
+        return {"name": self.name, "arguments": json.loads(self.arguments or "{}")}
 
 
 class ToolCall(_Body):
@@ -186,7 +218,7 @@ class TextPart(_Body):
 
 
 class Message(_Body):
-    """Of a conversation."""
+    """Of a conversation. An answer may be sent back as it came, whatever of it is null."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
@@ -194,6 +226,9 @@ class Message(_Body):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     refusal: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Message:
@@ -205,14 +240,17 @@ class Message(_Body):
         """As chat templates expect it: one text, arguments as objects."""
         content = self.content
         if isinstance(content, list):
-            content = "".join(part.text for part in content)
+            content = "\n".join(part.text for part in content)  # as vLLM and llama.cpp do
         message: dict[str, Any] = {"role": self.role, "content": content or ""}
         if self.role == "developer":
             message["role"] = "system"
         if self.name is not None:
             message["name"] = self.name
         if self.tool_calls:
-            message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+            message["tool_calls"] = [
+                call.model_dump() | {"function": call.function.for_template()}
+                for call in self.tool_calls
+            ]
         if self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
         return message
@@ -252,13 +290,34 @@ class NamedTool(_Body):
     function: FunctionName
 
 
-class ChatRequest(_Sampling):
+class Unsupported(_Body):
+    """What OpenAI's API has and this one has not: taken where it is null, as clients send it."""
+
+    audio: None = None
+    function_call: None = None
+    functions: None = None
+    metadata: None = None
+    modalities: None = None
+    moderation: None = None
+    prediction: None = None
+    prompt_cache_key: None = None
+    prompt_cache_options: None = None
+    prompt_cache_retention: None = None
+    reasoning_effort: None = None
+    safety_identifier: None = None
+    service_tier: None = None
+    store: None = None
+    verbosity: None = None
+    web_search_options: None = None
+
+
+class ChatRequest(_Sampling, Unsupported):
     """Body of `/v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1, max_length=4096)
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
-    logprobs: bool = False
+    logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[Tool] | None = Field(None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
@@ -276,12 +335,10 @@ class ChatRequest(_Sampling):
     def _what_is_to_be_called_is_there(self) -> ChatRequest:
         if not self.must_call:
             return self
-        names = [tool.function.name for tool in self.tools or ()]
+        names = self.function_names()
         named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         if not names or (named is not None and named not in names):
             raise ValueError(f"tool_choice names what tools has: {', '.join(names) or 'nothing'}")
-        if self.response_format is not None and self.response_format.type != "text":
-            raise ValueError("tool_choice: what has to be a call cannot have a response_format")
         check_schema(self.schema_of_text() or {})
         return self
 
@@ -291,7 +348,7 @@ class ChatRequest(_Sampling):
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     def schema_of_text(self) -> dict[str, Any] | None:
-        """See `_Sampling`; of a call, where there has to be one."""
+        """See `_Sampling`; of a call, where there has to be one: it wins over response_format."""
         if not self.must_call:
             return super().schema_of_text()
         functions = [tool.function for tool in self.tools or ()]
@@ -304,13 +361,23 @@ class ChatRequest(_Sampling):
         """See `_Sampling`."""
         return "tool_choice" if self.must_call else super().schema_field()
 
+    default_limit: ClassVar[int | None] = None
+
     def limit(self) -> int | None:
-        """New tokens at most; None: as many as fit."""
+        """See `CompletionRequest`."""
         return self.max_completion_tokens or self.max_tokens
+
+    def limit_field(self) -> str:
+        """See `CompletionRequest`."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     def wanted_logprobs(self) -> int | None:
         """Alternatives for each token."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    def function_names(self) -> list[str]:
+        """Of the tools."""
+        return [tool.function.name for tool in self.tools or ()]
 
     def offered_tools(self) -> list[dict[str, Any]] | None:
         """For the template."""
@@ -332,7 +399,7 @@ class EmbeddingRequest(_Body):
             Field(min_length=1, max_length=2048),
         ]
     )
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = Field(None, description="Default: float.")
     dimensions: None = None
     user: str | None = Field(None, max_length=256)
 

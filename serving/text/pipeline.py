@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from serving.engine import TokenChunk
+from serving.text.call_formats import CallFormat, format_of
 from serving.text.stages import Chat, Decoder, Encoder, TextChunk
 from serving.text.tokenizer import TokenizerFiles, vocab_size
 from serving.text.vocabulary import Vocabulary
@@ -32,6 +33,11 @@ class TextStages(Protocol):
     @property
     def vocab_size(self) -> int:
         """One more than the largest token id."""
+        ...
+
+    @property
+    def call_format(self) -> CallFormat | None:
+        """Of calls in an answer; None: they are not read."""
         ...
 
     @property
@@ -72,7 +78,7 @@ class LocalStages:
     def __init__(self, files: TokenizerFiles) -> None:
         tokenizer = files.tokenizer()
         self._encoder, self._vocabulary = Encoder(files), Vocabulary(tokenizer)
-        self.vocab_size = vocab_size(tokenizer)
+        self.vocab_size, self.call_format = vocab_size(tokenizer), call_format(files)
 
     async def encode(self, prompts: Sequence[str | Chat]) -> list[list[int]]:
         """See `TextStages`."""
@@ -103,6 +109,12 @@ class _LocalDecoder:
 
     def close(self) -> None:
         pass
+
+
+def call_format(files: TokenizerFiles) -> CallFormat | None:
+    """Of calls in the answers to chats with tools; None: they are not read."""
+    template = files.template(has_tools=True)
+    return None if template is None else format_of(template)
 
 
 def length(prompt: str | Chat) -> int:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from monitoring.errors import SpotforgeError
 from serving.child import LOOK_S, Child, keep_up
-from serving.engine import EngineError
+from serving.engine import EngineError, EngineFailed
 from serving.text.stages import TextError
 from serving.text.tokenizer import TokenizerFiles
 
@@ -259,6 +259,6 @@ class Worker:
             if kind == "refused":
                 work.fail(TextError(*rest))
             elif kind == "failed":
-                work.fail(EngineError(*rest))
+                work.fail(EngineFailed(*rest))
             else:
                 work.on_answer(rest)

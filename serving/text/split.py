@@ -38,7 +38,7 @@ from typing import Any
 
 from serving.engine import TokenChunk
 from serving.text.detokenizer import CONTEXT_TOKENS
-from serving.text.pipeline import length
+from serving.text.pipeline import call_format, length
 from serving.text.pool import Pool, Work, all_of
 from serving.text.stages import Chat, TextChunk, TextLogprob, TextToken
 from serving.text.tokenizer import TokenizerFiles
@@ -59,6 +59,7 @@ class SplitStages:
     def __init__(
         self, files: TokenizerFiles, encoders: int = 1, decoders: int = 1, silence_s: float = 3.0
     ) -> None:
+        self.call_format = call_format(files)
         self.encoders = Pool("encode", files, encoders, silence_s)
         self.decoders = Pool("decode", files, decoders, silence_s)
 

@@ -15,6 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from monitoring.errors import SpotforgeError
 from serving.engine import TokenChunk, TokenLogprob
+from serving.text.call_formats import format_of
 from serving.text.detokenizer import Detokenizer
 from serving.text.stops import Piece, StopStrings, Told
 from serving.text.tokenizer import TokenizerFiles
@@ -42,11 +43,13 @@ class Chat:
         messages: As OpenAI has them.
         tools: Likewise; None: none.
         options: More variables for the template (`chat_template_kwargs`).
+        finds_calls: Whether calls of tools are to be found in the answer.
     """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    finds_calls: bool = False
 
 
 class TextToken(NamedTuple):
@@ -104,8 +107,7 @@ class Encoder:
     """Text to token ids."""
 
     def __init__(self, files: TokenizerFiles) -> None:
-        self._tokenizer = files.tokenizer()
-        self._templates, self._special = files.chat_template, files.special_tokens
+        self._files, self._tokenizer = files, files.tokenizer()
 
     def encode(self, prompt: str | Chat) -> list[int]:
         """Token ids of a text (with BOS, where the tokenizer adds one) or of a conversation.
@@ -126,12 +128,14 @@ class Encoder:
         return list(ids)
 
     def _render(self, chat: Chat) -> str:
-        name = "tool_use" if chat.tools and "tool_use" in self._templates else "default"
-        template = self._templates.get(name)
+        template = self._files.template(has_tools=bool(chat.tools))
         if template is None:
             raise TextError("messages", "the model has no chat template: use /v1/completions")
         if chat.tools and "tools" not in template:
             raise TextError("tools", "the model's chat template knows no tools")
+        if chat.finds_calls and format_of(template) is None:
+            rule = "calls as the model's chat template has them are not read here: set tool_choice"
+            raise TextError("tools", f"{rule} to required, to a function, or to none")
         try:
             tools: Any = chat.tools
             rendered: Any = render_jinja_template(
@@ -139,7 +143,7 @@ class Encoder:
                 tools=tools,
                 chat_template=template,
                 add_generation_prompt=True,
-                **{**self._special, **chat.options},
+                **{**self._files.special_tokens, **chat.options},
             )
         except Exception as e:  # a template is a program of the model's author: anything can come
             reason = (str(e).splitlines() or [type(e).__name__])[0]

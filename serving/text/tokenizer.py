@@ -56,6 +56,11 @@ class TokenizerFiles:
     special_tokens: dict[str, str]
     fingerprint: str
 
+    def template(self, has_tools: bool) -> str | None:
+        """For a chat, with functions to call or without; None: the model has none."""
+        is_other = has_tools and "tool_use" in self.chat_template
+        return self.chat_template.get("tool_use" if is_other else "default")
+
     def tokenizer(self) -> Tokenizer:
         """A tokenizer of its own, without truncation or padding."""
         tokenizer: Tokenizer = Tokenizer.from_str(self.backend)

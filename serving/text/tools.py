@@ -104,15 +104,24 @@ def _moved(schema: Any, root: str) -> Any:
     return moved
 
 
-def _parse(text: str) -> dict[str, Any] | None:
-    try:
-        call = json.loads(text)
-    except ValueError:
+def call_of(described: Any) -> dict[str, Any] | None:
+    """A call out of an object that describes it; None: it is none."""
+    if not isinstance(described, dict) or not isinstance(described.get("name"), str):
         return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+    arguments = described.get("arguments", described.get("parameters"))
+    if arguments is None:
         return None
-    arguments = call.get("arguments", {})
     return {
-        "name": call["name"],
+        "name": described["name"],
         "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments),
     }
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    try:
+        described = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(described, dict) and "parameters" not in described:
+        described = {"arguments": {}, **described}  # a function without any may be called so
+    return call_of(described)

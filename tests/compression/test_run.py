@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from compression import run as run_module
 from compression.artifact import locked, read_report
+from compression.reload import Reloaded
+from compression.samples import draw_samples
 from tests.compression.conftest import SMALL, save_model
 from tests.compression.test_samples import settings
 from trainer.checkpoint import sha256_of
@@ -74,6 +76,19 @@ def rounded(parent, text, tmp_path_factory):
     words = ["data=jsonl", f"data.path={text}", "data.column=text", *SMALL]
     config = settings(f"parent.model={parent}", f"out={out}", *words, "evaluation.speed=false")
     return run_module.run(config, lambda: False) / "compressed_tensors"
+
+
+def test_a_report_says_what_the_artifact_is_as_it_is_loaded(rounded, parent, text):
+    words = ["data=jsonl", f"data.path={text}", "data.column=text", *SMALL]
+    ids = draw_samples(settings(f"parent.model={parent}", *words), parent, lambda: False).evaluation
+    models = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32).eval(), load(rounded)
+    with torch.no_grad():
+        log_p, log_q = (m(ids).logits[:, :-1].float().log_softmax(-1) for m in models)
+    kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    report = read_report(rounded)
+    assert report["as_loaded"]["dtype"] == "bfloat16"
+    assert report["as_loaded"]["kl_nats"]["mean"] == pytest.approx(kl, rel=0.05)
+    assert report["evaluation"]["kl_nats"]["mean"] != pytest.approx(kl, rel=0.001)
 
 
 def test_lineage_lists_every_file(rounded, parent):
@@ -166,7 +181,8 @@ def test_several_recipes_make_a_plot(compress, parent, tmp_path):
 def test_an_artifact_that_computes_something_else_is_not_kept(
     compress, parent, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(run_module, "logits_of", lambda *_: torch.randn(2, 32, 320))
+    other = Reloaded("bfloat16", {}, torch.randn(2, 32, 320))
+    monkeypatch.setattr(run_module, "reload", lambda *_: other)
     code, _, err = compress(f"model={parent}", "out=x")
     assert code == 1 and "it was not kept" in err
     assert not (tmp_path / "x" / "compressed_tensors").exists()
@@ -221,6 +237,7 @@ def test_an_artifact_that_computes_something_else_is_not_kept(
         (["model="], "there is no such folder"),
         (["model=PARENT", "data.max_seq_len=0"], "data.max_seq_len=0: must be above 0"),
         (["model=PARENT", "evaluation.prompt_tokens=999"], "the model has 256 positions"),
+        (["model=PARENT", "data.max_seq_len=300"], "data.max_seq_len=300: the model has 256"),
         (["model=PARENT", "layers.include=[]"], "layers.include=[]: chooses no layer"),
         (["model=PARENT", "recipe=[prune_wanda,heal]", "recipe.heal.lr=inf"], "recipe.heal.lr=inf"),
         (

@@ -13,6 +13,7 @@ from compression.schemas import register_schemas
 from monitoring.errors import ConfigError, Interrupted
 from tests.compression.conftest import save_model, sentences
 from trainer.cli import CONFIG_DIR
+from trainer.data.messages import for_template
 
 
 def settings(*words):
@@ -144,11 +145,46 @@ def test_a_chat_model_takes_text_as_it_is(chat_model, text):
     assert "im_start" not in tokenizer.decode(samples.calibration.flatten())
 
 
+def test_content_in_parts_is_calibrated_on_as_one_text(chat_model, conversations, tmp_path):
+    rows = [json.loads(line) for line in conversations.read_text().splitlines()]
+    for row in rows:
+        for message in row["messages"]:
+            message["content"] += "\nmore"
+    whole = tmp_path / "whole.jsonl"
+    whole.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for row in rows:
+        for message in row["messages"]:
+            texts = message["content"].split("\nmore")[0], "more"
+            message["content"] = [{"type": "text", "text": text} for text in texts]
+    parts = tmp_path / "parts.jsonl"
+    parts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, other = (draw_samples(of_chat(p), chat_model, lambda: False) for p in (whole, parts))
+    assert torch.equal(one.calibration, other.calibration) and one.digest == other.digest
+
+
+def test_samples_of_conversations_are_no_longer_than_the_window(chat_model, conversations):
+    words = of_chat(conversations, "calibration.max_seq_len=257", "evaluation.num_samples=1")
+    with pytest.raises(ConfigError, match="calibration.max_seq_len=257: the model has 256"):
+        draw_samples(words, chat_model, lambda: False)
+
+
+def test_arguments_of_a_call_reach_the_template_as_an_object():
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"city": "Pune"}'}}
+    message = for_template({"role": "assistant", "content": None, "tool_calls": [call]})
+    assert message["tool_calls"][0]["function"]["arguments"] == {"city": "Pune"}
+    assert message["content"] == "" and call["function"]["arguments"] == '{"city": "Pune"}'
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         ("{", "is no JSON lines"),
         ('{"text": "hello"}', "chat.jsonl:1: has no `messages`"),
+        ('{"messages": [{"role": "user"}]}', "chat.jsonl:1: content is missing"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+            "chat.jsonl:1: content has a part of type image_url; only text",
+        ),
         ('{"messages": ["hello"]}', "chat.jsonl:1: has no `messages`"),
         ('{"messages": [{"role": "user", "content": "hi"}]}', "add conversations"),
     ],

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from monitoring.errors import ConfigError
 from tests.families.places import Places
 from tests.families.training import data_words, load_strictly, stock
 from tests.families.workers import Wrong
@@ -38,14 +39,19 @@ def judge(places: Places, column: str) -> None:
     config = _config(places, column)
     out = Path(config.out)
     shutil.rmtree(out, ignore_errors=True)
-    run(config, lambda: False)
+    try:
+        run(config, lambda: False)
+    except ConfigError as e:
+        if out.exists():
+            raise Wrong(f"refused after something was written: {e}") from e
+        raise
     [artifact] = [path for path in out.iterdir() if (path / _REPORT).is_file()]
     report = json.loads((artifact / _REPORT).read_text())
     tokens = draw_samples(config, places.model, lambda: False).evaluation
-    model, info = load_strictly(artifact)
+    model, info = load_strictly(artifact, places)
     if unexpected := sorted(info["unexpected_keys"]):
         raise Wrong(f"{unexpected[0]} is in the artifact, and of no use to transformers")
-    parent = stock(places.model)
+    parent = stock(places)
     evaluation = report["evaluation"]
     for who, computing in (("parent", parent), ("child", model)):
         said, found = evaluation[f"{who}_perplexity"], _perplexity(computing, tokens)

@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 import socket
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -34,16 +33,16 @@ def judge(places: Places, column: str) -> str:
         column: There is only one.
 
     Returns:
-        What /readyz says of the engine that answered, if anything.
+        The engine that answered, where it is not transformers' own batching.
     """
-    wanted = [_generated(places.model, prompt) for prompt in _PROMPTS]
+    wanted = [_generated(places, prompt) for prompt in _PROMPTS]
     engine, answers = asyncio.run(_asked(places))
     for prompt, answer in zip((*_PROMPTS, _PROMPTS[0]), answers, strict=True):
         text, logprobs = wanted[_PROMPTS.index(prompt)]
         found = answer["logprobs"]["token_logprobs"]
         if len(found) != len(logprobs):
             raise Wrong(f"{prompt!r}: {len(found)} tokens, by generate {len(logprobs)}")
-        worst = max(abs(a - b) for a, b in zip(found, logprobs, strict=True))
+        worst = max((abs(a - b) for a, b in zip(found, logprobs, strict=True)), default=0.0)
         if not worst <= TOLERANCE:
             raise Wrong(f"{prompt!r}: log-probabilities differ by {worst:.1e}")
         if answer["text"] != text:
@@ -51,10 +50,10 @@ def judge(places: Places, column: str) -> str:
     return engine
 
 
-def _generated(folder: Path, prompt: str) -> tuple[str, list[float]]:
+def _generated(places: Places, prompt: str) -> tuple[str, list[float]]:
     """What follows a prompt: its text, and the log-probabilities of its tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = stock(folder)
+    tokenizer = AutoTokenizer.from_pretrained(places.model)
+    model = stock(places)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     with torch.no_grad():
         all_ids = model.generate(ids, do_sample=False, max_new_tokens=_NEW_TOKENS)
@@ -70,7 +69,7 @@ def _generated(folder: Path, prompt: str) -> tuple[str, list[float]]:
 
 async def _asked(places: Places) -> tuple[str, list[dict[str, Any]]]:
     """The engine's name, and the answers to all prompts at once and to the first one alone."""
-    from serving.config import EngineConfig, ServingConfig
+    from serving.config import AdmissionConfig, EngineConfig, ServingConfig
     from serving.server import serve
 
     with socket.socket() as s:
@@ -81,31 +80,35 @@ async def _asked(places: Places) -> tuple[str, list[dict[str, Any]]]:
         port=port,
         cache=str(places.root / "serving-cache"),
         engine=EngineConfig(num_threads=1, max_running=8),
+        # All wait for an engine that works on one at a time.
+        admission=AdmissionConfig(max_queued_requests=len(_PROMPTS)),
     )
     serving = asyncio.create_task(serve(config))
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-            ready = await _ready(client, serving)
+            await _ready(client, serving)
             together = await asyncio.gather(*(_ask(client, prompt) for prompt in _PROMPTS))
             alone = await _ask(client, _PROMPTS[0])
+            models = (await client.get("/version")).json()["models"]
     finally:
         if not serving.done():
             os.kill(os.getpid(), signal.SIGTERM)  # as an operator stops it
         await serving
-    return str(ready), [*together, alone]
+    [engine] = (model["engine"] for model in models.values())
+    return "" if engine.startswith("transformers ") else f"by {engine}", [*together, alone]
 
 
-async def _ready(client: httpx.AsyncClient, serving: asyncio.Task[None]) -> Any:
-    """What /readyz says once it is so; raises what the server ended with."""
+async def _ready(client: httpx.AsyncClient, serving: asyncio.Task[None]) -> None:
+    """Waits until /readyz says so; raises what the server ended with."""
     while not serving.done():
         try:
             response = await client.get("/readyz")
             if response.status_code == 200:
-                return response.json()
+                return
         except httpx.TransportError:
             pass  # it does not listen yet
         await asyncio.sleep(0.2)
-    return serving.result()
+    serving.result()
 
 
 async def _ask(client: httpx.AsyncClient, prompt: str) -> dict[str, Any]:

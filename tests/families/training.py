@@ -95,6 +95,8 @@ def train(places: Places, column: str) -> str:
         except ConfigError as e:
             asked = [word for part, word in _REMEDIES.items() if part in str(e)]
             new = [word for word in asked if word not in remedies]
+            if places.run(column).exists():
+                raise Wrong(f"refused after something was written: {e}") from e
             if not new:
                 raise
             remedies += new
@@ -106,13 +108,13 @@ def judge_loss(places: Places) -> str:
     run = places.run("loss")
     records = read_records(run / "metrics.jsonl")
     steps, held_out = _batches(_config(places, "loss", []))
-    model = stock(places.model)
+    model = stock(places)
     with torch.no_grad():
         wanted = float(_loss(model, steps[0]))
         wanted_held_out = float(_loss(model, torch.cat(held_out)))
     _near(records[0]["loss"], wanted, "the training loss")
     _near(records[-1]["validation_loss"], wanted_held_out, "the validation loss")
-    exported, _ = load_strictly(run / "export")
+    exported, _ = load_strictly(run / "export", places)
     with torch.no_grad():
         difference = (_logits(exported, steps[0]) - _logits(model, steps[0])).abs().max()
     if not difference <= TOLERANCE:
@@ -146,10 +148,10 @@ def judge_export(places: Places) -> None:
     generation config those that came.
     """
     export = places.run("fsdp") / "export"
-    model, info = load_strictly(export)
+    model, info = load_strictly(export, places)
     if unexpected := sorted(info["unexpected_keys"]):
         raise Wrong(f"{unexpected[0]} is in the export, and of no use to transformers")
-    plain = stock(places.model)
+    plain = stock(places)
     checkpoint = _checkpoint(places.run("fsdp"))
     state = {name: checkpoint.get(name, tensor) for name, tensor in plain.state_dict().items()}
     plain.load_state_dict(state)
@@ -187,14 +189,17 @@ def _stored_names(folder: Path) -> set[str]:
     return names
 
 
-def load_strictly(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+def load_strictly(folder: Path, places: Places) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Loads in stock transformers; raises Wrong where that draws a tensor at random.
 
     Returns:
         The model, and what transformers says of the loading.
     """
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        folder,
+        dtype=torch.float32,
+        attn_implementation=FAMILIES[places.family].attention,
+        output_loading_info=True,
     )
     model, info = loaded
     for kind in ("missing_keys", "mismatched_keys"):
@@ -218,7 +223,7 @@ def _reference(places: Places) -> dict[str, Tensor]:
         state: dict[str, Tensor] = torch.load(places.reference)
         return state
     steps, _ = _batches(_config(places, "ddp", []))
-    model = stock(places.model).train()
+    model = stock(places).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=_LR, betas=(0.9, 0.95), eps=_EPS, weight_decay=0.0
     )
@@ -231,10 +236,12 @@ def _reference(places: Places) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def stock(folder: Path) -> PreTrainedModel:
-    """Stock transformers' model of a folder, in float32 with eager attention."""
+def stock(places: Places) -> PreTrainedModel:
+    """Stock transformers' model, in float32 and with an attention that is right."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        places.model,
+        dtype=torch.float32,
+        attn_implementation=FAMILIES[places.family].attention,
     )
     return model.eval()
 

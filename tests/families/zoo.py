@@ -60,6 +60,7 @@ class Family:
         without: Config values under which the same weights compute another function.
         reset: As `fill`: values under which the model computes another function.
         remove: Takes the feature out of a model, where neither config nor weights can.
+        attention: Transformers' implementation that is right, to compare with.
     """
 
     feature: str
@@ -70,6 +71,7 @@ class Family:
     without: Mapping[str, Any] = field(default_factory=dict)
     reset: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)
     remove: Callable[[PreTrainedModel], None] = lambda model: None
+    attention: str = "eager"
 
 
 def _without_bloom_alibi(model: PreTrainedModel) -> None:
@@ -174,7 +176,7 @@ FAMILIES: dict[str, Family] = {
             "n_group": 1,
             "topk_group": 1,
             "first_k_dense_replace": 0,
-            "kv_lora_rank": 8,
+            "kv_lora_rank": 16,
             "q_lora_rank": 16,
             "qk_rope_head_dim": 4,
             "qk_nope_head_dim": 8,
@@ -293,16 +295,30 @@ FAMILIES: dict[str, Family] = {
         remove=_without_mpt_alibi,
     ),
     "falcon": Family(
-        "ALiBi, grouped keys in one matrix",
+        "grouped keys in one matrix with queries and values, blocks side by side",
         "falcon",
         {
             **dict.fromkeys(("intermediate_size", "num_key_value_heads")),
-            "alibi": True,
             "new_decoder_architecture": True,
             "num_kv_heads": 2,
             "ffn_hidden_size": 64,
         },
+        without={"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}},
+    ),
+    "falcon_rw": Family(
+        "ALiBi",
+        "falcon",
+        {
+            **dict.fromkeys(("intermediate_size", "num_key_value_heads")),
+            "alibi": True,
+            "multi_query": False,
+            "parallel_attn": False,
+            "bias": True,
+            "ffn_hidden_size": 64,
+        },
         without={"alibi": False},
+        # Eager attention of transformers 5.23 adds ALiBi to the scores and to the mask.
+        attention="sdpa",
     ),
     "stablelm": Family(
         "norms of queries and keys by head, rotary for a quarter",
@@ -336,7 +352,7 @@ FAMILIES: dict[str, Family] = {
     "mamba": Family(
         "a state instead of attention",
         "mamba",
-        {"state_size": 4},
+        {"state_size": 4, "time_step_rank": 16},
         reset={"conv1d.weight": 0.0},
     ),
     "mamba2": Family(
@@ -360,7 +376,7 @@ FAMILIES: dict[str, Family] = {
             "attn_layer_offset": 1,
             "num_experts": 4,
             "mamba_d_state": 4,
-            "mamba_dt_rank": 4,
+            "mamba_dt_rank": 16,
         },
         scale={"router.weight": 4.0},
         reset={"router.weight": 0.0},

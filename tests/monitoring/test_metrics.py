@@ -146,7 +146,7 @@ def test_wandb_offline_without_a_network_keeps_one_run_id(tmp_path, last_status)
             [sys.executable, "-c", _WANDB_RUN, str(tmp_path), first_step, last_status],
             env=environment,
             check=True,
-            timeout=60,
+            timeout=300,
         )
     run_id = (tmp_path / "wandb_run_id").read_text().strip()
     written = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))

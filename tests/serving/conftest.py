@@ -12,6 +12,7 @@ import time
 
 import pytest
 import uvicorn
+from httpx._config import DEFAULT_TIMEOUT_CONFIG
 
 from serving.artifact import resolve
 from serving.config import ServingConfig
@@ -24,6 +25,10 @@ from serving.telemetry import Telemetry
 from serving.text.pipeline import LocalStages
 from serving.text.tokenizer import load
 from tests import small_model
+
+# httpx gives up after 5 s, which a busy machine may need; its clients share this object.
+for _phase in ("connect", "read", "write", "pool"):
+    setattr(DEFAULT_TIMEOUT_CONFIG, _phase, 120.0)
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -57,6 +62,7 @@ class FakeEngine:
         self.is_ready = True
         self.running, self.cancelled, self.seen = 0, 0, []
         self.fails = None
+        self.others = []  # alternatives to each token, less likely than it
 
     async def start(self):
         return self.info
@@ -72,7 +78,8 @@ class FakeEngine:
                 token = self.tokens[i % len(self.tokens)]
                 told = None
                 if request.logprobs is not None:
-                    told = [TokenLogprob(-0.5, [(token, -0.5)][: request.logprobs])]
+                    top = [(token, -0.5), *((other, -2.0) for other in self.others)]
+                    told = [TokenLogprob(-0.5, top[: request.logprobs])]
                 is_last = i + 1 == request.max_tokens
                 yield TokenChunk([token], told, "length" if is_last else None)
                 if is_last:
@@ -150,7 +157,7 @@ class Process:
             text=True,
             env={**os.environ, "SPOTFORGE_OPENVINO_PYTHON": ""},
         )
-        ready, _, _ = select.select([self.process.stdout], [], [], 120)
+        ready, _, _ = select.select([self.process.stdout], [], [], 300)
         line = self.process.stdout.readline() if ready else ""
         if " at http" not in line:
             self.process.kill()
@@ -170,7 +177,7 @@ class Process:
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(60)
+            return self.process.wait(300)
         finally:
             self.process.stdout.close()
 

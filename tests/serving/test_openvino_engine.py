@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -126,7 +125,7 @@ class Program:
 
     def close(self):
         self.process.stdin.close()
-        code = self.process.wait(20)
+        code = self.process.wait(120)
         self.process.stdout.close()
         return code
 
@@ -177,10 +176,9 @@ def test_what_cannot_be_prepared(tmp_path, monkeypatch):
 
 
 @real
-def test_it_is_prepared_once(folder, ir, cache):
-    begin_s = time.monotonic()
+def test_it_is_prepared_once(folder, ir, cache, monkeypatch):
+    monkeypatch.delattr(OpenVino, "export")
     assert openvino.prepare(folder, "digest", cache, FP32) == ir
-    assert time.monotonic() - begin_s < 2
     assert json.loads((ir / "prepared.json").read_text())["snr_db"] > 80
 
 
@@ -353,5 +351,5 @@ def test_a_fatal_error_is_one_line(tmp_path):
     program = Program(tmp_path)
     kind, error = program.hear()
     assert kind == "fatal" and "config.json" in error
-    assert program.process.wait(20) == 2
+    assert program.process.wait(120) == 2
     program.close()

@@ -65,7 +65,8 @@ def tokens_of(chunks):
 def test_vllm_tells_token_ids(export):
     async def work(engine, server):
         assert (engine.info.engine, engine.info.max_context) == ("vllm 0.32.0", 128)
-        assert engine.info.features == ["json_schema", "logprobs_when_sampling"]
+        choices = ["top_k", "min_p", "repetition_penalty"]
+        assert engine.info.features == ["json_schema", "logprobs_when_sampling", *choices]
         chunks = await chunks_of(engine, seed=-1, temperature=0.5, top_p=0.9, logprobs=2)
         assert tokens_of(chunks) == list(range(8, 16))
         assert chunks[-1].finish_reason == "length"
@@ -152,7 +153,7 @@ def test_leaving_early_cancels(export):
         assert engine.stats().running == 1
         await stream.aclose()
         assert engine.stats().running == 0
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(120):
             while not server.cancelled:
                 await asyncio.sleep(0.01)
 
@@ -184,7 +185,7 @@ def test_refusals(export, status, headers, told, retry_after_s):
 def test_readiness_is_a_token(export):
     async def work(engine, server):
         async def until(is_ready):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(120):
                 while engine.is_ready != is_ready:
                     await asyncio.sleep(0.01)
 
@@ -193,7 +194,7 @@ def test_readiness_is_a_token(export):
         server.refuses = None
         await until(True)
         asked = len(server.seen)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(120):
             while len(server.seen) < asked + 2:  # a probe each 0.1 s
                 await asyncio.sleep(0.01)
         assert engine.stats().kv_cache_usage == 0.25
@@ -324,19 +325,19 @@ def test_a_vllm_of_our_own(export, fake_vllm, monkeypatch):
             await asyncio.sleep(0.2)
             pid = engine.pid
             os.kill(pid, number)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(120):
                 assert tokens_of(await task) == list(range(8, 48))
             assert engine.pid != pid and engine.is_ready
         pid = engine.pid
         engine._reaper.stdin.close()  # as the kernel does when the gateway is killed
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(120):
             while engine.pid == pid or not engine.is_ready:
                 await asyncio.sleep(0.02)
         assert engine.stats().restarts == 3
         return folder
 
     def quick(config):
-        return dataclasses.replace(watch_of(config), probe_timeout_s=0.5)
+        return dataclasses.replace(watch_of(config), probe_timeout_s=2.0)
 
     monkeypatch.setattr("serving.engines.choose.watch_of", quick)
     folder = with_vllm(export, work, probe_interval_s=0.2, max_batch_tokens=512)

@@ -82,13 +82,13 @@ def terminate_under_streams(export, after_s=0.0):
     time.sleep(after_s)
     engine_pid = process.engine_pid()
     process.process.send_signal(signal.SIGTERM)
-    time.sleep(0.1)
+    while httpx.get(f"{process.url}/readyz").status_code != 503:
+        time.sleep(0.01)
     late = complete(process.url)
     assert late.status_code == 503 and late.json()["error"]["code"] == "draining"
-    assert httpx.get(f"{process.url}/readyz").status_code == 503
     for thread in threads:
-        thread.join(60)
-    assert process.process.wait(30) == 0
+        thread.join(120)
+    assert process.process.wait(120) == 0
     process.process.stdout.close()
     for status, events in answers:
         assert status == 200 and events[-1] == "[DONE]"
@@ -112,9 +112,9 @@ def test_the_engine_dies_with_the_gateway(export):
     process = Process(export)
     engine_pid = process.engine_pid()
     process.process.kill()
-    process.process.wait(10)
+    process.process.wait(120)
     process.process.stdout.close()
-    for _ in range(200):
+    for _ in range(6000):
         if is_gone(engine_pid):
             return
         time.sleep(0.02)

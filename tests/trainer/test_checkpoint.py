@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("torch")
+
 from monitoring.errors import DamagedError
 from parallel.config import DdpConfig, FsdpConfig
 from parallel.world import join_world

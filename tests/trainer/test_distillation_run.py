@@ -144,9 +144,13 @@ def test_teachers_that_cannot_teach(trainer, distil, tmp_path):
 def test_a_teacher_that_caps_its_logits(trainer, distil, tmp_path):
     write_teacher(tmp_path / "teacher", "gemma2", head_dim=12)
     distil = [*distil, "model.attn_implementation=eager"]
-    assert_refused(trainer(*distil), ["model.fused_loss=True", "Gemma2ForCausalLM"])
+    assert_refused(
+        trainer(*distil, "model.fused_loss=true"), ["model.fused_loss=True", "Gemma2ForCausalLM"]
+    )
     assert not (tmp_path / "run").exists()
-    assert trainer(*distil, "model.fused_loss=false", "stop.steps=3").code == 0
+    assert trainer(*distil, "stop.steps=3").code == 0
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["model"]["fused_loss"] is False
 
 
 def test_a_resume_with_another_teacher(trainer, distil, small, tmp_path):

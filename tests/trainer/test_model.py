@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Model
 
 from monitoring.errors import ConfigError
 from parallel.config import DdpConfig, Dtype, FsdpConfig, PrecisionConfig, ZeroConfig
-from parallel.strategy import decoder_blocks
+from parallel.strategy import decoder_blocks, sharded_blocks
 from parallel.world import join_world
 from tests.distributed import run_distributed
 from tests.small_run import MODEL, VOCAB, SmallRun
@@ -21,6 +21,7 @@ from trainer.config import NamedModelConfig, PathModelConfig
 from trainer.model import Materializer, build_meta_model
 from trainer.objective import NextTokenLoss
 from trainer.optim import AdamWConfig
+from trainer.positions import check_positions
 from trainer.schemas import register_schemas
 
 CPU = torch.device("cpu")
@@ -156,6 +157,49 @@ def test_statistics_are_those_of_transformers(name):
         assert tensor.std().item() == pytest.approx(std, rel=0.05), key
         assert wanted.std().item() == pytest.approx(std, rel=0.05), key
         assert abs(tensor.mean().item()) < 5 * std / math.sqrt(tensor.numel()), key
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "modernbert-decoder"])
+def test_special_tokens_beyond_a_small_vocabulary_are_taken_back(model_type):
+    config = NamedModelConfig(
+        model_type=model_type, config=SMALL | {"intermediate_size": 64}, attn_implementation=None
+    )
+    model = build_meta_model(config, 300)
+    assert model.get_input_embeddings().weight.shape[0] == 320
+    pad = model.config.pad_token_id
+    assert pad is None or pad == 319, "a row that the tokenizer does not reach"
+
+
+def test_positions_that_a_table_holds():
+    fields = SMALL | {"intermediate_size": 64, "max_position_embeddings": 40}
+    limits = {"gpt2": 40, "opt": 40, "roberta": 38, "llama": None}
+    for model_type, limit in limits.items():
+        own = {k: v for k, v in fields.items() if hasattr(AutoConfig.for_model(model_type), k)}
+        if model_type == "opt":
+            own |= {"word_embed_proj_dim": 32}
+        if model_type == "roberta":
+            own |= {"is_decoder": True}
+        config = NamedModelConfig(model_type=model_type, config=own, attn_implementation=None)
+        model = build_meta_model(config, 300)
+        assert check_positions(model, limit or 40) is None
+        if limit is None:
+            assert "positions are computed all the same" in check_positions(model, 41)
+        else:
+            with pytest.raises(ConfigError, match=f"table of {limit} positions"):
+                check_positions(model, limit + 1)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "count", "kind"),
+    [("mamba", 2, "MambaBlock"), ("roberta", 2, "RobertaLayer"), ("llama", 2, "LlamaDecoderLayer")],
+)
+def test_blocks_that_are_sharded_are_the_outermost_and_share_nothing(model_type, count, kind):
+    own = AutoConfig.for_model(model_type)
+    fields = {k: v for k, v in SMALL.items() if hasattr(own, k)}
+    fields |= {"is_decoder": True} if model_type == "roberta" else {}
+    config = NamedModelConfig(model_type=model_type, config=fields, attn_implementation=None)
+    blocks = sharded_blocks(build_meta_model(config, 300))
+    assert [type(block).__name__ for block in blocks] == [kind] * count
 
 
 @pytest.mark.parametrize("model_type", HALF_INITIALISED)

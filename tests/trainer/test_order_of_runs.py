@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+pytest.importorskip("torch")
+
 from monitoring.errors import ConfigError
 from trainer.checkpoint import TrainerState, committed, read_state, sha256_of
 from trainer.data import loader

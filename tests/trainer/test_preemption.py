@@ -1,6 +1,7 @@
 """Every way of being told to stop: signals, a notice file, three clouds (served on loopback)."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -131,7 +132,7 @@ def serving(cloud):
         thread.join()
 
 
-def until(condition, seconds=10.0):
+def until(condition, seconds=120.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"
@@ -335,7 +336,7 @@ def test_a_notice_stops_and_says_why(rank_dir):
         until(lambda: len(cloud.asked) > 3)
         assert not stop.requested() and stop.reason is None and not list(rank_dir.iterdir())
         cloud.answers |= gcp("TRUE").answers
-        assert stop.wait(10)
+        assert stop.wait(120)
         assert stop.reason == "GCP is preempting this instance"
         assert (rank_dir / "stop_reason.txt").read_text() == f"{stop.reason}\n"
         # It has said what it had to say.
@@ -347,7 +348,7 @@ def test_the_first_reason_stays(rank_dir, tmp_path):
     with StopSignal() as stop:
         stop.watch(PreemptionConfig(notice_file=str(notice)).build(), poll_s=0.01)
         notice.touch()
-        assert stop.wait(10)
+        assert stop.wait(120)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested() and stop.reason == f"notice file {notice} appeared"
     assert (rank_dir / "stop_reason.txt").read_text() == f"notice file {notice} appeared\n"
@@ -357,21 +358,19 @@ def test_watching_ends_with_the_run():
     with StopSignal() as stop:
         stop.watch(PreemptionConfig(notice_file="/nowhere").build(), poll_s=3600)
         assert watching()
-        began = time.monotonic()
-    assert not watching() and time.monotonic() - began < 10
+    until(lambda: not watching())  # far less than an hour
 
 
 def test_a_request_under_way_does_not_hold_up_the_end(monkeypatch):
-    monkeypatch.setattr(preemption, "_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(preemption, "_TIMEOUT_S", 3600.0)
     monkeypatch.setattr(stopping, "_JOIN_S", 0.05)
     cloud = gcp("TRUE")
-    cloud.delay_s = 60.0
+    cloud.delay_s = 3600.0
     with serving(cloud) as url:
         with StopSignal() as stop:
             stop.watch([GcpNotice(url)], poll_s=0.01)
             until(lambda: cloud.asked)
-            began = time.monotonic()
-        assert time.monotonic() - began < 10
+        assert watching()  # it goes on, and nobody waits for it
     until(lambda: not watching())
     assert stop.reason is None  # nobody listens any more
 
@@ -395,7 +394,7 @@ def test_a_service_that_stays_silent_is_mentioned_once_and_asked_on(monkeypatch,
         assert lines[0].startswith(f"preemption.cloud=aws ({url}): no usable answer for 0 s")
         assert "status 404" in lines[0] and "hop limit" in lines[0]
         cloud.answers |= aws(action='{"action": "stop", "time": "T"}').answers
-        assert stop.wait(10) and stop.reason == "AWS will stop this instance at T"
+        assert stop.wait(120) and stop.reason == "AWS will stop this instance at T"
 
 
 def test_azure_may_take_its_time_to_wake_up(monkeypatch, capfd):
@@ -414,7 +413,7 @@ def test_azure_may_take_its_time_to_wake_up(monkeypatch, capfd):
         until(lambda: cloud.asked.count(events) > 2)
         assert not stop.requested()
         cloud.answers[events] = awake
-        assert stop.wait(10) and stop.reason == "Azure will preempt this VM at T"
+        assert stop.wait(120) and stop.reason == "Azure will preempt this VM at T"
     assert capfd.readouterr().err == ""
 
 
@@ -429,7 +428,7 @@ def test_a_broken_source_silences_no_other(tmp_path):
     (tmp_path / "stop").touch()
     with StopSignal() as stop:
         stop.watch([Broken(), NoticeFile(tmp_path / "stop")], poll_s=0.01)
-        assert stop.wait(10) and "appeared" in stop.reason
+        assert stop.wait(120) and "appeared" in stop.reason
 
 
 class Moody:
@@ -462,7 +461,7 @@ def test_a_signal_is_the_reason(number, rank_dir):
     with StopSignal() as stop:
         assert not stop.requested() and not stop.wait(0.01)
         os.kill(os.getpid(), number)
-        assert stop.wait(10) and stop.reason == number.name
+        assert stop.wait(120) and stop.reason == number.name
         assert (rank_dir / "stop_reason.txt").read_text() == f"{number.name}\n"
     assert signal.getsignal(number) is before
 
@@ -524,17 +523,17 @@ print(count)
 """
 
 _STORM = """
-import time
+import sys
 from trainer.stopping import StopSignal
 
 heard = 0
 with StopSignal():
     print("ready", flush=True)
-    end = time.monotonic() + 1.2
-    while time.monotonic() < end:
+    while heard < 100:
         with StopSignal() as stop:
             heard += stop.wait(0.1) and stop.requested() and stop.reason.startswith("SIG")
-print(heard)
+    print(heard, flush=True)
+    sys.stdin.read()  # the storm ends before its handlers do
 """
 
 
@@ -545,6 +544,7 @@ def ready(program, folder):
         [sys.executable, "-c", program],
         cwd=ROOT,
         text=True,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,
     ) as process:
@@ -558,16 +558,17 @@ def ready(program, folder):
 def test_a_signal_between_any_two_instructions_blocks_nothing(tmp_path):
     """A lock that the interrupted code holds and its handler wants would hang for ever."""
     with ready(_AT_EVERY_INSTRUCTION, tmp_path) as process:
-        out, _ = process.communicate(timeout=20)
+        out, _ = process.communicate(timeout=120)
         assert process.returncode == 0 and int(out) > 500
 
 
 def test_a_storm_of_signals_blocks_nothing(tmp_path):
     """Handlers interrupt each other, too."""
     with ready(_STORM, tmp_path) as process:
-        deadline = time.monotonic() + 1.0
-        while time.monotonic() < deadline:
+        deadline = time.monotonic() + 120
+        while not select.select([process.stdout], [], [], 0)[0]:
+            assert time.monotonic() < deadline
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 process.send_signal(number)
-        out, _ = process.communicate(timeout=20)
-        assert process.returncode == 0 and int(out) > 0
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0 and out == "100\n"

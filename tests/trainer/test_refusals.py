@@ -81,6 +81,19 @@ REFUSED = {
     ),
     "field of a wrong type": (["model.config.hidden_size=abc"], ["hidden_size", "int"]),
     "attention": (["model.attn_implementation=foo"], ["attn_implementation=foo"]),
+    "heads that only fail when they compute": (
+        [
+            "model.model_type=youtu",
+            "+model.config.q_lora_rank=8",
+            "+model.config.kv_lora_rank=8",
+            "+model.config.qk_rope_head_dim=4",
+        ],
+        ["model=YoutuForCausalLM", "cannot compute 32 tokens in float32"],
+    ),
+    "values that do not fit together": (
+        ["model.model_type=phi3", "+model.config.pad_token_id=32000"],
+        ["model=phi3", "Padding_idx"],
+    ),
     "config dir": (["--config-dir=/nope", "--help"], ["/nope"]),
     "model type": (["model.model_type=lama"], ["model.model_type=lama"]),
     "model folder missing": (

@@ -269,7 +269,7 @@ def test_an_upload_that_is_killed_leaves_no_checkpoint(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", _UPLOAD, str(checkpoint), *FILES], cwd=ROOT, env=environment
     ) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not any(checkpoint.name in key for key in object_store.objects()):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.01)

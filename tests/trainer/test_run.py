@@ -49,7 +49,7 @@ def command(*arguments, launcher=()):
     )
 
 
-def finish(process, code=0, timeout=180):
+def finish(process, code=0, timeout=600):
     out, _ = process.communicate(timeout=timeout)
     assert process.returncode == code, out
     return out
@@ -392,7 +392,7 @@ def test_a_rank_that_dies_is_started_again(small, tmp_path):
 def test_a_rank_that_hangs_is_found_with_stacks(small, tmp_path):
     """Stopped by SIGSTOP, as a GPU that fell silent would stop it."""
     more = [*small, "nproc=2", "stop.steps=300", "micro_batch_size=2", "checkpoint.interval=5"]
-    process = command(*more, "hang_timeout_s=4")
+    process = command(*more, "hang_timeout_s=15")
     wait_for_step(tmp_path / "run", 8)
     os.kill(ranks_of(process)[1], signal.SIGSTOP)
     out = finish(process)
@@ -434,7 +434,7 @@ def test_two_jobs_on_one_run_directory(trainer, small, tmp_path):
     assert not list((tmp_path / "run").glob(".lock-owner"))
 
 
-def wait_for_step(run_dir, step, timeout_s=90):
+def wait_for_step(run_dir, step, timeout_s=600):
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         path = run_dir / "metrics.jsonl"
@@ -458,7 +458,7 @@ def _checkpoint_tensors(checkpoint):
 
 def test_compiled_blocks_train_alike(trainer, small, tmp_path):
     assert trainer(*small, f"run.dir={tmp_path / 'eager'}").code == 0
-    finish(command(*small, "compile=true", f"run.dir={tmp_path / 'compiled'}"), timeout=280)
+    finish(command(*small, "compile=true", f"run.dir={tmp_path / 'compiled'}"))
     for eager, compiled in zip(
         losses(tmp_path / "eager"), losses(tmp_path / "compiled"), strict=True
     ):

@@ -1,6 +1,7 @@
 """Turn one source's documents into a token dataset."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from monitoring.errors import ConfigError
 from trainer.data.config import PreparationConfig
 from trainer.data.files import StopRequested, check_stop
 from trainer.data.sources import Document, Source
-from trainer.data.tokenizer import plain_backend
+from trainer.data.tokenizer import plain_backend, special_tokens
 from trainer.data.writer import TokenDatasetWriter
 
 BATCH_CHARS = 1 << 20
@@ -34,10 +35,11 @@ def build_dataset(
     source: Source,
     tokenizer: PreTrainedTokenizerFast,
     cfg: PreparationConfig,
+    add_bos: bool,
     transform: dict[str, object],
     stop_requested: StopRequested,
 ) -> None:
-    """Tokenise a source into an empty folder, an EOS after each document.
+    """Tokenise a source into an empty folder, an EOS after each document, maybe a BOS before it.
 
     The tokenizer's own threads do the work; memory holds one batch of documents at a time.
 
@@ -47,7 +49,11 @@ def build_dataset(
     """
     # Said aloud, the tokenizers library neither guesses nor warns when a process forks later.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    backend, eos = plain_backend(tokenizer), tokenizer.eos_token_id
+    backend = plain_backend(tokenizer, cfg.parse_special_tokens)
+    bos = tokenizer.bos_token_id if add_bos else None
+    eos, parse = tokenizer.eos_token_id, cfg.parse_special_tokens
+    special = re.compile("|".join(map(re.escape, special_tokens(tokenizer))) or r"(?!)")
+    spelled: list[str] = []  # the first special token in each document that has one
     writer = TokenDatasetWriter(folder, tokenizer, shard_tokens=cfg.shard_tokens)
     # Rows are smaller or larger than their files (compression, other columns): no end to show.
     total = source.size_bytes if source.identity["kind"] in ("stdlib", "text") else None
@@ -60,10 +66,25 @@ def build_dataset(
             for document, encoding, size in zip(batch, encodings, num_bytes, strict=True):
                 held_out = document.draw < cfg.validation_fraction
                 split = "validation" if held_out else "train"
-                writer.add(split, [*encoding.ids, eos], size)
+                writer.add(split, _framed(encoding.ids, bos, eos, parse), size)
+            spelled += [found.group() for found in map(special.search, texts) if found]
             advance(len(batch), sum(num_bytes))
+        if spelled and not parse:
+            source.notes.append(
+                f"{len(spelled):,} documents spell special tokens such as {spelled[0]}, which are "
+                "read as text; data.parse_special_tokens=true reads them as those tokens"
+            )
+        for note in source.notes:
+            print(f"{source.key}: {note}", file=sys.stderr)
         _check_splits(source.key, writer, cfg.validation_fraction)
         writer.finish(source.identity, transform)
+
+
+def _framed(ids: list[int], bos: int | None, eos: int, parsed: bool) -> list[int]:
+    """A document between its BOS and its EOS; of those that its text spells there is no second."""
+    begin = [] if bos is None or ids[:1] == [bos] else [bos]
+    end = [] if parsed and ids[-1:] == [eos] else [eos]
+    return [*begin, *ids, *end]
 
 
 def batched(documents: Iterator[Document]) -> Iterator[list[Document]]:

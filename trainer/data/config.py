@@ -24,8 +24,10 @@ class SourceConfig:
     Attributes:
         kind: What `path` is.
         path: File, folder or glob (`text`, `jsonl`, `parquet`), a repository or folder that
-            `datasets.load_dataset` takes (`hub`), or a prepared token dataset (`tokens`).
-        column: The field that holds the text (`jsonl`, `parquet`, `hub`).
+            `datasets.load_dataset` takes (`hub`), or a prepared token dataset (`tokens`). Links to
+            files and folders are followed; one that leads nowhere is refused.
+        column: The field that holds the text (`jsonl`, `parquet`, `hub`). The others need not be
+            the same in all rows or files. Rows without text are left out, and counted.
         subset: Name of the configuration inside a hub repository.
         revision: Commit or tag of a hub repository.
         split: Split of a hub repository.
@@ -50,12 +52,19 @@ class PreparationConfig:
     Attributes:
         max_seq_len: Tokens in a sample (T).
         tokenizer: `auto` (the pretrained model's own, else trained on the data), `train` (a
-            byte-level BPE), or a folder or hub name.
+            byte-level BPE, which splits text as transformers will for the model's type), or a
+            folder or hub name.
         tokenizer_vocab_size: Largest size of a trained tokenizer (little text makes fewer tokens).
         validation_fraction: Share of the documents held out. A document's digest decides, so that a
             held-out document stays held out when others are added.
-        mask_documents: Attend and predict within documents only; otherwise a sample is read as one
-            text.
+        add_bos: Whether each document begins with the tokenizer's BOS token: `auto` does what the
+            tokenizer itself does to a text (Gemma's and Llama's add one), `true` or `false`. What
+            it came to is stored with the run.
+        parse_special_tokens: Whether a document that spells a special token, such as
+            `<|im_end|>`, gets that token (`true`: for text that was laid out as a conversation) or
+            the text of its name (`false`).
+        mask_documents: Compute and predict within documents only, whatever the model; otherwise a
+            sample is read as one text.
         cache_dir: Where prepared token datasets live, one folder each, named by content.
         shard_tokens: Tokens in one shard file.
         verify: Check the digests of the prepared shards at every start.
@@ -65,6 +74,8 @@ class PreparationConfig:
     tokenizer: str = "auto"
     tokenizer_vocab_size: int = 4096
     validation_fraction: float = 0.05
+    add_bos: bool | str = "auto"
+    parse_special_tokens: bool = False
     mask_documents: bool = False
     cache_dir: str = "${oc.env:SPOTFORGE_CACHE,'~/.cache/spotforge'}"
     shard_tokens: int = 100_000_000

@@ -12,10 +12,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from monitoring.errors import ConfigError, Interrupted
 
 CHUNK_BYTES = 8 << 20
+BOM = b"\xef\xbb\xbf"  # that some editors put before UTF-8; it is no part of the text
+UTF_16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 StopRequested = Callable[[], bool]
 
@@ -29,11 +32,13 @@ class SourceFile:
         size_bytes: Its size.
         sha256: Hex digest; `git:<sha1>` for a small file of a hub repository, where the hub has no
             other.
+        has_bom: Whether a byte order mark stands before its text.
     """
 
     path: str
     size_bytes: int
     sha256: str
+    has_bom: bool = False
 
 
 def check_stop(stop_requested: StopRequested) -> None:
@@ -45,7 +50,9 @@ def check_stop(stop_requested: StopRequested) -> None:
         )
 
 
-def list_files(key: str, path: str, extensions: tuple[str, ...] | None) -> list[tuple[str, Path]]:
+def list_files(
+    key: str, path: str, extensions: tuple[str, ...] | None, *, follow_links: bool = True
+) -> list[tuple[str, Path]]:
     """The files that `path` names, sorted by relative path.
 
     Args:
@@ -53,43 +60,78 @@ def list_files(key: str, path: str, extensions: tuple[str, ...] | None) -> list[
         path: A file (taken whatever its extension), a folder (searched recursively, hidden files
             and folders left out) or a glob (`**` allowed).
         extensions: What to take from a folder; None takes every file.
+        follow_links: Search the folders, too, that links in a folder lead to.
 
     Returns:
         Pairs (path relative to the folder or to the fixed part of the glob, absolute path).
 
     Raises:
-        ConfigError: Nothing there, or nothing of a kind that can be read.
+        ConfigError: Nothing there, nothing of a kind that can be read, links that lead nowhere, or
+            a folder that cannot be searched.
     """
     root = Path(path).expanduser().absolute()
     if root.is_file():
         return [(root.name, root)]
     if root.is_dir():
-        return _files_of_folder(key, path, root, extensions)
+        return _files_of_folder(key, path, root, extensions, follow_links)
     if not glob.has_magic(path):
+        if root.is_symlink():
+            raise _broken(key, path, [root.name])
         raise ConfigError(key, path, "no such file or folder", "give a path that exists")
     found = [Path(name) for name in glob.glob(str(root), recursive=True)]
     fixed = root
     while glob.has_magic(str(fixed)):
         fixed = fixed.parent
-    files = sorted((file.relative_to(fixed).as_posix(), file) for file in found if file.is_file())
+    names = sorted((file.relative_to(fixed).as_posix(), file) for file in found)
+    if broken := [name for name, file in names if file.is_symlink() and not file.exists()]:
+        raise _broken(key, path, broken)
+    files = [(name, file) for name, file in names if file.is_file()]
     if not files:
         raise ConfigError(key, path, "the glob matches no file", "quote it and check it with ls")
     return files
 
 
 def _files_of_folder(
-    key: str, path: str, root: Path, extensions: tuple[str, ...] | None
+    key: str, path: str, root: Path, extensions: tuple[str, ...] | None, follow_links: bool
 ) -> list[tuple[str, Path]]:
-    files = []
-    for file in root.rglob("*"):
-        relative = file.relative_to(root)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if not hidden and (extensions is None or file.name.endswith(extensions)) and file.is_file():
-            files.append((relative.as_posix(), file))
+    files: list[tuple[str, Path]] = []
+    broken: list[str] = []
+
+    def search(folder: Path, above: set[str]) -> None:
+        real = os.path.realpath(folder)
+        if real in above:  # a link to a folder that it is in
+            return
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                file = folder / entry.name
+                if entry.is_dir(follow_symlinks=follow_links):
+                    search(file, above | {real})
+                    continue
+                wanted = extensions is None or entry.name.endswith(extensions)
+                if wanted and entry.is_file():
+                    files.append((file.relative_to(root).as_posix(), file))
+                # Without an extension it may have been a folder of them.
+                elif (wanted or not file.suffix) and file.is_symlink() and not file.exists():
+                    broken.append(file.relative_to(root).as_posix())
+
+    try:
+        search(root, set())
+    except OSError as error:
+        raise ConfigError(key, path, f"cannot be searched: {error}", "allow it") from error
+    if broken:
+        raise _broken(key, path, sorted(broken))
     if not files:
         wanted = "file" if extensions is None else f"file ending in {', '.join(extensions)}"
         raise ConfigError(key, path, f"the folder holds no {wanted}", "name the files with a glob")
     return sorted(files)
+
+
+def _broken(key: str, path: str, names: list[str]) -> ConfigError:
+    shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    rule = f"there are links that lead nowhere: {shown}"
+    return ConfigError(key, path, rule, "mend or remove them")
 
 
 class FileDigests:
@@ -105,7 +147,7 @@ class FileDigests:
         self._stop_requested = stop_requested
         self._changed = False
         try:
-            self._known: dict[str, list[int | str]] = json.loads(cache_file.read_text())
+            self._known: dict[str, list[Any]] = json.loads(cache_file.read_text())
         except (FileNotFoundError, ValueError):  # a cache: what cannot be read is computed again
             self._known = {}
 
@@ -124,9 +166,13 @@ class FileDigests:
                 known = [*entry, self._read(key, path, is_text)]
                 self._known[str(path)] = known
                 self._changed = True
+            if is_text and len(known) == 4:  # remembered before it was asked for
+                with path.open("rb") as file:
+                    known.append(file.read(len(BOM)) == BOM)
+                self._changed = True
         except OSError as error:
             raise ConfigError(key, path, f"cannot be read: {error}", "fix the file") from error
-        return SourceFile(name, status.st_size, str(known[3]))
+        return SourceFile(name, status.st_size, known[3], is_text and known[4])
 
     def save(self) -> None:
         """Remember what was computed, in one atomic step."""
@@ -157,6 +203,9 @@ class _TextCheck:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
 
     def update(self, chunk: bytes) -> None:
+        if self._offset == 0 and chunk.startswith(UTF_16_BOMS):
+            fix = "convert the file to UTF-8 or leave it out"
+            raise ConfigError(self._key, self._path, "is in UTF-16, not in UTF-8", fix)
         if (position := chunk.find(0)) >= 0:
             self._fail(self._offset + position, "a NUL byte: this is a binary file")
         self._decode(chunk, final=False)

@@ -49,7 +49,7 @@ def hub_files(key: str, cfg: SourceConfig, digests: FileDigests) -> HubFiles:
     return HubFiles(info.sha, sorted(files, key=lambda file: file.path))
 
 
-def hub_texts(key: str, cfg: SourceConfig, commit: str | None) -> Iterator[str]:
+def hub_texts(key: str, cfg: SourceConfig, commit: str | None, notes: list[str]) -> Iterator[str]:
     """The text column of a repository, row by row.
 
     Args:
@@ -57,6 +57,7 @@ def hub_texts(key: str, cfg: SourceConfig, commit: str | None) -> Iterator[str]:
         cfg: With `streaming`, nothing is stored; otherwise `datasets` keeps a copy in its own
             cache.
         commit: The commit that `hub_files` found.
+        notes: Is told, at the end, how many rows were left out.
 
     Raises:
         ConfigError: No such subset, split or column, or files that cannot be parsed.
@@ -72,7 +73,7 @@ def hub_texts(key: str, cfg: SourceConfig, commit: str | None) -> Iterator[str]:
             split=cfg.split or "train",
             streaming=cfg.streaming,
         )
-        yield from column_texts(key, rows, cfg.column or "text")
+        yield from column_texts(key, rows, cfg.column or "text", notes)
     except (ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
         fix = f"check {key}.subset, {key}.split and the files"
         raise ConfigError(f"{key}.path", cfg.path, one_line(error), fix) from error

@@ -4,14 +4,16 @@ Rank, world size and accumulation only choose which part of a step is read here,
 ranks can share a step: its samples are dealt out as evenly as they can be.
 
 Shapes: B rows of a micro-batch, T tokens in a sample, G samples in a step, A micro-batches in a
-step.
+step. Documents that are computed apart lie in rows of their own, of L tokens, the longest's.
 """
 
+import itertools
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,15 +30,60 @@ QUEUE_DEPTH = 2
 POLL_S = 0.1
 
 
+# Inputs, targets and positions of as many tokens: each (T,).
+Row = tuple[Tokens, Tokens, Tokens]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tokens [index * T, index * T + T + 1) of a dataset.
+
+    Attributes:
+        dataset: Whose tokens they are.
+        index: Which of its samples.
+        number: Its place in the stream, or among those that are held out.
+    """
+
+    dataset: TokenDataset
+    index: int
+    number: int
+
+    def row(self, max_seq_len: int, mask_documents: bool) -> Row:
+        """Its inputs, targets and positions."""
+        start = self.index * max_seq_len
+        tokens = self.dataset.read(start, max_seq_len + 1)
+        inputs, targets, positions = tokens[:-1], tokens[1:].copy(), np.arange(max_seq_len)
+        if mask_documents:
+            starts = self._starts(max_seq_len)
+            targets[starts - 1] = IGNORE_INDEX
+            begins = np.zeros(max_seq_len, np.int64)
+            inside = starts[starts < max_seq_len]
+            begins[inside] = inside
+            positions = positions - np.maximum.accumulate(begins)
+        return inputs, targets, positions
+
+    def lengths(self, max_seq_len: int) -> list[int]:
+        """Tokens of each document, or of what it has of it."""
+        starts = self._starts(max_seq_len)
+        borders = [0, *starts[starts < max_seq_len].tolist(), max_seq_len]
+        return [end - start for start, end in itertools.pairwise(borders)]
+
+    def _starts(self, max_seq_len: int) -> Tokens:
+        """Where in it documents start, from 1 to T."""
+        return self.dataset.document_starts(self.index * max_seq_len + 1, max_seq_len) + 1
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Rows of packed samples.
+    """Rows of packed samples, or of documents apart.
 
     Attributes:
         input_ids: (B, T) int64.
         targets: (B, T) int64, the next token; IGNORE_INDEX where there is no loss.
-        position_ids: (B, T) int64 from 0 at each document's start, if documents are masked; else
-            None.
+        position_ids: (B, T) int64 from 0 at each document's start, if documents are masked and
+            share rows; else None.
+        attention_mask: (B, T) int64, 0 for what fills a row up behind its document, if each has a
+            row of its own; else None.
         sample_ids: (B,) positions in the stream (training) or numbers of the sample (validation);
             PADDING for a row without loss that only fills the batch up.
         num_targets: Targets that are not IGNORE_INDEX.
@@ -45,28 +92,32 @@ class Batch:
     input_ids: Tensor
     targets: Tensor
     position_ids: Tensor | None
+    attention_mask: Tensor | None
     sample_ids: list[int]
     num_targets: int
 
+    def inputs(self) -> dict[str, Tensor | None]:
+        """What an objective is called with."""
+        return {
+            "input_ids": self.input_ids,
+            "targets": self.targets,
+            "position_ids": self.position_ids,
+            "attention_mask": self.attention_mask,
+        }
+
     def to(self, device: torch.device | str) -> "Batch":
         """Copy to a device; from pinned memory without waiting for the copy."""
-        positions = self.position_ids
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-            position_ids=None if positions is None else positions.to(device, non_blocking=True),
-        )
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> "Batch":
         """Copy to page-locked memory, from which a GPU fetches on its own."""
-        positions = self.position_ids
-        return replace(
-            self,
-            input_ids=self.input_ids.pin_memory(),
-            targets=self.targets.pin_memory(),
-            position_ids=None if positions is None else positions.pin_memory(),
-        )
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors: dict[str, Any] = {
+            name: None if tensor is None else move(tensor) for name, tensor in self.inputs().items()
+        }
+        return replace(self, **tensors)
 
 
 class TrainLoader:
@@ -78,7 +129,10 @@ class TrainLoader:
     Args:
         prepared: Data to read.
         max_seq_len: T.
-        mask_documents: Keep documents apart: no target across a border, positions from 0 in each.
+        mask_documents: No target across a border of documents, positions from 0 in each.
+        apart: Give each document, or what a sample has of it, a row of its own, for models that do
+            not tell documents apart by positions; only with `mask_documents`. A micro-batch is then
+            as many batches as it takes for none to hold more than B * T tokens.
         seed: Of the order.
         global_batch_size: G, of all ranks and micro-batches.
         micro_batch_size: B, at most.
@@ -106,11 +160,13 @@ class TrainLoader:
         first_sample: int,
         pin: bool,
         order: OrderRule = OrderRule.exact,
+        apart: bool = False,
     ) -> None:
         self._datasets, self._max_seq_len = prepared.sources, max_seq_len
-        self._mask_documents, self._pin = mask_documents, pin
+        self._mask_documents, self._apart, self._pin = mask_documents, apart, pin
         self._global_batch_size, self._next_sample = global_batch_size, first_sample
-        self._micro_batches = split_step(global_batch_size, micro_batch_size, world_size)[rank]
+        self._micro_batch_size, self._rank = micro_batch_size, rank
+        self._split = split_step(global_batch_size, micro_batch_size, world_size)
         sizes = [
             _num_samples(name, dataset, max_seq_len)
             for name, dataset in zip(prepared.names, prepared.sources, strict=True)
@@ -171,21 +227,24 @@ class TrainLoader:
                 continue
 
     def _read_step(self, first: int) -> list[Batch]:
-        sources, samples = self._order(first, self._global_batch_size)
-        return [
-            self._read_batch(
-                [(self._datasets[sources[row]], int(samples[row])) for row in rows],
-                [first + row for row in rows],
-            )
-            for rows in self._micro_batches
+        sources, indices = self._order(first, self._global_batch_size)
+        samples = [
+            Sample(self._datasets[source], int(index), first + row)
+            for row, (source, index) in enumerate(zip(sources, indices, strict=True))
         ]
+        batches: list[Batch] = []
+        for ranks in zip(*self._split, strict=True):  # a micro-batch of each rank
+            batches += self._read_batches([samples[rows.start : rows.stop] for rows in ranks])
+        return [batch.pin() for batch in batches] if self._pin else batches
 
-    def _read_batch(self, rows: list[tuple[TokenDataset, int]], ids: list[int]) -> Batch:
-        read = [_row(*row, self._max_seq_len, self._mask_documents) for row in rows]
-        if not read:  # more ranks than samples: this one takes part without any
-            read, ids = [_padding_row(self._max_seq_len)], [PADDING]
-        batch = _batch(read, ids, self._mask_documents)
-        return batch.pin() if self._pin else batch
+    def _read_batches(self, ranks: list[list[Sample]]) -> list[Batch]:
+        if self._apart:
+            return batches_apart(ranks, self._rank, self._max_seq_len, self._micro_batch_size)
+        mine = ranks[self._rank]
+        rows = [sample.row(self._max_seq_len, self._mask_documents) for sample in mine]
+        if not rows:  # more ranks than samples: this one takes part without any
+            return [_padding_batch(self._max_seq_len, self._mask_documents)]
+        return [_batch(rows, [sample.number for sample in mine], self._mask_documents)]
 
 
 def split_step(global_batch_size: int, micro_batch_size: int, world_size: int) -> list[list[range]]:
@@ -217,8 +276,9 @@ def validation_batches(
     rank: int,
     world_size: int,
     max_samples: int | None = None,
+    apart: bool = False,
 ) -> Iterator[Batch]:
-    """Held-out samples, dealt out to the ranks: as many batches of the same shape for each.
+    """Held-out samples, dealt out to the ranks: as many batches for each.
 
     Samples are taken in order, from each source in turn. What is missing at the end is filled up
     with rows whose targets are all IGNORE_INDEX, so that ranks make the same collective calls.
@@ -231,6 +291,7 @@ def validation_batches(
         rank: Of this process.
         world_size: Number of processes.
         max_samples: How many at most over all ranks; None takes all.
+        apart: As in training; otherwise all batches are of the same shape.
 
     Raises:
         ConfigError: Too little for one sample, or `max_samples` below 1.
@@ -238,22 +299,24 @@ def validation_batches(
     if max_samples is not None and max_samples < 1:
         raise ConfigError("max_samples", max_samples, "must be at least 1", "raise it")
     samples = _validation_samples(prepared, max_seq_len, max_samples)
-    num_batches = -(-len(samples) // (world_size * batch_size))
-    mine = list(enumerate(samples))[rank::world_size]
+    dealt = [samples[r::world_size] for r in range(world_size)]
     return (
-        _validation_batch(
-            mine[number * batch_size : (number + 1) * batch_size],
+        batch
+        for start in range(0, len(dealt[0]), batch_size)
+        for batch in _validation_batches(
+            [mine[start : start + batch_size] for mine in dealt],
+            rank,
             batch_size,
             max_seq_len,
             mask_documents,
+            apart,
         )
-        for number in range(num_batches)
     )
 
 
 def _validation_samples(
     prepared: PreparedData, max_seq_len: int, max_samples: int | None
-) -> list[tuple[TokenDataset, int]]:
+) -> list[Sample]:
     sizes = [max(0, dataset.num_tokens - 1) // max_seq_len for dataset in prepared.validation]
     total = sum(sizes)
     if not total:
@@ -262,59 +325,123 @@ def _validation_samples(
         fix = "lower it, raise data.validation_fraction or add data"
         raise ConfigError("data.max_seq_len", max_seq_len, rule, fix)
     wanted = total if max_samples is None else min(total, max_samples)
-    samples: list[tuple[TokenDataset, int]] = []
+    samples: list[Sample] = []
     for index in range(max(sizes)):
         for dataset, size in zip(prepared.validation, sizes, strict=True):
             if index < size:
-                samples.append((dataset, index))
+                samples.append(Sample(dataset, index, len(samples)))
         if len(samples) >= wanted:
             break
     return samples[:wanted]
 
 
-def _validation_batch(
-    samples: list[tuple[int, tuple[TokenDataset, int]]],
+def _validation_batches(
+    ranks: list[list[Sample]],
+    rank: int,
     batch_size: int,
     max_seq_len: int,
     mask_documents: bool,
-) -> Batch:
-    rows = [_row(*sample, max_seq_len, mask_documents) for _, sample in samples]
-    ids = [number for number, _ in samples]
+    apart: bool,
+) -> list[Batch]:
+    if apart:
+        return batches_apart(ranks, rank, max_seq_len, batch_size)
+    rows = [sample.row(max_seq_len, mask_documents) for sample in ranks[rank]]
+    ids = [sample.number for sample in ranks[rank]]
     for _ in range(batch_size - len(rows)):
         rows.append(_padding_row(max_seq_len))
         ids.append(PADDING)
-    return _batch(rows, ids, mask_documents)
+    return [_batch(rows, ids, mask_documents)]
 
 
-def _padding_row(max_seq_len: int) -> tuple[Tokens, Tokens, Tokens]:
+def batches_apart(
+    ranks: list[list[Sample]], rank: int, max_seq_len: int, micro_batch_size: int
+) -> list[Batch]:
+    """One rank's samples, each document of them in a row of its own: as many batches on each rank.
+
+    Args:
+        ranks: Samples of each rank.
+        rank: Whose are wanted.
+        max_seq_len: T.
+        micro_batch_size: B; no batch has more than B * T tokens, padding included.
+    """
+    limit = max_seq_len * micro_batch_size
+    num_batches = max(
+        len(rows_of_tokens([n for s in samples for n in s.lengths(max_seq_len)], limit))
+        for samples in ranks
+    )
+    rows, ids = [], []
+    for sample in ranks[rank]:
+        documents = cut_row(sample.row(max_seq_len, mask_documents=True))
+        rows += documents
+        ids += [sample.number] * len(documents)
+    batches = [
+        padded_batch([rows[i] for i in chosen], [ids[i] for i in chosen])
+        for chosen in rows_of_tokens([len(inputs) for inputs, *_ in rows], limit)
+    ]
+    # Forward is collective under some strategies: none may do it more often than the others.
+    missing = max(1, num_batches) - len(batches)
+    return batches + [padded_batch([_padding_row(max_seq_len)], [PADDING])] * missing
+
+
+def cut_row(row: Row) -> list[Row]:
+    """The documents of a row, each as a row of its own length."""
+    starts = np.flatnonzero(row[2] == 0)[1:]
+    inputs, targets, positions = (np.split(column, starts) for column in row)
+    return list(zip(inputs, targets, positions, strict=True))
+
+
+def rows_of_tokens(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Which rows make a batch, the longest first, so that little of it is padding.
+
+    Args:
+        lengths: Of the rows, none above `limit`.
+        limit: Tokens of a batch when its rows are as long as its longest.
+
+    Returns:
+        Numbers of rows, each once.
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > limit:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def padded_batch(rows: list[Row], ids: list[int]) -> Batch:
+    """A batch of rows of any lengths, filled up behind their ends."""
+    length = max(len(inputs) for inputs, *_ in rows)
+    padded, mask = [], np.zeros((len(rows), length), np.int64)
+    for number, (inputs, targets, positions) in enumerate(rows):
+        fill = (0, length - len(inputs))
+        padded.append(
+            (
+                np.pad(inputs, fill),
+                np.pad(targets, fill, constant_values=IGNORE_INDEX),
+                np.pad(positions, fill),
+            )
+        )
+        mask[number, : len(inputs)] = 1
+    return replace(_batch(padded, ids, masked=False), attention_mask=torch.from_numpy(mask))
+
+
+def _padding_row(max_seq_len: int) -> Row:
     no_loss = np.full(max_seq_len, IGNORE_INDEX)
     return np.zeros(max_seq_len, np.int64), no_loss, np.arange(max_seq_len)
 
 
-def _row(
-    dataset: TokenDataset, sample: int, max_seq_len: int, mask_documents: bool
-) -> tuple[Tokens, Tokens, Tokens]:
-    """Inputs, targets and positions of tokens [sample * T, sample * T + T + 1): each (T,)."""
-    start = sample * max_seq_len
-    tokens = dataset.read(start, max_seq_len + 1)
-    inputs, targets, positions = tokens[:-1], tokens[1:].copy(), np.arange(max_seq_len)
-    if mask_documents:
-        starts = dataset.document_starts(start + 1, max_seq_len)  # offsets of starts in targets
-        targets[starts] = IGNORE_INDEX
-        begins = np.zeros(max_seq_len, np.int64)
-        inside = starts[starts + 1 < max_seq_len] + 1
-        begins[inside] = inside
-        positions = positions - np.maximum.accumulate(begins)
-    return inputs, targets, positions
+def _padding_batch(max_seq_len: int, masked: bool) -> Batch:
+    return _batch([_padding_row(max_seq_len)], [PADDING], masked)
 
 
-def _batch(rows: list[tuple[Tokens, Tokens, Tokens]], ids: list[int], masked: bool) -> Batch:
+def _batch(rows: list[Row], ids: list[int], masked: bool) -> Batch:
     columns = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
     inputs, targets, positions = columns
     return Batch(
         input_ids=inputs,
         targets=targets,
         position_ids=positions if masked else None,
+        attention_mask=None,
         sample_ids=ids,
         num_targets=int((targets != IGNORE_INDEX).sum()),
     )

@@ -6,7 +6,7 @@ and weights are applied when samples are read, so changing them prepares nothing
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from trainer.data.files import FileDigests, StopRequested, check_stop
 from trainer.data.sources import PIECE_CHARS, WHOLE_FILE_BYTES, Source, check_keys, open_source
 from trainer.data.tokenizer import KEY as TOKENIZER_KEY
 from trainer.data.tokenizer import (
+    adds_bos,
     check_for_model,
     fingerprint,
     load_tokenizer,
@@ -51,6 +52,7 @@ class PreparedData:
         validation: Held-out split of each.
         tokenizer: Made all of the tokens.
         tokenizer_fingerprint: Hex SHA-256 of it.
+        add_bos: Whether each document begins with its BOS.
         digest: Hex SHA-256 over the content of the folders and the weights.
         folders: Where the sources are.
         validation_bytes_per_token: Bytes of held-out text (UTF-8) per token, EOS counted as a
@@ -63,6 +65,7 @@ class PreparedData:
     validation: list[TokenDataset]
     tokenizer: PreTrainedTokenizerFast
     tokenizer_fingerprint: str
+    add_bos: bool
     digest: str
     folders: list[Path]
     validation_bytes_per_token: float
@@ -97,6 +100,7 @@ def prepare(
     model_path: str | None,
     stop_requested: Callable[[], bool],
     model_config: PreTrainedConfig | None = None,
+    begun_before: bool = False,
 ) -> PreparedData:
     """Find or make the token datasets. All ranks may call this at once: one works, the rest wait.
 
@@ -106,6 +110,8 @@ def prepare(
         stop_requested: Polled between batches.
         model_config: Of the model that is to be trained: a tokenizer is trained, or refused, as
             transformers will load it beside this config. None asks nothing of it.
+        begun_before: Prepare for a run that was begun before `data.add_bos` was: a byte order mark
+            is part of a text, links to folders are not followed, and `model_config` is not asked.
 
     Raises:
         ConfigError: Something in the configuration or in the source cannot be used; nothing is
@@ -120,13 +126,17 @@ def prepare(
         for name, (_, source) in sources.items()
         if source.kind is SourceKind.tokens
     }
+    if begun_before:
+        model_config = None
     tokenizer = _given_tokenizer(cfg, model_path, model_config, list(folders.values()))
+    add_bos = _resolve_bos(cfg, tokenizer, list(folders.values()))
     if len(folders) < len(sources):
         cache = open_cache(cfg.cache_dir)
+        opened = _open_sources(sources, cache, begun_before, stop_requested)
         family = PreTrainedTokenizerFast
         if tokenizer is None and model_config is not None:
             family = tokenizer_family(model_config)
-        folders |= _prepare_sources(cfg, sources, tokenizer, family, cache, stop_requested)
+        folders |= _prepare_sources(cfg, opened, tokenizer, family, add_bos, cache, stop_requested)
     return _open(sources, [folders[name] for name in sources])
 
 
@@ -152,6 +162,9 @@ def _check(cfg: DataConfig, sources: dict[str, tuple[str, SourceConfig]]) -> Non
     if cfg.shard_tokens < 1:
         rule = "a shard holds at least one token"
         raise ConfigError("data.shard_tokens", cfg.shard_tokens, rule, "try 100000000")
+    if cfg.add_bos not in (True, False, "auto"):
+        rule = "is none of auto, true and false"
+        raise ConfigError("data.add_bos", cfg.add_bos, rule, "choose one of them")
 
 
 def _given_tokenizer(
@@ -194,19 +207,45 @@ def _same_tokenizer(
     return tokenizer
 
 
+def _resolve_bos(
+    cfg: PreparationConfig, tokenizer: PreTrainedTokenizerFast | None, token_folders: list[Path]
+) -> bool:
+    """What `data.add_bos` comes to; tokens that are there already are what they are."""
+    key = "data.add_bos"
+    for folder in token_folders:
+        transform = read_manifest(folder)["transform"]
+        added = bool(transform.get("add_bos"))
+        if cfg.add_bos == "auto":
+            cfg = replace(cfg, add_bos=added)
+        if cfg.add_bos != added:
+            rule = f"the documents in {folder} begin {'with' if added else 'without'} a BOS token"
+            fix = f"set it to {str(added).lower()}, or prepare them again from their source"
+            raise ConfigError(key, cfg.add_bos, rule, fix)
+        if cfg.parse_special_tokens and not transform.get("parse_special_tokens"):
+            rule = f"special tokens in {folder} were read as text"
+            fix = "remove it, or prepare them again from their source"
+            raise ConfigError("data.parse_special_tokens", True, rule, fix)
+    if cfg.add_bos == "auto":
+        return tokenizer is not None and adds_bos(tokenizer)
+    if cfg.add_bos and (tokenizer is None or tokenizer.bos_token_id is None):
+        name = "the tokenizer that is trained on the data" if tokenizer is None else "the tokenizer"
+        raise ConfigError(key, True, f"{name} has no BOS token", "set it to auto or false")
+    return bool(cfg.add_bos)
+
+
 def _prepare_sources(
     cfg: PreparationConfig,
-    configs: dict[str, tuple[str, SourceConfig]],
+    sources: dict[str, Source],
     tokenizer: PreTrainedTokenizerFast | None,
     family: type[PreTrainedTokenizerFast],
+    add_bos: bool,
     cache: Path,
     stop_requested: StopRequested,
 ) -> dict[str, Path]:
     """The folders of all sources that are not tokens already, built where they are missing."""
-    sources = _open_sources(configs, cache, stop_requested)
     training = _training_identity(cfg, family, list(sources.values()))
     made_by = fingerprint(tokenizer) if tokenizer else f"train:{canonical_digest(training)}"
-    transforms = {name: _transform(cfg, made_by) for name in sources}
+    transforms = {name: _transform(cfg, made_by, add_bos) for name in sources}
     folders = {
         name: cache / canonical_digest([source.identity, transforms[name]])[:16]
         for name, source in sources.items()
@@ -221,6 +260,7 @@ def _prepare_sources(
                 source=source,
                 tokenizer=tokenizer,
                 cfg=cfg,
+                add_bos=add_bos,
                 transform=transforms[name],
                 stop_requested=stop_requested,
             )
@@ -229,13 +269,16 @@ def _prepare_sources(
 
 
 def _open_sources(
-    configs: dict[str, tuple[str, SourceConfig]], cache: Path, stop_requested: StopRequested
+    configs: dict[str, tuple[str, SourceConfig]],
+    cache: Path,
+    begun_before: bool,
+    stop_requested: StopRequested,
 ) -> dict[str, Source]:
     with locked(cache / "digests.lock", stop_requested):  # one rank reads 1 TB, not all of them
         digests = FileDigests(cache / "digests.json", stop_requested)
         try:
             return {
-                name: open_source(key, source, digests)
+                name: open_source(key, source, digests, begun_before=begun_before)
                 for name, (key, source) in configs.items()
                 if source.kind is not SourceKind.tokens
             }
@@ -244,8 +287,11 @@ def _open_sources(
                 digests.save()
 
 
-def _transform(cfg: PreparationConfig, made_by: str) -> dict[str, object]:
+def _transform(cfg: PreparationConfig, made_by: str, add_bos: bool) -> dict[str, object]:
+    # Absent where they are off, so that what was prepared before they were is found again.
+    chosen = {"add_bos": add_bos, "parse_special_tokens": cfg.parse_special_tokens}
     return {
+        **{name: True for name, is_on in chosen.items() if is_on},
         "format_version": FORMAT_VERSION,
         "tokenizer": made_by,
         "validation_fraction": cfg.validation_fraction,
@@ -321,6 +367,7 @@ def _open(sources: dict[str, tuple[str, SourceConfig]], folders: list[Path]) -> 
         validation=validation,
         tokenizer=read_tokenizer(folders[0], manifests[0]),
         tokenizer_fingerprint=manifests[0]["tokenizer_fingerprint"],
+        add_bos=bool(manifests[0]["transform"].get("add_bos")),
         digest=canonical_digest(content),
         folders=folders,
         validation_bytes_per_token=num_bytes / sum(dataset.num_tokens for dataset in validation),

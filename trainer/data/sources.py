@@ -12,7 +12,7 @@ import hashlib
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -76,12 +76,14 @@ class Source:
         identity: Kind, settings and files: what decides which documents come out. JSON types only.
         size_bytes: Sum over the files.
         documents: Starts an iteration over the non-empty documents, always in the same order.
+        notes: What there is to say of the rows, once the documents have been read to the end.
     """
 
     key: str
     identity: dict[str, object]
     size_bytes: int
     documents: Callable[[], Iterator[Document]]
+    notes: list[str] = field(default_factory=list)
 
 
 def check_keys(key: str, cfg: SourceConfig) -> None:
@@ -91,11 +93,11 @@ def check_keys(key: str, cfg: SourceConfig) -> None:
         ConfigError: Naming the key.
     """
     allowed = _KEYS[cfg.kind] | {"kind", "weight"}
-    for field in fields(SourceConfig):
-        value = getattr(cfg, field.name)
-        if field.name not in allowed and value != field.default:
+    for setting in fields(SourceConfig):
+        value = getattr(cfg, setting.name)
+        if setting.name not in allowed and value != setting.default:
             rule = f"has no effect with kind={cfg.kind.value}"
-            raise ConfigError(f"{key}.{field.name}", value, rule, "remove it")
+            raise ConfigError(f"{key}.{setting.name}", value, rule, "remove it")
     if "path" in allowed and not cfg.path:
         raise ConfigError(f"{key}.path", cfg.path, f"kind={cfg.kind.value} needs it", "set it")
     if not 0 < cfg.weight < float("inf"):
@@ -103,43 +105,56 @@ def check_keys(key: str, cfg: SourceConfig) -> None:
         raise ConfigError(f"{key}.weight", cfg.weight, rule, "set it above 0 or remove the source")
 
 
-def open_source(key: str, cfg: SourceConfig, digests: FileDigests) -> Source:
+def open_source(
+    key: str, cfg: SourceConfig, digests: FileDigests, *, begun_before: bool = False
+) -> Source:
     """Find a source's files and digest them; documents are read later.
 
     Args:
         key: `data` or `data.sources.<name>`.
         cfg: Any kind but `tokens`, checked by `check_keys`.
         digests: Cache of file digests.
+        begun_before: Read for a run that was begun when links to folders were not followed and
+            byte order marks were part of the text.
 
     Raises:
         ConfigError: Nothing there, or a text file that is not text.
     """
     column = cfg.column or "text"
     path_key, path = f"{key}.path", cfg.path or ""
+    notes: list[str] = []
     if cfg.kind is SourceKind.stdlib:
         library = _stdlib_files()
         files = [digests.file(key, name, file, is_text=True) for name, file in library]
-        return _source(key, cfg, {}, files, lambda: _stdlib_documents(library))
+        return _source(key, cfg, {}, files, notes, lambda: _stdlib_documents(library))
     if cfg.kind is SourceKind.text:
-        texts = list_files(path_key, path, TEXT_EXTENSIONS)
+        texts = list_files(path_key, path, TEXT_EXTENSIONS, follow_links=not begun_before)
         files = [digests.file(path_key, name, file, is_text=True) for name, file in texts]
         if not any(file.size_bytes for file in files):
             raise ConfigError(path_key, path, "is empty", "give a file with text in it")
-        return _source(key, cfg, {}, files, lambda: _by_text(_pieces_of(texts)))
+        encoding = "utf-8" if begun_before else "utf-8-sig"
+        with_bom = any(file.has_bom for file in files) and not begun_before
+        settings: dict[str, str | None] = {"bom": "left out"} if with_bom else {}
+        return _source(
+            key, cfg, settings, files, notes, lambda: _by_text(_pieces_of(texts, encoding))
+        )
     if cfg.kind is SourceKind.hub:
         repository = hub_files(key, cfg, digests)
         settings = {"column": column, "subset": cfg.subset, "split": cfg.split or "train"}
         settings["commit"] = repository.commit
-        hub_rows = partial(hub_texts, key, cfg, repository.commit)
-        return _source(key, cfg, settings, repository.files, lambda: _by_text(hub_rows()))
-    tables = list_files(path_key, path, TABLE_EXTENSIONS[cfg.kind])
+        hub_rows = partial(hub_texts, key, cfg, repository.commit, notes)
+        return _source(key, cfg, settings, repository.files, notes, lambda: _by_text(hub_rows()))
+    extensions = TABLE_EXTENSIONS[cfg.kind]
+    tables = list_files(path_key, path, extensions, follow_links=not begun_before)
     files = [digests.file(path_key, name, file, is_text=False) for name, file in tables]
-    for file, (_, location) in zip(files, tables, strict=True):
-        if not file.size_bytes:
-            raise ConfigError(path_key, location, "is empty", "leave it out or fill it")
-    paths = [str(location) for _, location in tables]
-    rows = partial(table_texts, key, cfg.kind.value, paths, column)
-    return _source(key, cfg, {"column": column}, files, lambda: _by_text(rows()))
+    if not any(file.size_bytes for file in files):
+        raise ConfigError(path_key, path, "is empty", "leave it out or fill it")
+    paths = [str(at) for file, (_, at) in zip(files, tables, strict=True) if file.size_bytes]
+    settings = {"column": column}
+    if not begun_before and any(set("*?[") & set(path) for path in paths):
+        settings["names"] = "literal"  # they were taken for patterns, and more files were read
+    rows = partial(table_texts, key, cfg.kind.value, paths, column, notes)
+    return _source(key, cfg, settings, files, notes, lambda: _by_text(rows()))
 
 
 def _source(
@@ -147,14 +162,18 @@ def _source(
     cfg: SourceConfig,
     settings: dict[str, str | None],
     files: list[SourceFile],
+    notes: list[str],
     documents: Callable[[], Iterator[Document]],
 ) -> Source:
     identity: dict[str, object] = {
         "kind": cfg.kind.value,
         **settings,
-        "files": [asdict(file) for file in files],
+        "files": [
+            {"path": file.path, "size_bytes": file.size_bytes, "sha256": file.sha256}
+            for file in files
+        ],
     }
-    return Source(key, identity, sum(file.size_bytes for file in files), documents)
+    return Source(key, identity, sum(file.size_bytes for file in files), documents, notes)
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:
@@ -180,17 +199,17 @@ def _by_text(texts: Iterator[str]) -> Iterator[Document]:
             yield Document(text, hashlib.sha256(text.encode()).digest())
 
 
-def _pieces_of(files: list[tuple[str, Path]]) -> Iterator[str]:
+def _pieces_of(files: list[tuple[str, Path]], encoding: str) -> Iterator[str]:
     for _, file in files:
         if file.stat().st_size <= WHOLE_FILE_BYTES:
-            yield file.read_bytes().decode()
+            yield file.read_bytes().decode(encoding)
         else:
-            yield from _pieces(file)
+            yield from _pieces(file, encoding)
 
 
-def _pieces(file: Path) -> Iterator[str]:
+def _pieces(file: Path, encoding: str) -> Iterator[str]:
     """Cut at the first blank line after PIECE_CHARS, or where it is twice that long."""
-    with file.open(encoding="utf-8", newline="") as lines:  # newline="": line ends stay as they are
+    with file.open(encoding=encoding, newline="") as lines:  # newline="": line ends stay
         piece: list[str] = []
         size = 0
         while line := lines.readline(PIECE_CHARS):

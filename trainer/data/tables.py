@@ -1,19 +1,25 @@
-"""Rows of jsonl and parquet files, streamed through `datasets`, and the text in them.
+"""The text column of jsonl and parquet files, and of a hub repository's rows.
 
-`datasets` is imported inside the functions: a start on data that is already prepared never needs
-it.
+Files are read one by one, and of each the one column that is wanted: what else is in them, and
+whether it is the same in all, does not matter. pyarrow is imported inside the functions: a start
+on data that is already prepared never needs it.
 """
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from monitoring.errors import ConfigError
+from trainer.data.json_lines import json_rows
 
 ROWS_PER_READ = 256
 
+# Where it stands, for an error, and the value; None where there is none.
+_Value = tuple[str, Any]
 
-def table_texts(key: str, kind: str, paths: list[str], column: str) -> Iterator[str]:
+
+def table_texts(
+    key: str, kind: str, paths: list[str], column: str, notes: list[str]
+) -> Iterator[str]:
     """The text column of local files, row by row, in constant memory.
 
     Args:
@@ -21,57 +27,46 @@ def table_texts(key: str, kind: str, paths: list[str], column: str) -> Iterator[
         kind: `jsonl` or `parquet`.
         paths: Files, in the order to read them.
         column: Field that holds the text.
+        notes: Is told, at the end, how many rows were left out.
 
     Raises:
-        ConfigError: No such column, no text in it, or a file that cannot be parsed.
+        ConfigError: No such column, no text in it, or a file that cannot be parsed; naming the
+            file and the line or row.
     """
-    import datasets  # type: ignore[import-untyped]
-
-    loader, options = "json", {}
-    if kind == "parquet":
-        _check_parquet(key, paths, column)
-        loader, options = "parquet", {"columns": [column]}
-    try:
-        rows = datasets.load_dataset(
-            loader, data_files=paths, split="train", streaming=True, **options
-        )
-        yield from column_texts(key, rows, column)
-    except _parse_errors() as error:
-        if kind == "jsonl":
-            _check_json_lines(key, paths)
-        raise ConfigError(f"{key}.path", paths[0], one_line(error), "fix the files") from error
+    read = _json_values if kind == "jsonl" else _parquet_values
+    values = (value for path in paths for value in read(key, path, column))
+    return _texts(key, column, values, notes)
 
 
-def column_texts(key: str, rows: Any, column: str) -> Iterator[str]:
+def column_texts(key: str, rows: Any, column: str, notes: list[str]) -> Iterator[str]:
     """The non-empty texts of one column.
 
     Args:
         key: Configuration key of the source.
         rows: A `datasets.Dataset` or `IterableDataset`.
         column: Field that holds the text.
+        notes: Is told, at the end, how many rows were left out.
 
     Raises:
         ConfigError: No such column, something else than text in it, or nothing in any row.
     """
-    num_texts = 0
-    for batch in rows.iter(batch_size=ROWS_PER_READ):
-        check_column(key, list(batch), column)
-        for text in batch[column]:
-            if text is not None and not isinstance(text, str):
-                rule = f"holds {type(text).__name__} {text!r:.40}, not text"
-                raise ConfigError(f"{key}.column", column, rule, "name a column of strings")
-            if text and text.strip():
-                num_texts += 1
-                yield text
-    if not num_texts:
-        rule = "the column is empty in every row"
-        raise ConfigError(f"{key}.column", column, rule, "name the column that holds the text")
+
+    def values() -> Iterator[_Value]:
+        num_rows = 0
+        for batch in rows.iter(batch_size=ROWS_PER_READ):
+            check_column(key, list(batch), column)
+            for value in batch[column]:
+                num_rows += 1
+                yield f"row {num_rows}", value
+
+    return _texts(key, column, values(), notes)
 
 
-def check_column(key: str, columns: list[str], column: str) -> None:
+def check_column(key: str, columns: list[str], column: str, path: str | None = None) -> None:
     """Raises ConfigError, listing the columns there are, when `column` is not among them."""
     if column not in columns:
-        rule = f"no such column; there are {', '.join(sorted(columns))}"
+        where = "" if path is None else f" (in {path})"
+        rule = f"no such column; there are {', '.join(sorted(columns)) or 'none'}{where}"
         raise ConfigError(f"{key}.column", column, rule, "name the column that holds the text")
 
 
@@ -80,42 +75,62 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
 
 
-def _parse_errors() -> tuple[type[Exception], ...]:
-    import pyarrow  # type: ignore[import-untyped]
-    from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
-    from datasets.packaged_modules.json.json import (  # type: ignore[import-untyped]
-        FullReadDisallowed,
-    )
-
-    return (DatasetsError, FullReadDisallowed, pyarrow.ArrowException, ValueError, TypeError)
-
-
-def _check_parquet(key: str, paths: list[str], column: str) -> None:
-    import pyarrow
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    for path in paths:
+def _texts(key: str, column: str, values: Iterator[_Value], notes: list[str]) -> Iterator[str]:
+    num_rows = num_texts = 0
+    for where, value in values:
+        num_rows += 1
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            rule = f"holds {type(value).__name__} {value!r:.40}, not text, in {where}"
+            raise ConfigError(f"{key}.column", column, rule, "name a column of strings")
+        if not value.strip():
+            continue
         try:
-            names = pyarrow.parquet.read_schema(path).names
-        except (pyarrow.ArrowException, OSError) as error:
-            fix = "give a parquet file"
-            raise ConfigError(f"{key}.path", path, one_line(error), fix) from error
-        check_column(key, names, column)
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = f"{value[error.start]!r}, half of a surrogate pair"
+            rule = f"holds {half}, in {where}"
+            raise ConfigError(f"{key}.column", column, rule, "give it whole") from error
+        num_texts += 1
+        yield value
+    if not num_texts:
+        rule = "the column is empty in every row" if num_rows else "there are no rows"
+        raise ConfigError(f"{key}.column", column, rule, "name the column that holds the text")
+    if num_texts < num_rows:
+        left_out = f"{num_rows - num_texts:,} of {num_rows:,} rows"
+        notes.append(f"{left_out} have no text in the column {column} and are left out")
 
 
-def _check_json_lines(key: str, paths: list[str]) -> None:
-    """Called when reading failed: find the line that made it fail."""
-    import fsspec  # type: ignore[import-untyped]
+def _json_values(key: str, path: str, column: str) -> Iterator[_Value]:
+    found, names = False, set[str]()
+    for number, row in json_rows(f"{key}.path", path, column):
+        if row is None or column not in row:
+            names |= set() if found or row is None else row.keys()
+            yield "", None
+        else:
+            found = True
+            yield f"line {number} of {path}", row[column]
+    if names and not found:  # one whole file without it is another mistake than a row without it
+        check_column(key, list(names), column, path)
 
-    for path in paths:
-        with fsspec.open(path, "rb", compression="infer") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    is_row = not line.strip() or isinstance(json.loads(line), dict)
-                except ValueError as error:
-                    rule = f"line {number} is not JSON ({one_line(error)})"
-                    raise ConfigError(f"{key}.path", path, rule, "fix that line") from error
-                if not is_row:
-                    rule = f"line {number} is not a JSON object"
-                    fix = 'write one {"text": ...} a line'
-                    raise ConfigError(f"{key}.path", path, rule, fix)
+
+def _parquet_values(key: str, path: str, column: str) -> Iterator[_Value]:
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    num_rows = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            check_column(key, names, column, path)
+            if names.count(column) > 1:
+                rule = f"{path} has {names.count(column)} columns of that name"
+                raise ConfigError(f"{key}.column", column, rule, "write it again with one")
+            for batch in file.iter_batches(batch_size=ROWS_PER_READ, columns=[column]):
+                for value in batch.column(column).to_pylist():
+                    num_rows += 1
+                    yield f"row {num_rows} of {path}", value
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        rule = f"cannot be read after row {num_rows} ({one_line(error)})"
+        raise ConfigError(f"{key}.path", path, rule, "give a parquet file that is whole") from error

@@ -261,13 +261,31 @@ def vocab_size_of(tokenizer: PreTrainedTokenizerFast) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy of the backend for documents: no truncation, no padding, no special token out of text.
+def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the tokenizer, asked as it is by default, puts its BOS before a text."""
+    ids: list[int] = tokenizer("a").input_ids
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
-    A document that spells `<|endoftext|>` is a text about tokenizers, not the end of a document.
+
+def plain_backend(
+    tokenizer: PreTrainedTokenizerFast, parse_special_tokens: bool = False
+) -> Tokenizer:
+    """A copy of the backend for documents: no truncation and no padding.
+
+    Args:
+        tokenizer: It stays as it is.
+        parse_special_tokens: Make special tokens of what spells them. By itself a document that
+            spells `<|endoftext|>` is a text about tokenizers, not the end of a document.
     """
     backend: Tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = True
+    backend.encode_special_tokens = not parse_special_tokens
     return backend
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Special tokens by what spells them, longest first."""
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+    names = {token.content for token in added if token.special and token.content.strip()}
+    return sorted(names, key=lambda name: (-len(name), name))

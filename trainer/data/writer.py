@@ -114,6 +114,9 @@ class TokenDatasetWriter:
 
     def _save_tokenizer(self) -> list[dict[str, object]]:
         folder = self._folder / TOKENIZER
+        if "local_files_only" in self._tokenizer.init_kwargs:
+            # Transformers notes whether the hub could be asked, which is no part of the data.
+            self._tokenizer.init_kwargs["local_files_only"] = False
         self._tokenizer.save_pretrained(folder)
         entries: list[dict[str, object]] = []
         for path in sorted(folder.rglob("*")):

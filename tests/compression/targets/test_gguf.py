@@ -76,7 +76,7 @@ def compressed(parent, folder, scheme, dtype=torch.bfloat16, exclude=()):
     """A result, its artifact, and the names of the layers in codes."""
     layers = choose_layers(BlockStream(parent), ["*"], list(exclude))
     check({scheme} if scheme else set(), "target")
-    check_parent(parent, layers, "target")
+    check_parent(parent, layers, set(), "target")
     for name in ("result", "artifact"):
         (folder / name).mkdir(parents=True)
     result = Result(folder / "result", dtype, torch.float16)
@@ -108,7 +108,7 @@ CASES = {
         dict(rope_parameters=LLAMA_3, attention_bias=True, head_dim=32),
         Scheme(bits=8, group_size=32),
     ),
-    "mistral-q4-row": ("mistral", dict(sliding_window=64), Scheme(bits=4)),
+    "mistral-q4-row": ("mistral", dict(sliding_window=128), Scheme(bits=4)),
     "qwen2-q4-64": ("qwen2", dict(intermediate_size=128), Scheme(bits=4, group_size=64)),
     "qwen3-q4": ("qwen3", dict(head_dim=32), Scheme(bits=4, group_size=32)),
     "llama-dense": ("llama", {}, None),
@@ -163,12 +163,12 @@ def test_the_file_says_by_itself_what_it_is(tmp_path):
     assert theirs(TEXTS[1]).input_ids == ours(TEXTS[1]).input_ids
 
 
-def test_a_mistral_is_a_llama_within_its_window(tmp_path):
-    parent = save_parent(tmp_path / "parent", "mistral", sliding_window=32)
+def test_a_mistral_no_longer_than_its_window_is_a_llama(tmp_path):
+    parent = save_parent(tmp_path / "parent", "mistral", sliding_window=128)
     _, artifact, _ = compressed(parent, tmp_path, Scheme(bits=8))
     fields = gguf.GGUFReader(artifact / "model.gguf").fields
-    assert fields["llama.context_length"].contents() == 32
-    assert AutoConfig.from_pretrained(artifact).max_position_embeddings == 32
+    assert fields["llama.context_length"].contents() == 128
+    assert AutoConfig.from_pretrained(artifact).max_position_embeddings == 128
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -250,6 +250,17 @@ def test_schemes_that_no_block_holds_are_refused(scheme, fix):
             "linear",
         ),
         ("qwen3", dict(attention_bias=True, head_dim=16), "no attention_bias=True"),
+        ("mistral", dict(sliding_window=32), "sees the last 32 of up to 128.*embeddings=32"),
+        (
+            "qwen2",
+            dict(use_sliding_window=True, sliding_window=32, max_window_layers=1),
+            "sees the last 32 of up to 128",
+        ),
+        (
+            "qwen3",
+            dict(head_dim=16, rope_parameters=LLAMA_3 | dict(attention_factor=2.0)),
+            "no rope_parameters.attention_factor=2.0",
+        ),
         ("llama", dict(intermediate_size=172), "exclude=..\\*.down_proj"),
         ("llama", dict(vocab_size=10), "tokens, its model 10"),
     ],
@@ -258,7 +269,7 @@ def test_models_that_would_run_differently_are_refused(model_type, fields, said,
     parent = save_parent(tmp_path, model_type, **fields)
     layers = choose_layers(BlockStream(parent), ["*"], []) if model_type != "gpt2" else []
     with pytest.raises(ConfigError, match=said):
-        check_parent(parent, layers, "target")
+        check_parent(parent, layers, set(), "target")
 
 
 def test_layers_that_are_left_out_may_have_any_width(tmp_path):

@@ -60,7 +60,7 @@ CASES = {
         "llama",
         dict(rope_parameters=LLAMA_3, attention_bias=True, mlp_bias=True, num_key_value_heads=4),
     ),
-    "mistral": ("mistral", dict(sliding_window=64)),
+    "mistral": ("mistral", dict(sliding_window=128)),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", dict(head_dim=32)),
 }

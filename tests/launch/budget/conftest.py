@@ -50,7 +50,7 @@ class Site:
         return [line for line in lines if kind in (None, line["entry"])]
 
 
-def end(process, timeout_s=60):
+def end(process, timeout_s=300):
     """Its exit code, and what it said."""
     out, err = process.communicate(timeout=timeout_s)
     return process.returncode, err

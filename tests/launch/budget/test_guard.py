@@ -13,7 +13,7 @@ from launch.budget.ledger import read_account
 from tests.launch.budget.conftest import end
 
 
-def wait_for(condition, timeout_s=30):
+def wait_for(condition, timeout_s=300):
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         assert time.monotonic() < deadline
@@ -31,30 +31,30 @@ def is_alive(pid):
 
 
 def test_at_the_budget_it_saves_and_ends_and_goes_on_with_more(site):
-    code, said = end(site.guard("--budget-usd", 4, "--stop-s", 2))
+    code, said = end(site.guard("--budget-usd", 7, "--stop-s", 5))
     assert code == 2
     first = read_account(site.ledger)
     step = first.starts[-1].step
-    assert 4 - 2.2 < first.spent_usd <= 4 + 0.1  # a tick
+    assert 7 - 5.2 < first.spent_usd < 7
     assert (site.run_dir / "checkpoints" / f"step-{step:08d}").is_dir()
     line = said.splitlines()[-1]
     assert line == (
-        f"launch.budget_usd=4: ${first.spent_usd:.2f} are spent and the run is saved at step "
+        f"launch.budget_usd=7: ${first.spent_usd:.2f} are spent and the run is saved at step "
         f"{step}; raise it and run the same command"
     )
 
     # Again with nothing left: refused, and the command is not started
     os.unlink(site.run_dir / "pid")
-    code, said = end(site.guard("--budget-usd", 4, "--stop-s", 3))
-    assert code == 2 and "a tick and a save here cost $3.10; raise it to " in said
+    code, said = end(site.guard("--budget-usd", 7, "--stop-s", 6))
+    assert code == 2 and "a tick and a save here cost $6.10; raise it to " in said
     needed = float(re.search(r"raise it to ([\d.]+)", said)[1])
-    assert 0 <= needed - read_account(site.ledger).spent_usd - 3.1 <= 0.011
+    assert 0 <= needed - read_account(site.ledger).spent_usd - 6.1 <= 0.011
     assert not (site.run_dir / "pid").exists()
 
-    code, said = end(site.guard("--budget-usd", 8, "--stop-s", 2))
+    code, said = end(site.guard("--budget-usd", 11, "--stop-s", 5))
     account = read_account(site.ledger)
     assert code == 2 and account.starts[-1].step > step
-    assert first.spent_usd < account.spent_usd <= 8 + 0.1
+    assert first.spent_usd < account.spent_usd < 11
     assert [start.reason for start in account.starts] == [
         "stopped at the budget",
         "refused",
@@ -69,7 +69,7 @@ def test_a_save_that_is_too_slow_is_cut_at_the_budget(site):
     code, said = end(site.guard(*options, command=command))
     assert code == 2 and "killed while saving" in said
     account = read_account(site.ledger)
-    assert 2.5 <= account.spent_usd <= 2.5 + 0.5
+    assert 2.5 <= account.spent_usd < 30  # the save alone would have cost 60
     assert not is_alive(int((site.run_dir / "pid").read_text()))
 
 
@@ -80,7 +80,7 @@ def test_a_slow_save_of_before_makes_it_stop_earlier(site):
     code, said = end(site.guard("--budget-usd", 4, "--stop-s", 0.1))
     assert code == 2 and "killed" not in said
     stopping = re.search(r"\$(\S+) are spent: stopping", said)
-    assert float(stopping[1]) <= 4 - 1.5 * 1.5 + 0.01
+    assert float(stopping[1]) < 3.5  # by --stop-s alone it would be at least 3.8
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 33])

@@ -331,9 +331,15 @@ def test_names_are_taken_in_any_case():
     assert known_gpu("a100-80gb") == "A100-80GB"
 
 
-def test_five_thousand_offers_are_read_quickly(tmp_path):
-    path = tmp_path / "mine.json"
-    write_snapshot(path, TODAY, "test", [offer(zone=f"z{i}") for i in range(5000)])
-    begin = time.process_time()
-    assert len(read_snapshot(path).offers) == 5000
-    assert time.process_time() - begin < 1.0
+def test_five_times_as_many_offers_are_read_in_about_five_times_the_time(tmp_path):
+    def seconds(count):
+        path = tmp_path / f"{count}.json"
+        write_snapshot(path, TODAY, "test", [offer(zone=f"z{i}") for i in range(count)])
+        times = []
+        for _ in range(3):
+            begin = time.process_time()
+            assert len(read_snapshot(path).offers) == count
+            times.append(time.process_time() - begin)
+        return min(times)
+
+    assert seconds(5000) < 15 * seconds(1000)  # what grows with the square would take 25 times

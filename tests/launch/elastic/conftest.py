@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[3]
 TOY_RANK = Path(__file__).with_name("toy_rank.py")
 
 
-def wait_until(condition, what, timeout_s=60):
+def wait_until(condition, what, timeout_s=300):
     """What `condition` returns, once that is true; fails with what `what()` says."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
@@ -41,7 +41,7 @@ class Running:
     def printed(self):
         return self._log.read_text()
 
-    def wait_for_line(self, pattern, timeout_s=60):
+    def wait_for_line(self, pattern, timeout_s=300):
         """The match of `pattern` in what it prints, now or later."""
         return wait_until(
             lambda: re.search(pattern, self.printed),
@@ -52,7 +52,7 @@ class Running:
     def send(self, number=signal.SIGTERM):
         self.process.send_signal(number)
 
-    def end(self, timeout_s=60):
+    def end(self, timeout_s=300):
         """Its exit code."""
         try:
             return self.process.wait(timeout_s)
@@ -101,7 +101,7 @@ class Site:
     def checkpoint(self):
         return int((self.folder / "checkpoint").read_text())
 
-    def wait_for_step(self, step, timeout_s=60):
+    def wait_for_step(self, step, timeout_s=300):
         """Waits until a rank is done with `step`."""
         wait_until(
             lambda: any(self.folder.glob(f"gang-*/{step}-*")),

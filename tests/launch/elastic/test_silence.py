@@ -1,4 +1,4 @@
-"""A peer that says nothing for ten seconds is gone; here for a tenth of one."""
+"""A peer that says nothing for ten seconds is gone; here for half of one."""
 
 import asyncio
 
@@ -10,7 +10,7 @@ from launch.elastic.protocol import VERSION, Hello, Pong, Welcome, command_diges
 from monitoring.errors import SpotforgeError
 
 COMMAND = ["true"]
-SILENCE_S = 0.1
+SILENCE_S = 0.5
 
 
 def test_a_silent_machine_is_lost(monkeypatch):
@@ -25,7 +25,7 @@ def test_a_silent_machine_is_lost(monkeypatch):
         assert await receive(reader) == Welcome()
         (node,) = nodes
         assert (node.nproc, node.address, node.lost) == (4, "10.0.0.7", None)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(120):
             await changed.wait()
         assert node.lost.startswith("silent for")
         assert await reader.read() == b""  # it hung up

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -75,7 +76,7 @@ def test_ranks_that_do_not_stop_in_time_are_killed(site):
 
 def test_a_program_that_knows_no_signals_is_stopped_by_them(site):
     supervisor = site.launch("supervise", "--nproc", 2, "--", "sleep", "60")
-    time.sleep(0.3)
+    wait_until(lambda: len(children(supervisor)) == 2, lambda: supervisor.printed)
     supervisor.send()
     assert supervisor.end() == 33
 
@@ -90,7 +91,7 @@ def test_a_signal_at_any_moment(tmp_path):
         sites.append(Site(folder))
     try:
         toy = ["--start-s", 0.2, "--steps", 30, "--save-s", 0.2]
-        running = [site.supervise("--nproc", 2, "--grace", 10, toy=toy) for site in sites]
+        running = [site.supervise("--nproc", 2, "--grace", 100, toy=toy) for site in sites]
         for supervisor in running:
             # From here on its handlers are there; before, no process is.
             wait_until(lambda s=supervisor: s.process.poll() or children(s), lambda: "no rank")
@@ -159,21 +160,21 @@ def test_the_same_error_three_times_ends_it(site):
 
 def test_a_hang_is_shown_and_after_three_it_ends(site):
     toy = ["--steps", 30, "--do", 1, 20, "hang", 9]
-    supervisor = site.supervise("--nproc", 2, "--hang-timeout", 0.6, toy=toy)
+    supervisor = site.supervise("--nproc", 2, "--hang-timeout", 2, toy=toy)
     assert supervisor.end() == 1
     first = supervisor.printed.split("starting again")[0]
     assert "stacks of rank 0 on this machine, train 20:" in first
     assert " in meet\n" in first.split("stacks of rank 1")[0]
     assert " in happen\n" in first.split("stacks of rank 1")[1]
-    assert "no rank beat for 1 s; rank " in first
+    assert re.search(r"no rank beat for \d+ s; rank ", first)
     assert "giving up: the same error 3 times at step 20" in supervisor.printed
     assert [e["event"] for e in site.events()] == ["start", "hang"] * 3 + ["crash_loop"]
 
 
 def test_a_start_may_take_longer_than_a_step(site):
-    limits = ["--hang-timeout", 0.3, "--startup-timeout", 3]
+    limits = ["--hang-timeout", 0.3, "--startup-timeout", 100]
     supervisor = site.supervise("--nproc", 1, *limits, toy=["--step-s", 0.6])
-    supervisor.wait_for_line("no rank beat for 0 s; rank 0 is behind: train 2")
+    supervisor.wait_for_line(r"no rank beat for \d+ s; rank 0 is behind: train [2-9]")
     assert supervisor.printed.count("is behind") == 1, "the first step was taken for a hang"
 
 

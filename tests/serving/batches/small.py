@@ -11,7 +11,7 @@ import openai
 ROOT = Path(__file__).parents[3]
 
 
-def wait_until(is_true, timeout_s=8.0):
+def wait_until(is_true, timeout_s=120.0):
     deadline_s = time.monotonic() + timeout_s
     while not (value := is_true()):
         assert time.monotonic() < deadline_s, "it did not come"
@@ -46,10 +46,10 @@ class SmallGateway:
 
     def stop(self):
         self.process.terminate()
-        assert self.process.wait(10) == 0, self.output.read_text()
+        assert self.process.wait(120) == 0, self.output.read_text()
 
     def client(self, key="none"):
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=10)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120)
 
     def asked(self):
         return self.log.read_text().splitlines()
@@ -73,7 +73,7 @@ def begin(client, lines, endpoint="/v1/completions"):
     return client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window="24h")
 
 
-def end(client, batch, timeout_s=8.0):
+def end(client, batch, timeout_s=120.0):
     def ended():
         now = client.batches.retrieve(batch.id)
         return now if now.status in ("completed", "failed", "expired", "cancelled") else None

@@ -190,8 +190,9 @@ def test_lists_have_pages(client):
     assert [batch.id for batch in client.batches.list(limit=1)][:3] == batches[::-1]
     with pytest.raises(openai.NotFoundError):
         client.files.list(after="file-none")
-    with pytest.raises(openai.BadRequestError):
+    with pytest.raises(openai.BadRequestError, match="limit must be greater") as error:
         client.batches.list(limit=0)
+    assert error.value.param == "limit"
 
 
 def test_uploads_are_bounded(client, gateway, keys, folder):

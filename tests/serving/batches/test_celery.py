@@ -154,7 +154,7 @@ def test_a_killed_worker_s_batch_goes_to_another(gateway, start_worker, key):
         kill(worker)
         done, before = committed(gateway, "killed"), len(asked(gateway, "killed"))
         start_worker("b", visibility_timeout_s=2)
-        check_all_once(client, end(client, batch, 20.0), 40)
+        check_all_once(client, end(client, batch), 40)
     assert len(done) > 8 and not done & set(asked(gateway, "killed")[before:])
     assert len(asked(gateway, "killed")) <= 42  # no more than what ran when it was killed
 
@@ -170,23 +170,23 @@ def test_a_killed_task_goes_on_and_a_worker_that_stops_gives_it_back(gateway, st
         done = committed(gateway, "task")
         wait_until(lambda: len(committed(gateway, "task")) > len(done) + 8)
         worker.terminate()
-        assert worker.wait(8) == 0
+        assert worker.wait(120) == 0
         done = committed(gateway, "task")
         before = len(asked(gateway, "task"))
         start_worker("b")
-        check_all_once(client, end(client, batch, 15.0), 80)
+        check_all_once(client, end(client, batch), 80)
     assert 16 < len(done) < 80 and not done & set(asked(gateway, "task")[before:])
     assert len(asked(gateway, "task")) <= 84
 
 
 def test_a_task_outlives_the_visibility_timeout(gateway, start_worker, key):
     for name in "ab":
-        start_worker(name, visibility_timeout_s=1)
+        start_worker(name, visibility_timeout_s=2)
     with gateway.client(key) as client:
         batch = begin(client, requests(120, "long"))
         workers = "worker IS NOT NULL"
         wait_until(lambda: len({line["worker"] for line in lines(gateway, workers)}) > 1)
-        check_all_once(client, end(client, batch, 15.0), 120)
+        check_all_once(client, end(client, batch), 120)
     assert sorted(asked(gateway, "long")) == sorted(f"long {i}" for i in range(120))
 
 
@@ -198,9 +198,9 @@ def test_a_worker_with_another_folder_loses_nothing(gateway, start_worker, key, 
         batch = begin(client, requests(3, "wrong"))
         wait_until(lambda: f"{batch.id} is no batch of" in (tmp_path / "worker-wrong").read_text())
         worker.terminate()
-        worker.wait(8)
+        worker.wait(120)
         start_worker("right")
-        check_all_once(client, end(client, batch, 15.0), 3)
+        check_all_once(client, end(client, batch), 3)
 
 
 def test_a_broker_that_is_gone_loses_nothing(gateway, start_worker, redis, key):

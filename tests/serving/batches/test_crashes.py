@@ -46,7 +46,7 @@ def answer(line, by="x"):
 
 
 def test_a_killed_gateway_goes_on_where_it_was(small_gateway):
-    gateway = small_gateway(0.03, "batches.concurrency=4", "batches.lease_s=0.5")
+    gateway = small_gateway(0.03, "batches.concurrency=4", "batches.lease_s=2")
     generator = random.Random(1)
     with gateway.client() as client:
         batch = begin(client, [request(f"r{i}", f"p{i}") for i in range(60)])
@@ -85,7 +85,7 @@ def test_a_stopped_gateway_loses_nothing_that_runs(small_gateway):
     gateway.stop()
     gateway.start()  # at once: what it gave back waits for no lease
     with gateway.client() as client:
-        assert end(client, batch, 5.0).request_counts.completed == 24
+        assert end(client, batch).request_counts.completed == 24
     assert sorted(gateway.asked()) == sorted(f"p{i}" for i in range(24))
 
 
@@ -186,11 +186,11 @@ def test_a_worker_that_lives_keeps_its_lines(database, tmp_path):
 
     async def ask(line):
         asked.append(line.number)
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(2.5)
         return Reply(200, "x", "y")
 
     async def both():
-        runners = [Runner(Ledger(database, 0.3), ask, 2, 10) for _ in range(2)]
+        runners = [Runner(Ledger(database, 1.0), ask, 2, 10) for _ in range(2)]
         await asyncio.gather(*(runner.run(batch_id) for runner in runners))
 
     asyncio.run(both())
@@ -221,7 +221,7 @@ def test_a_cancelled_batch_waits_for_no_place(database, tmp_path):
         running = asyncio.create_task(runner.run(batch_id))
         await asyncio.sleep(0.2)
         Batches(database).cancel("alice", batch_id)
-        await asyncio.wait_for(running, 5.0)
+        await asyncio.wait_for(running, 120)
 
     asyncio.run(run())
     assert Batches(database).get("alice", batch_id)["status"] == "cancelled"

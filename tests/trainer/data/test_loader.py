@@ -4,6 +4,9 @@ import time
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch")
+
 import torch
 
 from monitoring.errors import ConfigError
@@ -137,6 +140,47 @@ def test_no_target_crosses_documents_when_they_are_masked(data):
         after = expected[:, column - 1] + 1
         expected[:, column] = torch.where(ends[:, column - 1], 0, after)
     assert (masked.position_ids == expected).all()
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_documents_apart_have_rows_of_their_own_and_lose_nothing(data, world_size):
+    layout = {"world_size": world_size, "micro_batch_size": 2, "mask_documents": True}
+    masked, apart = (
+        [steps(data, 2, rank=rank, apart=apart, **layout) for rank in range(world_size)]
+        for apart in (False, True)
+    )
+    for step in range(2):
+        assert len({len(rank[step]) for rank in apart}) == 1, "forward is collective"
+        learned = []
+        for ranks in (masked, apart):
+            batches = [batch for rank in ranks for batch in rank[step]]
+            kept = [batch.targets != IGNORE_INDEX for batch in batches]
+            pairs = [
+                pair
+                for batch, mask in zip(batches, kept, strict=True)
+                for pair in zip(batch.input_ids[mask], batch.targets[mask], strict=True)
+            ]
+            learned.append(sorted((int(i), int(t)) for i, t in pairs))
+            assert sum(batch.num_targets for batch in batches) == len(pairs)
+        assert learned[0] == learned[1]
+    for batch in (batch for rank in apart for step in rank for batch in step):
+        assert batch.position_ids is None and batch.input_ids.numel() <= 2 * T
+        lengths = batch.attention_mask.sum(1)
+        assert lengths.max() == batch.input_ids.shape[1]
+        for row, length in enumerate(lengths.tolist()):
+            inside = batch.targets[row, : length - 1] != IGNORE_INDEX
+            assert inside.all() or batch.sample_ids[row] == PADDING
+            assert (batch.targets[row, length:] == IGNORE_INDEX).all()
+
+
+def test_documents_held_out_are_apart_too(data):
+    settings = {"max_seq_len": T, "mask_documents": True, "batch_size": 3, "world_size": 2}
+    counts, targets = [], [0, 0]
+    for apart in (False, True):
+        ranks = [list(validation_batches(data, rank=r, apart=apart, **settings)) for r in range(2)]
+        targets[apart] = sum(batch.num_targets for rank in ranks for batch in rank)
+        counts.append({len(rank) for rank in ranks})
+    assert targets[0] == targets[1] and len(counts[1]) == 1
 
 
 def test_a_mixture_draws_by_weight(config, ready, tmp_path, folder):

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from monitoring.errors import ConfigError, DamagedError, Interrupted
 from tests.trainer.data.samples import make_texts, write_folder
@@ -179,7 +180,7 @@ def start(folder, tmp_path, hang):
 
 def test_processes_that_start_at_once_build_once(folder, tmp_path):
     processes = [start(folder, tmp_path, hang=0.5) for _ in range(3)]
-    results = [process.communicate(timeout=120) for process in processes]
+    results = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], results
     assert len({digest for digest, _ in results}) == 1
     assert len((tmp_path / "log").read_text().split()) == 1
@@ -187,12 +188,12 @@ def test_processes_that_start_at_once_build_once(folder, tmp_path):
 
 def test_a_killed_builder_holds_nobody_up(config, ready, folder, tmp_path):
     process = start(folder, tmp_path, hang=1000)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not list((tmp_path / "cache").glob("*.tmp/manifest.json")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert len(list((tmp_path / "cache").glob("*.tmp"))) == 1
     data = ready(config())
     assert not list((tmp_path / "cache").glob("*.tmp"))
@@ -230,6 +231,93 @@ def test_a_tokenizer_is_trained_as_the_type_of_model_needs_it(config, ready, tmp
     assert len(of("llama", **given).tokenizer) == 290
     with pytest.raises(ConfigError, match="data.tokenizer=.*own: .*of a qwen2"):
         of("qwen2", **given)
+
+
+@pytest.fixture(scope="module")
+def with_bos(tmp_path_factory):
+    """A folder with a tokenizer that puts its BOS before a text, as Gemma's does."""
+    folder = tmp_path_factory.mktemp("bos")
+    backend = train_tokenizer(make_texts(20), 290).backend_tokenizer
+    backend.add_special_tokens(["<bos>"])
+    bos = backend.token_to_id("<bos>")
+    backend.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<|endoftext|>"
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def ids_of(data):
+    (train,) = data.sources
+    stream = train.read(0, train.num_tokens).tolist()
+    starts = [*train.document_starts(0, train.num_tokens).tolist(), train.num_tokens]
+    return [stream[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+
+
+def test_documents_begin_with_a_bos_where_the_tokenizer_adds_one(config, ready, with_bos, tmp_path):
+    given = {"tokenizer": with_bos, "tokenizer_vocab_size": 4096}
+    auto, on, off = (ready(config(**given, add_bos=value)) for value in ("auto", True, False))
+    assert (auto.add_bos, on.add_bos, off.add_bos) == (True, True, False)
+    assert auto.digest == on.digest != off.digest
+    bos = auto.tokenizer.bos_token_id
+    assert [[bos, *ids] for ids in ids_of(off)] == ids_of(auto)
+    assert all(ids.count(bos) == 1 for ids in ids_of(auto))
+    trained = ready(config())
+    assert not trained.add_bos and ready(config(add_bos=False)).digest == trained.digest
+    with pytest.raises(ConfigError, match="data.add_bos=True: .* has no BOS token"):
+        ready(config(add_bos=True))
+    with pytest.raises(ConfigError, match="data.add_bos=maybe: is none of"):
+        ready(config(add_bos="maybe"))
+    tokens = {"kind": TOKENS, "path": str(auto.folders[0]), "tokenizer_vocab_size": 4096}
+    assert ready(config(**tokens)).add_bos
+    with pytest.raises(ConfigError, match="data.add_bos=False: .*begin with a BOS token"):
+        ready(config(**tokens, add_bos=False))
+    with pytest.raises(ConfigError, match="data.parse_special_tokens=True: .*were read as text"):
+        ready(config(**tokens, parse_special_tokens=True))
+
+
+def test_spelled_special_tokens_are_text_unless_asked_for(config, ready, with_bos, tmp_path, capfd):
+    spelled = [f"<bos>{text}<|endoftext|>" for text in make_texts(40)]
+    folder = write_folder(tmp_path / "spelled", spelled + make_texts(10, seed=3))
+    given = {"path": str(folder), "tokenizer": with_bos, "tokenizer_vocab_size": 4096}
+    text = ready(config(**given))
+    said = capfd.readouterr().err
+    assert "40 documents spell special tokens such as <bos>" in said
+    assert "data.parse_special_tokens=true" in said
+    bos, eos = text.tokenizer.bos_token_id, text.tokenizer.eos_token_id
+    assert all(ids.count(bos) == ids.count(eos) == 1 for ids in ids_of(text))
+    kept = [text.tokenizer.decode(ids[1:-1]) for ids in ids_of(text)]
+    assert any(document in spelled for document in kept)
+    parsed = ready(config(**given, parse_special_tokens=True))
+    assert "spell special tokens" not in capfd.readouterr().err
+    assert parsed.digest != text.digest
+    assert all(ids.count(bos) == ids.count(eos) == 1 for ids in ids_of(parsed))  # none is doubled
+    assert sum(map(len, ids_of(parsed))) < sum(map(len, ids_of(text)))
+
+
+def test_what_was_prepared_before_is_found_again(config, ready, tmp_path):
+    """The names of the folders are those that version 09cbf22 gave."""
+    texts = [f"{n} the loss of a step is summed over tokens {n * n} é 😀" for n in range(40)]
+    jsonl = tmp_path / "jsonl"
+    jsonl.mkdir()
+    for number in (0, 1):
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts[number::2])
+        (jsonl / f"{number}.jsonl").write_text(rows)
+    (folder := tmp_path / "plain").mkdir()
+    for number, text in enumerate(texts):
+        (folder / f"{number}.txt").write_text(text)
+    assert ready(config(path=str(folder))).folders[0].name == "5aff7f4ed47e51f1"
+    for_old, for_new = (
+        prepare(
+            config(kind=SourceKind.jsonl, path=str(jsonl)),
+            model_path=None,
+            stop_requested=lambda: False,
+            begun_before=begun_before,
+        )
+        for begun_before in (True, False)
+    )
+    assert for_old.folders == for_new.folders
+    assert for_new.folders[0].name == "c6e9fdc24d0a11ad"
 
 
 def test_tokens_are_opened_as_they_are(config, ready, tmp_path):

@@ -1,0 +1,89 @@
+"""What a model's author says of sampling is what a request gets that says nothing of it."""
+
+import json
+
+import httpx
+import pytest
+
+from monitoring.errors import ConfigError
+from serving.config import GenerationConfig, ServingConfig
+from serving.deployment import check_defaults, sampling_defaults
+from serving.engine import EngineInfo
+from serving.sampling import Choice, defaults_of
+
+AUTHORS = {
+    "temperature": 0.6,
+    "top_p": 0.9,
+    "top_k": 20,
+    "repetition_penalty": 1.05,
+    "do_sample": True,
+    "eos_token_id": [1, 2],
+}
+CHOICE = Choice(temperature=0.6, top_p=0.9, top_k=20, repetition_penalty=1.05)
+
+
+def written(folder, content):
+    (folder / "generation_config.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_defaults_are_the_authors_or_neutral(tmp_path):
+    assert defaults_of(tmp_path) == Choice()
+    written(tmp_path, AUTHORS)
+    assert defaults_of(tmp_path) == CHOICE
+    for source, wanted in ((GenerationConfig.auto, CHOICE), (GenerationConfig.vllm, Choice())):
+        config = ServingConfig("x", generation_config=source)
+        assert sampling_defaults(tmp_path, config) == wanted
+    nulls = {"temperature": None, "top_k": -1, "min_p": 0}
+    assert defaults_of(written(tmp_path, nulls)) == Choice()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -1),
+        ("temperature", "0.5"),
+        ("temperature", float("inf")),
+        ("temperature", float("nan")),
+        ("top_p", 0),
+        ("top_p", True),
+        ("top_k", 0.5),
+        ("min_p", 2),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", [1.1]),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(tmp_path, name, value):
+    with pytest.raises(ConfigError, match=f"says {name}=.*which cannot be") as error:
+        defaults_of(written(tmp_path, {name: value}))
+    assert error.value.key == "generation_config" and "\n" not in str(error.value)
+
+
+def test_an_engine_that_lacks_a_setting_is_refused_not_ignored():
+    able = EngineInfo("able", 9, 9, features=["top_k", "repetition_penalty"])
+    check_defaults(CHOICE, able)
+    check_defaults(Choice(temperature=0.3, top_p=0.2), EngineInfo("plain", 9, 9))
+    with pytest.raises(ConfigError, match="the model says top_k=20, and plain has none"):
+        check_defaults(CHOICE, EngineInfo("plain", 9, 9))
+
+
+def test_requests_are_built_with_them_once(served):
+    with served() as running:
+        running.engine.info.features.extend(["top_k", "min_p", "repetition_penalty"])
+        deployment = running.gateway.models["tiny"].champion
+        deployment.defaults = CHOICE
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+        own = {"temperature": 0, "top_k": -1, "min_p": 0.1, "repetition_penalty": 1, "top_p": 1}
+        for asked, wanted in (
+            ({}, CHOICE),
+            ({"temperature": None, "top_k": None}, CHOICE),
+            ({"top_p": 0.5}, CHOICE.but({"top_p": 0.5})),
+            (own, Choice(1, 0, 0, 1, 0.1)),
+        ):
+            answer = httpx.post(f"{running.url}/v1/completions", json=body | asked)
+            assert answer.status_code == 200, answer.text
+            request = running.engine.seen[-1]
+            assert {name: getattr(request, name) for name in vars(wanted)} == vars(wanted)
+        running.engine.info.features.remove("min_p")
+        error = httpx.post(f"{running.url}/v1/completions", json=body | own).json()["error"]
+        assert error["param"] == "min_p" and "fake 1 has none" in error["message"]
