@@ -116,6 +116,8 @@ class LoraLayers:
         """
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if "cache" not in kwargs:
+                return  # a plain forward, for which `use` has said whose tokens they are
             num_tokens, kept = kwargs["input_ids"].shape[1], kwargs.get("logits_to_keep")
             tokens = range(num_tokens) if kept is None else kept.tolist()
             self._begin(requests(), num_tokens, tokens)
