@@ -116,9 +116,9 @@ class LoraLayers:
         """
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if "cache" not in kwargs:
-                return  # a plain forward, for which `use` has said whose tokens they are
             num_tokens, kept = kwargs["input_ids"].shape[1], kwargs.get("logits_to_keep")
+            if "cache" not in kwargs and not isinstance(kept, Tensor):
+                return  # a plain forward, for which `use` has said whose tokens they are
             tokens = range(num_tokens) if kept is None else kept.tolist()
             self._begin(requests(), num_tokens, tokens)
 
