@@ -54,6 +54,7 @@ class LoraLayers:
     def __init__(self, model: Any, adapters: Iterable[Adapter]) -> None:
         self._updates: dict[str, dict[str, _Update]] = {}
         self._shares: list[_Share] = []
+        self._is_alone = False
         self._counts: tuple[int, int] | None = None  # rows of a step, in layers and in the head
         modules = dict(model.named_modules())
         self._head, self._device = model.get_output_embeddings(), model.device
@@ -74,6 +75,20 @@ class LoraLayers:
         """
         self._shares = [] if name is None else [_Share(name, None, None)]
         self._counts = None
+
+    @contextlib.contextmanager
+    def alone(self, name: str | None) -> Iterator[None]:
+        """For all rows of whatever is computed meanwhile: it is no step, whose tokens are told.
+
+        Args:
+            name: Of the adapter; None: the base alone.
+        """
+        self.use(name)
+        self._is_alone = True
+        try:
+            yield
+        finally:
+            self._is_alone = False
 
     def can_merge(self, name: str, model: nn.Module) -> bool:
         """Whether a model's adapted layers hold numbers, to which an adapter's can be added."""
@@ -117,6 +132,8 @@ class LoraLayers:
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             num_tokens, kept = kwargs["input_ids"].shape[1], kwargs.get("logits_to_keep")
+            if self._is_alone:
+                return
             tokens = range(num_tokens) if kept is None else kept.tolist()
             self._begin(requests(), num_tokens, tokens)
 

@@ -29,7 +29,7 @@ _log = logging.getLogger("spotforge.serving")
 # more: a wrong model is off by tenths at the least. What is stored in fewer bits is computed
 # from the same codes on both sides; only an engine that rounds the inputs of its products, too, as
 # OpenVINO and vLLM do for int8 and less, needs the wider rows.
-BOUNDS = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.03, "int8": 0.5, "int4": 0.5}
+BOUNDS = {"float32": 1e-3, "bfloat16": 0.08, "float16": 0.03, "int8": 0.5, "int4": 0.5}
 
 _LENGTHS = (1, 6, 40, 130)  # of prompts: within a page of the cache, and over several
 _NEW_TOKENS = 6

@@ -337,16 +337,17 @@ class TorchWorker(ABC):
     @contextlib.contextmanager
     def _as_asked(self, adapter: str | None) -> Iterator[Any]:
         """The model that scores are computed with, with an adapter where one is asked for."""
-        if self._adapters is None or adapter is None:
-            if self._adapters is not None:
-                self._adapters.use(None)
+        if self._adapters is None:
             yield self._reference
+        elif adapter is None:
+            with self._adapters.alone(None):
+                yield self._reference
         elif self._adapters.can_merge(adapter, self._reference):
-            with self._adapters.merged(adapter, self._reference):
+            with self._adapters.alone(None), self._adapters.merged(adapter, self._reference):
                 yield self._reference
         else:  # matrices of codes, to which nothing can be added
-            self._adapters.use(adapter)
-            yield self._model
+            with self._adapters.alone(adapter):
+                yield self._model
 
 
 def _load(settings: Settings, dtype: str, attention: str | None) -> tuple[Any, list[str]]:

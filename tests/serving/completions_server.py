@@ -157,7 +157,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("command", choices=["serve"])
     parser.add_argument("model")
-    for flag in ("served-model-name", "uds", "generation-config"):
+    for flag in ("served-model-name", "uds", "generation-config", "dtype"):
         parser.add_argument(f"--{flag}", required=True)
     for flag in (
         "max-model-len",

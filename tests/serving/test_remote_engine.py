@@ -15,10 +15,11 @@ from monitoring.errors import ConfigError, MissingExtraError, SpotforgeError
 from serving.artifact import resolve
 from serving.config import EngineConfig, EngineName, ServingConfig
 from serving.deployment import Deployment
-from serving.engine import EngineError, EngineRefused, TokenRequest
+from serving.engine import EngineError, EngineRefused, TokenRequest, Unproven
 from serving.engines import vllm
 from serving.engines.choose import build
 from serving.engines.process import watch_of
+from serving.engines.proof import Case, Proof, Scores
 from serving.gateway.generation import lost
 from serving.rollout import Rollout
 from serving.text.pipeline import LocalStages
@@ -348,6 +349,21 @@ def test_a_vllm_that_does_not_start_says_why(export, fake_vllm, monkeypatch):
     monkeypatch.setenv("FAKE_VLLM_FAILS", "1")
     with pytest.raises(SpotforgeError, match="^vllm: ValueError: no such layer$"):
         with_vllm(export, None)
+
+
+def test_a_vllm_that_computes_something_else_is_not_kept(export, fake_vllm, tmp_path):
+    async def plain(asked):
+        return [Scores([-9.0] * len(a.of), [[-9.0] * len(of) for of in a.of]) for a in asked]
+
+    async def start():
+        config = EngineConfig(name=EngineName.vllm, max_running=4, max_context=100)
+        engine, *_ = await build(resolve(str(export)), config, Path("unused"), {})
+        proof = Proof(tmp_path, ["d"], [Case(PROMPT)], "float32", "float32", plain)
+        with pytest.raises(Unproven, match="computes it wrongly"):
+            await engine.start(proof)
+        assert engine.pid is None
+
+    asyncio.run(start())
 
 
 def test_what_vllm_cannot_load(export, tmp_path, monkeypatch):
