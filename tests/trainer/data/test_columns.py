@@ -114,7 +114,11 @@ REFUSED = [
     (b'[{"text": "a"},\n 7]', "data.path", "b.jsonl: line 2 is not a JSON object"),
     (b'[\n{"text": "a"}\n', "data.path", "b.jsonl: line 2 is not JSON"),
     (b'{"text": "a", "x": ' + b"[" * 9999 + b"]" * 9999 + b"}", "data.path", "b.jsonl: line 1"),
-    (gzip.compress(ROWS * 99, mtime=0)[:-9], "data.path", "b.jsonl: cannot be read to its end: after line"),
+    (
+        gzip.compress(ROWS * 99, mtime=0)[:-9],
+        "data.path",
+        "b.jsonl: cannot be read to its end: after line",
+    ),
     (zstandard(ROWS * 99)[:-9], "data.path", "b.jsonl: cannot be read to its end: after line"),
 ]
 
