@@ -52,11 +52,17 @@ class BlockStream:
         return_freed_memory()
         config = PathModelConfig(path=str(folder), attn_implementation=None)
         self.model: Any = build_meta_model(config, tokenizer_size=1).eval()
-        self.blocks = decoder_blocks(self.model)
+        of_module = {module: name for name, module in self.model.named_modules()}
+        # What some models (BERT) name beside their layers, such as their embeddings, is no layer:
+        # those are numbered.
+        self.blocks = [
+            block
+            for block in decoder_blocks(self.model)
+            if of_module[block].rpartition(".")[2].isdecimal()
+        ]
         if not self.blocks:
             rule = f"{type(self.model).__name__} names no decoder blocks"
             raise ConfigError("model", folder, rule, "choose a decoder-only architecture")
-        of_module = {module: name for name, module in self.model.named_modules()}
         self.names = [of_module[block] for block in self.blocks]
         self._of_module: dict[nn.Module, str] = of_module
         self._overwrite = overwrite

@@ -68,7 +68,8 @@ class PlainWorker(TorchWorker):
         # Caches grow as their sequences do: so many contexts have room.
         room = settings.kv_cache_tokens // self._max_context
         self._max_running = max(1, min(settings.max_running, room))
-        self._say_ready(f"plain transformers {transformers.__version__}", self._max_running)
+        name = f"plain transformers {transformers.__version__}"
+        self._say_ready(name, self._max_running, self._embeds_text())
 
     def _begin(self, request: dict[str, Any]) -> None:
         prompt, max_tokens = request["prompt"], request["max_tokens"]

@@ -198,8 +198,9 @@ def cases_of(
     affordable = math.inf if has_gpu else max(max(_LENGTHS), _CPU_WORK / max(1, weight_bytes))
     chosen = sorted(length for length in lengths if length <= affordable)
     numbers = random.Random(0)
-    vocab_size = int(config["vocab_size"])
-    prompts = [[numbers.randrange(vocab_size) for _ in range(length)] for length in chosen]
+    # No prompt holds padding, which some models (RoBERTa) count no position for.
+    tokens = [i for i in range(int(config["vocab_size"])) if i != config.get("pad_token_id")]
+    prompts = [numbers.choices(tokens, k=length) for length in chosen]
     cases = [Case(prompt) for prompt in prompts]
     return cases + [Case(prompt, name) for name in adapters for prompt in prompts[1:3]]
 

@@ -129,17 +129,18 @@ class TorchWorker(ABC):
 
     # -- What all of them do -----------------------------------------------------------------
 
-    def _say_ready(self, name: str, max_running: int) -> None:
+    def _say_ready(self, name: str, max_running: int, embeds: bool) -> None:
         """Tells what the engine is and can.
 
         Args:
             name: Of the engine, with its version.
             max_running: Sequences that it works on at once.
+            embeds: What `_embeds_text` says.
         """
         import torch
 
         features = ["logprobs_when_sampling", "top_k", "min_p", "repetition_penalty"]
-        if self._embeds_text():
+        if embeds:
             features.append("embeddings")
         if self._grammars is not None:
             features.append("json_schema")

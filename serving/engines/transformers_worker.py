@@ -39,8 +39,11 @@ class TransformersWorker(TorchWorker):
         self._sampler.install(self._manager.logit_processor)
         if self._adapters is not None:
             self._adapters.follow(self._model, self._step)
+        # Asked first: its thread looks at the model's attention when it starts, and an embedding
+        # changes that for a moment.
+        embeds = self._embeds_text()
         self._manager.start()
-        self._say_ready(f"transformers {transformers.__version__}", settings.max_running)
+        self._say_ready(f"transformers {transformers.__version__}", settings.max_running, embeds)
 
     def _make_manager(self) -> Any:
         from transformers import ContinuousBatchingConfig, GenerationConfig
