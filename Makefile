@@ -31,7 +31,7 @@ soak: install  ## An hour of all that clients do, against a server of a small ra
 	$(BIN)/python -m tests.serving.soak
 
 PYTHONS ?= python3.11 python3.12 python3.13
-# Where torch is to be had for them, e.g. https://download.pytorch.org/whl/cpu; PyPI's is of gigabytes.
+# Index of CPU builds of torch for them; the default index has builds of gigabytes.
 TORCH_INDEX ?=
 # An environment without torch leaves out what needs it, and says so; so does one without a Python.
 test-pythons:  ## The same order, data, checkpoints and plans under every Python that is there
