@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from monitoring.errors import ConfigError
 from parallel.strategy import decoder_blocks, persistent_buffers
+from trainer.attention import plain_attention
 from trainer.config import NamedModelConfig, PathModelConfig
 from trainer.constructed import constructed_values
 from trainer.weights import WeightsReader
@@ -129,6 +130,13 @@ def build_meta_model(
             hf_config.model_type,
             "an encoder sees the tokens that it is to predict",
             "choose a causal language model, or one whose config says is_decoder=true",
+        )
+    if config.attn_implementation == "eager" != plain_attention(hf_config):
+        raise ConfigError(
+            "model.attn_implementation",
+            "eager",
+            f"transformers adds ALiBi twice in eager attention of {hf_config.model_type}",
+            "set model.attn_implementation=sdpa",
         )
     model = _build(hf_config, dtype, config.attn_implementation)
     if model.get_output_embeddings() is None:

@@ -61,7 +61,7 @@ class PlainWorker(TorchWorker):
         import transformers
         from transformers import GenerationConfig
 
-        super().__init__(settings, lines, "eager")
+        super().__init__(settings, lines, is_plain=True)
         # What is left of it would change how requests sample, or what kind of cache they get.
         self._model.generation_config = GenerationConfig()
         self._running: deque[_Sequence] = deque()

@@ -65,10 +65,10 @@ class TorchWorker(ABC):
     Args:
         settings: Of the program.
         lines: To the gateway.
-        attention: That the model is loaded with; None: transformers' own choice.
+        is_plain: Whether the model is loaded with plain attention, not of transformers' choice.
     """
 
-    def __init__(self, settings: Settings, lines: Lines, attention: str | None) -> None:
+    def __init__(self, settings: Settings, lines: Lines, is_plain: bool) -> None:
         import torch
         import transformers
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -83,7 +83,7 @@ class TorchWorker(ABC):
             torch.set_num_threads(settings.num_threads)
         keep_freed_memory()  # else some processes spend a third of their CPU time on page faults
         self._settings, self._lines = settings, lines
-        self._model, self._restored = _load(settings, settings.dtype, attention)
+        self._model, self._restored = _load(settings, settings.dtype, is_plain)
         self._reference: Any = None  # what scores are computed with, while the engine is proven
         text_config = self._model.config.get_text_config()
         self._eos = _eos_tokens(self._model)
@@ -306,7 +306,7 @@ class TorchWorker(ABC):
         if self._reference is None:
             self._reference = self._reference_model()
         tokens, start = asked["tokens"], asked["start"]
-        with torch.no_grad(), self._as_asked(asked["adapter"]) as model, _eager(model):
+        with torch.no_grad(), self._as_asked(asked["adapter"]) as model, _plain(model):
             ids = torch.tensor([tokens], device=model.device)
             kept = {}
             if model._supports_logits_to_keep():
@@ -326,14 +326,14 @@ class TorchWorker(ABC):
         """The same weights in float32 where half of the free memory holds them; else the model."""
         model = self._model
         # Some choose their attention as they are built, and cannot change it.
-        is_plain = _is_eager(model) or model._can_set_attn_implementation()
+        is_plain = _is_plain(model) or model._can_set_attn_implementation()
         if self._settings.dtype == "float32" and is_plain:
             return model
         if 4 * sum(p.numel() for p in model.parameters()) <= _free_bytes(model) / 2:
-            return _load(self._settings, "float32", "eager")[0]
+            return _load(self._settings, "float32", is_plain=True)[0]
         if is_plain:
             return model
-        raise MemoryError("there is no room for a second model, with eager attention")
+        raise MemoryError("there is no room for a second model, with plain attention")
 
     @contextlib.contextmanager
     def _as_asked(self, adapter: str | None) -> Iterator[Any]:
@@ -351,20 +351,24 @@ class TorchWorker(ABC):
                 yield self._model
 
 
-def _load(settings: Settings, dtype: str, attention: str | None) -> tuple[Any, list[str]]:
+def _load(settings: Settings, dtype: str, is_plain: bool) -> tuple[Any, list[str]]:
     """The model, as the artifact says it is to be loaded, and its buffers that were restored.
 
     Raises:
         ConfigError: It cannot be loaded.
     """
     import torch
+    from transformers import AutoConfig
 
     from compression.targets.packing import load_folder
     from serving.engines.buffers import restore_buffers
+    from trainer.attention import plain_attention
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder, numbers = Path(settings.folder), getattr(torch, dtype)
     try:
+        described = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        attention = plain_attention(described) if is_plain else None
         if settings.target is None:
             model = load_folder(folder, numbers, attention)
         else:
@@ -399,28 +403,32 @@ def _eos_tokens(model: Any) -> list[int]:
 
 
 @contextlib.contextmanager
-def _eager(model: Any) -> Iterator[None]:
-    """Attention as the model's own file writes it down, without a cache of pages."""
-    if _is_eager(model):
+def _plain(model: Any) -> Iterator[None]:
+    """Has a model compute with plain attention, without a cache of pages."""
+    from trainer.attention import plain_attention
+
+    if _is_plain(model):
         yield
         return
     before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation(plain_attention(model.config))
     try:
         yield
     finally:
         model.set_attn_implementation(before)
 
 
-def _is_eager(model: Any) -> bool:
-    return bool(model.config._attn_implementation == "eager")
+def _is_plain(model: Any) -> bool:
+    from trainer.attention import plain_attention
+
+    return bool(model.config._attn_implementation == plain_attention(model.config))
 
 
 def _embedding(model: Any, tokens: list[int]) -> list[float]:
     """The mean of the last hidden states, of unit length: (D,)."""
     import torch
 
-    with torch.no_grad(), _eager(model):
+    with torch.no_grad(), _plain(model):
         inputs = torch.tensor([tokens], device=model.device)
         hidden = model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
     mean = hidden[0].float().mean(0)

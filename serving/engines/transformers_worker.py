@@ -31,7 +31,7 @@ class TransformersWorker(TorchWorker):
     def __init__(self, settings: Settings, lines: Lines) -> None:
         import transformers
 
-        super().__init__(settings, lines, None)
+        super().__init__(settings, lines, is_plain=False)
         try:
             self._manager = self._make_manager()
         except Exception as e:  # whatever it is, it is about this kind of model

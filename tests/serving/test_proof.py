@@ -199,7 +199,7 @@ def settings_of(folder, **settings):
     return torch_worker.Settings(**of)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "falcon", "mamba"])
+@pytest.mark.parametrize("family", ["gemma2", "falcon", "falcon_rw", "mamba"])
 def test_the_plain_engine_computes_what_generate_does(tmp_path, family):
     zoo.build(family, tmp_path)
     worker = PlainWorker(settings_of(tmp_path), HeardLines())
@@ -209,7 +209,8 @@ def test_the_plain_engine_computes_what_generate_does(tmp_path, family):
         for name, prompt in prompts.items()
     ]
     found = submitted(worker, requests)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    attention = zoo.FAMILIES[family].attention
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attention)
     for name, prompt in prompts.items():
         ids = torch.tensor([prompt])
         wanted = model.generate(

@@ -9,12 +9,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Model
+from transformers.models.falcon import modeling_falcon
 
 from monitoring.errors import ConfigError
 from parallel.config import DdpConfig, Dtype, FsdpConfig, PrecisionConfig, ZeroConfig
 from parallel.strategy import decoder_blocks, sharded_blocks
 from parallel.world import join_world
 from tests.distributed import run_distributed
+from tests.families import zoo
 from tests.small_run import MODEL, VOCAB, SmallRun
 from trainer.cli import CONFIG_DIR
 from trainer.config import NamedModelConfig, PathModelConfig
@@ -101,6 +103,29 @@ def usual(config):
     )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+
+
+def test_attention_that_adds_alibi_twice_is_refused():
+    """Eager attention of Falcon is sdpa's with twice the ALiBi: not what such models know."""
+    model = zoo.make("falcon_rw").eval()
+    token_ids = torch.randint(3, 259, (1, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        right = model(token_ids, use_cache=False).logits
+        model.config._attn_implementation = "eager"
+        doubled = model(token_ids, use_cache=False).logits
+        alibi_of = modeling_falcon.build_alibi_tensor
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                modeling_falcon, "build_alibi_tensor", lambda *a, **k: alibi_of(*a, **k) / 2
+            )
+            halved = model(token_ids, use_cache=False).logits
+    assert not torch.allclose(doubled, right, atol=1e-2)
+    assert torch.allclose(halved, right, atol=1e-5)
+    config = NamedModelConfig(
+        model_type="falcon", vocab_size=64, config={"alibi": True}, attn_implementation="eager"
+    )
+    with pytest.raises(ConfigError, match="ALiBi"):
+        build_meta_model(config, 1)
 
 
 @pytest.mark.parametrize("name", MODELS)

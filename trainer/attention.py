@@ -1,0 +1,16 @@
+"""Attention as a model's own file writes it down, which is what all faster kinds are held to."""
+
+from typing import Any
+
+
+def plain_attention(hf_config: Any) -> str:
+    """Returns transformers' name of the attention that a model is defined by.
+
+    That is its eager attention, but for Falcon with ALiBi: transformers 5.23 adds the biases twice
+    in eager attention, to the scores and in the mask, and once in sdpa, as the model was trained.
+
+    Args:
+        hf_config: Transformers' config of the model.
+    """
+    is_doubled = hf_config.model_type == "falcon" and hf_config.alibi
+    return "sdpa" if is_doubled else "eager"
