@@ -100,6 +100,9 @@ def stored_config(config: TrainerConfig) -> dict[str, Any] | None:
 
     Returns:
         None where there is nothing to go on with, or nothing that can be read.
+
+    Raises:
+        ConfigError: If there is nothing on disk, and the object store cannot be used.
     """
     if config.resume == "never":
         return None
@@ -112,6 +115,7 @@ def stored_config(config: TrainerConfig) -> dict[str, Any] | None:
             return stored
     if config.checkpoint.upload is not None and config.resume == "auto":
         remote = RemoteCheckpoints(config.checkpoint.upload)
+        remote.check()
         for name in remote.names():
             with suppress(OSError, ValueError, KeyError, TypeError):
                 stored = json.loads(remote.read(name, TRAINER))["config"]

@@ -24,6 +24,7 @@ from parallel.world import World, join_world
 from trainer.checkpoint import STORED_NAMES, TrainerState, read_state, step_name
 from trainer.config import ModelConfig, NamedModelConfig, PathModelConfig, TrainerConfig, resolve
 from trainer.cpu import keep_freed_memory
+from trainer.data.loader import check_samples
 from trainer.data.order import OrderRule
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.tokenizer import vocab_size_of
@@ -108,6 +109,7 @@ def train_in(
             begun_before=begun_before,
         )
         config = _with_bos(config, data.add_bos)
+        check_samples(data, config.data.max_seq_len)
         if config.data.verify:
             data.verify(world.local_rank, world.local_world_size, poll)
 

@@ -447,6 +447,12 @@ def _batch(rows: list[Row], ids: list[int], masked: bool) -> Batch:
     )
 
 
+def check_samples(prepared: PreparedData, max_seq_len: int) -> None:
+    """Raises ConfigError for a source that does not make one sample to train on."""
+    for name, dataset in zip(prepared.names, prepared.sources, strict=True):
+        _num_samples(name, dataset, max_seq_len)
+
+
 def _num_samples(name: str, dataset: TokenDataset, max_seq_len: int) -> int:
     size = max(0, dataset.num_tokens - 1) // max_seq_len
     if not size:
