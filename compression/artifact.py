@@ -61,12 +61,13 @@ def places(config: CompressionConfig) -> tuple[Path, Path]:
     return parent.absolute(), out.absolute()
 
 
-def check_replaceable(out: Path, recipe: str | None) -> None:
-    """Raises ConfigError where `out` holds what this recipe has not left there.
+def check_replaceable(out: Path, recipe: str | None, parent: Path) -> None:
+    """Raises ConfigError where `out` holds what this recipe has not made of this model.
 
     Args:
         out: Folder for artifacts.
         recipe: Name of the recipe; None: any.
+        parent: Folder of the model.
     """
     if not out.exists():
         return
@@ -81,6 +82,18 @@ def check_replaceable(out: Path, recipe: str | None) -> None:
         found = read_report(path)["recipe"]
         if recipe is not None and found != recipe:
             raise ConfigError("out", out, f"holds what {found} left", "choose another folder")
+        made_of = json.loads((path / "lineage.json").read_text(encoding="utf-8"))["parent"]
+        if made_of["path"] != str(parent) and not _holds(parent, made_of["files"]):
+            rule = f"holds what was made of {made_of['path']}"
+            raise ConfigError("out", out, rule, "name another folder with out=")
+
+
+def _holds(folder: Path, digests: dict[str, str]) -> bool:
+    """Whether a folder is the one that had files of these digests, perhaps moved."""
+    return all(
+        (folder / name).is_file() and sha256_of(folder / name) == digest
+        for name, digest in digests.items()
+    )
 
 
 def claim(work: Path, made_from: dict[str, Any]) -> None:

@@ -59,7 +59,7 @@ def run_auto(config: CompressionConfig, stop_requested: Callable[[], bool]) -> P
     config.check()
     assert not config.targets  # else it is refused there
     parent, out = places(config)
-    check_replaceable(out, None)
+    check_replaceable(out, None, parent)
     tried = []
     for candidate in _candidates(config, parent):
         place = out / CANDIDATES / f"{candidate.name}-{candidate.target.value}"

@@ -106,7 +106,7 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
     source = Source.open(parent)
     layers = _check_layers(config, parent)
     packers = _packers(config, parent, layers)
-    check_replaceable(out, config.recipe_name)
+    check_replaceable(out, config.recipe_name, parent)
     _check_lengths(config, parent)
     samples = draw_samples(config, parent, stop_requested)
 

@@ -138,7 +138,7 @@ def pack(result: Result, source: Path, out: Path) -> None:
         return stored, {}
 
     # Its loader would take dense experts under their names on disk for codes, and drop them.
-    config = _quantization_config(result)
+    config = _quantization_config(result, source)
     write_folder(result, source, out, packed, config, keeps_fused=True)
 
 
@@ -146,7 +146,7 @@ def _is_packed(scheme: Scheme) -> bool:
     return scheme.activation is Activation.none
 
 
-def _quantization_config(result: Result) -> dict[str, Any]:
+def _quantization_config(result: Result, source: Path) -> dict[str, Any]:
     from compressed_tensors.quantization import (
         QuantizationArgs,
         QuantizationConfig,
@@ -182,7 +182,7 @@ def _quantization_config(result: Result) -> dict[str, Any]:
         config_groups=groups,
         format=formats.pop() if len(formats) == 1 else "mixed-precision",
         quantization_status="compressed",
-        ignore=kept_matrices(result),
+        ignore=kept_matrices(result, source),
     )
     described: dict[str, Any] = config.model_dump(mode="json")
     return described

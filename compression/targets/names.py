@@ -27,6 +27,7 @@ class StoredNames:
 
     Attributes:
         linears: Its linear layers, on the meta device; see `linear_layers`.
+        head: Its output head, which may be tied and then lies in no file.
 
     Args:
         folder: Its config.json says what it is built of.
@@ -38,6 +39,8 @@ class StoredNames:
         with torch.device("meta"):
             self._model: Any = AutoModelForCausalLM.from_config(config)
         self.linears = linear_layers("", self._model)
+        names = {module: name for name, module in self._model.named_modules()}
+        self.head = names[self._model.get_output_embeddings()]
         modules = self._model.named_modules()
         self._fused = {name for name, m in modules if is_fused(m) and can_split(m)}
 

@@ -227,15 +227,20 @@ def stored_bytes(folder: Path, layers: set[str]) -> int:
     return size
 
 
-def kept_matrices(result: Result) -> list[str]:
-    """Names, in memory, of modules whose matrices are not in codes, the head always among them."""
+def kept_matrices(result: Result, source: Path) -> list[str]:
+    """Names, in memory, of modules whose matrices are not in codes, the head always among them.
+
+    Args:
+        result: Of the compression.
+        source: Folder of the parent.
+    """
     kept = {
         name.removesuffix(".weight")
         for path in result.files()
         for name, value in result.read(path)
         if isinstance(value, Tensor) and value.ndim == 2 and name.endswith(".weight")
     }
-    return sorted(kept | {"lm_head"})
+    return sorted(kept | {StoredNames(source).head})
 
 
 def _shards(result: Result) -> Iterator[Values]:

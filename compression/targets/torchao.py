@@ -83,7 +83,7 @@ def pack(result: Result, source: Path, out: Path) -> None:
         stored: tuple[dict[str, Tensor], dict[str, str]] = flatten_tensor_state_dict(wrapped)
         return stored
 
-    write_folder(result, source, out, packed, _quantization_config(scheme, result))
+    write_folder(result, source, out, packed, _quantization_config(scheme, result, source))
 
 
 def _config(scheme: Scheme) -> Any:
@@ -127,10 +127,10 @@ def _wrapper(scheme: Scheme, result: Result) -> Callable[[Quantized], Tensor]:
     return wrap
 
 
-def _quantization_config(scheme: Scheme, result: Result) -> dict[str, Any]:
+def _quantization_config(scheme: Scheme, result: Result, source: Path) -> dict[str, Any]:
     from transformers import TorchAoConfig
 
-    kept = kept_matrices(result)
+    kept = kept_matrices(result, source)
     described: dict[str, Any] = TorchAoConfig(
         _config(scheme), modules_to_not_convert=kept
     ).to_dict()

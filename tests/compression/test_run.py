@@ -1,5 +1,6 @@
 """`python -m compression` from its words to an artifact that loads."""
 
+import hashlib
 import json
 
 import pytest
@@ -8,9 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from compression import run as run_module
-from compression.artifact import locked, read_report
+from compression.artifact import check_replaceable, locked, read_report
 from compression.reload import Reloaded
 from compression.samples import draw_samples
+from monitoring.errors import ConfigError
 from tests.compression.conftest import SMALL, save_model
 from tests.compression.test_samples import settings
 from trainer.checkpoint import sha256_of
@@ -347,3 +349,20 @@ def test_a_folder_that_holds_something_else_is_left_alone(compress, parent, tmp_
     (tmp_path / "x" / "mine.txt").write_text("precious")
     code, _, err = compress(f"model={parent}", "out=x")
     assert code == 2 and "holds mine.txt" in err
+
+
+def test_what_was_made_of_another_model_is_not_replaced(tmp_path):
+    parents = [tmp_path / name for name in ("one", "other", "moved")]
+    for parent, text in zip(parents, ("one", "other", "one"), strict=True):
+        parent.mkdir()
+        (parent / "model.safetensors").write_text(text)
+    digest = hashlib.sha256(b"one").hexdigest()
+    made_of = {"path": str(parents[0]), "files": {"model.safetensors": digest}}
+    artifact = tmp_path / "out" / "torchao"
+    artifact.mkdir(parents=True)
+    (artifact / "compression.json").write_text('{"recipe": "int8_weight_only"}')
+    (artifact / "lineage.json").write_text(json.dumps({"parent": made_of}))
+    for same in (parents[0], parents[2]):
+        check_replaceable(tmp_path / "out", "int8_weight_only", same)
+    with pytest.raises(ConfigError, match="made of"):
+        check_replaceable(tmp_path / "out", "int8_weight_only", parents[1])
