@@ -101,7 +101,6 @@ class WeightsReader:
         _use_conversions(model, conversions)
         self._group_of = {name: group for group in groups for name in group.targets}
         self._twins = _twins(model)
-        self._opened: tuple[str, Any] = ("", None)
         self._converted: dict[str, Tensor] = {}
 
         _check_missing(config, model, self._group_of, self._twins)
@@ -122,10 +121,9 @@ class WeightsReader:
         return any(n in self._group_of for n in (name, *self._twins.get(name, ())))
 
     def _read_stored(self, name: str) -> Tensor:
-        path = self._files[name]
-        if self._opened[0] != path:
-            self._opened = (path, safe_open(path, framework="pt"))  # one: a mapped file is memory
-        tensor: Tensor = self._opened[1].get_tensor(name)
+        # Opened anew each time: what is mapped of a file that stays open counts as memory in use.
+        with safe_open(self._files[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
         return tensor
 
     def _check_tied(self, config: PathModelConfig) -> None:
