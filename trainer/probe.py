@@ -268,15 +268,25 @@ class Probe:
         answer = self._ask(question, model, input_ids.to(self._world.device))
         return self._world.max(*answer.tolist())
 
-    def _ask(self, question: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        """What a question answers where the strategy calls the module, with all weights there."""
+    def _ask(self, question: Callable[..., Tensor], model: Any, *arguments: Any) -> Tensor:
+        """What a question answers where the strategy calls the module, with all weights there.
+
+        A frozen model is asked inside the child that holds it: its weights are there only while
+        that one is called.
+        """
         module: Any = self._module
-        module.forward = partial(question, *arguments)
+        held = (child for child in frozen_children(module) if child.get_submodule("model") is model)
+        owner: Any = next(held, module)
+        owner.forward = partial(question, model, *arguments)
+        if owner is not module:
+            module.forward = lambda: owner()  # a module by itself would become a child
         try:
             with evaluating(module):
                 return self._strategy.forward()
         finally:
-            del module.forward
+            del owner.forward
+            if owner is not module:
+                del module.forward
 
     def _tokens(self, model: Any, length: int) -> Tensor:
         """(T) int64, the same on every rank."""
