@@ -1,8 +1,10 @@
 """Pruned models that are trained towards their parent."""
 
+import json
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compression.artifact import read_report
 from compression.recipe import (
@@ -104,26 +106,40 @@ def test_less_than_a_step_is_refused_before_the_work(recipe, step, compress, par
     assert not (tmp_path / "x").exists()
 
 
+def loss_on(folder, text):
+    """Nats a token of a folder's model, by transformers, on a text in samples of 32 tokens."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    ids = [i for row in rows for i in (*tokenizer(row).input_ids, tokenizer.eos_token_id)]
+    samples = torch.tensor(ids[: len(ids) // 32 * 32]).view(-1, 32)
+    with torch.no_grad():
+        return model(input_ids=samples, labels=samples).loss.item()
+
+
 @pytest.mark.long
 def test_trained_to_be_rounded(compress, trainer, text, tmp_path):
-    """Rounding to 3 bits costs less after a training that felt it."""
+    """Rounding to 2 bits costs less after a training that felt it.
+
+    The cost is that on the text that was learnt: of made-up words nothing else can be known, and
+    what a model has learnt of them by heart costs it on others, where rounding may help it.
+    """
     assert trainer(*train_words(text, tmp_path)).code == 0
     small = [word for word in SMALL if not word.startswith("data.")]
     words = [f"run={tmp_path / 'run'}", *small, "evaluation.speed=false"]
-    perplexities = {}
+    losses = {"parent": loss_on(tmp_path / "run/export", text)}
     for name, recipe in {
-        "rounded": ["recipe=int4_weight_only", *of("int4_weight_only", bits=3, group_size=32)],
+        "rounded": ["recipe=int4_weight_only", *of("int4_weight_only", bits=2, group_size="null")],
         "trained": [
             "recipe=qat_int4",
-            *of("qat_int4", bits=3, group_size=32, tokens=24000, lr=0.001),
+            *of("qat_int4", bits=2, group_size="null", tokens=24000, lr=0.003),
         ],
     }.items():
         code, _, err = compress(*words, *recipe, f"out={name}", data=False)
         assert code == 0, err
-        report = read_report(tmp_path / name / "compressed_tensors")
-        perplexities[name] = report["evaluation"]["child_perplexity"]
-        parent = report["evaluation"]["parent_perplexity"]
-    assert perplexities["trained"] - parent < 0.5 * (perplexities["rounded"] - parent)
+        losses[name] = loss_on(tmp_path / name / "compressed_tensors", text)
+    assert losses["rounded"] > losses["parent"]
+    assert losses["trained"] - losses["parent"] < 0.5 * (losses["rounded"] - losses["parent"])
 
 
 @pytest.mark.long
