@@ -170,8 +170,10 @@ def test_what_the_model_has_no_right_place_for_is_refused(change, word, llama):
 
 
 def test_what_older_releases_stored_and_newer_compute_is_passed_over(llama):
+    right = LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32)
     rewrite(llama, lambda t: t | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
-    materialized(llama)
+    model = materialized(llama)[0]
+    assert_same(dict(model.named_buffers()), dict(right.named_buffers()))
 
 
 def test_a_missing_buffer_is_refused(tmp_path):
