@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from serving.text.tools import call_schema
+from trainer.data.messages import for_template
 
 _SEED = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 _SCHEMA_LEVELS = 100
@@ -192,14 +193,10 @@ class FunctionCall(_Body):
     @model_validator(mode="after")
     def _arguments_are_json(self) -> FunctionCall:
         try:
-            self.for_template()
+            json.loads(self.arguments or "{}")
         except (ValueError, RecursionError) as e:
             raise ValueError("arguments are no JSON") from e
         return self
-
-    def for_template(self) -> dict[str, Any]:
-        """With arguments as an object, which templates go through or write as JSON themselves."""
-        return {"name": self.name, "arguments": json.loads(self.arguments or "{}")}
 
 
 class ToolCall(_Body):
@@ -215,6 +212,10 @@ class TextPart(_Body):
 
     type: Literal["text"]
     text: str
+
+
+# Fields of a message that a chat template is given.
+_SAID = {"role", "content", "name", "tool_calls", "tool_call_id"}
 
 
 class Message(_Body):
@@ -238,22 +239,8 @@ class Message(_Body):
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it: one text, arguments as objects."""
-        content = self.content
-        if isinstance(content, list):
-            content = "\n".join(part.text for part in content)  # as vLLM and llama.cpp do
-        message: dict[str, Any] = {"role": self.role, "content": content or ""}
-        if self.role == "developer":
-            message["role"] = "system"
-        if self.name is not None:
-            message["name"] = self.name
-        if self.tool_calls:
-            message["tool_calls"] = [
-                call.model_dump() | {"function": call.function.for_template()}
-                for call in self.tool_calls
-            ]
-        if self.tool_call_id is not None:
-            message["tool_call_id"] = self.tool_call_id
-        return message
+        said = self.model_dump(include=_SAID, exclude_none=True)
+        return for_template(said)
 
 
 class Function(_Body):

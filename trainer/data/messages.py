@@ -58,7 +58,7 @@ def _with_object(call: Any) -> Any:
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        parsed = json.loads(function["arguments"])
+        parsed = json.loads(function["arguments"] or "{}")  # none are sent as an empty text
     except ValueError as e:
         raise ValueError(f"the arguments of a call are no JSON: {e}") from e
     return call | {"function": function | {"arguments": parsed}}
