@@ -32,11 +32,11 @@ from typing import Any
 import matplotlib
 
 from benchmarks.informed import informed
+from core.errors import ConfigError
 from launch.simulation.market import SPOT_SHARE, Market, markov_market, read_market
 from launch.simulation.simulate import Job, MakePolicy
 from launch.simulation.study import ORACLE, OURS, POLICIES, Row, compare
 from monitoring.environment import describe_environment
-from monitoring.errors import ConfigError
 
 RESULT = Path("benchmarks/results/policies.json")
 PLOT = RESULT.with_suffix(".png")

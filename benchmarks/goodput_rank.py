@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import trainer.heartbeat  # noqa: F401  before torch: startup_s counts from here
-from monitoring.errors import ExitCode
+from core.errors import ExitCode
 
 
 def note_steps(folder: Path) -> None:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from compression.schemas import register_schemas
-from monitoring.errors import ConfigError, ExitCode, SpotforgeError
+from core.errors import ConfigError, ExitCode, SpotforgeError
 from trainer.cli import CONFIG_DIR, explain, words_and_options
 from trainer.schemas import refuse_unknown_keys
 

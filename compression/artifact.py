@@ -13,8 +13,8 @@ from typing import Any
 
 from compression.config import CompressionConfig
 from compression.source import Source
+from core.errors import ConfigError
 from monitoring.environment import describe_environment
-from monitoring.errors import ConfigError
 from trainer.checkpoint import sha256_of
 
 REPORT = "compression.json"

@@ -23,7 +23,7 @@ from compression.run import run
 from compression.source import choose_layers
 from compression.stream import BlockStream
 from compression.targets.openvino_program import PYTHON
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 _GROUP_SIZES = (128, 64, 32)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from trainer.data.messages import for_template
 
 KEY = "calibration.messages"

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from compression.recipe import AutoConfig, HealConfig, MixedConfig, ModelStep, Step
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from parallel.config import Dtype
 
 

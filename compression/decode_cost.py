@@ -26,7 +26,7 @@ from compression.result import Result
 from compression.scheme import Scheme
 from compression.speed import Runner, TorchRunner, measure
 from compression.targets.packing import torch_runner
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 _LAYER_ROUNDS = 5  # for a round of the evaluation
 

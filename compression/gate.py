@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compression.config import GateConfig
-from monitoring.errors import SpotforgeError
+from core.errors import SpotforgeError
 
 
 class GateError(SpotforgeError):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compression.chat import answer_prompt, query_prefix
 from compression.progress import bar
-from monitoring.errors import ConfigError, Interrupted
+from core.errors import ConfigError, Interrupted
 from trainer.data.files import StopRequested
 
 _ROWS = 16  # that are generated at once

@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from compression.recipe import HealConfig
-from monitoring.errors import ConfigError, ExitCode, Interrupted, SpotforgeError
+from core.errors import ConfigError, ExitCode, Interrupted, SpotforgeError
 from trainer.data.config import DataConfig, MixtureDataConfig
 
 _POLL_S = 0.5

@@ -19,7 +19,7 @@ from compression.progress import Advance
 from compression.recipe import Method
 from compression.result import Result, persistent_tensors, round_inputs
 from compression.stream import BlockStream
-from monitoring.errors import Interrupted
+from core.errors import Interrupted
 
 
 def compress(

@@ -26,7 +26,7 @@ from compression.progress import Advance
 from compression.recipe import MixedConfig
 from compression.scheme import Scheme
 from compression.stream import BlockStream
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 if TYPE_CHECKING:
     from compression.decode_cost import DecodeCost

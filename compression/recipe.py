@@ -11,7 +11,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from compression.scheme import Activation, Number, Scheme
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 if TYPE_CHECKING:
     from compression.block import Block

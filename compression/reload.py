@@ -25,7 +25,7 @@ from compression.config import Target
 from compression.evaluate import compare, logits_of
 from compression.hidden import Hidden
 from compression.stream import BlockStream
-from monitoring.errors import Interrupted, SpotforgeError
+from core.errors import Interrupted, SpotforgeError
 
 _TIMEOUT_S = 4 * 3600
 _POLL_S = 0.5

@@ -52,8 +52,8 @@ from compression.stream import BlockStream
 from compression.structured.prune import check as check_structured
 from compression.targets.names import StoredNames
 from compression.targets.packing import torch_runner
+from core.errors import ConfigError, Interrupted
 from monitoring.environment import describe_environment
-from monitoring.errors import ConfigError, Interrupted
 from parallel.config import Dtype
 
 _RELOADED = 2  # samples that a packed artifact is compared on

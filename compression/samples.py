@@ -21,7 +21,7 @@ from compression.artifact import find_run
 from compression.chat import KEY, read_samples
 from compression.config import CompressionConfig
 from compression.generated import generate_samples
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from trainer.data.config import DataConfig, MixtureDataConfig, PreparationConfig, SingleDataConfig
 from trainer.data.loader import TrainLoader, validation_batches
 from trainer.data.prepare import PreparedData, prepare

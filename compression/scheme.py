@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 
 class Number(Enum):

@@ -15,7 +15,7 @@ from torch import nn
 from compression.layers import other_matrices
 from compression.recipe import BlockStep, Pattern, PruneConfig
 from compression.stream import BlockStream
-from monitoring.errors import ConfigError, DamagedError
+from core.errors import ConfigError, DamagedError
 from trainer.checkpoint import sha256_of
 from trainer.data.tokenizer import fingerprint, load_tokenizer
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from compression.experts import split_experts
 from compression.layers import linear_layers
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from parallel.strategy import decoder_blocks
 from trainer.config import PathModelConfig
 from trainer.cpu import return_freed_memory

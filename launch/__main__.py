@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from core.errors import ExitCode, SpotforgeError
 from launch.budget import cli as budget
 from launch.catalog import cli as catalog
 from launch.elastic import cli as elastic
@@ -14,7 +15,6 @@ from launch.pipeline import cli as pipeline
 from launch.place import cli as place
 from launch.plan import cli as plan
 from launch.simulation import cli as simulation
-from monitoring.errors import ExitCode, SpotforgeError
 
 _DESCRIPTION = "Knows what a job costs, places it, and keeps it going on machines that come and go."
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Self
 
+from core.errors import ConfigError
 from launch.elastic.signals import die_with_parent, exit_at_once, heeded
-from monitoring.errors import ConfigError
 
 _KILL_S = 5.0
 

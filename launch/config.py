@@ -13,7 +13,7 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 _HOURS = {"min": 1 / 60, "h": 1.0, "d": 24.0}
 _MOST_HOURS = 100 * 366 * 24.0

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 
 def read_json(key: str, path: Path, fix: str) -> Any:

@@ -14,6 +14,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from core.errors import ConfigError, ExitCode, SpotforgeError
 from launch.config import (
     KubernetesConfig,
     LaunchConfig,
@@ -21,7 +22,6 @@ from launch.config import (
     SkyPilotConfig,
     SlurmConfig,
 )
-from monitoring.errors import ConfigError, ExitCode, SpotforgeError
 from trainer.cli import CONFIG_DIR, explain
 from trainer.config import TrainerConfig
 from trainer.schemas import refuse_unknown_keys, register_schemas

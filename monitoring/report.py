@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from monitoring.goodput import Goodput, goodput
 from monitoring.run_charts import draw
 from monitoring.run_files import Run, mapping, mappings, number, read_run

@@ -8,7 +8,7 @@ from typing import cast
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from monitoring.errors import ConfigError, DamagedError
+from core.errors import ConfigError, DamagedError
 from monitoring.events import read_events
 from monitoring.jsonl import NOT_FINITE, read_records
 

@@ -4,8 +4,8 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
+from core.errors import ConfigError, MissingExtraError
 from monitoring.config import WandbConfig
-from monitoring.errors import ConfigError, MissingExtraError
 from monitoring.jsonl import Record
 
 try:

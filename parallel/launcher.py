@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 VARIABLES = (
     "RANK",

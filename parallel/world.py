@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from monitoring.errors import Interrupted, SpotforgeError
+from core.errors import Interrupted, SpotforgeError
 from parallel.launcher import Place, read_place
 
 _TIMEOUT = timedelta(minutes=30)

@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from monitoring.errors import MissingExtraError
+from core.errors import MissingExtraError
 from parallel.adamw_state import moments
 from parallel.config import Dtype, PrecisionConfig, ZeroConfig
 from parallel.strategy import (

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from monitoring.errors import ConfigError, ExitCode, SpotforgeError
+from core.errors import ConfigError, ExitCode, SpotforgeError
 from serving.schemas import register_schemas
 from trainer.cli import CONFIG_DIR, explain, words_and_options
 from trainer.schemas import refuse_unknown_keys

@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from serving.artifact import Artifact
 
 _log = logging.getLogger("spotforge.serving")

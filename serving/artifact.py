@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from monitoring.errors import ConfigError, DamagedError
+from core.errors import ConfigError, DamagedError
 
 KEY = "artifact"
 _ABOUT_IT = {"lineage.json", "compression.json"}  # files that say where it comes from

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from monitoring.errors import SpotforgeError
+from core.errors import SpotforgeError
 
 T = TypeVar("T")
 

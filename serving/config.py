@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from serving.adapters import check_names
 from serving.gateway.guard import Guard
 

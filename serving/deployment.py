@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from serving.adapters import Adapter, resolve_all
 from serving.artifact import Artifact
 from serving.config import GenerationConfig, ServingConfig, Topology

@@ -38,7 +38,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from monitoring.errors import SpotforgeError
+from core.errors import SpotforgeError
 
 
 class EngineError(SpotforgeError):

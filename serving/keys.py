@@ -25,7 +25,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from monitoring.errors import ConfigError, ExitCode
+from core.errors import ConfigError, ExitCode
 from serving.admission import KeyLimits
 
 _PREFIX = "sf-"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from monitoring.errors import ConfigError, SpotforgeError
+from core.errors import ConfigError, SpotforgeError
 from serving.artifact import resolve
 from serving.config import EngineName, RolloutConfig, ServingConfig
 from serving.deployment import Deployment

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from serving.artifact import read_json
 
 _RANGES = {  # least and most

@@ -17,7 +17,7 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from serving.adapters import key_of
 from serving.artifact import resolve
 from serving.batches.service import open_batches

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from serving.config import LogConfig
 from serving.text.stages import Chat, TextChunk
 

@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from monitoring.errors import ConfigError, ExitCode
+from core.errors import ConfigError, ExitCode
 from trainer.cli import CONFIG_DIR, explain, help_text
 from trainer.schemas import refuse_unknown_keys, register_schemas
 

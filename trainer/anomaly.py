@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 _WINDOW = 100
 _FEWEST = 20  # losses before a spike can be told from the start of training

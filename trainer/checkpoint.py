@@ -29,7 +29,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from monitoring.errors import ConfigError, DamagedError
+from core.errors import ConfigError, DamagedError
 from trainer.data.order import OrderRule
 
 MANIFEST = "manifest.json"

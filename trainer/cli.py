@@ -12,7 +12,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from trainer.schemas import options_with_key
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from parallel.config import Dtype, ZeroConfig
 from trainer.anomaly import AnomalyConfig
 from trainer.interval import Interval

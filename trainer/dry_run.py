@@ -5,7 +5,7 @@ import traceback
 
 import torch
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from parallel.strategy import Strategy
 from parallel.world import World
 from trainer.config import TrainerConfig

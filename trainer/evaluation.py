@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from parallel.strategy import Strategy
 from parallel.world import World
 from trainer.config import TrainerConfig

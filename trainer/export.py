@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from core.errors import ConfigError, SpotforgeError
 from monitoring.environment import describe_environment
-from monitoring.errors import ConfigError, SpotforgeError
 from parallel.config import Dtype
 from trainer.checkpoint import (
     ASSETS,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from parallel.strategy import decoder_blocks, torch_dtype
 from trainer.config import FakeQuantConfig
 

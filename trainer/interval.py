@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 _SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 # Until a save was measured: soon enough to lose little, late enough that the machine is warm.

@@ -21,7 +21,7 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
-from monitoring.errors import ConfigError, ExitCode, SpotforgeError
+from core.errors import ConfigError, ExitCode, SpotforgeError
 from parallel.config import FsdpConfig
 from parallel.launcher import Place, read_place
 from trainer.config import TrainerConfig, resolve

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from monitoring.errors import DivergedError, ExitCode
+from core.errors import DivergedError, ExitCode
 from monitoring.throughput import Throughput
 from parallel.strategy import Strategy
 from parallel.world import World

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from parallel.config import DdpConfig, Dtype, FsdpConfig, ZeroConfig
 from trainer.config import TrainerConfig
 from trainer.shape import ModelShape, model_shape, teacher_shape

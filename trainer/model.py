@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from parallel.strategy import decoder_blocks, persistent_buffers
 from trainer.attention import plain_attention
 from trainer.config import NamedModelConfig, PathModelConfig

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn

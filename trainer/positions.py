@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 # Fields of a transformers config that say how long a sequence may be.
 _FIELDS = ("max_position_embeddings", "max_target_positions", "n_positions", "max_seq_len")

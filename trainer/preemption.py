@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 _TIMEOUT_S = 2.0
 _MAX_BYTES = 1 << 20

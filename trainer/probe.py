@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from parallel.config import Dtype
 from parallel.strategy import Strategy, frozen_children
 from parallel.world import World

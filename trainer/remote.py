@@ -23,7 +23,7 @@ from typing import TypeVar
 import fsspec  # type: ignore[import-untyped]
 from fsspec.callbacks import Callback  # type: ignore[import-untyped]
 
-from monitoring.errors import ConfigError, DamagedError, MissingExtraError, SpotforgeError
+from core.errors import ConfigError, DamagedError, MissingExtraError, SpotforgeError
 from trainer.checkpoint import MANIFEST, STAGING, sha256_of
 
 _KEY = "checkpoint.upload"

@@ -14,8 +14,8 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
+from core.errors import ConfigError
 from monitoring.environment import describe_environment
-from monitoring.errors import ConfigError
 from monitoring.events import EventLog, read_events
 from monitoring.jsonl import read_records
 from monitoring.metrics import MetricLogger

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from monitoring.errors import ConfigError, DamagedError
+from core.errors import ConfigError, DamagedError
 from parallel.strategy import SLOTS, ReadTensors, persistent_buffers, trainable
 from parallel.world import World
 from trainer.checkpoint import (

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from monitoring.errors import ConfigError, ExitCode, Interrupted, SpotforgeError
+from core.errors import ConfigError, ExitCode, Interrupted, SpotforgeError
 from parallel.launcher import read_place
 from parallel.strategy import Strategy
 from parallel.world import World, join_world

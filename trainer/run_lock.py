@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 _LOCK, _OWNER = ".lock", ".lock-owner"
 # A file server keeps the lock of a machine that was lost until its lease expires: 90 s in Linux.

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 
 @dataclass

@@ -11,8 +11,8 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
+from core.errors import ConfigError
 from monitoring.config import MonitoringConfig
-from monitoring.errors import ConfigError
 from parallel.config import DdpConfig, FsdpConfig, PrecisionConfig, ZeroConfig
 from trainer.config import (
     CheckpointConfig,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from trainer.config import DistillConfig, NamedModelConfig, PathModelConfig, TrainerConfig
 
 # What transformers takes where a config says nothing, by architecture. `bias` names the

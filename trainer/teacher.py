@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from parallel.strategy import Materialize, torch_dtype
 from trainer.config import DistillConfig, ModelConfig, PathModelConfig
 from trainer.data.tokenizer import fingerprint, load_tokenizer

@@ -32,7 +32,7 @@ from transformers.core_model_loading import (
 )
 from transformers.utils import cached_file
 
-from monitoring.errors import ConfigError, DamagedError
+from core.errors import ConfigError, DamagedError
 from trainer.config import PathModelConfig
 
 _SINGLE = "model.safetensors"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from compression.stream import BlockStream
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 Axes = tuple[str, ...]
 

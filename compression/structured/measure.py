@@ -16,7 +16,7 @@ from compression.hidden import Hidden, embed
 from compression.stream import BlockStream
 from compression.structured.importance import Scores
 from compression.structured.plan import Plan
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ from compression.structured.measure import measure
 from compression.structured.plan import Plan, most_important
 from compression.structured.sizes import target_shape
 from compression.targets import huggingface
-from monitoring.errors import ConfigError, Interrupted
+from core.errors import ConfigError, Interrupted
 
 KEY = "recipe.prune_structured"
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from compression.recipe import StructuredPruneConfig
 from compression.structured.family import Family, Shape
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 _TRIED = 1000  # shares of a width that the dial looks at
 _OFF = 0.02  # of the parameters, by which it may miss

@@ -28,7 +28,7 @@ from compression.targets.packing import (
     times_layers,
     write_folder,
 )
-from monitoring.errors import ConfigError, MissingExtraError
+from core.errors import ConfigError, MissingExtraError
 
 _INSTALL = "pip install 'spotforge[compression]'"
 

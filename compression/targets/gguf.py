@@ -25,7 +25,7 @@ from compression.result import Result
 from compression.scheme import Activation, Number, Scheme
 from compression.targets.packing import copy_assets
 from compression.targets.vocabulary import read_vocabulary
-from monitoring.errors import ConfigError, MissingExtraError
+from core.errors import ConfigError, MissingExtraError
 
 _FILE = "model.gguf"
 _BLOCK = 32  # weights that share a scale

@@ -18,7 +18,7 @@ from compression.targets.packing import (
     torch_runner,
     write_folder,
 )
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 check_parent, load, layer_bytes = takes_any, load_folder, stored_bytes
 runner, check_layer_times = torch_runner, times_layers

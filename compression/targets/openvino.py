@@ -22,7 +22,7 @@ from compression.targets import huggingface
 from compression.targets.names import StoredNames
 from compression.targets.openvino_program import IntegerWeight, OpenVino, WeightFormat
 from compression.targets.packing import refuse_experts
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 _WEIGHTS = "openvino_model.bin"
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from monitoring.errors import ConfigError, MissingExtraError, SpotforgeError
+from core.errors import ConfigError, MissingExtraError, SpotforgeError
 
 PYTHON = "SPOTFORGE_OPENVINO_PYTHON"
 _WORKER = Path(__file__).with_name("openvino_worker.py")

@@ -19,7 +19,7 @@ from compression.scheme import Scheme
 from compression.speed import TorchRunner
 from compression.stream import BlockStream
 from compression.targets.names import StoredNames
-from monitoring.errors import ConfigError, DamagedError
+from core.errors import ConfigError, DamagedError
 from trainer.export import save_weights
 
 _SHARD_BYTES = 256 * 2**20  # bounds memory; a block of more than that has a file to itself

@@ -25,7 +25,7 @@ from compression.targets.packing import (
     torch_runner,
     write_folder,
 )
-from monitoring.errors import ConfigError, MissingExtraError
+from core.errors import ConfigError, MissingExtraError
 
 load, layer_bytes = load_folder, stored_bytes
 runner, check_layer_times = torch_runner, times_layers

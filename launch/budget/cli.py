@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 _GUARD = """\
 Runs COMMAND on a rented machine, writes down what that costs, tick by tick, and stops it in time to

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from core.errors import ConfigError, ExitCode
 from launch.budget.budget import Budget, cost_usd
 from launch.budget.deadline import DeadlineWatch
 from launch.budget.ledger import Account, Ledger
@@ -20,7 +21,6 @@ from launch.child import Child
 from launch.elastic.journal import say
 from launch.elastic.signals import exit_at_once
 from launch.rounding import rounded_up
-from monitoring.errors import ConfigError, ExitCode
 
 _SLOWER = 1.5  # than the slowest save so far, at worst
 

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from monitoring.errors import ConfigError, DamagedError
+from core.errors import ConfigError, DamagedError
 from monitoring.jsonl import encode
 
 Entry = dict[str, object]

@@ -4,7 +4,7 @@ import os
 import socket
 from pathlib import Path
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 
 def machine_age() -> tuple[str, float]:

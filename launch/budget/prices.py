@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from core.errors import ConfigError
 from launch.catalog.gpus import gpu_of
-from monitoring.errors import ConfigError
 
 _FIX = "give a JSON list of {cloud, region, zone, gpu, gpus_per_node, is_spot, usd_per_h}"
 

@@ -4,8 +4,8 @@ import math
 from itertools import groupby
 from pathlib import Path
 
+from core.errors import ConfigError
 from launch.budget.ledger import Account, Start, read_account
-from monitoring.errors import ConfigError
 from monitoring.units import compact, duration
 
 

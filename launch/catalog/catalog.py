@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
+from core.errors import ConfigError
 from launch.catalog.countries import country_of
 from launch.catalog.egress import check_place
 from launch.catalog.gpus import GPUS, known_gpu, nearest
@@ -16,7 +17,6 @@ from launch.catalog.regions import COUNTRIES, check_regions
 from launch.catalog.skypilot import read_skypilot
 from launch.catalog.snapshot import Snapshot, digest_of, read_snapshot
 from launch.config import LaunchConfig, PoolConfig, PoolKind, hours
-from monitoring.errors import ConfigError
 
 _SHIPPED = Path(__file__).parent
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from monitoring.errors import ConfigError, ExitCode
+from core.errors import ConfigError, ExitCode
 
 _UPDATE = """\
 Takes the catalogs that SkyPilot has downloaded (in $SKY_RUNTIME_DIR/.sky/catalogs/v8 or

@@ -1,6 +1,6 @@
 """Countries by the two letters that ISO 3166 gives them."""
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 _CODES = frozenset(
     """

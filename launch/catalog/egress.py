@@ -7,10 +7,10 @@ what leaves it, as Lambda, RunPod and most GPU clouds do. What arrives is free e
 import math
 from collections.abc import Iterable
 
+from core.errors import ConfigError
 from launch.catalog.gpus import nearest
 from launch.catalog.offer import Offer
 from launch.catalog.regions import COUNTRIES
-from monitoring.errors import ConfigError
 
 # Dollars a GB by how much of a month's total it is: each rate holds for what lies above the tier
 # before, so that more data never costs less. (GB up to, $ a GB).

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 _MOST_USD_PER_H = 1_000_000.0  # of a node: more is a slip
 

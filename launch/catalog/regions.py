@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
+from core.errors import ConfigError
 from launch.catalog.gpus import nearest
 from launch.catalog.offer import Offer
-from monitoring.errors import ConfigError
 
 _EU = "at be bg cz de dk ee es fi fr gr hr hu ie it lt lu lv nl pl pt ro se si sk"
 GROUPS: dict[str, frozenset[str]] = {

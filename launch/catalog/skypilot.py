@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from core.errors import ConfigError
 from launch.catalog.gpus import gpu_of
 from launch.catalog.offer import Offer
-from monitoring.errors import ConfigError
 
 _COLUMNS = {
     *("InstanceType", "AcceleratorName", "AcceleratorCount", "vCPUs", "MemoryGiB"),

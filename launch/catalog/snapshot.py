@@ -14,11 +14,11 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from core.errors import ConfigError, DamagedError
 from launch.catalog.countries import country_of
 from launch.catalog.gpus import known_gpu
 from launch.catalog.offer import Offer
 from launch.json_file import read_json
-from monitoring.errors import ConfigError, DamagedError
 from monitoring.units import printable
 
 _FIELDS = {field.name: field for field in fields(Offer)}

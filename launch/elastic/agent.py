@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from core.errors import ConfigError, ExitCode, SpotforgeError
 from launch.elastic.journal import say
 from launch.elastic.machine import Machine
 from launch.elastic.protocol import (
@@ -24,7 +25,6 @@ from launch.elastic.protocol import (
     receive,
 )
 from launch.elastic.signals import call_on_stop, hold
-from monitoring.errors import ConfigError, ExitCode, SpotforgeError
 
 _POLL_S = 0.1
 _MAX_BACKOFF_S = 10.0

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from enum import Enum, auto
 from signal import SIGTERM
 
+from core.errors import ExitCode
 from launch.elastic.nodes import Node
 from launch.elastic.policy import (
     Failure,
@@ -16,7 +17,6 @@ from launch.elastic.policy import (
     root_cause,
 )
 from launch.elastic.protocol import RankStatus, Start
-from monitoring.errors import ExitCode
 
 _ECHO_S = 1.0  # ranks that lost a peer fail after it: time for the real error to show
 

@@ -14,10 +14,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from core.errors import ConfigError
 from launch.elastic.journal import say
 from launch.elastic.machine import count_gpus
 from launch.elastic.signals import describe_exit, die_with_parent
-from monitoring.errors import ConfigError
 
 _CLOSE_S = 10.0  # for nodes that were dismissed to end
 

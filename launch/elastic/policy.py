@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from core.errors import ExitCode
 from launch.elastic.protocol import RankStatus
 from launch.elastic.signals import describe_exit
-from monitoring.errors import ExitCode
 
 _SAME_FAILURES = 3
 _FAILURES = 10

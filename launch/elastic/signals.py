@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from monitoring.errors import ExitCode
+from core.errors import ExitCode
 
 # SIGHUP: the terminal is gone. After `nohup` it is ignored, and stays so.
 _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from core.errors import ConfigError, DamagedError, ExitCode, SpotforgeError
 from launch.child import Child
 from launch.elastic.journal import say
 from launch.elastic.signals import exit_at_once
 from launch.pipeline.manifest import Manifest, first_difference, manifest_of
 from launch.pipeline.stages import Stage
-from monitoring.errors import ConfigError, DamagedError, ExitCode, SpotforgeError
 
 _RECORD = ("name", "arguments", "input", "path", "output", "time")  # of a stage that is done
 

@@ -40,10 +40,10 @@ def add_verbs(commands: Any) -> None:
 
 
 def _pipeline(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from core.errors import ConfigError, ExitCode
     from launch.pipeline.chain import Chain
     from launch.pipeline.stages import stages_of
     from launch.settings import compose_settings
-    from monitoring.errors import ConfigError, ExitCode
 
     settings = compose_settings(options.words, options.config_dir)
     stages = stages_of(settings, options.config_dir)

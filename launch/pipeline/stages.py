@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from core.errors import ConfigError
 from launch.config import Stage as StageName
 from launch.settings import Settings
-from monitoring.errors import ConfigError
 
 _PACKAGES = {
     StageName.train: "trainer",

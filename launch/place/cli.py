@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from monitoring.errors import ConfigError, ExitCode
+from core.errors import ConfigError, ExitCode
 
 _UP = """\
 Plans the job and writes it in the language of launch.target: a SkyPilot task with the best places

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from core.errors import ConfigError, ExitCode
 from launch.config import LaunchConfig
 from launch.place.job import MOUNT, PORT, Job, heading, to_yaml
 from launch.place.place import Storage, of_one_pool, refuse_unused
@@ -18,7 +19,6 @@ from launch.place.program import Program
 from launch.plan.candidate import Candidate
 from launch.plan.planner import Plan
 from launch.settings import Settings
-from monitoring.errors import ConfigError, ExitCode
 
 _CONTAINER, _REPLICATED = "spotforge", "node"
 # Taints by which GKE and AKS keep others off spot machines, and all clouds off machines with GPUs.

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from core.errors import ConfigError
 from launch.config import LaunchConfig, Stage, Target
 from launch.pipeline.stages import check_stages
 from launch.place.job import Job
 from launch.plan.candidate import Candidate
 from launch.plan.planner import Plan
 from launch.settings import Settings
-from monitoring.errors import ConfigError
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 

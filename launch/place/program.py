@@ -3,7 +3,7 @@
 import shutil
 import subprocess
 
-from monitoring.errors import ConfigError, ExitCode
+from core.errors import ConfigError, ExitCode
 
 
 class Program:

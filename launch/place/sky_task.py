@@ -8,10 +8,10 @@ import re
 import shlex
 from typing import Any
 
+from core.errors import ConfigError, ExitCode
 from launch.config import LaunchConfig, Stage
 from launch.place.job import MOUNT, PORT, Job, heading, to_yaml
 from launch.plan.candidate import Candidate
-from monitoring.errors import ConfigError, ExitCode
 
 # Names in our lists -> SkyPilot's; a provider that is not here is none of SkyPilot's.
 CLOUDS = {

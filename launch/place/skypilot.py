@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from core.errors import ConfigError
 from launch.config import LaunchConfig
 from launch.place.job import MOUNT, Job
 from launch.place.place import Storage, check_secrets
@@ -13,7 +14,6 @@ from launch.place.sky_task import infra, render
 from launch.plan.candidate import Candidate
 from launch.plan.planner import Plan
 from launch.settings import Settings
-from monitoring.errors import ConfigError
 
 _ONE_NODE = {"runpod"}  # SkyPilot refuses more there
 

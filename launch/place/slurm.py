@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from core.errors import ConfigError, ExitCode
 from launch.config import LaunchConfig, hours
 from launch.place.job import Job, heading
 from launch.place.place import Storage, check_secrets, of_one_pool, refuse_unused
@@ -15,7 +16,6 @@ from launch.place.program import Program
 from launch.plan.candidate import Candidate
 from launch.plan.planner import Plan
 from launch.settings import Settings
-from monitoring.errors import ConfigError, ExitCode
 
 # The last words are one shell function, since every node of the step runs it.
 _SCRIPT = """\

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from monitoring.errors import ExitCode
+from core.errors import ExitCode
 
 _PLAN = """\
 Ranks every way to run a job (cloud, region, zone, GPU, number, spot or on-demand, or machines of

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from core.errors import ConfigError
 from launch.catalog.catalog import Catalog, quota_of
 from launch.catalog.gpus import gpu, known_gpu
 from launch.catalog.offer import Offer
@@ -18,7 +19,6 @@ from launch.plan.speed import Speed, SpeedModel
 from launch.plan.workload import Workload, workload_of
 from launch.rounding import rounded_up
 from launch.settings import Settings
-from monitoring.errors import ConfigError
 
 _Refusal = tuple[str, str]  # in a word, and with figures
 # In the order in which they are asked, the last one first.

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 
+from core.errors import ConfigError
 from launch.catalog.gpus import gpu, known_gpu
 from launch.catalog.offer import Offer
 from launch.config import LaunchConfig
 from launch.json_file import read_json
 from launch.plan.workload import Workload
-from monitoring.errors import ConfigError
 from monitoring.throughput import peak_flops
 from parallel.config import DdpConfig, FsdpConfig, ZeroConfig
 

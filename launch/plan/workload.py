@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from monitoring.throughput import flops_per_token
 from parallel.config import Dtype, FsdpConfig
 from trainer.config import TrainerConfig

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from monitoring.errors import ConfigError, ExitCode
+from core.errors import ConfigError, ExitCode
 
 _LEAST = {
     **{"starts": 1, "seed": 0, "gang_size": 1, "compute_hours": 0.001, "checkpoint_gb": 0},

@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from core.errors import ConfigError
 from launch.simulation.market import Floats, Market
 from launch.simulation.simulate import Job, Terms
-from monitoring.errors import ConfigError
 
 
 def oracle_cost_usd(market: Market, job: Job, first_tick: int = 0) -> float:

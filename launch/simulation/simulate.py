@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from core.errors import ConfigError
 from launch.simulation.market import Market
-from monitoring.errors import ConfigError
 
 
 class Place(NamedTuple):

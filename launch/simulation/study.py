@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from core.errors import ConfigError
 from launch.simulation.deadline_aware import DeadlineAware
 from launch.simulation.market import Market
 from launch.simulation.oracle import oracle_cost_usd
 from launch.simulation.policies import Eager, Failover, Greedy, OnDemand, SpotOnly, UniformProgress
 from launch.simulation.simulate import Job, MakePolicy, Outcome, Terms, simulate
-from monitoring.errors import ConfigError
 
 OURS = "deadline-aware"
 ORACLE = "oracle"

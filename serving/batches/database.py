@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (

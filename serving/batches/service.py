@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from monitoring.errors import MissingExtraError
+from core.errors import MissingExtraError
 from serving.batches.batches import Batches
 from serving.batches.database import Database
 from serving.batches.ledger import Ledger

@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from monitoring.errors import ConfigError, ExitCode
+from core.errors import ConfigError, ExitCode
 from serving.batches.database import DATABASE
 from serving.config import BROKERS
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from compression.served import served_dtype
 from compression.targets.openvino_program import PYTHON, WeightFormat
-from monitoring.errors import ConfigError, SpotforgeError
+from core.errors import ConfigError, SpotforgeError
 from serving.adapters import Adapter
 from serving.artifact import Artifact, Format, read_json
 from serving.config import EngineConfig, EngineName

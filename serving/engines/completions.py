@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from monitoring.errors import ConfigError, SpotforgeError
+from core.errors import ConfigError, SpotforgeError
 from serving.engine import EngineError, EngineRefused, TokenChunk, TokenLogprob, TokenRequest
 
 _CONNECT_TIMEOUT_S = 10.0

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from serving.adapters import WEIGHTS, Adapter, key_of, tensor_name
 
 

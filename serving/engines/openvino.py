@@ -21,7 +21,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from compression.targets.openvino_program import OpenVino, WeightFormat
-from monitoring.errors import ConfigError, SpotforgeError
+from core.errors import ConfigError, SpotforgeError
 
 _WORKER = Path(__file__).with_name("openvino_worker.py")
 _KEY = "artifact"

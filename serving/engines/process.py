@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from monitoring.errors import ConfigError, SpotforgeError
+from core.errors import ConfigError, SpotforgeError
 from serving.child import LOOK_S, Child, ChildEnded, keep_up
 from serving.config import EngineConfig
 from serving.engine import (

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from serving.engine import Engine, EngineError, EngineInfo, TokenLogprob, TokenRequest, Unproven
 
 _log = logging.getLogger("spotforge.serving")

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from urllib.parse import urlsplit
 
-from monitoring.errors import ConfigError, SpotforgeError
+from core.errors import ConfigError, SpotforgeError
 from serving.config import EngineConfig
 from serving.engine import (
     EngineError,

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compression.targets.openvino_program import OpenVino
-from monitoring.errors import SpotforgeError
+from core.errors import SpotforgeError
 from serving.artifact import Artifact
 from serving.engine import EngineError
 from serving.engines.openvino import torch_logits

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from serving.adapters import key_of, resolve
 from serving.engines.lines import IDLE_S, Lines
 

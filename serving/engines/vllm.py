@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
-from monitoring.errors import ConfigError, MissingExtraError, SpotforgeError
+from core.errors import ConfigError, MissingExtraError, SpotforgeError
 from serving.artifact import Artifact, Format
 from serving.child import keep_up
 from serving.config import EngineConfig

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from monitoring.errors import ConfigError, SpotforgeError
+from core.errors import ConfigError, SpotforgeError
 from serving.gateway.errors import ApiError
 from serving.gateway.gateway import Gateway
 from serving.rollout import Busy, Event, Rollout

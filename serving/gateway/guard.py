@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 # The parser tells no positions: header bytes are counted by what is fed to it at a time.
 _PIECE_BYTES = 4_096

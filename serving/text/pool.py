@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
-from monitoring.errors import SpotforgeError
+from core.errors import SpotforgeError
 from serving.child import LOOK_S, Child, keep_up
 from serving.engine import EngineError, EngineFailed
 from serving.text.stages import TextError

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from monitoring.errors import SpotforgeError
+from core.errors import SpotforgeError
 from serving.engine import TokenChunk, TokenLogprob
 from serving.text.call_formats import format_of
 from serving.text.detokenizer import Detokenizer

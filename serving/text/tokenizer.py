@@ -24,7 +24,7 @@ from jinja2 import TemplateSyntaxError
 from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from serving.artifact import Artifact, read_json
 
 _log = logging.getLogger("spotforge.serving")

@@ -7,7 +7,7 @@ import pytest
 
 from compression.__main__ import main
 from compression.config import CompressionConfig, Target
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from tests.compression.test_samples import settings
 from trainer.cli import CONFIG_DIR
 

@@ -21,7 +21,7 @@ from compression.scheme import Activation, Scheme
 from compression.source import choose_layers
 from compression.stream import BlockStream
 from compression.targets import compressed_tensors, huggingface, torchao
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from tests.compression.blocks import error_after, outputs, take_block
 from tests.compression.conftest import save_model
 

@@ -6,7 +6,7 @@ import torch
 from compression.grid import FLOAT8, fit_grid, round_activation
 from compression.methods.clipping import clipped_grid
 from compression.scheme import Activation, Number, Scheme
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

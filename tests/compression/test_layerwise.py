@@ -14,7 +14,7 @@ from compression.result import Result
 from compression.scheme import Scheme
 from compression.source import choose_layers
 from compression.stream import BlockStream
-from monitoring.errors import Interrupted
+from core.errors import Interrupted
 from tests.compression.conftest import save_model
 
 INT4 = Scheme(bits=4, group_size=32)

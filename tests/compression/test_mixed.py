@@ -12,7 +12,7 @@ from compression.recipe import MixedConfig
 from compression.scheme import Scheme
 from compression.source import choose_layers
 from compression.stream import BlockStream
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 INT2 = Scheme(bits=2, group_size=32)
 

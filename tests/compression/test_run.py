@@ -12,7 +12,7 @@ from compression import run as run_module
 from compression.artifact import check_replaceable, locked, read_report
 from compression.reload import Reloaded
 from compression.samples import draw_samples
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from tests.compression.conftest import SMALL, save_model
 from tests.compression.test_samples import settings
 from trainer.checkpoint import sha256_of

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from compression.samples import check_no_overlap, data_config, draw_samples
 from compression.schemas import register_schemas
-from monitoring.errors import ConfigError, Interrupted
+from core.errors import ConfigError, Interrupted
 from tests.compression.conftest import save_model, sentences
 from trainer.cli import CONFIG_DIR
 from trainer.data.messages import for_template

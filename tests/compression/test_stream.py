@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compression.stream import BlockStream
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from tests.compression.conftest import save_model
 
 FIELDS = {

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from tests.families.places import Places
 from tests.families.training import data_words, load_strictly, stock
 from tests.families.workers import Wrong

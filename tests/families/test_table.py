@@ -5,7 +5,7 @@
 
 import pytest
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from tests.families.cells import Cell, Cells
 from tests.families.page import write_page
 from tests.families.table import measure, prepare

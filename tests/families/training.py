@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from monitoring.jsonl import read_records
 from tests.families.places import Places
 from tests.families.workers import Wrong

@@ -18,7 +18,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
-from monitoring.errors import ExitCode, SpotforgeError
+from core.errors import ExitCode, SpotforgeError
 
 _GRACE_S = 5.0  # for the other ranks, once one of them has failed
 

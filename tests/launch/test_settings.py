@@ -2,9 +2,9 @@
 
 import pytest
 
+from core.errors import SpotforgeError
 from launch.config import PoolConfig, PoolKind
 from launch.settings import compose_settings
-from monitoring.errors import SpotforgeError
 from trainer.config import NamedModelConfig
 
 

@@ -7,9 +7,9 @@ import sys
 import pytest
 from rich.console import Console
 
+from core.errors import MissingExtraError
 from monitoring.config import MonitoringConfig, WandbConfig, WandbMode
 from monitoring.console import BarConsole, PlainConsole
-from monitoring.errors import MissingExtraError
 from monitoring.jsonl import read_records
 from monitoring.metrics import MetricLogger
 

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from monitoring.errors import ConfigError, DamagedError
+from core.errors import ConfigError, DamagedError
 from monitoring.report import main, write_report
 
 HOSTILE = "<script>alert(1)</script> \"quoted\" & '</p>'"

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from monitoring.errors import ConfigError, Interrupted, SpotforgeError
+from core.errors import ConfigError, Interrupted, SpotforgeError
 from parallel import world
 from parallel.launcher import VARIABLES, Place, read_place
 from parallel.world import join_world

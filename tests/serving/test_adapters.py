@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from serving.adapters import identity, resolve, resolve_all
 from serving.artifact import resolve as resolve_artifact
 from serving.config import EngineConfig, EngineName, ServingConfig

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from serving.admission import (
     Admission,
     DeadlineExpired,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compression.targets.packing import load_folder
-from monitoring.errors import ConfigError, DamagedError, SpotforgeError
+from core.errors import ConfigError, DamagedError, SpotforgeError
 from serving.engine import EngineError, TokenRequest
 from serving.engines.process import ProcessEngine, Watch
 from tests.serving.conftest import save_model

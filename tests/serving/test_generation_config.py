@@ -5,7 +5,7 @@ import json
 import httpx
 import pytest
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from serving.config import GenerationConfig, ServingConfig
 from serving.deployment import check_defaults, sampling_defaults
 from serving.engine import EngineInfo

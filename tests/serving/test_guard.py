@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from serving.gateway.guard import BodyGuard, Guard, guarded_protocol
 
 HEADER_TIMEOUT_S = 1.5

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from serving.admission import KeyLimits
 from serving.keys import (
     Keys,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from compression.targets.openvino_program import PYTHON, OpenVino, WeightFormat
-from monitoring.errors import ConfigError, MissingExtraError, SpotforgeError
+from core.errors import ConfigError, MissingExtraError, SpotforgeError
 from serving.engine import EngineInfo, TokenRequest
 from serving.engines import openvino
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from serving.artifact import resolve
 from serving.config import EngineConfig, EngineName
 from serving.engine import EngineError, EngineInfo, TokenChunk, TokenLogprob, TokenRequest, Unproven

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from monitoring.errors import ConfigError, MissingExtraError, SpotforgeError
+from core.errors import ConfigError, MissingExtraError, SpotforgeError
 from serving.artifact import resolve
 from serving.config import EngineConfig, EngineName, ServingConfig
 from serving.deployment import Deployment

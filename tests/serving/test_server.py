@@ -13,7 +13,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from monitoring.errors import SpotforgeError
+from core.errors import SpotforgeError
 from serving.config import RolloutConfig
 from serving.deployment import Deployment
 from serving.gateway.admin import add_admin

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from monitoring.errors import ConfigError, SpotforgeError
+from core.errors import ConfigError, SpotforgeError
 from serving.artifact import resolve
 from serving.config import ServingConfig, TextConfig, Topology
 from serving.deployment import Deployment

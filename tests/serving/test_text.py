@@ -7,7 +7,7 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from monitoring.errors import ConfigError, DamagedError
+from core.errors import ConfigError, DamagedError
 from serving.artifact import Format, resolve
 from serving.engine import TokenChunk, TokenLogprob
 from serving.text.stages import Chat, Decoder, Encoder, TextError

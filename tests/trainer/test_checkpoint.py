@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from monitoring.errors import DamagedError
+from core.errors import DamagedError
 from parallel.config import DdpConfig, FsdpConfig
 from parallel.world import join_world
 from tests.distributed import run_distributed

@@ -16,7 +16,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from trainer.cli import CONFIG_DIR, words_and_options
 from trainer.config import NamedModelConfig, PathModelConfig, StopConfig, TrainerConfig
 from trainer.data.config import SingleDataConfig

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from compression.grid import fit_grid
 from compression.scheme import Scheme
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from trainer.checkpoint import TrainerState
 from trainer.cli import CONFIG_DIR
 from trainer.config import FakeQuantConfig, NamedModelConfig, resolve

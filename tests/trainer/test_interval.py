@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from trainer.interval import Interval, SaveSchedule, expected_mtbf_s, optimal_interval_s
 
 

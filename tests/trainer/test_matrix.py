@@ -23,8 +23,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from core.errors import SpotforgeError
 from monitoring.environment import describe_environment
-from monitoring.errors import SpotforgeError
 from monitoring.jsonl import read_records
 from parallel.world import join_world
 from tests.distributed import run_distributed

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from tests.trainer.test_shape import composed
 from trainer.distillation import fused_linear_distillation
 from trainer.memory import _DISTILLATION_MATRICES, _LOSS_MATRICES, check_memory, plan_memory

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Model
 from transformers.models.falcon import modeling_falcon
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from parallel.config import DdpConfig, Dtype, FsdpConfig, PrecisionConfig, ZeroConfig
 from parallel.strategy import decoder_blocks, sharded_blocks
 from parallel.world import join_world

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.optim import AdamW
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from parallel.config import DdpConfig, FsdpConfig, PrecisionConfig, ZeroConfig
 from parallel.world import join_world
 from tests.distributed import run_distributed

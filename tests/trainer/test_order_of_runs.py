@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from trainer.checkpoint import TrainerState, committed, read_state, sha256_of
 from trainer.data import loader
 from trainer.data.order import OrderRule

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from trainer import preemption, stopping
 from trainer.preemption import (
     AutoNotice,

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from parallel.config import DdpConfig, FsdpConfig, PrecisionConfig
 from parallel.world import join_world
 from tests.distributed import run_distributed

@@ -16,7 +16,7 @@ import fsspec
 import pytest
 from fsspec.registry import known_implementations
 
-from monitoring.errors import ConfigError, DamagedError, MissingExtraError, SpotforgeError
+from core.errors import ConfigError, DamagedError, MissingExtraError, SpotforgeError
 from tests import object_store
 from tests.object_store import ObjectStore
 from trainer import remote

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from monitoring.errors import ExitCode
+from core.errors import ExitCode
 from monitoring.events import read_events
 from monitoring.jsonl import read_records
 from parallel.world import join_world

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from trainer.schedule import ConstantConfig, CosineConfig, WarmupStableDecayConfig
 
 TOTAL = 50

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from trainer.cli import CONFIG_DIR
 from trainer.schemas import register_schemas
 from trainer.shape import model_shape

@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from parallel.config import DdpConfig, Dtype, FsdpConfig, ZeroConfig
 from parallel.strategy import persistent_buffers
 from parallel.world import join_world

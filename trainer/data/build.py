@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerFast
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from trainer.data.config import PreparationConfig
 from trainer.data.files import StopRequested, check_stop
 from trainer.data.sources import Document, Source

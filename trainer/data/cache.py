@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from trainer.data.files import StopRequested, check_stop
 from trainer.data.writer import sync_folder
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from monitoring.errors import ConfigError, Interrupted
+from core.errors import ConfigError, Interrupted
 
 CHUNK_BYTES = 8 << 20
 BOM = b"\xef\xbb\xbf"  # that some editors put before UTF-8; it is no part of the text

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from trainer.data.config import SourceConfig
 from trainer.data.files import FileDigests, SourceFile, list_files
 from trainer.data.tables import column_texts, one_line

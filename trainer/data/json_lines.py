@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from typing import IO, Any, cast
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from trainer.data.files import BOM, UTF_16_BOMS
 
 _DECODER = json.JSONDecoder()

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from trainer.data.order import OrderRule, SampleOrder
 from trainer.data.prepare import PreparedData
 from trainer.data.tokens import TokenDataset, Tokens

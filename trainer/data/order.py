@@ -12,7 +12,7 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 Indices = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from monitoring.errors import ConfigError, DamagedError
+from core.errors import ConfigError, DamagedError
 from trainer.data.build import build_dataset
 from trainer.data.cache import build_once, full_disk_explained, locked, open_cache
 from trainer.data.config import (

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from trainer.data.config import SourceConfig, SourceKind
 from trainer.data.files import FileDigests, SourceFile, list_files
 from trainer.data.hub import hub_files, hub_texts

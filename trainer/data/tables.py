@@ -8,7 +8,7 @@ on data that is already prepared never needs it.
 from collections.abc import Iterator
 from typing import Any
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from trainer.data.json_lines import json_rows
 
 ROWS_PER_READ = 256

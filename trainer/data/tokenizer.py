@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 
 EOS = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and EOS

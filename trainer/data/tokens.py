@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
-from monitoring.errors import ConfigError, DamagedError
+from core.errors import ConfigError, DamagedError
 from trainer.data.files import CHUNK_BYTES, StopRequested, check_stop
 from trainer.data.tokenizer import fingerprint, load_tokenizer
 from trainer.data.writer import FORMAT_VERSION, MANIFEST, TOKENIZER, canonical_digest

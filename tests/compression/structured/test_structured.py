@@ -22,7 +22,7 @@ from compression.structured.family import recognize
 from compression.structured.prune import check, prune_structured
 from compression.structured.refit import LeastSquares
 from compression.structured.sizes import target_shape
-from monitoring.errors import ConfigError, Interrupted
+from core.errors import ConfigError, Interrupted
 from trainer.cli import CONFIG_DIR
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"

@@ -31,7 +31,7 @@ from compression.targets.vocabulary import (
     UNUSED,
     read_vocabulary,
 )
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from parallel.config import Dtype
 from trainer.data.tokenizer import train_tokenizer
 

@@ -19,7 +19,7 @@ from compression.targets.openvino_program import (
     Speed,
     WeightFormat,
 )
-from monitoring.errors import ConfigError, MissingExtraError, SpotforgeError
+from core.errors import ConfigError, MissingExtraError, SpotforgeError
 
 needs_openvino = [
     pytest.mark.openvino,

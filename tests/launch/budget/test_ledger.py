@@ -4,13 +4,13 @@ import json
 
 import pytest
 
+from core.errors import ConfigError, DamagedError
 from launch.__main__ import main
 from launch.budget.deadline import DeadlineWatch
 from launch.budget.ledger import Ledger, account_of, read_account
 from launch.budget.prices import gpu_here, parse_prices, price_here
 from launch.budget.progress import Progress, longest_save_s, read_progress, saved_step
 from launch.budget.summary import forecast_usd, summary
-from monitoring.errors import ConfigError, DamagedError
 
 
 def write_start(folder, place, sums, *, tokens=(), is_spot=True, usd_per_h=2.0, first_tokens=0):

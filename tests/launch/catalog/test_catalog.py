@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from core.errors import ConfigError, DamagedError
 from launch.__main__ import main
 from launch.catalog.catalog import load_catalog, quota_of, read_skypilot_folder
 from launch.catalog.egress import egress_usd
@@ -15,7 +16,6 @@ from launch.catalog.gpus import gpu_of, known_gpu
 from launch.catalog.regions import residency_refusal
 from launch.catalog.snapshot import read_snapshot, write_snapshot
 from launch.settings import compose_settings
-from monitoring.errors import ConfigError, DamagedError
 from tests.launch.offers import offer
 
 AWS = "InstanceType,AcceleratorName,AcceleratorCount,vCPUs,MemoryGiB,GpuInfo,Price,SpotPrice"

@@ -4,10 +4,10 @@ import asyncio
 
 import pytest
 
+from core.errors import SpotforgeError
 from launch.elastic.agent import Agent, Membership
 from launch.elastic.nodes import Listener
 from launch.elastic.protocol import VERSION, Hello, Pong, Welcome, command_digest, encode, receive
-from monitoring.errors import SpotforgeError
 
 COMMAND = ["true"]
 SILENCE_S = 0.5

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from core.errors import ConfigError, DamagedError, SpotforgeError
 from launch.config import Stage as StageName
 from launch.pipeline.chain import Chain
 from launch.pipeline.manifest import first_difference, manifest_of
 from launch.pipeline.stages import Stage, stages_of
 from launch.settings import compose_settings
-from monitoring.errors import ConfigError, DamagedError, SpotforgeError
 
 ROOT = Path(__file__).parents[3]
 STAND_IN = Path(__file__).with_name("stand_in.py")

@@ -8,13 +8,13 @@ import stat
 import pytest
 import yaml
 
+from core.errors import ConfigError
 from launch.__main__ import main
 from launch.catalog.catalog import Catalog
 from launch.place.place import job_of, place_of
 from launch.place.sky_task import documents, render
 from launch.plan.planner import make_plan
 from launch.settings import compose_settings
-from monitoring.errors import ConfigError
 from tests.launch.offers import offer
 
 JOB = (

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from core.errors import ConfigError
 from launch.__main__ import main
 from launch.catalog.catalog import Catalog
 from launch.catalog.snapshot import write_snapshot
 from launch.plan.planner import make_plan
 from launch.plan.report import as_json, table
 from launch.settings import compose_settings
-from monitoring.errors import ConfigError
 from tests.launch.offers import offer
 
 ROOT = Path(__file__).parents[3]

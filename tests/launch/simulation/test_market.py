@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from core.errors import ConfigError
 from launch.__main__ import main
 from launch.simulation.market import Market, markov_market, read_market
 from launch.simulation.simulate import Job, Place, Terms, simulate
-from monitoring.errors import ConfigError
 
 
 def write_trace(folder, name, data, gap_s=300, **more):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from serving.batches.database import Database
 from serving.config import BatchesConfig, ServingConfig
 from tests.serving.batches.small import ROOT

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from trainer.data.config import SourceConfig, SourceKind
 from trainer.data.files import FileDigests
 from trainer.data.sources import open_source

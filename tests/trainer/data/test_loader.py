@@ -9,7 +9,7 @@ pytest.importorskip("torch")
 
 import torch
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from trainer.data.config import MixtureDataConfig, SourceConfig, SourceKind
 from trainer.data.loader import (
     IGNORE_INDEX,

@@ -3,7 +3,7 @@ import sys
 import numpy as np
 import pytest
 
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from trainer.data.order import BLOCK, OrderRule, Permutation, SampleOrder
 
 

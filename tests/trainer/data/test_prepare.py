@@ -14,7 +14,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from monitoring.errors import ConfigError, DamagedError, Interrupted
+from core.errors import ConfigError, DamagedError, Interrupted
 from tests.trainer.data.samples import make_texts, write_folder
 from trainer.data.config import MixtureDataConfig, SourceConfig, SourceKind
 from trainer.data.prepare import prepare

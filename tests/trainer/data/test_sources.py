@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from monitoring.errors import ConfigError, Interrupted
+from core.errors import ConfigError, Interrupted
 from trainer.data.config import SourceConfig, SourceKind
 from trainer.data.files import FileDigests
 from trainer.data.sources import check_keys, open_source

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
-from monitoring.errors import ConfigError, DamagedError
+from core.errors import ConfigError, DamagedError
 from trainer.data.tokenizer import (
     check_for_model,
     check_tokenizer,

@@ -1,13 +1,11 @@
 """What spotforge raises when it cannot go on, and the exit code that each means.
 
-    SpotforgeError                exit 1
-     |- ConfigError               exit 2: the user got something wrong: key, value, rule, fix
-     |   |- MissingExtraError     exit 2: an optional dependency is not installed
-     |   `- DamagedError          exit 2: bytes on disk are not the bytes that were written
-     |- DivergedError             exit 1: the loss is no number, or leapt too often
-     `- Interrupted               exit 33: told to stop; start the same command again to go on
-
-It lives in `monitoring`, which imports no other package of ours, so that all of them can raise it.
+SpotforgeError                exit 1
+ |- ConfigError               exit 2: the user got something wrong: key, value, rule, fix
+ |   |- MissingExtraError     exit 2: an optional dependency is not installed
+ |   `- DamagedError          exit 2: bytes on disk are not the bytes that were written
+ |- DivergedError             exit 1: the loss is no number, or leapt too often
+ `- Interrupted               exit 33: told to stop; start the same command again to go on
 """
 
 from enum import IntEnum
