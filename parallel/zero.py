@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 
 from core.errors import MissingExtraError
+from core.folder import locked
 from parallel.adamw_state import moments
 from parallel.config import Dtype, PrecisionConfig, ZeroConfig
 from parallel.strategy import (
@@ -287,7 +287,7 @@ def _build_cpu_extension() -> None:
 
     root = Path(get_default_build_root())
     root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / "spotforge.lock"):
+    with locked(root / "spotforge.lock"):
         for stale in root.rglob("deepspeed_shm_comm/lock"):
             stale.unlink()
         ShareMemCommBuilder().load(verbose=False)

@@ -10,8 +10,6 @@ SkyPilot, one call a node           the nodes are there: SKYPILOT_NODE_IPS, ...;
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import pickle
 import signal
@@ -22,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from core.errors import ConfigError, ExitCode, SpotforgeError
+from core.folder import digest_of, write_file
 from parallel.config import FsdpConfig
 from parallel.launcher import Place, read_place
 from trainer.config import TrainerConfig, resolve
@@ -116,13 +115,13 @@ def _freeze(config: TrainerConfig) -> Path:
 
     Ranks that start again days later are given what was asked for, not what YAML files say by then.
     """
-    name = hashlib.sha256(json.dumps(resolve(config), sort_keys=True).encode()).hexdigest()[:16]
+    name = digest_of(resolve(config))[:16]
     folder = Path(config.data.cache_dir).expanduser().absolute() / "launched"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{name}.{os.getpid()}"
-        part.write_bytes(pickle.dumps(config))
-        return part.replace(folder / f"{name}.pickle")
+        path = folder / f"{name}.pickle"
+        write_file(path, pickle.dumps(config))
+        return path
     except OSError as e:
         raise ConfigError(
             "data.cache_dir", config.data.cache_dir, f"cannot be written: {e.strerror}", "change it"

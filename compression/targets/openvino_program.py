@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import ConfigError, MissingExtraError, SpotforgeError
+from core.folder import commit, remove, staging_of
 
 PYTHON = "SPOTFORGE_OPENVINO_PYTHON"
 _WORKER = Path(__file__).with_name("openvino_worker.py")
@@ -229,8 +230,8 @@ class OpenVino:
             raise ConfigError("out", out, "is there already", "remove it, or name another")
         weights = weights or WeightFormat()
         begin_s = time.monotonic()
-        staging = out.with_name(f".staging-{out.name}")
-        shutil.rmtree(staging, ignore_errors=True)
+        staging = staging_of(out)
+        remove(staging)
         try:
             (staging / "ir").mkdir(parents=True)
             if codes:
@@ -248,12 +249,12 @@ class OpenVino:
                 codes=str(staging / "codes.npz") if codes else None,
             )
             size_bytes = sum(path.stat().st_size for path in (staging / "ir").iterdir())
-            (staging / "ir").rename(out)
+            commit(staging / "ir", out)
         except OSError as e:
             fix = "free space or change permissions, then export again"
             raise ConfigError("out", out, e.strerror or str(e), fix) from e
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            remove(staging)
         elapsed_s = time.monotonic() - begin_s
         return Exported(out, size_bytes=size_bytes, elapsed_s=elapsed_s, **done)
 

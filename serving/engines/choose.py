@@ -15,7 +15,7 @@ from compression.served import served_dtype
 from compression.targets.openvino_program import PYTHON, WeightFormat
 from core.errors import ConfigError, SpotforgeError
 from serving.adapters import Adapter
-from serving.artifact import Artifact, Format, read_json
+from serving.artifact import Artifact, Format, read_object
 from serving.config import EngineConfig, EngineName
 from serving.engine import Engine, EngineInfo, Unproven
 from serving.engines import openvino, scores, vllm
@@ -310,7 +310,7 @@ def _torch(
 
 def _dtype(artifact: Artifact, config: EngineConfig) -> str:
     """That the artifact is computed in, by whichever engine."""
-    described = read_json(artifact.folder / "config.json")
+    described = read_object(artifact.folder / "config.json")
     return served_dtype(described, vllm.has_gpu(), config.dtype.value)
 
 
@@ -368,7 +368,7 @@ def _check_room(key: str, value: int, needed: int, fix: str) -> None:
 
 def _described(folder: Path) -> dict[str, Any]:
     """What `config.json` says of the language model, by the names that most models have."""
-    told = read_json(folder / "config.json")
+    told = read_object(folder / "config.json")
     described: dict[str, Any] = told.get("text_config") or told
     renamed = {
         name: described[other]

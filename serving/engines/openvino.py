@@ -6,10 +6,8 @@ Neither torch nor OpenVINO is imported here: processes of their own load the mod
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
 from compression.targets.openvino_program import OpenVino, WeightFormat
 from core.errors import ConfigError, SpotforgeError
+from core.folder import digest_of, locked, staged_folder
 
 _WORKER = Path(__file__).with_name("openvino_worker.py")
 _KEY = "artifact"
@@ -57,22 +55,16 @@ def prepare(folder: Path, digest: str, cache: Path, weights: WeightFormat) -> Pa
     _check(folder)
     about = {"artifact": digest, "weights": dataclasses.asdict(weights)}
     about["openvino"] = program.openvino_version()
-    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    out = cache / f"openvino-{weights.dtype}-{name}"
+    out = cache / f"openvino-{weights.dtype}-{digest_of(about)[:16]}"
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(out.with_name(f"{out.name}.lock")):
+    with locked(out.with_name(f"{out.name}.lock")):
         if out.is_dir():
             return out
-        unchecked = out.with_name(f".unchecked-{out.name}")
-        shutil.rmtree(unchecked, ignore_errors=True)  # of a process that was killed
-        try:
+        with staged_folder(out) as unchecked:
             program.export(folder, unchecked, weights)
             snr_db = _check_logits(program, folder, unchecked, weights)
             text = json.dumps({**about, "snr_db": round(snr_db, 1)}, indent=2)
             (unchecked / "prepared.json").write_text(text + "\n", encoding="utf-8")
-            unchecked.rename(out)
-        finally:
-            shutil.rmtree(unchecked, ignore_errors=True)
     return out
 
 

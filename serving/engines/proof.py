@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.errors import ConfigError
+from core.folder import write_file
 from serving.engine import Engine, EngineError, EngineInfo, TokenLogprob, TokenRequest, Unproven
 
 _log = logging.getLogger("spotforge.serving")
@@ -163,9 +163,7 @@ class Proof:
         text = json.dumps({**about, "dtype": self._dtype, "worst_nats": worst}, indent=2)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            written = path.with_suffix(f".{os.getpid()}")
-            written.write_text(text + "\n", encoding="utf-8")
-            written.rename(path)  # whole or not at all
+            write_file(path, text + "\n")
         except OSError as e:
             fix = "name a folder that can be written"
             raise ConfigError("cache", path.parent, e.strerror or str(e), fix) from e

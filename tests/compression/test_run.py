@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from compression import run as run_module
-from compression.artifact import check_replaceable, locked, read_report
+from compression.artifact import check_replaceable, held, read_report
 from compression.reload import Reloaded
 from compression.samples import draw_samples
 from core.errors import ConfigError
+from core.folder import sha256_of
 from tests.compression.conftest import SMALL, save_model
 from tests.compression.test_samples import settings
-from trainer.checkpoint import sha256_of
 
 
 def load(folder):
@@ -291,7 +291,7 @@ def test_infinite_weights_are_refused_before_any_work(compress, tmp_path):
 def test_two_commands_do_not_share_a_folder(compress, parent, tmp_path):
     (tmp_path / "x").mkdir()
     words = [f"model={parent}", "evaluation.speed=false", "out=x"]
-    with locked(tmp_path / "x"):
+    with held(tmp_path / "x"):
         code, _, err = compress(*words)
         assert code == 2 and "another command works in it; wait for that one" in err
     assert compress(*words)[0] == 0

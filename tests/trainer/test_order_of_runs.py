@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("torch")
 
 from core.errors import ConfigError
-from trainer.checkpoint import TrainerState, committed, read_state, sha256_of
+from core.folder import sha256_of
+from trainer.checkpoint import TrainerState, committed, read_state
 from trainer.data import loader
 from trainer.data.order import OrderRule
 from trainer.resume import order_of

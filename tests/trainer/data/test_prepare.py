@@ -189,14 +189,14 @@ def test_processes_that_start_at_once_build_once(folder, tmp_path):
 def test_a_killed_builder_holds_nobody_up(config, ready, folder, tmp_path):
     process = start(folder, tmp_path, hang=1000)
     deadline = time.monotonic() + 600
-    while not list((tmp_path / "cache").glob("*.tmp/manifest.json")):
+    while not list((tmp_path / "cache").glob(".staging-*/manifest.json")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=120)
-    assert len(list((tmp_path / "cache").glob("*.tmp"))) == 1
+    assert len(list((tmp_path / "cache").glob(".staging-*"))) == 1
     data = ready(config())
-    assert not list((tmp_path / "cache").glob("*.tmp"))
+    assert not list((tmp_path / "cache").glob(".staging-*"))
     data.verify(0, 1)
 
 
