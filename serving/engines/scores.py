@@ -27,8 +27,8 @@ def of_program(engine: ProcessEngine) -> Score:
     async def score(asked: list[Asked]) -> list[Scores]:
         scored = []
         for one in asked:
-            rows = await engine.score(f"score-{next(numbers)}", *one)
-            scored.append(Scores([row[0] for row in rows], [row[1:] for row in rows]))
+            rows, ties = await engine.score(f"score-{next(numbers)}", *one)
+            scored.append(Scores([row[0] for row in rows], [row[1:] for row in rows], ties))
         return scored
 
     return score

@@ -298,10 +298,12 @@ class TorchWorker(ABC):
         except Exception as e:  # the gateway takes it as a proof that failed
             self._lines.say("failed", {"id": asked["id"], "error": _one_line(e)})
         else:
-            self._lines.say("scored", {"id": asked["id"], "scores": scored})
+            self._lines.say("scored", {"id": asked["id"]} | scored)
 
-    def _score(self, asked: dict[str, Any]) -> list[list[float]]:
+    def _score(self, asked: dict[str, Any]) -> dict[str, Any]:
         import torch
+
+        from serving.engines.ties import Choices
 
         if self._reference is None:
             self._reference = self._reference_model()
@@ -311,12 +313,14 @@ class TorchWorker(ABC):
             kept = {}
             if model._supports_logits_to_keep():
                 kept["logits_to_keep"] = len(tokens) - start + 1
-            logits = model(input_ids=ids, use_cache=False, **kept).logits[0]
+            with Choices(map(tuple, asked["turned"])) as choices:
+                logits = model(input_ids=ids, use_cache=False, **kept).logits[0]
             rows = logits[start - len(tokens) - 1 : -1].float().log_softmax(-1)
-        return [
+        scores = [
             [row.max().item(), *row[torch.tensor(of, device=row.device)].tolist()]
             for row, of in zip(rows, asked["of"], strict=True)
         ]
+        return {"scores": scores, "ties": choices.ties}
 
     def _on_proven(self, _: Any) -> None:
         """The memory of what scores were computed with is needed no more."""
