@@ -109,6 +109,9 @@ async def start(
         ConfigError: No engine here can run the artifact, or not the one that was asked for.
         SpotforgeError: It does not start; nothing is left running.
     """
+    if config.name is not EngineName.remote and "vocab_size" not in _described(artifact.folder):
+        rule = "is not served: its config.json says no vocab_size, so that it is no language model"
+        raise ConfigError("artifact", artifact.name, rule, "serve a causal language model")
     choice = await build(artifact, config, cache, adapters)
     failed: list[str] = []
     while True:

@@ -4,12 +4,22 @@ import asyncio
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from monitoring.errors import ConfigError
 from serving.artifact import resolve
@@ -354,6 +364,40 @@ def test_embeddings_need_no_cache_of_pages():
     model.set_attn_implementation("paged|eager")  # as continuous batching leaves it
     assert torch_worker._embedding(model, [5, 6, 7]) == pytest.approx(wanted, abs=1e-6)
     assert model.config._attn_implementation == "paged|eager"
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "said"),
+    [
+        (BertConfig(is_decoder=False), BertForMaskedLM, "is not served: as an encoder"),
+        (T5Config(d_model=16, d_kv=8, d_ff=16), T5ForConditionalGeneration, "no text with a t5"),
+        (LlamaConfig(), LlamaModel, "saved as LlamaModel, .* saved from a LlamaForCausalLM"),
+    ],
+)
+def test_what_completes_no_text_is_refused_in_a_line_that_says_why(tmp_path, config, kind, said):
+    sizes = {"vocab_size": 264, "hidden_size": 16, "intermediate_size": 16, "num_layers": 1}
+    for name, size in (sizes | {"num_hidden_layers": 1, "num_attention_heads": 2}).items():
+        setattr(config, name, size)
+    kind(config).save_pretrained(tmp_path)
+    zoo.byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=said) as refused:
+        PlainWorker(settings_of(tmp_path), HeardLines())
+    assert refused.value.exit_code == 2 and "\n" not in str(refused.value)
+
+
+def test_a_folder_without_a_vocabulary_is_no_language_model(export, tmp_path):
+    folder = shutil.copytree(export, tmp_path / "pictures")
+    config = json.loads((folder / "config.json").read_text())
+    del config["vocab_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="is not served: .* no language model"):
+        asyncio.run(choose.start(resolve(str(folder)), EngineConfig(), tmp_path, {}))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_no_family_is_taken_for_an_encoder(family):
+    torch_worker._check_causal(zoo.make(family), family)
 
 
 def tiny_llama():
