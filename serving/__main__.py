@@ -40,6 +40,8 @@ Keys (key=value):
   text.encoders, .decoders    numbers of those processes
   engine.name                 auto | transformers | openvino | vllm | plain | remote
   engine.dtype                auto | float32 | bfloat16 | float16: what is computed in
+  generation_config           auto | vllm: what a request does not say of sampling is as the model's
+                              generation_config.json has it, or neutral
   engine.url                  http://HOST:PORT of a server with OpenAI's API, for remote
   engine.remote_model         as that server calls the model; default: it has only one
   engine.api_key_env          environment variable with that server's API key; default: none

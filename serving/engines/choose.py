@@ -109,6 +109,9 @@ async def start(
         ConfigError: No engine here can run the artifact, or not the one that was asked for.
         SpotforgeError: It does not start; nothing is left running.
     """
+    if config.name is not EngineName.remote and "vocab_size" not in _described(artifact.folder):
+        rule = "is not served: its config.json says no vocab_size, so that it is no language model"
+        raise ConfigError("artifact", artifact.name, rule, "serve a causal language model")
     choice = await build(artifact, config, cache, adapters)
     failed: list[str] = []
     while True:
@@ -277,7 +280,10 @@ def _vllm(artifact: Artifact, config: EngineConfig, why: str) -> Choice:
 
     engine = vllm.VllmEngine(command, client, watch_of(config))
     format = dtype if artifact.format is Format.huggingface else "int8"
-    return Choice(engine, EngineName.vllm, why, dtype, scores.of_folder(artifact), format)
+    program = _torch_program(EngineName.plain, artifact, config, {}, dtype)
+    # vLLM has taken the GPU's memory.
+    plain = ProcessEngine(program, watch_of(config), {"CUDA_VISIBLE_DEVICES": ""})
+    return Choice(engine, EngineName.vllm, why, dtype, scores.of_another(plain), format)
 
 
 def _torch(
@@ -291,6 +297,18 @@ def _torch(
         rule = f"transformers does not run {artifact.format.value}"
         raise ConfigError("engine.name", name.value, rule, "leave it out")
     dtype = _dtype(artifact, config)
+    program = _torch_program(name, artifact, config, adapters, dtype)
+    engine = ProcessEngine(program, watch_of(config))
+    return Choice(engine, name, why, dtype, scores.of_program(engine), dtype)
+
+
+def _torch_program(
+    name: EngineName,
+    artifact: Artifact,
+    config: EngineConfig,
+    adapters: dict[str, Adapter],
+    dtype: str,
+) -> list[str]:
     max_context, kv_cache_tokens = kv_cache(artifact.folder, config, _ITEMSIZES[dtype])
     settings = {
         "folder": str(artifact.folder),
@@ -303,9 +321,7 @@ def _torch(
         "dtype": dtype,
         "adapters": {a.name: (str(a.folder), a.digest) for a in adapters.values()},
     }
-    arguments = [sys.executable, "-m", _OF_TORCH[name], json.dumps(settings)]
-    engine = ProcessEngine(arguments, watch_of(config))
-    return Choice(engine, name, why, dtype, scores.of_program(engine), dtype)
+    return [sys.executable, "-m", _OF_TORCH[name], json.dumps(settings)]
 
 
 def _dtype(artifact: Artifact, config: EngineConfig) -> str:

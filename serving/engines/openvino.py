@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -19,10 +20,13 @@ from numpy.typing import NDArray
 
 from compression.targets.openvino_program import OpenVino, WeightFormat
 from core.errors import ConfigError, SpotforgeError
-from core.folder import digest_of, locked, staged_folder
+from core.folder import digest_of, locked, manifest_of, remove, staged_folder
 
+_log = logging.getLogger("spotforge.serving")
 _WORKER = Path(__file__).with_name("openvino_worker.py")
+_LOGITS = (sys.executable, "-m", "serving.engines.logits")
 _KEY = "artifact"
+_PREPARED = "prepared.json"  # about an IR in the cache
 _SAMPLES, _TOKENS = 2, 64
 # What is a wrong graph and what is rounding: a right one has about 105, 53, 18 and 3 dB on random
 # tokens, where a trained model is far more sensitive than on text (25 dB in int8). Agreement on
@@ -48,23 +52,28 @@ def prepare(folder: Path, digest: str, cache: Path, weights: WeightFormat) -> Pa
     """
     program = OpenVino()
     if (folder / "openvino_model.xml").is_file():
-        if not (folder / "compression.json").is_file():
-            rule = "is an IR that python -m compression did not make"
+        # It lists the digests that the files are held to; what else would say that they are right?
+        if not all((folder / name).is_file() for name in ("compression.json", "lineage.json")):
+            rule = "is an IR without the compression.json and lineage.json of python -m compression"
             raise ConfigError(_KEY, folder, rule, "serve the Hugging Face folder it is from")
         return folder
     _check(folder)
-    about = {"artifact": digest, "weights": dataclasses.asdict(weights)}
+    about: dict[str, Any] = {"artifact": digest, "weights": dataclasses.asdict(weights)}
     about["openvino"] = program.openvino_version()
     out = cache / f"openvino-{weights.dtype}-{digest_of(about)[:16]}"
     cache.mkdir(parents=True, exist_ok=True)
     with locked(out.with_name(f"{out.name}.lock")):
         if out.is_dir():
-            return out
+            if _is_as_checked(out):
+                return out
+            _log.warning("%s: an IR is not as it was made; it is made again", out)
+            remove(out)
         with staged_folder(out) as unchecked:
             program.export(folder, unchecked, weights)
             snr_db = _check_logits(program, folder, unchecked, weights)
-            text = json.dumps({**about, "snr_db": round(snr_db, 1)}, indent=2)
-            (unchecked / "prepared.json").write_text(text + "\n", encoding="utf-8")
+            about |= {"snr_db": round(snr_db, 1), "files": manifest_of(unchecked)}
+            text = json.dumps(about, indent=2)
+            (unchecked / _PREPARED).write_text(text + "\n", encoding="utf-8")
     return out
 
 
@@ -109,6 +118,15 @@ def command(
     return [OpenVino().python, "-I", str(_WORKER), json.dumps(settings)]
 
 
+def _is_as_checked(ir: Path) -> bool:
+    """Whether an IR has the files that were compared with the artifact, and these as they were."""
+    try:
+        prepared = json.loads((ir / _PREPARED).read_text(encoding="utf-8"))
+        return bool(prepared["files"] == manifest_of(ir, lambda path: path.name != _PREPARED))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _check(folder: Path) -> None:
     """Raises ConfigError for what is no dense folder."""
     path = folder / "config.json"
@@ -141,15 +159,12 @@ def _check_logits(program: OpenVino, folder: Path, ir: Path, weights: WeightForm
     return snr_db
 
 
-def torch_logits(
-    folder: Path, tokens: NDArray[np.int64], target: str = "huggingface"
-) -> NDArray[np.float32]:
+def torch_logits(folder: Path, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
     """What a fresh load of an artifact computes.
 
     Args:
-        folder: Of the artifact.
+        folder: Dense, of the artifact.
         tokens: (N, T)
-        target: What the compression packed it for.
 
     Returns:
         (N, T, V)
@@ -160,9 +175,8 @@ def torch_logits(
     with tempfile.TemporaryDirectory() as work:
         given, scored = Path(work) / "tokens.npy", Path(work) / "logits.npy"
         np.save(given, tokens, allow_pickle=False)
-        module = [sys.executable, "-m", "compression.reload", target]
         done = subprocess.run(
-            [*module, str(folder.absolute()), str(given), str(scored)],
+            [*_LOGITS, str(folder.absolute()), str(given), str(scored)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -152,6 +152,9 @@ class Worker:
     def _on_embed(self, request: dict[str, Any]) -> None:
         self._fail(request["id"], "OpenVINO GenAI's text generation makes no embeddings")
 
+    def _on_proven(self, _: Any) -> None:
+        """Nothing was kept for the proof: another process computed what this one is held to."""
+
     def _check(self, request: dict[str, Any]) -> None:
         """Raises ValueError for what this engine cannot do."""
         prompt, logprobs = request["prompt"], request["logprobs"]

@@ -29,6 +29,7 @@ from serving.engine import (
     EngineRefused,
     EngineStats,
     Prove,
+    Tie,
     TokenChunk,
     TokenLogprob,
     TokenRequest,
@@ -137,7 +138,7 @@ class ProcessEngine:
         self._stats = EngineStats()
         self._live: dict[str, _Live] = {}
         self._embeds: dict[str, _Embeds] = {}
-        self._scores: dict[str, asyncio.Future[list[list[float]]]] = {}
+        self._scores: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._is_up = False  # a process is there, has said that it is ready, and made a token
         self._is_hung = False
         self._misconfigured: ConfigError | None = None
@@ -227,8 +228,14 @@ class ProcessEngine:
                 self._say("cancel", id)
 
     async def score(
-        self, id: str, tokens: list[int], start: int, of: list[list[int]], adapter: str | None
-    ) -> list[list[float]]:
+        self,
+        id: str,
+        tokens: list[int],
+        start: int,
+        of: list[list[int]],
+        adapter: str | None,
+        turned: Sequence[Tie] = (),
+    ) -> tuple[list[list[float]], tuple[Tie, ...]]:
         """Has the program compute log-probabilities by a plain forward of the weights that it has.
 
         Args:
@@ -237,20 +244,22 @@ class ProcessEngine:
             start: Index of the first token that is scored.
             of: Token ids, for each token from there on.
             adapter: That is added to the model.
+            turned: Ties in which the other one is taken.
 
         Returns:
             For each token from `start` on, what its place gives the likeliest token, and those of
-            `of`.
+            `of`; and the ties that there were.
 
         Raises:
             EngineError: It cannot.
         """
-        scored: asyncio.Future[list[list[float]]] = asyncio.get_running_loop().create_future()
+        scored: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._scores[id] = scored
         try:
             asked = {"id": id, "tokens": tokens, "start": start, "of": of, "adapter": adapter}
-            self._say("score", asked)
-            return await scored
+            self._say("score", asked | {"turned": list(turned)})
+            told = await scored
+            return told["scores"], tuple((call, row) for call, row in told["ties"])
         finally:
             del self._scores[id]
 
@@ -330,7 +339,7 @@ class ProcessEngine:
                 embeds.add(content["vector"])
         elif kind == "scored":
             if (scored := self._scores.get(content["id"])) is not None and not scored.done():
-                scored.set_result(content["scores"])
+                scored.set_result(content)
         elif kind == "idle":
             self._stats.running = 0
             self._stats.kv_cache_usage = content["kv_cache_usage"]
