@@ -51,10 +51,12 @@ def test_settings_are_found_on_disk_and_in_the_store(tmp_path):
     upload = f"checkpoint.upload=file://{tmp_path}/store"
     here = small_config(tmp_path, f"run.dir={tmp_path}/run", upload)
     assert stored_config(here)["data"]["add_bos"] is True
-    elsewhere = small_config(tmp_path, f"run.dir={tmp_path}/new", upload)
+    run = dataclasses.replace(here.run, dir=str(tmp_path / "new"))
+    elsewhere = dataclasses.replace(here, run=run)
     assert stored_config(elsewhere)["data"]["add_bos"] is False
     assert stored_config(dataclasses.replace(elsewhere, resume="never")) is None
-    assert stored_config(small_config(tmp_path, f"run.dir={tmp_path}/new")) is None
+    alone = dataclasses.replace(here.checkpoint, upload=None)
+    assert stored_config(dataclasses.replace(elsewhere, checkpoint=alone)) is None
 
 
 @pytest.mark.long

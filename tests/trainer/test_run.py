@@ -99,6 +99,7 @@ def test_a_failed_sample_costs_no_step(trainer, small, tmp_path, monkeypatch):
     overrides = [
         *("evaluation.at_start=true", "evaluation.every_steps=2", "checkpoint.interval=2"),
         *("evaluation.sample_prompt=''", "evaluation.sample_tokens=4", "export.at_end=false"),
+        "monitoring.report=false",
     ]
     result = trainer(*small, *overrides, "stop.steps=4")
     assert result.code == 1 and "a sampler that breaks" in result.err
