@@ -68,7 +68,8 @@ def terminate_under_streams(export, after_s=0.0):
             "stream": True,
             "ignore_eos": True,
         }
-        with httpx.stream("POST", f"{process.url}/v1/completions", json=body, timeout=300) as answer:
+        url = f"{process.url}/v1/completions"
+        with httpx.stream("POST", url, json=body, timeout=300) as answer:
             answers.append((answer.status_code, list(stream_lines(answer))))
 
     threads = [threading.Thread(target=read) for _ in range(8)]
