@@ -314,7 +314,7 @@ def test_more_than_fits_is_told_to_come_back(served):
 def test_a_deadline_ends_a_stream_with_an_error(served):
     with served(token_s=0.05) as running:
         body = {"model": "tiny", "prompt": "x", "max_tokens": 400, "stream": True}
-        headers = {"x-request-timeout": "0.4"}
+        headers = {"x-request-timeout": "1"}
         url = f"{running.url}/v1/completions"
         with httpx.stream("POST", url, json=body, headers=headers) as answer:
             events = list(stream_lines(answer))
