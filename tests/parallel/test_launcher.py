@@ -57,7 +57,7 @@ def test_a_place_that_cannot_be_is_refused(wrong, key):
         read_place(WHOLE | wrong)
 
 
-@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+@pytest.mark.parametrize("name", ["RANK", pytest.param("WORLD_SIZE", marks=pytest.mark.long)])
 def test_the_trainer_refuses_half_a_launcher_in_one_line(trainer, small, monkeypatch, name):
     monkeypatch.setenv(name, "0")
     result = trainer(*small)

@@ -210,7 +210,15 @@ def settings_of(folder, **settings):
     return torch_worker.Settings(**of)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "falcon", "falcon_rw", "mamba"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "gemma2",
+        "mamba",
+        pytest.param("falcon", marks=pytest.mark.long),
+        pytest.param("falcon_rw", marks=pytest.mark.long),
+    ],
+)
 def test_the_plain_engine_computes_what_generate_does(tmp_path, family):
     zoo.build(family, tmp_path)
     worker = PlainWorker(settings_of(tmp_path), HeardLines())

@@ -251,7 +251,7 @@ def test_processes_die_with_the_gateway_and_have_no_torch(export):
     words = ["topology=split", "text.decoders=2", "engine.num_threads=1"]
     process = Process(export, *words)
     body = {"model": "tiny", "prompt": "the cat", "max_tokens": 3, "ignore_eos": True}
-    answer = httpx.post(f"{process.url}/v1/completions", json=body, timeout=60)
+    answer = httpx.post(f"{process.url}/v1/completions", json=body, timeout=300)
     assert answer.json()["usage"]["completion_tokens"] == 3
     assert "spotforge_text_restarts{" in httpx.get(f"{process.url}/metrics").text
     pid = process.process.pid

@@ -28,6 +28,7 @@ def change_state(checkpoint, change):
     manifest.write_text(json.dumps(listed))
 
 
+@pytest.mark.long
 def test_a_run_from_before_rules_had_names_keeps_the_sum_of_its_python(
     trainer, small, corpus, tmp_path, monkeypatch
 ):
