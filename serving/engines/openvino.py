@@ -8,10 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,8 @@ from numpy.typing import NDArray
 
 from compression.targets.openvino_program import OpenVino, WeightFormat
 from core.errors import ConfigError, SpotforgeError
+from core.process.child import run
+from core.process.python import environment, python
 
 _WORKER = Path(__file__).with_name("openvino_worker.py")
 _KEY = "artifact"
@@ -168,18 +167,15 @@ def torch_logits(
     with tempfile.TemporaryDirectory() as work:
         given, scored = Path(work) / "tokens.npy", Path(work) / "logits.npy"
         np.save(given, tokens, allow_pickle=False)
-        module = [sys.executable, "-m", "compression.reload", target]
-        done = subprocess.run(
-            [*module, str(folder.absolute()), str(given), str(scored)],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        )
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise SpotforgeError(f"{_KEY}={folder}: does not load in a fresh process: {last}")
+        words = [target, str(folder.absolute()), str(given), str(scored)]
+        program, env = python("-m", "compression.logits", *words), environment(HF_HUB_OFFLINE="1")
+        try:
+            done = run(program, env, _TIMEOUT_S)
+        except TimeoutError as e:
+            raise SpotforgeError(f"{_KEY}={folder}: its logits: {e}") from None
+        if done.code != 0:
+            rule = f"does not load in a fresh process: {done.last_line}"
+            raise SpotforgeError(f"{_KEY}={folder}: {rule}")
         logits: NDArray[np.float32] = np.load(scored, allow_pickle=False)
     return logits
 

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,6 +24,8 @@ from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from core.errors import ConfigError
+from core.process.child import run
+from core.process.python import environment, python
 from serving.artifact import Artifact, read_json
 
 _log = logging.getLogger("spotforge.serving")
@@ -162,14 +163,10 @@ def _key(folder: Path) -> str:
 def _make(folder: Path, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f"{path.name}.{os.getpid()}")
-    command = [sys.executable, "-m", __name__, str(folder), str(staging)]
-    stdin = subprocess.DEVNULL
-    done = subprocess.run(command, stdin=stdin, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing was said"]
-        raise ConfigError(
-            _KEY, folder, f"its tokenizer does not load: {said[-1]}", "export it again"
-        )
+    done = run(python("-m", __name__, str(folder), str(staging)), environment())
+    if done.code != 0:
+        rule = f"its tokenizer does not load: {done.last_line}"
+        raise ConfigError(_KEY, folder, rule, "export it again")
     staging.rename(path)
 
 
