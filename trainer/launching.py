@@ -12,15 +12,16 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-import signal
-import subprocess
 import sys
 import traceback
 from pathlib import Path
-from types import FrameType
 
 from core.errors import ConfigError, ExitCode, SpotforgeError
 from core.folder import digest_of, write_file
+from core.process.child import Child, exit_code
+from core.process.gpus import NoAnswer, visible_gpus
+from core.process.python import environment, python
+from core.process.signals import passed_on
 from parallel.config import FsdpConfig
 from parallel.launcher import Place, read_place
 from trainer.config import TrainerConfig, resolve
@@ -58,7 +59,7 @@ def launch(config: TrainerConfig, isolated: bool = False) -> int:
     if isolated:
         return _run(command)
     sys.stdout.flush()
-    os.execv(command[0], command)
+    os.execve(command[0], command, environment())
 
 
 def run_rank(config: TrainerConfig) -> int:
@@ -106,8 +107,8 @@ def _supervisor(config: TrainerConfig, num_nodes: int) -> list[str]:
         if num_nodes > 1:
             options += ["--listen", str(_PORT), "--nodes", str(num_nodes)]
         action = ["supervise", *options]
-    rank = [sys.executable, "-m", "trainer.rank", str(_freeze(config))]
-    return [sys.executable, "-m", "launch", *action, "--", *rank]
+    rank = python("-m", "trainer.rank", str(_freeze(config)))
+    return python("-m", "launch", *action, "--", *rank)
 
 
 def _freeze(config: TrainerConfig) -> Path:
@@ -129,32 +130,24 @@ def _freeze(config: TrainerConfig) -> Path:
 
 
 def _run(command: list[str]) -> int:
-    """A program that is told what this one is told."""
-    with subprocess.Popen(command) as process:
-
-        def forward(number: int, frame: FrameType | None) -> None:
-            process.send_signal(number)
-
-        handlers = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGUSR1)}
-        handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # it hears it too
-        try:
-            return process.wait()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+    """Runs a program that is told what this one is told; returns its exit code."""
+    with Child(command, environment()) as child, passed_on(child):
+        code = child.wait()
+    assert code is not None
+    return exit_code(code)
 
 
 def _local_ranks(config: TrainerConfig) -> int:
-    import torch
-
-    num_gpus = torch.cuda.device_count()
+    try:
+        num_gpus = len(visible_gpus())
+    except NoAnswer as e:
+        raise SpotforgeError(f"the GPUs of this machine: {e}") from None
     if config.nproc == "auto":
         return int(os.environ.get("SKYPILOT_NUM_GPUS_PER_NODE", 0)) or num_gpus or 1
     nproc = _parse_nproc(config.nproc)
     if num_gpus and nproc > num_gpus:
-        raise ConfigError(
-            "nproc", nproc, f"this machine has {num_gpus} GPUs", f"use nproc={num_gpus} or auto"
-        )
+        fix = f"use nproc={num_gpus} or auto; CUDA_VISIBLE_DEVICES= hides them"
+        raise ConfigError("nproc", nproc, f"this machine has {num_gpus} GPUs", fix)
     return nproc
 
 

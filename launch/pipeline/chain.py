@@ -14,9 +14,10 @@ from typing import Any
 
 from core.errors import ConfigError, DamagedError, ExitCode, SpotforgeError
 from core.folder import manifest_of, write_file
-from launch.child import Child
+from core.process.child import Child, exit_code
+from core.process.python import environment
+from core.process.signals import exit_at_once, passed_on
 from launch.elastic.journal import say
-from launch.elastic.signals import exit_at_once
 from launch.pipeline.stages import Stage
 
 Digests = dict[str, str]  # SHA-256 of each file, by its path in the folder
@@ -120,11 +121,10 @@ class Chain:
 
     def _run(self, stage: Stage) -> tuple[int, bool]:
         say("pipeline", f"{stage.name} begins")
-        with Child(stage.command) as child:
+        with Child(stage.command, environment()) as child, passed_on(child) as signals:
             code = child.wait()
-        exit_at_once()
         assert code is not None
-        return code, child.told
+        return exit_code(code), bool(signals)
 
     def _note(self, stage: Stage) -> None:
         """Writes down that a stage is done."""

@@ -8,9 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,10 +18,11 @@ from numpy.typing import NDArray
 from compression.targets.openvino_program import OpenVino, WeightFormat
 from core.errors import ConfigError, SpotforgeError
 from core.folder import digest_of, locked, manifest_of, remove, staged_folder
+from core.process.child import run
+from core.process.python import environment, python
 
 _log = logging.getLogger("spotforge.serving")
 _WORKER = Path(__file__).with_name("openvino_worker.py")
-_LOGITS = (sys.executable, "-m", "serving.engines.logits")
 _KEY = "artifact"
 _PREPARED = "prepared.json"  # about an IR in the cache
 _SAMPLES, _TOKENS = 2, 64
@@ -175,17 +173,15 @@ def torch_logits(folder: Path, tokens: NDArray[np.int64]) -> NDArray[np.float32]
     with tempfile.TemporaryDirectory() as work:
         given, scored = Path(work) / "tokens.npy", Path(work) / "logits.npy"
         np.save(given, tokens, allow_pickle=False)
-        done = subprocess.run(
-            [*_LOGITS, str(folder.absolute()), str(given), str(scored)],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        )
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise SpotforgeError(f"{_KEY}={folder}: does not load in a fresh process: {last}")
+        words = [str(folder.absolute()), str(given), str(scored)]
+        program = python("-m", "serving.engines.logits", *words)
+        try:
+            done = run(program, environment(HF_HUB_OFFLINE="1"), _TIMEOUT_S)
+        except TimeoutError as e:
+            raise SpotforgeError(f"{_KEY}={folder}: its logits: {e}") from None
+        if done.code != 0:
+            rule = f"does not load in a fresh process: {done.last_line}"
+            raise SpotforgeError(f"{_KEY}={folder}: {rule}")
         logits: NDArray[np.float32] = np.load(scored, allow_pickle=False)
     return logits
 

@@ -13,14 +13,16 @@ import dataclasses
 import itertools
 import logging
 import math
-import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from core.errors import ConfigError, SpotforgeError
-from serving.child import LOOK_S, Child, ChildEnded, keep_up
+from core.process.json_child import ChildEnded, JsonChild
+from core.process.keep_up import keep_up
+from core.process.liveness import LOOK_S
+from core.process.python import environment
 from serving.config import EngineConfig
 from serving.engine import (
     EngineError,
@@ -131,8 +133,8 @@ class ProcessEngine:
         self, command: Sequence[str], watch: Watch | None = None, env: dict[str, str] | None = None
     ) -> None:
         self._command, self._watch = list(command), watch or Watch()
-        self._env = os.environ | (env or {})
-        self._child: Child | None = None
+        self._env = environment(**(env or {}))
+        self._child: JsonChild | None = None
         self._ready: asyncio.Future[EngineInfo] | None = None
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
@@ -186,7 +188,7 @@ class ProcessEngine:
             )
             raise (Unproven(str(e)) if is_about_the_model else e) from None
         self._say("proven", None)
-        work = keep_up("engine", self._watch_one, self._end, self._launch_again)
+        work = keep_up("engine", _log, self._watch_one, self._end, self._launch_again)
         self._tasks.append(asyncio.create_task(work))
         return self.info
 
@@ -283,7 +285,7 @@ class ProcessEngine:
         """Starts a process, waits until it is ready, and has it make one token."""
         self._misconfigured, self._unfit, self._is_hung = None, None, False
         self._ready = asyncio.get_running_loop().create_future()
-        self._child = await Child.start(self._command, self._hear, self._env)
+        self._child = await JsonChild.start(self._command, self._hear, self._env)
         try:
             async with asyncio.timeout(self._watch.start_timeout_s):
                 self._info = await self._child.unless_it_ends(self._ready)

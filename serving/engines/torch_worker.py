@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from core.errors import ConfigError
+from core.process.json_lines import IDLE_S, JsonLines
 from serving.adapters import key_of, resolve
-from serving.engines.lines import IDLE_S, Lines
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -71,7 +71,7 @@ class TorchWorker(ABC):
         is_plain: Whether the model is loaded with plain attention, not of transformers' choice.
     """
 
-    def __init__(self, settings: Settings, lines: Lines, is_plain: bool) -> None:
+    def __init__(self, settings: Settings, lines: JsonLines, is_plain: bool) -> None:
         import torch
         import transformers
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -492,7 +492,7 @@ def serve(worker: type[TorchWorker], arguments: list[str]) -> None:
         worker: A leaf, which takes settings and lines.
         arguments: Of the command line: the settings, as JSON.
     """
-    lines = Lines()
+    lines = JsonLines()
     try:
         settings = Settings(**json.loads(arguments[0]))
         running = worker(settings, lines)  # type: ignore[call-arg]

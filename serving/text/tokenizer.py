@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,6 +23,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from core.errors import ConfigError
 from core.folder import digest_of, sha256_of, staged_file
+from core.process.child import run
+from core.process.python import environment, python
 from serving.artifact import Artifact, read_object
 
 _log = logging.getLogger("spotforge.serving")
@@ -161,12 +162,9 @@ def _key(folder: Path) -> str:
 def _make(folder: Path, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with staged_file(path) as staging:
-        command = [sys.executable, "-m", __name__, str(folder), str(staging)]
-        stdin = subprocess.DEVNULL
-        done = subprocess.run(command, stdin=stdin, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            said = [line for line in done.stderr.splitlines() if line.strip()]
-            rule = f"its tokenizer does not load: {(said or ['it said nothing'])[-1]}"
+        done = run(python("-m", __name__, str(folder), str(staging)), environment())
+        if done.code != 0:
+            rule = f"its tokenizer does not load: {done.last_line}"
             raise ConfigError(_KEY, folder, rule, "export it again")
 
 

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -21,13 +22,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from core.errors import ConfigError
+from core.errors import ConfigError, SpotforgeError
 from serving.artifact import resolve
 from serving.config import EngineConfig, EngineName
 from serving.engine import EngineError, EngineInfo, TokenChunk, TokenLogprob, TokenRequest, Unproven
 from serving.engines import choose, torch_worker
 from serving.engines.buffers import restore_buffers
 from serving.engines.lora import LoraLayers
+from serving.engines.openvino import torch_logits
 from serving.engines.plain_worker import PlainWorker
 from serving.engines.proof import BOUNDS, Case, Proof, Scores, cases_of
 from serving.engines.ties import Choices
@@ -478,3 +480,16 @@ def test_a_family_that_continuous_batching_computes_wrongly_is_served_right(tmp_
     told = answer["choices"][0]["logprobs"]["token_logprobs"]
     assert told == pytest.approx(logprobs[: len(told)], abs=1e-4) and len(told) >= len(logprobs) - 1
     assert [json.loads(path.read_text())["dtype"] for path in Path(tmp_path).rglob("proofs/*")]
+
+
+@pytest.mark.long
+def test_a_fresh_process_computes_what_a_plain_forward_does(export):
+    """It is what vLLM and IRs are compared with."""
+    tokens = np.random.default_rng(0).integers(0, 300, (2, 9))
+    model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens)).logits
+    found = torch.from_numpy(torch_logits(export, tokens))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(SpotforgeError, match="does not load in a fresh process"):
+        torch_logits(export / "none", tokens)

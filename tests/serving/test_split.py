@@ -240,7 +240,7 @@ def test_what_a_template_refuses_and_what_never_ends(export, files, runner, monk
 def test_one_that_does_not_start_leaves_nothing(files, runner):
     async def work():
         stages = SplitStages(TokenizerFiles("no json", {}, {}, ""), encoders=2)
-        with pytest.raises(SpotforgeError, match="ended with 1"):
+        with pytest.raises(SpotforgeError, match="exit code 1"):
             await stages.start()
         assert [w.pid for w in stages.encoders.workers + stages.decoders.workers] == [None] * 3
 
