@@ -30,7 +30,8 @@ Serve a model: python -m serving artifact=DIR [key=value ...]
 
 Keys (key=value):
   artifact                    folder of an export or a compression, or a run (its export)
-  model_name                  as clients call it; default: the run's or the folder's name
+  model_name                  as clients call it; default: the run's name, or that of
+                              the folder that was served, or compressed
   adapters.NAME               folder of a LoRA adapter, which clients ask for as model NAME
   host, port                  to listen on: 127.0.0.1, 8000
   admin_host, admin_port      for the admin endpoints; default: none

@@ -13,6 +13,7 @@ from core.errors import ConfigError, DamagedError
 from core.folder import LINEAGE, RUNS, digest_of, manifest_of, read_json
 
 KEY = "artifact"
+_EXPORT = "export"  # folder of it in a run's
 _ABOUT_IT = {LINEAGE, "compression.json"}  # files that say where it comes from
 
 
@@ -48,6 +49,24 @@ class Artifact:
     def version(self) -> str:
         """The digest's beginning, for people and labels."""
         return self.digest[:12]
+
+    @property
+    def known_as(self) -> str:
+        """What it is called where nobody says.
+
+        The run, for its export and what was compressed of it; what else was compressed of a folder
+        is called as that is, unless its own folder was given another name than its target's.
+        """
+        parent = (self.lineage or {}).get("parent")
+        path = parent.get("path") if isinstance(parent, dict) else None
+        is_named_by_target = self.folder.name == self.format.value
+        origins = [Path(path)] if isinstance(path, str) and is_named_by_target else []
+        for folder in (self.folder, *origins):
+            for above in folder.parents:
+                if above.parent.name == "runs":
+                    return above.name
+        [folder] = origins or [self.folder]
+        return folder.parent.name if folder.name == _EXPORT else folder.name
 
     @property
     def tokenizer_fingerprint(self) -> str | None:
@@ -88,7 +107,7 @@ def _find(name: str, root: Path | None) -> Path:
     if root is not None:
         candidates = [root / path for path in candidates]
     for path in candidates:
-        folder = path / "export" if (path / "export" / "config.json").is_file() else path
+        folder = path / _EXPORT if (path / _EXPORT / "config.json").is_file() else path
         if not (folder / "config.json").is_file():
             continue
         folder = folder.resolve()

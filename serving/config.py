@@ -223,7 +223,8 @@ class ServingConfig:
 
     Attributes:
         artifact: Folder, or run, that is served.
-        model_name: As clients call it; null: the run's or the folder's name.
+        model_name: As clients call it; null: the name of the run, or of the folder that
+            was served, or compressed.
         adapters: Folders of LoRA adapters, by the names that clients call them.
         host: To listen on.
         port: Likewise; 0: any that is free.
