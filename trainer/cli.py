@@ -144,7 +144,7 @@ Options:
   --config-dir DIR           look for options (experiment/mine.yaml, ...) in DIR too
   --multirun                 run every combination of comma-separated values
 
-Exit codes: 0 finished; 33 stopped with a complete checkpoint, start it again; 2 refused; 1 failed.
+Exit codes: 0 finished; 33 stopped, with all steps saved, start it again; 2 refused; 1 failed.
 """
 
 
