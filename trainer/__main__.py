@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from monitoring.errors import ConfigError, ExitCode
-from trainer.cli import CONFIG_DIR, explain, help_text
+from trainer.cli import CONFIG_DIR, as_meant, explain, help_text
 from trainer.schemas import refuse_unknown_keys, register_schemas
 
 
@@ -56,6 +56,8 @@ def main() -> None:
         if {"-h", "--help"} & set(sys.argv[1:]):
             print(help_text(sys.argv[1:]))
             return
+        sweeps = not {"-m", "--multirun"}.isdisjoint(sys.argv)
+        sys.argv[1:] = as_meant(sys.argv[1:], sweeps)
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="trainer")(_run)()
     except (ConfigError, HydraException, OmegaConfBaseException) as e:
         _refuse(e)
