@@ -22,7 +22,7 @@ from launch.config import (
     SkyPilotConfig,
     SlurmConfig,
 )
-from trainer.cli import CONFIG_DIR, explain
+from trainer.cli import CONFIG_DIR, as_meant, explain
 from trainer.config import TrainerConfig
 from trainer.schemas import refuse_unknown_keys, register_schemas
 
@@ -101,7 +101,7 @@ def _compose(name: str, overrides: Sequence[str], config_dir: Path | None) -> An
     more = [] if config_dir is None else [f"hydra.searchpath=[file://{config_dir.absolute()}]"]
     try:
         with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
-            return OmegaConf.to_object(compose(name, [*overrides, *more]))
+            return OmegaConf.to_object(compose(name, [*as_meant(overrides), *more]))
     except (HydraException, OmegaConfBaseException) as e:
         raise RefusedByHydra(_explained(e)) from e
     except yaml.YAMLError as e:

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from types import FrameType
 from typing import Any, NoReturn
 
 import hydra
@@ -14,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import ConfigError, ExitCode
-from trainer.cli import CONFIG_DIR, explain, help_text
+from trainer.cli import CONFIG_DIR, as_meant, explain, help_text
 from trainer.schemas import refuse_unknown_keys, register_schemas
 
 
@@ -31,7 +32,8 @@ def _run(tree: DictConfig) -> None:
         config.run.dir += f"/{changes}"
     from trainer.launching import launch
 
-    code = launch(config, isolated=sweep)
+    job = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    code = launch(config, isolated=sweep, given={o.get_key_element().lstrip("+~") for o in job})
     if code != ExitCode.FINISHED or not sweep:
         sys.exit(code)
 
@@ -54,6 +56,8 @@ def main() -> None:
         if {"-h", "--help"} & set(sys.argv[1:]):
             print(help_text(sys.argv[1:]))
             return
+        sweeps = not {"-m", "--multirun"}.isdisjoint(sys.argv)
+        sys.argv[1:] = as_meant(sys.argv[1:], sweeps)
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="trainer")(_run)()
     except (ConfigError, HydraException, OmegaConfBaseException) as e:
         _refuse(e)
@@ -64,7 +68,15 @@ def _refuse(error: Exception) -> NoReturn:
     sys.exit(ExitCode.BAD_CONFIG)
 
 
+def _stop_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    """Ends this process while it has nothing to save; what it does then need not end well."""
+    name = signal.Signals(number).name
+    said = f"{name} before training began: nothing was saved or lost; the same command starts it\n"
+    os.write(2, said.encode())  # in the middle of anything, another write to stderr too
+    os._exit(ExitCode.START_AGAIN)
+
+
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # until there is something to save
-        signal.signal(number, lambda *_: os._exit(ExitCode.START_AGAIN))
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, _stop_at_once)
     main()

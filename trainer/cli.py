@@ -4,7 +4,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra.errors import OverrideParseException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -15,9 +17,12 @@ from omegaconf.errors import (
 from core.errors import ConfigError
 from trainer.schemas import options_with_key
 
+# A key and its value, which is no list, mapping or quoted text.
+_PLAIN_VALUE = re.compile(r"(\+{0,2}[^+~=\s-][^=\s]*)=([^\[{'\"].*)", re.DOTALL)
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 _CFG, _CFG_VALUES = ("--cfg", "-c"), ("job", "hydra", "all")
 _CONFIG_DIR = ("--config-dir", "-cd")
+_SWEEP = ("--multirun", "-m")
 
 
 def help_text(argv: list[str]) -> str:
@@ -58,7 +63,11 @@ def explain(error: Exception, lists_keys: str = "python -m trainer --cfg job") -
             return str(cause)
         if isinstance(cause, OverrideParseException):
             word = " ".join(cause.override.split())
-            return f"{word}: is no key=value; close its quotes and brackets, quote it for the shell"
+            key, _, value = word.partition("=")
+            fix = "close its quotes and brackets, quote it for the shell"
+            if value[:1] in ("[", "{"):
+                fix += f""", or, where that is a name, write '{key}="{value}"'"""
+            return f"{word}: is no key=value; {fix}"
     # OmegaConf's innermost error says most, but for those with its own placeholders left in.
     told = (
         c for c in reversed(chain) if isinstance(c, OmegaConfBaseException) and "$" not in str(c)
@@ -75,6 +84,29 @@ def explain(error: Exception, lists_keys: str = "python -m trainer --cfg job") -
         return f"{key}: {text}; {lists_keys} lists the keys"
     # Hydra's own: an unknown option comes with the list of those there are, and where it looked.
     return " ".join(lines).partition(" Config search path:")[0]
+
+
+def as_meant(words: Sequence[str], sweeps: bool = False) -> list[str]:
+    """Quotes values that Hydra's grammar has no place for: names with `~ [ ] ( )`, letters like é.
+
+    Lists, mappings and what is quoted stay as they are, right or wrong, and so does all that Hydra
+    can read.
+
+    Args:
+        words: key=value, or anything else.
+        sweeps: Whether a comma parts the values of a sweep: these are the user's to quote.
+    """
+    parser = OverridesParser.create()
+    meant = []
+    for word in words:
+        found = _PLAIN_VALUE.fullmatch(word)
+        if found is not None and not (sweeps and "," in found[2]):
+            try:
+                parser.parse_override(word)
+            except HydraException:
+                word = f"{found[1]}={QuotedString(found[2], Quote.double).with_quotes()}"
+        meant.append(word)
+    return meant
 
 
 def words_and_options(
@@ -107,7 +139,7 @@ def words_and_options(
         else:
             rule = "there is no such option"
             raise ConfigError("option", argument, rule, f"see {program} --help")
-    return words, options
+    return as_meant(words, sweeps=not set(_SWEEP).isdisjoint(options)), options
 
 
 _HELP = """\
@@ -144,7 +176,7 @@ Options:
   --config-dir DIR           look for options (experiment/mine.yaml, ...) in DIR too
   --multirun                 run every combination of comma-separated values
 
-Exit codes: 0 finished; 33 stopped with a complete checkpoint, start it again; 2 refused; 1 failed.
+Exit codes: 0 finished; 33 stopped, with all steps saved, start it again; 2 refused; 1 failed.
 """
 
 

@@ -19,6 +19,7 @@ from omegaconf import MISSING
 from core.errors import ConfigError
 from parallel.config import Dtype, ZeroConfig
 from trainer.anomaly import AnomalyConfig
+from trainer.data.config import expanded
 from trainer.interval import Interval
 from trainer.preemption import PreemptionConfig
 
@@ -84,6 +85,7 @@ class PathModelConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.path = expanded(self.path)
         if self.keep_zeros and not self.weights:
             raise ConfigError(
                 "model.keep_zeros",
@@ -129,6 +131,7 @@ class DistillConfig:
     teacher_dtype: Dtype = Dtype.float32
 
     def __post_init__(self) -> None:
+        self.teacher = expanded(self.teacher)
         # Written so that NaN fails too.
         if not 0 < self.temperature < math.inf:
             raise ConfigError("objective.temperature", self.temperature, "must be above 0", "try 1")

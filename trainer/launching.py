@@ -14,6 +14,7 @@ import os
 import pickle
 import sys
 import traceback
+from collections.abc import Collection
 from pathlib import Path
 
 from core.errors import ConfigError, ExitCode, SpotforgeError
@@ -31,7 +32,7 @@ from trainer.stopping import StopSignal
 _PORT = 29400
 
 
-def launch(config: TrainerConfig, isolated: bool = False) -> int:
+def launch(config: TrainerConfig, isolated: bool = False, given: Collection[str] = ()) -> int:
     """Runs `config` on all of its ranks.
 
     Args:
@@ -39,20 +40,21 @@ def launch(config: TrainerConfig, isolated: bool = False) -> int:
         isolated: Come back in any case, and give even a single rank a process of its own: for a
             caller that has more runs to come (DeepSpeed keeps the process groups of the first one
             for ever). Otherwise several ranks take this process over.
+        given: Keys that the user set; the others have their defaults.
 
     Returns:
-        The exit code: 0 finished, 33 stopped with a complete checkpoint, 2 refused, 1 failed.
+        The exit code: 0 finished, 33 stopped with all steps saved, 2 refused, 1 failed.
     """
     try:
         place = read_place()
         if place is not None:
             _check_launcher(config, place)
-            return run_rank(config)
+            return run_rank(config, given)
         nproc, num_nodes = _local_ranks(config), int(os.environ.get("SKYPILOT_NUM_NODES", 1))
         config.check(nproc * num_nodes)
         if nproc * num_nodes == 1 and not isolated:
-            return run_rank(config)
-        command = _supervisor(config, num_nodes)
+            return run_rank(config, given)
+        command = _supervisor(config, given, num_nodes)
     except SpotforgeError as e:
         print(e, file=sys.stderr)
         return e.exit_code
@@ -62,7 +64,7 @@ def launch(config: TrainerConfig, isolated: bool = False) -> int:
     os.execve(command[0], command, environment())
 
 
-def run_rank(config: TrainerConfig) -> int:
+def run_rank(config: TrainerConfig, given: Collection[str] = ()) -> int:
     """Runs this process's rank; prints what went wrong, once for all ranks that can tell."""
     with StopSignal() as stop:
         heartbeat = Heartbeat()
@@ -71,7 +73,7 @@ def run_rank(config: TrainerConfig) -> int:
             place = read_place()
             from trainer.run import train  # seconds of imports, in which a signal may come
 
-            return train(config, stop, heartbeat)
+            return train(config, stop, heartbeat, given)
         except SpotforgeError as e:
             if e.exit_code == ExitCode.FAILED:
                 heartbeat.failed()
@@ -92,7 +94,7 @@ def run_rank(config: TrainerConfig) -> int:
             return ExitCode.FAILED
 
 
-def _supervisor(config: TrainerConfig, num_nodes: int) -> list[str]:
+def _supervisor(config: TrainerConfig, given: Collection[str], num_nodes: int) -> list[str]:
     """The command that starts the ranks of this machine and keeps them going."""
     # auto: GPUs are counted again before each start, since one may be gone by then
     options = ["--nproc", config.nproc, "--grace", str(config.shutdown_timeout_s)]
@@ -107,21 +109,21 @@ def _supervisor(config: TrainerConfig, num_nodes: int) -> list[str]:
         if num_nodes > 1:
             options += ["--listen", str(_PORT), "--nodes", str(num_nodes)]
         action = ["supervise", *options]
-    rank = python("-m", "trainer.rank", str(_freeze(config)))
+    rank = python("-m", "trainer.rank", str(_freeze(config, given)))
     return python("-m", "launch", *action, "--", *rank)
 
 
-def _freeze(config: TrainerConfig) -> Path:
-    """The configuration in a file that is named by its content.
+def _freeze(config: TrainerConfig, given: Collection[str]) -> Path:
+    """The configuration, and which keys of it were given, in a file that is named by its content.
 
     Ranks that start again days later are given what was asked for, not what YAML files say by then.
     """
-    name = digest_of(resolve(config))[:16]
+    name = digest_of([resolve(config), sorted(given)])[:16]
     folder = Path(config.data.cache_dir).expanduser().absolute() / "launched"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{name}.pickle"
-        write_file(path, pickle.dumps(config))
+        write_file(path, pickle.dumps((config, sorted(given))))
         return path
     except OSError as e:
         raise ConfigError(

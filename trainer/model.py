@@ -122,8 +122,9 @@ def build_meta_model(
             "use the model's own tokenizer (data.tokenizer=auto with model=pretrained), a smaller "
             "data.tokenizer_vocab_size, or a larger model.vocab_size",
         )
-    if hf_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
-        hf_config, "is_decoder", True
+    # Of an encoder-decoder (BART), the causal language model is the decoder.
+    if hf_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not (
+        getattr(hf_config, "is_decoder", True) or getattr(hf_config, "is_encoder_decoder", False)
     ):
         raise ConfigError(
             "model",

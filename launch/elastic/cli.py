@@ -29,7 +29,7 @@ a cloud on this machine, whose two nodes last two minutes on average and have 30
 
 Anyone who reaches the port can join: listen on a private network only.
 
-exit codes: 0 finished; 33 stopped with a complete checkpoint, start it again; 2 refused; 1 failed
+exit codes: 0 finished; 33 stopped, with all steps saved, start it again; 2 refused; 1 failed
 """
 
 _JOIN = """\

@@ -64,8 +64,11 @@ def test_a_teams_file_with_something_wrong(tmp_path, content, said):
         ("launch.workdir=null", "no such key; did you mean launch.skypilot.workdir?"),
         ("launch.nodes=a", "launch.nodes[0]: Value 'a' of type 'str' could not be converted"),
         ("launch.gpus=", "launch.gpus: Invalid value assigned: str is not a ListConfig"),
-        ("launch.name=\u0928", "launch.name=\u0928: Hydra cannot read it (token recognition error"),
-        ("run.name=\u0928", "run.name=\u0928: Hydra cannot read it (token recognition error"),
+        (
+            "launch.name=[\u0928",
+            "launch.name=[\u0928: Hydra cannot read it (token recognition error",
+        ),
+        ("run.name=[\u0928", "run.name=[\u0928: Hydra cannot read it (token recognition error"),
         ("launch.foo", "launch.foo: Hydra cannot read it (missing EQUAL"),
         ("+launch.foo=1", "launch.foo=1: there is no such key"),
         ("launch.spot=yes", "launch.spot: Invalid value 'yes', expected one of"),

@@ -83,10 +83,15 @@ def test_a_run_begun_before_goes_on_with_its_data(trainer, small, with_bos, tmp_
         state = read_state(committed(run / "checkpoints")[0])
         assert state.step == steps and state.data_digest == stored.data_digest
         assert "add_bos" not in state.config["data"]
-    refused = trainer(*words, "stop.steps=4", "data.add_bos=true")
-    assert refused.code == 2 and "data.add_bos=True: the checkpoint at step 3" in refused.err
+    for given in ("true", "auto"):  # which is true, of this tokenizer
+        refused = trainer(*words, "stop.steps=4", f"data.add_bos={given}")
+        assert refused.code == 2
+        rule = "data.add_bos=True: the checkpoint at step 3 was trained with False"
+        assert rule in refused.err
 
     new = [f"run.dir={tmp_path}/new" if word.startswith("run.dir=") else word for word in words]
     assert trainer(*new, "stop.steps=1").code == 0
     state = read_state(committed(tmp_path / "new" / "checkpoints")[0])
     assert state.config["data"]["add_bos"] is True and state.data_digest != stored.data_digest
+    changed = ["stop.steps=2", "data.add_bos=false", "allow_changes=[data.add_bos]"]
+    assert trainer(*new, *changed).code == 0, "its digest follows from it"

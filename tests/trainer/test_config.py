@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from core.errors import ConfigError
-from trainer.cli import CONFIG_DIR, words_and_options
+from trainer.cli import CONFIG_DIR, as_meant, words_and_options
 from trainer.config import NamedModelConfig, PathModelConfig, StopConfig, TrainerConfig
 from trainer.data.config import SingleDataConfig
 from trainer.schemas import refuse_unknown_keys, register_schemas
@@ -234,3 +234,38 @@ def test_words_and_options_come_in_any_order():
     assert options == ["--config-dir", "conf", "--multirun", "--cfg", "job"]
     with pytest.raises(ConfigError, match="--multirun: there is no such option; see python -m x"):
         words_and_options(given, "python -m x")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/x/[a] b/é.txt", "~/notes (1).txt", "/x/{a}=b.txt", 'it\'s "so"\\.txt', "/é,b.txt", "\u65e5"],
+)
+def test_a_name_arrives_as_it_is_typed(name):
+    [word] = as_meant([f"data.path={name}"])
+    assert compose_tree("data=text", word).data.path == name
+    assert as_meant([word]) == [word]
+
+
+def test_what_hydra_can_read_stays_as_it_is():
+    words = [
+        "a=[b,c]",
+        "a=${b}",
+        "a=1,2",
+        "a={b: 1}",
+        "~a",
+        "+a=x y",
+        "a='é'",
+        "a=[é",
+        "--b=é",
+        "a=",
+    ]
+    assert as_meant(words) == words
+    assert as_meant(["a=é,b"], sweeps=True) == ["a=é,b"]
+    assert as_meant(["++a.b=é"]) == ['++a.b="é"']
+
+
+def test_home_is_found_behind_a_key(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ["model=pretrained", *as_meant(["model.path=~/m", "data.tokenizer=~/t"])]
+    config = OmegaConf.to_object(compose_tree(*words))
+    assert (config.model.path, config.data.tokenizer) == ("/home/me/m", "/home/me/t")

@@ -408,3 +408,25 @@ def test_a_large_source_trains_the_tokenizer_on_a_fixed_part(config, ready, monk
     data = ready(config())
     held_out = decoded(TokenDataset.open(data.folders[0], "validation"), data.tokenizer)
     assert 0 < sum(map(len, seen[0])) < 8000 and not set(seen[0]) & set(held_out)
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.98])
+@pytest.mark.parametrize(("distinct", "copies"), [(1, 1), (1, 10), (2, 1), (2, 5), (3, 1), (4, 9)])
+def test_the_fraction_that_is_advised_parts_the_documents(
+    config, ready, tmp_path, distinct, copies, fraction
+):
+    rows = [json.dumps({"text": f"document {i} of few"}) for i in range(distinct)] * copies
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    settings = {"kind": SourceKind.jsonl, "path": str(tmp_path / "rows.jsonl"), "column": "text"}
+    with pytest.raises(ConfigError) as refused:
+        ready(config(**settings, validation_fraction=fraction))
+    advised = re.search(r"set data\.validation_fraction=(\S+),", str(refused.value))
+    if distinct == 1:
+        assert advised is None and "add other documents" in str(refused.value)
+        assert ("the same text" in str(refused.value)) == (copies > 1)
+        return
+    data = ready(config(**settings, validation_fraction=float(advised[1])))
+    [train], [held_out] = data.sources, data.validation
+    assert (train.num_documents + held_out.num_documents) == distinct * copies
+    wanted = copies if fraction < 0.5 else (distinct - 1) * copies
+    assert held_out.num_documents == wanted
