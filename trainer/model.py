@@ -161,7 +161,7 @@ def _build(hf_config: Any, dtype: torch.dtype, attn_implementation: str | None) 
             raise ConfigError(
                 "model.attn_implementation",
                 attn_implementation,
-                f"{hf_config.model_type} cannot be built with it ({_first_line(error)})",
+                f"{hf_config.model_type} cannot be built with it ({_first_sentence(error)})",
                 "set model.attn_implementation=null, and transformers chooses",
             ) from error
     raise ConfigError(
@@ -342,6 +342,11 @@ def _children_first(module: nn.Module) -> list[nn.Module]:
 def _seed_of(seed: int, name: str) -> int:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _first_sentence(error: Exception) -> str:
+    """What is wrong; transformers goes on with whom to ask for it."""
+    return _first_line(error).partition(". ")[0]
 
 
 def _first_line(error: Exception) -> str:

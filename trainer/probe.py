@@ -81,6 +81,11 @@ def settle(
     )
     if not same:
         notes["auxiliary_loss"] = probe.auxiliary_loss()
+    elif "auxiliary_loss" not in notes and probe.has_more_than_entropy():
+        say(
+            f"what {type(module.model).__name__} adds to cross-entropy (an auxiliary loss) is no "
+            "part of the loss, as before"
+        )
     module.auxiliary = notes.get("auxiliary_loss", False)
     if module.auxiliary:
         say(f"{type(module.model).__name__} has an auxiliary loss, which is part of the loss")
@@ -249,6 +254,13 @@ class Probe:
                 "choose another architecture",
             )
         return own != 0
+
+    def has_more_than_entropy(self) -> bool:
+        """Whether transformers trains the model on more, of whatever kind."""
+        try:
+            return self.auxiliary_loss()
+        except ConfigError:
+            return True
 
     def documents(self) -> str | None:
         """How the documents of a sample are kept apart.

@@ -158,6 +158,11 @@ def train_in(
                 check_same_model(checkpoint, model, reporter.say)
                 why = "the newest valid one" if config.resume == "auto" else "as resume says"
                 reporter.say(f"resuming after step {saved.step}, from {checkpoint} ({why})")
+                if config.total_steps is not None and saved.step > config.total_steps:
+                    reporter.say(
+                        f"resume: step {saved.step} is behind the {config.total_steps} steps that "
+                        "were asked for; nothing is trained"
+                    )
                 order = order_of(saved, checkpoint.parent.parent)
                 if order is not saved.order and len(data.sources) > 1:
                     reporter.say(f"resume: the checkpoint names no order of samples; it is {order}")
@@ -323,14 +328,13 @@ def _finish(
         reporter.event("finish", step)
     else:
         reporter.event("stop", step, reason=reasons[0] if reasons else "unknown")
-    reporter.close("finished" if finished else "stopped")
-    if finished:
-        reporter.say_what_next(checkpoint)
-    else:
-        reporter.say(
+        reporter.say(  # before the report, whose drawing takes seconds
             f"stopped after saving {checkpoint} ({reasons[0] if reasons else 'unknown'}); the same "
             "command goes on from there"
         )
+    reporter.close("finished" if finished else "stopped")
+    if finished:
+        reporter.say_what_next(checkpoint)
 
 
 def _set_up_process(config: TrainerConfig) -> None:

@@ -53,6 +53,8 @@ def test_what_is_given_differs_from_the_checkpoint(trainer, small, tmp_path):
     assert "optim.decay=auto: the checkpoint at step 2 was trained with matrices" in refused.err
     allowed = trainer(*words, "stop.steps=3", "optim.decay=auto", "allow_changes=[optim.decay]")
     assert allowed.code == 0 and stored() == "auto"
+    behind = trainer(*words, "stop.steps=2")
+    assert behind.code == 0 and "step 3 is behind the 2 steps" in behind.out
 
 
 @pytest.mark.long
