@@ -138,6 +138,7 @@ def leave_unused(
         say: Prints a line.
     """
     model: Any = module.model
+    refuse_layerdrop(model.config.get_text_config(), world.world_size)
     vocab_size = model.config.get_text_config().vocab_size
     length = max(2, min(_NUM_TOKENS, config.data.max_seq_len))
     tokens = (torch.arange(length, device=world.device) % vocab_size)[None]
@@ -151,6 +152,24 @@ def leave_unused(
             f"{len(unused)} parameters of {type(model).__name__} take no part in its loss, and "
             f"stay as they are: {unused[0]}{', ...' if len(unused) > 1 else ''}"
         )
+
+
+def refuse_layerdrop(text_config: Any, world_size: int) -> None:
+    """Raises ConfigError where ranks would leave out different layers in the same step.
+
+    A layer that one rank has left out gets no gradient there: DDP fails, and FSDP waits for ever
+    for a rank that does not gather the layer.
+    """
+    for name in ("layerdrop", "decoder_layerdrop"):
+        share = getattr(text_config, name, 0.0)
+        if share and world_size > 1:
+            raise ConfigError(
+                f"model.config.{name}",
+                share,
+                "leaves out layers at random, on each rank others",
+                f"add +model.config.{name}=0, or set it in the config.json of a model that is "
+                "loaded",
+            )
 
 
 def _fuses(probe: "Probe", asked: bool | str, say: Callable[[str], None]) -> bool:

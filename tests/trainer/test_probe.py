@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, OPTConfig
 
 from core.errors import ConfigError
 from parallel.config import DdpConfig, FsdpConfig, PrecisionConfig
@@ -19,7 +19,7 @@ from tests.distributed import run_distributed
 from trainer.data.loader import IGNORE_INDEX, Sample, batches_apart
 from trainer.objective import NextTokenLoss
 from trainer.optim import AdamWConfig
-from trainer.probe import APART, POSITIONS, Probe, settle
+from trainer.probe import APART, POSITIONS, Probe, refuse_layerdrop, settle
 
 SIZES = {
     "vocab_size": 64,
@@ -313,3 +313,15 @@ def test_a_run_with_an_auxiliary_loss(trainer, small, recomputed):
         parts = record["cross_entropy"] + record["auxiliary_loss"]
         assert record["loss"] == pytest.approx(parts, rel=1e-5)
         assert 0.9 < record["auxiliary_loss"] < 1.5, "0.5 x 2 experts a token, about balanced"
+
+
+def test_layers_that_are_left_out_at_random_need_one_rank():
+    for name, config in (
+        ("layerdrop", OPTConfig(layerdrop=0.1)),
+        ("decoder_layerdrop", BartConfig(decoder_layerdrop=0.1)),
+    ):
+        refuse_layerdrop(config, 1)
+        with pytest.raises(ConfigError) as refused:
+            refuse_layerdrop(config, 2)
+        assert refused.value.key == f"model.config.{name}" and refused.value.value == 0.1
+    refuse_layerdrop(OPTConfig(), 2)
