@@ -46,7 +46,10 @@ def start(folder, *words, **options):
 
 def finish(folder, *words, **options):
     with start(folder, *words, **options) as process:
-        out, err = process.communicate(timeout=600)
+        try:
+            out, err = process.communicate(timeout=600)
+        finally:
+            process.kill()
     assert process.returncode == 0, out + err
     return out
 
