@@ -48,7 +48,9 @@ Keys (key=value):
   layers.include, .exclude    patterns of layers' names, e.g. layers.exclude=['*.down_proj']
   data=..., data.KEY          text to calibrate with and compare on, as for the trainer
   calibration.messages        conversations instead, JSON lines, by the model's chat template
-  calibration.num_samples, .min_tokens, .max_seq_len (of conversations and the model's own text)
+  calibration.num_samples, .min_tokens
+  calibration.max_seq_len     of conversations and the model's own text: auto (512, or the model's
+                              positions, if they are fewer), or a number
   evaluation.num_samples, .speed, .prompt_tokens, .new_tokens, .rounds
   gate.max_perplexity_ratio, .max_kl, .min_greedy_agreement   else no artifact, and exit code 1
   seed

@@ -13,6 +13,8 @@ from compression.recipe import AutoConfig, HealConfig, MixedConfig, ModelStep, S
 from core.errors import ConfigError
 from parallel.config import Dtype
 
+AUTO = "auto"
+
 
 class Target(Enum):
     """How a result is packed.
@@ -65,13 +67,13 @@ class CalibrationConfig:
         num_samples: Of `data.max_seq_len` tokens.
         min_tokens: Fewer in all are refused.
         max_seq_len: Of samples of `messages`, or that the model makes itself, where there is no
-            `data`.
+            `data`; auto: 512, or the model's positions, if they are fewer.
     """
 
     messages: str | None = None
     num_samples: int = 128
     min_tokens: int = 4096
-    max_seq_len: int = 512
+    max_seq_len: Any = AUTO  # OmegaConf knows no `str | int`
 
 
 @dataclass
@@ -81,14 +83,15 @@ class EvaluationConfig:
     Attributes:
         num_samples: Of `data.max_seq_len` tokens.
         speed: Measure tokens/s of both, in turn, on this machine.
-        prompt_tokens: Of the prompt that is timed.
+        prompt_tokens: Of the prompt that is timed; auto: 128, or what the model's positions leave
+            beside `new_tokens`, if that is less.
         new_tokens: That are generated after it.
         rounds: How often each is timed.
     """
 
     num_samples: int = 32
     speed: bool = True
-    prompt_tokens: int = 128
+    prompt_tokens: Any = AUTO
     new_tokens: int = 32
     rounds: int = 3
 
@@ -207,7 +210,7 @@ class CompressionConfig:
             rule = "exactly one of run and model says what to compress"
             fix = "give run=runs/<name>, or model=<Hugging Face folder>"
             raise ConfigError("run", self.parent.run, rule, fix)
-        positive = {
+        positive: dict[str, Any] = {
             "calibration.num_samples": self.calibration.num_samples,
             "calibration.min_tokens": self.calibration.min_tokens,
             "calibration.max_seq_len": self.calibration.max_seq_len,
@@ -218,6 +221,12 @@ class CompressionConfig:
         }
         if self.data is not None:
             positive["data.max_seq_len"] = self.data.max_seq_len
+        for key in ("calibration.max_seq_len", "evaluation.prompt_tokens"):
+            value = positive[key]
+            if value == AUTO:
+                del positive[key]
+            elif not isinstance(value, int) or isinstance(value, bool):
+                raise ConfigError(key, value, "is neither auto nor a number", "use auto")
         for key, value in positive.items():
             if value < 1:
                 raise ConfigError(key, value, "must be above 0", "give a positive number")

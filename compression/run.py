@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +34,7 @@ from compression.artifact import (
     places,
     weight_bytes,
 )
-from compression.config import CompressionConfig, LayersConfig, Target
+from compression.config import AUTO, CompressionConfig, EvaluationConfig, LayersConfig, Target
 from compression.evaluate import Quality, compare, final_hidden, logits_of
 from compression.gate import GateError, failures
 from compression.heal import check_overrides
@@ -57,6 +57,7 @@ from core.folder import commit, write_lineage
 from monitoring.environment import describe_environment
 from parallel.config import Dtype
 
+_PROMPT_TOKENS = 128  # that are timed, where nobody says
 _RELOADED = 2  # samples that a packed artifact is compared on
 # It computes in its own type, the comparison in float32: bfloat16 leaves about 40 dB of a model.
 _LEAST_DB = {Dtype.bfloat16: 20.0, Dtype.float32: 60.0}
@@ -108,7 +109,7 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
     layers = _check_layers(config, parent)
     packers = _packers(config, parent, layers)
     check_replaceable(out, config.recipe_name, parent)
-    _check_lengths(config, parent)
+    config = replace(config, evaluation=_timed(config.evaluation, parent))
     samples = draw_samples(config, parent, stop_requested)
 
     # 2. Stage by stage, block by block; a stopped compression finds what is done in its work folder
@@ -173,6 +174,7 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
                     "weight_bytes": weight_bytes(artifact),
                     "quantized_layer_bytes": layer_bytes,
                     "speed": {name: speed.describe() for name, speed in speeds.items()},
+                    "timed": _lengths(config.evaluation) if speeds else None,
                 }
                 (artifact / REPORT).write_text(json.dumps(described, indent=1) + "\n")
                 write_lineage(artifact, origin(source, made_from))
@@ -223,13 +225,22 @@ def _forget(work: Path, made: list[Path]) -> None:
             folder.rmdir()
 
 
-def _check_lengths(config: CompressionConfig, parent: Path) -> None:
-    """Refuses to time more tokens than the model has positions for."""
-    longest, settings = window_of(parent), config.evaluation
-    wanted = settings.prompt_tokens + settings.new_tokens
-    if settings.speed and longest is not None and wanted > longest:
+def _timed(settings: EvaluationConfig, parent: Path) -> EvaluationConfig:
+    """With auto resolved; refuses to time more tokens than the model has positions for."""
+    longest, asked = window_of(parent), settings.prompt_tokens
+    prompt_tokens = _PROMPT_TOKENS if asked == AUTO else asked
+    wanted = prompt_tokens + settings.new_tokens
+    if not settings.speed or longest is None or wanted <= longest:
+        return replace(settings, prompt_tokens=prompt_tokens)
+    if asked != AUTO:
         rule = f"with evaluation.new_tokens that is {wanted}; the model has {longest} positions"
-        raise ConfigError("evaluation.prompt_tokens", settings.prompt_tokens, rule, "use fewer")
+        raise ConfigError("evaluation.prompt_tokens", asked, rule, "use fewer")
+    if settings.new_tokens >= longest:
+        rule = f"leaves no prompt in the {longest} positions that the model has"
+        raise ConfigError("evaluation.new_tokens", settings.new_tokens, rule, "use fewer")
+    prompt_tokens = longest - settings.new_tokens
+    print(f"evaluation.prompt_tokens={prompt_tokens}: auto, by the model's positions ({longest})")
+    return replace(settings, prompt_tokens=prompt_tokens)
 
 
 def _check_layers(config: CompressionConfig, parent: Path) -> dict[str, int]:
@@ -372,6 +383,10 @@ def _check_logits(target: Target, wanted: Tensor, found: Tensor, least_db: float
             f"compressed weights compute, not {least_db:.0f}; it was not kept"
         )
     return snr_db
+
+
+def _lengths(settings: EvaluationConfig) -> dict[str, int]:
+    return {"prompt_tokens": settings.prompt_tokens, "new_tokens": settings.new_tokens}
 
 
 def _speeds(

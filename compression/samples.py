@@ -19,13 +19,15 @@ from transformers import AutoConfig
 
 from compression.artifact import find_trained
 from compression.chat import KEY, read_samples
-from compression.config import CompressionConfig
+from compression.config import AUTO, CompressionConfig
 from compression.generated import generate_samples
 from core.errors import ConfigError
 from trainer.data.config import DataConfig, MixtureDataConfig, PreparationConfig, SingleDataConfig
 from trainer.data.loader import TrainLoader, validation_batches
 from trainer.data.prepare import PreparedData, prepare
 
+_SAMPLE_KEY = "calibration.max_seq_len"
+_SAMPLE_TOKENS = 512  # of conversations and generated text, where nobody says
 _WINDOW = 64  # tokens in a row that two texts do not share by chance
 _MOST_SHARED = 0.05  # what licences and headings may
 
@@ -92,9 +94,9 @@ def draw_samples(
 
 def _conversations(config: CompressionConfig, path: str, model: Path) -> Samples:
     sizes = config.calibration.num_samples, config.evaluation.num_samples
-    max_seq_len = config.calibration.max_seq_len
+    max_seq_len = sample_tokens(config, model)
     samples = read_samples(Path(path), model, sizes, max_seq_len, config.seed)
-    _check_window("calibration.max_seq_len", max_seq_len, model)
+    _check_window(_SAMPLE_KEY, max_seq_len, model)
     calibration, evaluation = samples
     _check_tokens(config, *calibration.shape)
     check_no_overlap(calibration, evaluation, KEY)
@@ -106,14 +108,27 @@ def _generated(
     config: CompressionConfig, model: Path, stop_requested: Callable[[], bool]
 ) -> Samples:
     sizes = config.calibration.num_samples, config.evaluation.num_samples
-    _check_window("calibration.max_seq_len", config.calibration.max_seq_len, model)
-    _check_tokens(config, sizes[0], config.calibration.max_seq_len)
-    settings = config.calibration.max_seq_len, config.seed, stop_requested
+    max_seq_len = sample_tokens(config, model)
+    _check_window(_SAMPLE_KEY, max_seq_len, model)
+    _check_tokens(config, sizes[0], max_seq_len)
+    settings = max_seq_len, config.seed, stop_requested
     samples = generate_samples(model, sum(sizes), *settings)
     calibration, evaluation = samples.split(sizes)
     check_no_overlap(calibration, evaluation)
     digest = hashlib.sha256(samples.numpy().tobytes()).hexdigest()
     return Samples(calibration, evaluation, f"generated:{digest}")
+
+
+def sample_tokens(config: CompressionConfig, model: Path) -> int:
+    """Tokens of a sample of conversations, or of text that the model makes; resolves auto."""
+    asked = config.calibration.max_seq_len
+    if asked != AUTO:
+        return int(asked)
+    longest = window_of(model)
+    resolved = min(_SAMPLE_TOKENS, longest or _SAMPLE_TOKENS)
+    has = "no limit" if longest is None else longest
+    print(f"{_SAMPLE_KEY}={resolved}: auto, by the model's positions ({has})")
+    return resolved
 
 
 def _check_window(key: str, max_seq_len: int, model: Path) -> None:

@@ -56,12 +56,15 @@ class Source:
             raise ConfigError("model", config_file, "is not JSON", "save the model again") from e
         if quantization is not None:
             method = quantization.get("quant_method", "unknown")
-            fix = "compress the model that it was made from"
+            fix = "compress the model that it was made from, or load it with transformers, "
+            fix += "dequantize it and save it"
             raise ConfigError("model", folder, f"is quantized already ({method})", fix)
         if not any(folder.glob("*.safetensors")):
             packed = next(folder.glob("*.gguf"), None) or next(folder.glob("openvino*"), None)
             rule = "has no safetensors" if packed is None else f"is packed already ({packed.name})"
-            fix = "save the model as safetensors" if packed is None else "compress its parent"
+            fix = "load it with transformers and save it again"
+            if packed is not None:
+                fix = "compress the model that it was made from"
             raise ConfigError("model", folder, rule, fix)
         files = [p for pattern in (*_WEIGHTS, "config.json") for p in folder.glob(pattern)]
         digests = {path.name: sha256_of(path) for path in sorted(files)}

@@ -159,7 +159,8 @@ def _check_weights(folder: Path) -> None:
 def _format_of(folder: Path) -> Format:
     if (folder / "openvino_model.xml").is_file():
         return Format.openvino
-    if any(folder.glob("*.gguf")):
+    has_safetensors = any(folder.glob("*.safetensors"))
+    if any(folder.glob("*.gguf")) and not has_safetensors:  # repositories may hold both
         return Format.gguf
     config = read_object(folder / "config.json")
     quantization = config.get("quantization_config") or {}
@@ -167,13 +168,18 @@ def _format_of(folder: Path) -> Format:
         raise DamagedError(KEY, folder, "quantization_config is no JSON object", "export it again")
     method = quantization.get("quant_method")
     if method is None:
-        if not any(folder.glob("*.safetensors")):
-            raise ConfigError(KEY, folder, "has no weights (*.safetensors)", "export it again")
+        if not has_safetensors:
+            rule, fix = "has no weights (*.safetensors)", "export it again, or copy all of it"
+            if older := sorted(path.name for path in folder.glob("*.bin")):
+                rule = f"has weights in another form than safetensors ({older[0]})"
+                fix = "load it with transformers and save it again"
+            raise ConfigError(KEY, folder, rule, fix)
         return Format.huggingface
     found = {"torchao": Format.torchao, "compressed-tensors": Format.compressed_tensors}.get(method)
     if found is None:
         rule = f"is quantized by {method}, which no engine here loads"
-        raise ConfigError(KEY, folder, rule, "compress its parent with python -m compression")
+        fix = "serve the model that it was made from, or load it with transformers, dequantize it "
+        raise ConfigError(KEY, folder, rule, f"{fix}and save it")
     return found
 
 

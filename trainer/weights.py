@@ -105,9 +105,10 @@ class WeightsReader:
 
         _check_missing(config, model, self._group_of, self._twins)
         _check_unexplained(config, model, unexplained)
+        vocab_size = getattr(model.config.get_text_config(), "vocab_size", None)
         for name, wanted in model.state_dict().items():
             if name in self._group_of:
-                _check_kind(config, self._group_of[name], name, wanted)
+                _check_kind(config, self._group_of[name], name, wanted, vocab_size)
         self._check_tied(config)
 
     def __call__(self, name: str) -> Tensor:
@@ -434,15 +435,24 @@ def _check_unexplained(
         )
 
 
-def _check_kind(config: PathModelConfig, group: WeightGroup, name: str, wanted: Tensor) -> None:
+def _check_kind(
+    config: PathModelConfig, group: WeightGroup, name: str, wanted: Tensor, vocab_size: int | None
+) -> None:
     found = group.targets[name]
     if found.shape != wanted.shape:
+        fix = "config.json and the weights are of different models: download both again"
+        # Tokens that were added to a model change this alone.
+        if found.shape[1:] == wanted.shape[1:] and wanted.shape[0] == vocab_size:
+            fix = (
+                f"set vocab_size={found.shape[0]} in its config.json if these weights are meant, "
+                "or download both again"
+            )
         raise ConfigError(
             "model.path",
             config.path,
             f"{group.sources[0]} makes {name} {tuple(found.shape)}, and it is "
             f"{tuple(wanted.shape)} by its config",
-            "config.json and the weights are of different models: download both again",
+            fix,
         )
     if found.dtype != wanted.dtype and not {found.dtype, wanted.dtype} <= _NUMBERS:
         raise ConfigError(

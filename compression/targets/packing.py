@@ -200,6 +200,9 @@ def load_folder(
     if misfits := sorted(found["mismatched_keys"]):
         name, there, wanted = misfits[0]
         rule = f"{name} is {tuple(there)} there, and {tuple(wanted)} by its config.json"
+        # Tokens that were added to a model change this alone.
+        if there[1:] == wanted[1:] and wanted[0] == model.config.get_text_config().vocab_size:
+            fix = f"set vocab_size={there[0]} there if these weights are meant, or export it again"
     elif lacks := sorted(found["missing_keys"]):
         rule = f"{len(lacks)} of its model's tensors are not there, as {lacks[0]}"
         kind, saved = type(model).__name__, model.config.architectures or []

@@ -27,6 +27,20 @@ def packed(recipe, target, most_bits, *words, is_long=True):
     return pytest.param([f"recipe={recipe}", *words], target, most_bits, marks=marks)
 
 
+def test_what_is_timed_fits_the_model_unless_somebody_says_otherwise(parent):
+    def timed(*words):
+        return run_module._timed(settings(*words).evaluation, parent)  # of 256 positions
+
+    assert timed().prompt_tokens == 128
+    assert timed("evaluation.new_tokens=200").prompt_tokens == 56
+    assert timed("evaluation.prompt_tokens=200").prompt_tokens == 200
+    with pytest.raises(ConfigError, match="evaluation.prompt_tokens=200: .* that is 300"):
+        timed("evaluation.prompt_tokens=200", "evaluation.new_tokens=100")
+    with pytest.raises(ConfigError, match="evaluation.new_tokens=256: leaves no prompt"):
+        timed("evaluation.new_tokens=256")
+    assert timed("evaluation.new_tokens=900", "evaluation.speed=false").prompt_tokens == 128
+
+
 @pytest.mark.parametrize(
     ("words", "target", "most_bits"),
     [

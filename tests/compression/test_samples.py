@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
-from compression.samples import check_no_overlap, data_config, draw_samples
+from compression.samples import check_no_overlap, data_config, draw_samples, sample_tokens
 from compression.schemas import register_schemas
 from core.errors import ConfigError, Interrupted
 from tests.compression.conftest import save_model, sentences
@@ -79,10 +79,26 @@ def test_without_data_the_model_makes_its_text(parent):
     assert len({tuple(row) for row in first.calibration.tolist()}) == 18
     other = draw_samples(settings(*words, "seed=1"), parent, lambda: False)
     assert not torch.equal(first.calibration, other.calibration)
-    with pytest.raises(ConfigError, match="calibration.max_seq_len=512: the model has 256"):
-        draw_samples(settings(f"parent.model={parent}"), parent, lambda: False)
+    with pytest.raises(ConfigError, match="calibration.max_seq_len=257: the model has 256"):
+        draw_samples(settings(*words, "calibration.max_seq_len=257"), parent, lambda: False)
     with pytest.raises(Interrupted):
         draw_samples(settings(*words), parent, lambda: True)
+
+
+def test_where_nobody_says_a_sample_is_no_longer_than_the_model(parent, tmp_path, capsys):
+    assert sample_tokens(settings("parent.model=x"), parent) == 256
+    assert "calibration.max_seq_len=256" in capsys.readouterr().out
+    config = json.loads((parent / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 9999}))
+    assert sample_tokens(settings("parent.model=x"), tmp_path) == 512
+    assert sample_tokens(settings("calibration.max_seq_len=700"), tmp_path) == 700
+
+
+@pytest.mark.parametrize("value", ["often", "true", "1.5", "0"])
+def test_a_length_is_auto_or_a_number(value):
+    for key in ("calibration.max_seq_len", "evaluation.prompt_tokens"):
+        with pytest.raises(ConfigError, match=key):
+            settings("parent.model=x", f"{key}={value}").check()
 
 
 def test_there_is_no_healing_without_text():

@@ -295,3 +295,13 @@ def drop_buffers(checkpoint):
         old.unlink()
     with warnings.catch_warnings(action="ignore"):
         dcp.save(kept, checkpoint_id=checkpoint, no_dist=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"), [("vocab_size", "set vocab_size=264"), ("hidden_size", "download both again")]
+)
+def test_only_a_vocabulary_may_be_the_config_that_is_to_be_mended(tmp_path, key, said):
+    config = json.loads((zoo.build("llama", tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: config[key] - 8}))
+    with pytest.raises(ConfigError, match=said):
+        materialized(tmp_path)
