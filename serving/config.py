@@ -5,15 +5,25 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from functools import partial
 
 from omegaconf import MISSING
 
 from core.errors import ConfigError
+from core.settings.rules import setting
 from serving.adapters import check_names
 from serving.gateway.guard import Guard
 
 BROKERS = ("redis", "rediss", "amqp", "amqps")  # schemes of their URLs
+
+
+_above_0 = partial(setting, above=0, below=math.inf, fix="give more")
+_port = partial(setting, least=0, most=65535)
+
+
+def _check_model_name(key: str, name: str) -> None:
+    if not name:
+        raise ConfigError(key, "''", "must not be empty", "leave it out, or give a name")
 
 
 class EngineName(Enum):
@@ -66,38 +76,35 @@ class EngineConfig:
     url: str | None = None
     remote_model: str | None = None
     api_key_env: str | None = None
-    max_context: int | None = None
-    max_running: int = 32
-    max_batch_tokens: int | None = None
-    kv_cache_mb: int | None = None
-    num_threads: int | None = None
+    max_context: int | None = setting(None, least=2, fix="leave room for a prompt and an answer")
+    max_running: int = _above_0(32)
+    max_batch_tokens: int | None = _above_0(None)
+    kv_cache_mb: int | None = _above_0(None)
+    num_threads: int | None = _above_0(None)
     dtype: EngineDtype = EngineDtype.auto
-    openvino_bits: int = 8
-    start_timeout_s: float = 600.0
-    silence_s: float = 3.0
-    step_timeout_s: float = 120.0
-    probe_interval_s: float = 10.0
+    openvino_bits: int = setting(8, choices=(4, 8, 32))
+    start_timeout_s: float = _above_0(600.0)
+    silence_s: float = _above_0(3.0)
+    step_timeout_s: float = _above_0(120.0)
+    probe_interval_s: float = _above_0(10.0)
 
-    def check(self) -> None:
-        """Raises ConfigError for numbers that cannot be, and settings that would have no effect."""
-        if self.openvino_bits not in (4, 8, 32):
-            rule = "weights of an IR have 4, 8 or 32 bits"
-            raise ConfigError("engine.openvino_bits", self.openvino_bits, rule, "choose one")
+    def cross_check(self, key: str) -> None:
+        """Raises ConfigError for settings that would have no effect."""
         is_remote = self.name is EngineName.remote
         if is_remote and self.url is None:
-            raise ConfigError("engine.url", None, "must be given", "give http://HOST:PORT")
+            raise ConfigError(f"{key}.url", None, "must be given", "give http://HOST:PORT")
         of_remote, of_local = ("url", "remote_model", "api_key_env"), ("kv_cache_mb", "num_threads")
-        for key in of_local if is_remote else of_remote:
-            if (value := getattr(self, key)) is not None:
-                rule = f"has no effect with engine.name={self.name.value}"
-                fix = "leave it out" if is_remote else "set engine.name=remote"
-                raise ConfigError(f"engine.{key}", value, rule, fix)
+        for name in of_local if is_remote else of_remote:
+            if (value := getattr(self, name)) is not None:
+                rule = f"has no effect with {key}.name={self.name.value}"
+                fix = "leave it out" if is_remote else f"set {key}.name=remote"
+                raise ConfigError(f"{key}.{name}", value, rule, fix)
         if is_remote and self.dtype is not EngineDtype.auto:
-            rule = "has no effect with engine.name=remote"
-            raise ConfigError("engine.dtype", self.dtype.value, rule, "leave it out")
+            rule = f"has no effect with {key}.name=remote"
+            raise ConfigError(f"{key}.dtype", self.dtype.value, rule, "leave it out")
         if self.name is EngineName.plain and self.max_batch_tokens is not None:
-            key, rule = "engine.max_batch_tokens", "has no effect with engine.name=plain"
-            raise ConfigError(key, self.max_batch_tokens, rule, "leave it out")
+            value, rule = self.max_batch_tokens, f"has no effect with {key}.name=plain"
+            raise ConfigError(f"{key}.max_batch_tokens", value, rule, "leave it out")
 
 
 class GenerationConfig(Enum):
@@ -127,8 +134,8 @@ class TextConfig:
         decoders: Processes that make text of tokens; null: 1.
     """
 
-    encoders: int | None = None
-    decoders: int | None = None
+    encoders: int | None = _above_0(None)
+    decoders: int | None = _above_0(None)
 
 
 @dataclass
@@ -142,9 +149,9 @@ class AdmissionConfig:
         request_timeout_s: From arrival to the last token; a client may ask for less.
     """
 
-    max_queued_requests: int | None = None
-    max_queued_tokens: int = 65536
-    request_timeout_s: float = 600.0
+    max_queued_requests: int | None = setting(None, least=0)
+    max_queued_tokens: int = _above_0(65536)
+    request_timeout_s: float = _above_0(600.0)
 
 
 @dataclass
@@ -162,7 +169,13 @@ class LogConfig:
     requests: str | None = None
     text: bool = False
     drift: str | None = None
-    drift_share: float = 0.1
+    drift_share: float = setting(0.1, least=0, most=1)
+
+    def cross_check(self, key: str) -> None:
+        """Raises ConfigError for texts that nothing would write down."""
+        if self.text and self.requests is None:
+            rule, fix = "has no effect without a log of requests", f"set {key}.requests=FILE"
+            raise ConfigError(f"{key}.text", True, rule, fix)
 
 
 @dataclass
@@ -180,26 +193,26 @@ class BatchesConfig:
 
     dir: str | None = None
     broker: str | None = None
-    max_file_mb: int = 200
-    concurrency: int | None = None
-    max_lines: int | None = None
-    lease_s: float | None = None
+    max_file_mb: int = _above_0(200)
+    concurrency: int | None = _above_0(None)
+    max_lines: int | None = _above_0(None)
+    lease_s: float | None = _above_0(None)
 
-    def check(self) -> None:
+    def cross_check(self, key: str) -> None:
         """Raises ConfigError for settings that would have no effect, or no queue."""
         if self.dir is None:
-            for key in ("broker", "concurrency", "max_lines", "lease_s"):
-                if (value := getattr(self, key)) is not None:
+            for name in ("broker", "concurrency", "max_lines", "lease_s"):
+                if (value := getattr(self, name)) is not None:
                     rule = "has no effect without a folder"
-                    raise ConfigError(f"batches.{key}", value, rule, "set batches.dir=DIR")
+                    raise ConfigError(f"{key}.{name}", value, rule, f"set {key}.dir=DIR")
         if self.broker is not None:
             if self.broker.partition("://")[0] not in BROKERS:
                 rule = "is no URL of Redis or RabbitMQ"
-                raise ConfigError("batches.broker", self.broker, rule, "give redis://HOST:PORT/0")
-            for key in ("concurrency", "max_lines", "lease_s"):
-                if (value := getattr(self, key)) is not None:
-                    rule, fix = "has no effect with a broker", f"give it to the workers: {key}=N"
-                    raise ConfigError(f"batches.{key}", value, rule, fix)
+                raise ConfigError(f"{key}.broker", self.broker, rule, "give redis://HOST:PORT/0")
+            for name in ("concurrency", "max_lines", "lease_s"):
+                if (value := getattr(self, name)) is not None:
+                    rule, fix = "has no effect with a broker", f"give it to the workers: {name}=N"
+                    raise ConfigError(f"{key}.{name}", value, rule, fix)
 
 
 @dataclass
@@ -213,7 +226,7 @@ class RolloutConfig:
     """
 
     canary_requests: int = 50
-    canary_max_error_rate: float = 0.02
+    canary_max_error_rate: float = setting(0.02, least=0, most=1)
     canary_max_slowdown: float = 1.5
 
 
@@ -222,13 +235,13 @@ class ServingConfig:
     """All settings.
 
     Attributes:
-        artifact: Folder, or run, that is served.
+        artifact: Folder of an export or a compression, or a run, whose export is served.
         model_name: As clients call it; null: the run's or the folder's name.
         adapters: Folders of LoRA adapters, by the names that clients call them.
         host: To listen on.
-        port: Likewise; 0: any that is free.
-        admin_port: For the admin endpoints, on 127.0.0.1; null: there are none.
-        admin_host: Where those listen.
+        port: TCP port to listen on; 0: any that is free.
+        admin_port: TCP port of the admin endpoints; null: there are none.
+        admin_host: Where the admin endpoints listen.
         artifact_root: Folder that artifacts for a swap must lie in; null: the working directory.
         keys: File of API keys; null: anybody who can connect may ask.
         cache: Folder for what engines prepare; null: SPOTFORGE_CACHE/serving.
@@ -238,16 +251,16 @@ class ServingConfig:
     """
 
     artifact: str = MISSING
-    model_name: str | None = None
+    model_name: str | None = setting(None, check=_check_model_name)
     adapters: dict[str, str] = field(default_factory=dict)
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: int = _port(8000)
     admin_host: str = "127.0.0.1"
-    admin_port: int | None = None
+    admin_port: int | None = _port(None)
     artifact_root: str | None = None
     keys: str | None = None
     cache: str | None = None
-    drain_timeout_s: float = 120.0
+    drain_timeout_s: float = _above_0(120.0)
     topology: Topology = Topology.local
     generation_config: GenerationConfig = GenerationConfig.auto
     text: TextConfig = field(default_factory=TextConfig)
@@ -258,65 +271,17 @@ class ServingConfig:
     batches: BatchesConfig = field(default_factory=BatchesConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
-    def check(self) -> None:
-        """Raises ConfigError for numbers that cannot be, and settings that would have no effect."""
-        positive: dict[str, Any] = {
-            f"engine.{key}": getattr(self.engine, key)
-            for key in (
-                "max_context",
-                "max_running",
-                "max_batch_tokens",
-                "kv_cache_mb",
-                "num_threads",
-                "start_timeout_s",
-                "silence_s",
-                "step_timeout_s",
-                "probe_interval_s",
-            )
-        }
-        positive |= {
-            "admission.max_queued_tokens": self.admission.max_queued_tokens,
-            "admission.request_timeout_s": self.admission.request_timeout_s,
-            "batches.concurrency": self.batches.concurrency,
-            "batches.max_file_mb": self.batches.max_file_mb,
-            "batches.max_lines": self.batches.max_lines,
-            "batches.lease_s": self.batches.lease_s,
-            "drain_timeout_s": self.drain_timeout_s,
-            "text.encoders": self.text.encoders,
-            "text.decoders": self.text.decoders,
-        }
-        for key, value in positive.items():
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(key, value, "must be above 0, and a number", "give more")
-        if self.engine.max_context == 1:
-            rule = "has no room for a prompt and an answer"
-            raise ConfigError("engine.max_context", 1, rule, "give more")
-        if (queued := self.admission.max_queued_requests) is not None and queued < 0:
-            key = "admission.max_queued_requests"
-            raise ConfigError(key, queued, "is below 0", "give 0 or more")
-        for key, port in (("port", self.port), ("admin_port", self.admin_port)):
-            if port is not None and not 0 <= port < 65536:
-                raise ConfigError(key, port, "is no port", "give 0 to 65535")
-        if self.model_name == "":
-            raise ConfigError("model_name", "''", "is no name", "leave it out, or give one")
+    def cross_check(self, key: str) -> None:
+        """Raises ConfigError for settings that would have no effect, or would let anybody in."""
         if self.admin_port is None and self.artifact_root is not None:
             rule, fix = "has no effect without the admin endpoints", "set admin_port=8001"
             raise ConfigError("artifact_root", self.artifact_root, rule, fix)
         if self.keys is None and self.admin_host not in ("127.0.0.1", "::1", "localhost"):
             rule = "whoever can connect there could stop the server or swap what it serves"
             raise ConfigError("admin_host", self.admin_host, rule, "set keys=FILE, or 127.0.0.1")
-        self.engine.check()
-        if not 0 <= (rate := self.rollout.canary_max_error_rate) <= 1:
-            raise ConfigError("rollout.canary_max_error_rate", rate, "is no share", "give 0 to 1")
-        if not 0 <= self.log.drift_share <= 1:
-            raise ConfigError("log.drift_share", self.log.drift_share, "is no share", "give 0 to 1")
-        if self.log.text and self.log.requests is None:
-            rule, fix = "has no effect without a log of requests", "set log.requests=FILE"
-            raise ConfigError("log.text", True, rule, fix)
         if self.topology is Topology.local:
-            for key in ("encoders", "decoders"):
-                if (count := getattr(self.text, key)) is not None:
+            for name in ("encoders", "decoders"):
+                if (count := getattr(self.text, name)) is not None:
                     rule, fix = "has no effect in one process", "set topology=split"
-                    raise ConfigError(f"text.{key}", count, rule, fix)
+                    raise ConfigError(f"text.{name}", count, rule, fix)
         check_names(self.adapters)
-        self.batches.check()

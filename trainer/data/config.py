@@ -5,6 +5,8 @@ from enum import Enum
 
 from omegaconf import MISSING
 
+from core.settings.rules import setting
+
 
 class SourceKind(Enum):
     """Where documents come from. Names are lower case since OmegaConf reads an enum by its name."""
@@ -70,7 +72,7 @@ class PreparationConfig:
         verify: Check the digests of the prepared shards at every start.
     """
 
-    max_seq_len: int = 1024
+    max_seq_len: int = setting(1024, above=0)
     tokenizer: str = "auto"
     tokenizer_vocab_size: int = 4096
     validation_fraction: float = 0.05
@@ -89,7 +91,11 @@ class SingleDataConfig(PreparationConfig, SourceConfig):
 
 @dataclass
 class MixtureDataConfig(PreparationConfig):
-    """`data=mixture`: several sources; `data.sources.<name>.kind|path|weight|...`."""
+    """`data=mixture`: several sources.
+
+    Attributes:
+        sources: The sources, by names that you choose: `data.sources.NAME.kind|path|weight|...`.
+    """
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
 
