@@ -46,8 +46,12 @@ def compose_settings(words: Sequence[str], config_dir: Path | None = None) -> Se
     Raises:
         ConfigError: For whatever is wrong with them.
     """
-    overrides = tuple(word for word in words if not _OF_LAUNCH.match(word))
+    of_trainer, of_launch = split_words(words)
+    trainer = TRAINER.compose(of_trainer, config_dir)
+    return Settings(trainer, LAUNCH.compose(of_launch, config_dir), tuple(of_trainer))
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the words for the trainer, and those for the launcher."""
     of_launch = [word for word in words if _OF_LAUNCH.match(word)]
-    return Settings(
-        TRAINER.compose(overrides, config_dir), LAUNCH.compose(of_launch, config_dir), overrides
-    )
+    return [word for word in words if not _OF_LAUNCH.match(word)], of_launch

@@ -8,6 +8,7 @@ refuse leaves here as one line (refusals.py). Hydra is imported where something 
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+_registered: set[tuple[str, type]] = set()  # Hydra's store is one for the process, too
 _SHOWN = ("job", "hydra", "all")
 # Another name of an option, and what there is without a value.
 _SHORT = {"-h": "--help", "-c": "--cfg", "-cd": "--config-dir", "-m": "--multirun"}
@@ -101,16 +103,12 @@ class Command:
             if "--help" in line.flags:
                 from core.settings.help import help_page
 
-                print(help_page(self, line.config_dir))
-                return ExitCode.FINISHED
+                return _print(help_page(self, line.config_dir))
             if "--version" in line.flags:
-                print(f"spotforge {version()}")
-                return ExitCode.FINISHED
+                return _print(f"spotforge {version()}")
             jobs = self._jobs(line)
             if line.show is not None:
-                for words, _ in jobs:
-                    self._show(line, words)
-                return ExitCode.FINISHED
+                return _print("\n".join(self._shown(line, words) for words, _ in jobs))
             runs = [(self.compose(words, line.config_dir), change) for words, change in jobs]
             for config, change in runs:
                 code = run(config, change)
@@ -221,8 +219,11 @@ class Command:
         files = sorted((CONFIG_DIR / group).glob("*.yaml"))
         return [path.stem for path in files if start in path.read_text(encoding="utf-8")]
 
-    def register(self) -> None:
+    def _register(self) -> None:
         """Tells Hydra about the dataclasses, so that misspelt keys and wrong types are refused."""
+        if (self.root, self.schema) in _registered:
+            return
+        _registered.add((self.root, self.schema))
         from hydra.core.config_store import ConfigStore
 
         store = ConfigStore.instance()
@@ -241,7 +242,7 @@ class Command:
 
         from core.settings.refusals import refusal
 
-        self.register()
+        self._register()
         overrides = [self._as_hydra_wants(o) for o in self._parse(words, config_dir)]
         try:
             with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
@@ -273,7 +274,7 @@ class Command:
                 rule = "only hydra.searchpath has an effect here"
                 raise ConfigError(key, value, rule, "leave it out")
             # `~key +key=value` puts a value in the place of another: a key may be in both.
-            at = (override.is_delete(), key)
+            at = (override.is_delete(), self.short.get(key, key))
             if at in found:
                 raise ConfigError(key, value, "is given twice", "leave one out")
             found[at] = override
@@ -336,7 +337,7 @@ class Command:
             change = ",".join(text for text, is_swept in job if is_swept).replace("/", "_")
             yield [text for text, _ in job], change or str(number)
 
-    def _show(self, line: CommandLine, words: Sequence[str]) -> None:
+    def _shown(self, line: CommandLine, words: Sequence[str]) -> str:
         from omegaconf import OmegaConf, open_dict
         from omegaconf.errors import OmegaConfBaseException
 
@@ -349,7 +350,7 @@ class Command:
             elif line.show == "hydra":
                 tree = OmegaConf.masked_copy(tree, "hydra")
         try:
-            print(OmegaConf.to_yaml(tree, resolve="--resolve" in line.flags), end="")
+            return OmegaConf.to_yaml(tree, resolve="--resolve" in line.flags).rstrip("\n")
         except OmegaConfBaseException as e:
             raise refusal(e, self, words, line.config_dir) from e
 
@@ -376,6 +377,16 @@ def folder_of_options(folder: Path | str) -> Path:
     if not Path(folder).is_dir():
         raise ConfigError("--config-dir", folder, "there is no such folder", "check the path")
     return Path(folder)
+
+
+def _print(text: str) -> int:
+    """Prints a page, or quietly as much of it as is read (`| head`); returns the exit code."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        return ExitCode.FAILED
+    return ExitCode.FINISHED
 
 
 def without(words: Sequence[str], others: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 
 from core.settings.command import CONFIG_DIR, Command
-from core.settings.keys import Key
+from core.settings.keys import NAME, Key
 
 _WIDTH = 100
 _COLUMN = 34  # of what is said about a key
@@ -41,12 +41,18 @@ def key_lines(command: Command) -> str:
     for key in command.keys:
         by_path.setdefault(key.path, []).append(key)
     sections: dict[str, list[str]] = {}
-    for keys in by_path.values():
-        sections.setdefault(_holders(command, keys), []).append(_entry(keys[0].path, _text(keys)))
-    return "\n".join(
-        "\n".join([*([f" of {holders}:"] if holders else []), *lines])
-        for holders, lines in sections.items()
-    )
+    short = {path: name for name, path in command.short.items()}
+    for path, keys in by_path.items():
+        name = short.get(path, path)
+        if keys[0].is_open and not any(p.startswith(f"{path}.") for p in by_path):
+            name += f".{NAME}"
+        sections.setdefault(_holders(command, keys), []).append(_entry(name, _text(keys)))
+    lines = []
+    for holders, entries in sections.items():
+        if holders:
+            lines.append(textwrap.fill(f" of {holders}:", _WIDTH, subsequent_indent="    "))
+        lines += entries
+    return "\n".join(lines)
 
 
 def _holders(command: Command, keys: list[Key]) -> str:
@@ -89,9 +95,8 @@ def _options(command: Command) -> list[str]:
 
 def _entry(name: str, text: str, column: int = _COLUMN) -> str:
     """A name and, in a column of its own, a text."""
-    head = f"  {name}".ljust(column)
-    if len(head) > column:  # the name reaches into the column
-        head = f"  {name}\n{' ' * column}"
+    head = f"  {name}"
+    head = head.ljust(column) if len(head) < column else f"{head}\n{' ' * column}"
     body = textwrap.fill(
         text,
         _WIDTH,

@@ -116,6 +116,8 @@ def _nearest(command: Command, key: str) -> str:
         anywhere[known_leaf] = known.path
         if known_parent == parent or matches(known_parent, parent):
             siblings[known_leaf] = f"{parent}.{known_leaf}" if parent else known_leaf
+    if leaf in anywhere:
+        return f"did you mean {anywhere[leaf]}?"
     if near := get_close_matches(leaf, siblings, n=1, cutoff=_LIKE):
         return f"did you mean {siblings[near[0]]}?"
     whole = [*(known.path for known in command.keys), *command.group_names]
