@@ -23,6 +23,7 @@ from typing import Any
 from compression.artifact import read_report
 from compression.command import COMPRESSION
 from compression.run import run
+from core.settings.command import without
 from monitoring.environment import describe_environment
 
 RESULT = Path("benchmarks/results/compression.json")
@@ -131,9 +132,8 @@ def measure(options: argparse.Namespace, folder: Path, words: Sequence[str]) -> 
         f"evaluation.num_samples={options.evaluation}",
         "evaluation.speed=false",
         f"out={folder / 'out'}",
-        *words,
     ]
-    out = run(COMPRESSION.compose(settings), lambda: False)
+    out = run(COMPRESSION.compose([*without(settings, words), *words]), lambda: False)
     report = read_report(next(path for path in out.iterdir() if path.is_dir()))
     shutil.rmtree(out)
     figures: dict[str, Any] = report["evaluation"] | {

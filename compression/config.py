@@ -53,8 +53,8 @@ class LayersConfig:
     """Which linear layers of the decoder blocks a recipe is for; the head is never among them.
 
     Attributes:
-        include: Patterns of names, as `*.mlp.*`.
-        exclude: Patterns of those that stay as they are.
+        include: Patterns of names of layers that are compressed, as `*.mlp.*`.
+        exclude: Patterns of names of layers that stay as they are.
     """
 
     include: list[str] = field(default_factory=lambda: ["*"])
@@ -66,12 +66,12 @@ class CalibrationConfig:
     """What methods that look at data are shown: samples of `data`'s training split.
 
     Attributes:
-        messages: JSON lines with `messages`, rendered by the model's chat template; takes the
-            place of `data` here and in the evaluation, which sees other conversations of it.
-        num_samples: Of `data.max_seq_len` tokens.
-        min_tokens: Fewer in all are refused.
-        max_seq_len: Of samples of `messages`, or that the model makes itself, where there is no
-            `data`.
+        messages: File of JSON lines with `messages`, rendered by the model's chat template; takes
+            the place of `data` here and in the evaluation, which sees other conversations of it.
+        num_samples: Number of samples, each of `data.max_seq_len` tokens.
+        min_tokens: Smallest number of tokens in all samples; fewer are refused.
+        max_seq_len: Tokens of a sample of `messages`, or of one that the model makes itself where
+            there is no `data`.
     """
 
     messages: str | None = None
@@ -85,11 +85,11 @@ class EvaluationConfig:
     """What parent and child are compared on: samples of `data`'s held-out split.
 
     Attributes:
-        num_samples: Of `data.max_seq_len` tokens.
-        speed: Measure tokens/s of both, in turn, on this machine.
-        prompt_tokens: Of the prompt that is timed.
-        new_tokens: That are generated after it.
-        rounds: How often each is timed.
+        num_samples: Number of samples, each of `data.max_seq_len` tokens.
+        speed: Measure tokens/s of parent and child, in turn, on this machine.
+        prompt_tokens: Tokens of the prompt that is timed.
+        new_tokens: Tokens that are generated after the prompt that is timed.
+        rounds: Number of times that each is timed.
     """
 
     num_samples: int = setting(32, above=0)
@@ -106,9 +106,10 @@ class GateConfig:
     Each is held against the worse end of the figure's 95% interval.
 
     Attributes:
-        max_perplexity_ratio: Of the child's perplexity to the parent's.
-        max_kl: KL(parent || child), nats a token.
-        min_greedy_agreement: Share of tokens at which both find the same next one likeliest.
+        max_perplexity_ratio: Largest ratio of the child's perplexity to the parent's.
+        max_kl: Largest KL(parent || child), in nats a token.
+        min_greedy_agreement: Smallest share of tokens at which both find the same next one
+            likeliest.
     """
 
     max_perplexity_ratio: float | None = setting(
@@ -128,8 +129,9 @@ class CompressionConfig:
             directory, or here.
         target: Packings, one or a list; null: huggingface for a dense result, else
             compressed_tensors.
-        dtype: Of scales (but for gguf, which has them in float16) and of all that is not quantized.
-        seed: Of the order of samples.
+        dtype: Type of scales (but for gguf, which has them in float16) and of all that is not
+            quantized.
+        seed: Seed of the order of samples.
         layers: See `LayersConfig`.
         calibration: See `CalibrationConfig`.
         evaluation: See `EvaluationConfig`.

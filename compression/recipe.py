@@ -73,9 +73,9 @@ class StepConfig:
     """What every quantizing step has.
 
     Attributes:
-        bits: Of a weight.
+        bits: Bits of a weight.
         group_size: Consecutive inputs that share a scale; null: all of a row.
-        symmetric: Without zero points; every engine reads that.
+        symmetric: Have no zero points, which every engine reads.
     """
 
     bits: int = _bits(8)
@@ -94,8 +94,8 @@ class RoundConfig(StepConfig):
     """Round to nearest; needs no data.
 
     Attributes:
-        number: `int`, or `float8` (e4m3).
-        activation: In which numbers a layer's input is rounded when the model runs.
+        number: Kind of the numbers: `int`, or `float8` (e4m3).
+        activation: Numbers in which a layer's input is rounded when the model runs.
     """
 
     number: Number = Number.int
@@ -157,15 +157,15 @@ class MixedConfig(StepConfig):
     """Few bits where they cost little, more elsewhere, by GPTQ: within a budget, by measured KL.
 
     Attributes:
-        bits: Of a weight where few will do.
-        high_bits: Of a weight elsewhere.
-        group_size: As in the other steps, for both.
-        budget_bits: Of a weight in the mean, scales counted; or
-        budget_mb: of all quantized weights, scales counted; or
-        budget_tokens_per_s: of decoding on this machine as `evaluation` times it, with the kernels
-            that the target runs.
-        samples: Of the calibration, on which the KL is measured.
-        damping: As in GPTQ.
+        bits: Bits of a weight where few will do.
+        high_bits: Bits of a weight elsewhere.
+        group_size: Consecutive inputs that share a scale, for both; null: all of a row.
+        budget_bits: Bits of a weight in the mean, scales counted: one of three budgets.
+        budget_mb: Megabytes of all quantized weights, scales counted: one of three budgets.
+        budget_tokens_per_s: Speed of decoding on this machine as `evaluation` times it, with the
+            kernels that the target runs: one of three budgets.
+        samples: Samples of the calibration on which the KL is measured.
+        damping: Share of the mean squared input that is added to each input's.
     """
 
     bits: int = _bits(4)
@@ -211,7 +211,7 @@ class SmoothQuantConfig(StepConfig):
     """SmoothQuant: int8 weights and int8 inputs.
 
     Attributes:
-        migration: How much of an outlier moves from inputs (0) into weights (1).
+        migration: Share of an outlier that moves from inputs (0) into weights (1).
     """
 
     migration: float = setting(0.5, least=0, most=1, fix="use 0.5")
@@ -231,10 +231,10 @@ class PruneConfig:
     """Zeroes weights; the model keeps its shape, and no common kernel is faster for it.
 
     Attributes:
-        criterion: Which weights go.
-        sparsity: Share of each layer's weights; two_of_four and four_of_eight are half.
-        pattern: Where the zeros may be.
-        damping: As in GPTQ; for sparsegpt.
+        criterion: Rule by which weights go.
+        sparsity: Share of each layer's weights that go; two_of_four and four_of_eight are half.
+        pattern: Places where the zeros may be.
+        damping: Share of the mean squared input that is added to each input's, for sparsegpt.
     """
 
     criterion: Criterion = Criterion.wanda
@@ -266,7 +266,7 @@ class HealConfig:
     """Trains what was pruned towards its parent, by the trainer; zeros that were put stay zeros.
 
     Attributes:
-        tokens: To train on.
+        tokens: Tokens to train on.
         lr: Largest learning rate.
         global_batch_size: Samples of a step.
         overrides: More words for the trainer, as `parallel=fsdp` or `nproc=8`.
@@ -302,11 +302,13 @@ class StructuredPruneConfig:
 
     Attributes:
         heads: Key-value heads, each with the query heads that share it.
-        mlp: `intermediate_size`.
-        hidden: `hidden_size`, the channels of the residual stream.
-        depth: Whole blocks.
-        params: Share of the parameters that goes, embeddings and head counted; null: as above.
-        multiple_of: What `mlp` and `hidden` become by a share is a multiple of it.
+        mlp: Width of the MLPs (`intermediate_size`).
+        hidden: Channels of the residual stream (`hidden_size`).
+        depth: Whole decoder blocks.
+        params: Share of the parameters that goes, embeddings and head counted; null: the widths
+            above say what goes.
+        multiple_of: Number that `mlp` and `hidden` are a multiple of where they become smaller by a
+            share.
         refit: Fit what is left of `o_proj` and `down_proj` to the parent's residual stream.
         damping: Share of the mean squared input that holds a refit at the weights it starts from;
             with less of it, text unlike the calibration loses what the refit gains elsewhere.
@@ -338,9 +340,9 @@ class QatConfig:
     """Trains on with weights that are rounded in forward, towards the parent; then rounds them.
 
     Attributes:
-        bits: Of a weight.
+        bits: Bits of a weight.
         group_size: Consecutive inputs that share a scale; null: all of a row.
-        tokens: To train on.
+        tokens: Tokens to train on.
         lr: Largest learning rate.
         global_batch_size: Samples of a step.
         overrides: More words for the trainer.
@@ -380,7 +382,7 @@ class AutoConfig:
     """Tries recipes on this machine and keeps the fastest that is good enough (target=cpu).
 
     Attributes:
-        max_perplexity_ratio: Of a child's to the parent's.
+        max_perplexity_ratio: Largest ratio of a child's perplexity to the parent's.
     """
 
     max_perplexity_ratio: float = setting(1.02, above=0, fix="use 1.02")

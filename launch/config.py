@@ -92,11 +92,12 @@ class PoolConfig:
     """Machines of one's own: `launch.pools.<name>.kind|gpu|gpus_per_node|nodes|usd_per_h|...`.
 
     Attributes:
-        kind: How they are reached.
+        kind: Kind of the pool: how its machines are reached.
         gpu: SkyPilot's name of the accelerator, e.g. `A100-80GB`.
-        gpus_per_node: Of one machine.
-        nodes: Machines.
-        usd_per_h: What an hour of one machine costs more than leaving it idle: power, mostly.
+        gpus_per_node: GPUs of one machine.
+        nodes: Number of machines.
+        usd_per_h: Dollars that an hour of one machine costs more than leaving it idle: power,
+            mostly.
         country: Two letters (ISO 3166), for `launch.regions`; e.g. `in`.
     """
 
@@ -126,10 +127,10 @@ class SlurmConfig:
     """`launch.slurm.*`, for `launch.target=slurm`.
 
     Attributes:
-        partition: Null: the cluster's default.
-        account: Who pays; null: the user's default.
-        time_limit: Of one allocation; a job that is stopped by it is queued again.
-        save_minutes: Before the end of an allocation in which the job is told to save.
+        partition: Partition of the cluster; null: its default.
+        account: Account that pays; null: the user's default.
+        time_limit: Time of one allocation; a job that is stopped by it is queued again.
+        save_minutes: Minutes before the end of an allocation at which the job is told to save.
     """
 
     partition: str | None = None
@@ -149,7 +150,7 @@ class KubernetesConfig:
     """`launch.kubernetes.*`, for `launch.target=kubernetes`; its image is `launch.image`.
 
     Attributes:
-        namespace: Where the job is made.
+        namespace: Namespace in which the job is made.
         volume_claim: A PersistentVolumeClaim on which the run directory is; of several nodes
             ReadWriteMany.
         queue: A Kueue local queue; null: none.
@@ -170,42 +171,43 @@ class LaunchConfig:
     """`launch.*`.
 
     Attributes:
-        target: Where `up` and `render` place the job: on this machine, by SkyPilot on what is
-            rented, or on an owned pool that Slurm or Kubernetes runs.
-        stages: What `pipeline` runs, one after another.
-        deadline: By when it must be done, from now: `36h`, `10d`; null: any time.
-        budget_usd: What it may cost in all; null: no limit.
-        clouds: Only these; empty: all.
-        regions: Only these, a hard limit: names of regions, or `india`, `eu`, `us`; empty: all.
-        gpus: Only these, by SkyPilot's names; empty: all.
-        spot: Which prices count.
+        target: Place of the job for `up` and `render`: this machine, what SkyPilot rents, or an
+            owned pool that Slurm or Kubernetes runs.
+        stages: Stages that `pipeline` runs, one after another.
+        deadline: Time from now by which it must be done: `36h`, `10d`; null: any time.
+        budget_usd: Dollars that it may cost in all; null: no limit.
+        clouds: Clouds that may be used; empty: all.
+        regions: Regions that may be used, a hard limit: their names, or `india`, `eu`, `us`; empty:
+            all.
+        gpus: GPUs that may be used, by SkyPilot's names; empty: all.
+        spot: Prices that count: of spot, on-demand, or both.
         nodes: Numbers of nodes to try.
         catalog: A snapshot file, an offers file, or a folder of SkyPilot's catalogs; null: what
             `catalog update` stored last, else the snapshot of this package.
-        max_price_age: Older prices are refused.
+        max_price_age: Age from which prices are refused.
         discounts: Share off the list price: `{aws: 0.15, gcp/spot: 0.05}`.
         quotas: Most GPUs that one may have: `{aws/ap-south-1/H100/spot: 16, gcp/*/*/*: 0}`.
         countries: Two letters (ISO 3166) for a provider whose list names no regions, as your
             contract says: `{jarvis-labs: in}`. Without it such a provider passes no `regions`.
         pools: Machines of one's own.
-        currency: In which sums are shown.
+        currency: Currency in which sums are shown.
         usd_inr: Rupees for a dollar.
         gst: Share that is added to sums in rupees (18% on imported services in India); 0: none.
-        data_gb: Of the training data, at `data_region`.
+        data_gb: Gigabytes of the training data, at `data_region`.
         data_region: `cloud/region` where the data is; null: on this machine (upload costs nothing).
         checkpoint_region: `cloud/region` where a run that goes on has its checkpoints; null: it is
             new.
         result_region: `cloud/region` to which the export goes; null: it stays where it was made.
         mfu: Model FLOPs utilization to expect; null: the model's that `plan` states.
-        network_gbit: Between two nodes, in each direction.
+        network_gbit: Gigabits a second between two nodes, in each direction.
         measured: Result files (globs) with tokens/s that were measured.
-        preemption_hours: Mean hours between two losses of a spot node, by `cloud/region/zone` or
-            a part of it; elsewhere `checkpoint.mean_hours_between_preemptions`.
-        restart_minutes: From a launch to the first new step.
+        preemption_hours: Mean hours between two losses of a spot node, by `cloud/region/zone` or a
+            part of it; elsewhere `checkpoint.mean_hours_between_preemptions` counts.
+        restart_minutes: Minutes from a launch to the first new step.
         wait_minutes: Mean time until spot can be had again after a loss.
-        storage_usd_per_gb_month: Of the checkpoints' bucket.
-        name: Of the job, where it is placed; null: the last part of `run.dir`.
-        candidates: How many places of the ranking a placed job may fall back on.
+        storage_usd_per_gb_month: Dollars for a gigabyte-month of the checkpoints' bucket.
+        name: Name of the job where it is placed; null: the last part of `run.dir`.
+        candidates: Number of places of the ranking that a placed job may fall back on.
         sky: SkyPilot's program: its name or path.
         bucket: `s3://name`, `gs://name` or `r2://name`: where SkyPilot's machines keep checkpoints
             and the ledger; null is refused on spot. Made where it is not there yet.
@@ -213,12 +215,12 @@ class LaunchConfig:
         setup: Shell lines that run once on each node before the job; null: the target's default,
             which installs the workdir on SkyPilot's machines and does nothing elsewhere.
         image: Docker image; null: the cloud's default machine image, and refused by Kubernetes.
-        env: Environment variables of the job.
+        env: Environment variables of the job, by name.
         secrets: Names of environment variables whose values are taken from this machine's
             environment when the job is placed; they are written to no file.
-        skypilot: For `target=sky`.
-        slurm: For that target.
-        kubernetes: For that target.
+        skypilot: See `SkyPilotConfig`.
+        slurm: See `SlurmConfig`.
+        kubernetes: See `KubernetesConfig`.
     """
 
     target: Target = Target.sky

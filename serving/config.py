@@ -51,9 +51,9 @@ class EngineConfig:
     """How tokens are made.
 
     Attributes:
-        name: Which engine.
-        url: Of the server that `remote` asks, with OpenAI's API.
-        remote_model: As that server calls the model; null: it has only one.
+        name: Engine that generates.
+        url: Address of the server that `remote` asks, with OpenAI's API.
+        remote_model: Name of the model at that server; null: it has only one.
         api_key_env: Environment variable with that server's API key; null: it wants none.
         max_context: Tokens of prompt and answer together; null: what the model can.
         max_running: Sequences in a step, at most.
@@ -63,13 +63,15 @@ class EngineConfig:
             without; on a GPU 2048.
         kv_cache_mb: Room for keys and values; null: for all running sequences at 512 tokens, and
             for one of the whole context.
-        num_threads: On a CPU; null: the engine's own choice.
-        dtype: Of the numbers that are computed with, for artifacts of every format.
-        openvino_bits: Of the weights, where openvino is prepared from dense ones: 8, 4 or 32.
-        start_timeout_s: For loading, one token, and the proof that its numbers are right.
-        silence_s: An engine that says and does nothing for so long is killed and started again.
-        step_timeout_s: One that says nothing for so long, however busy, too.
-        probe_interval_s: A token is asked for when none was made for so long.
+        num_threads: Threads on a CPU; null: the engine's own choice.
+        dtype: Type of the numbers that are computed with, for artifacts of every format.
+        openvino_bits: Bits of the weights where openvino is prepared from dense ones: 8, 4 or 32.
+        start_timeout_s: Seconds for loading, one token, and the proof that its numbers are right.
+        silence_s: Seconds after which an engine that says and does nothing is killed and started
+            again.
+        step_timeout_s: Seconds after which an engine that says nothing is killed, however busy it
+            is.
+        probe_interval_s: Seconds without a token after which one is asked for.
     """
 
     name: EngineName = EngineName.auto
@@ -143,10 +145,10 @@ class AdmissionConfig:
     """Who gets in.
 
     Attributes:
-        max_queued_requests: That wait for a place in the engine; null: a quarter of those running.
-            0: none waits, so that no time to a first token has a wait in it.
-        max_queued_tokens: Prompt tokens of those that wait.
-        request_timeout_s: From arrival to the last token; a client may ask for less.
+        max_queued_requests: Requests that wait for a place in the engine, at most; null: a quarter
+            of those running. 0: none waits, so that no time to a first token has a wait in it.
+        max_queued_tokens: Prompt tokens of the requests that wait, at most.
+        request_timeout_s: Seconds from arrival to the last token; a client may ask for less.
     """
 
     max_queued_requests: int | None = setting(None, least=0)
@@ -159,11 +161,12 @@ class LogConfig:
     """What is written down, as JSON lines; null: nothing.
 
     Attributes:
-        requests: A line for each request that was let in: id, key, artifact, counts and times,
-            but no text.
-        text: Prompts and answers are in it, too.
-        drift: A line for each sampled request: lengths, buckets of token ids, log-probability.
-        drift_share: Of the requests that are sampled, 0 to 1.
+        requests: File with a line for each request that was let in: id, key, artifact, counts and
+            times, but no text.
+        text: Write prompts and answers into it, too.
+        drift: File with a line for each sampled request: lengths, buckets of token ids,
+            log-probability.
+        drift_share: Share of the requests that are sampled, 0 to 1.
     """
 
     requests: str | None = None
@@ -183,12 +186,12 @@ class BatchesConfig:
     """Files and batches.
 
     Attributes:
-        dir: Folder for them; null: there are none.
+        dir: Folder for files and batches; null: there are none.
         broker: URL of Redis or RabbitMQ, where workers wait; null: the gateway works on them.
-        max_file_mb: Of an upload.
+        max_file_mb: Megabytes of an upload, at most.
         concurrency: Lines that the gateway works on at once; null: 8.
-        max_lines: Of a batch; null: 50,000.
-        lease_s: After a crash, lines that were begun are begun again so late; null: 30.
+        max_lines: Lines of a batch, at most; null: 50,000.
+        lease_s: Seconds after a crash until lines that were begun are begun again; null: 30.
     """
 
     dir: str | None = None
@@ -220,9 +223,11 @@ class RolloutConfig:
     """How a new artifact takes over.
 
     Attributes:
-        canary_requests: That a canary answers before it is judged.
-        canary_max_error_rate: More errors than the champion by this share: it is rolled back.
-        canary_max_slowdown: Times the champion's time to a token: beyond it is rolled back.
+        canary_requests: Requests that a canary answers before it is judged.
+        canary_max_error_rate: Share of errors above the champion's at which a canary is rolled
+            back.
+        canary_max_slowdown: Time to a token, relative to the champion's, at which a canary is
+            rolled back.
     """
 
     canary_requests: int = 50
@@ -236,18 +241,18 @@ class ServingConfig:
 
     Attributes:
         artifact: Folder of an export or a compression, or a run, whose export is served.
-        model_name: As clients call it; null: the run's or the folder's name.
+        model_name: Name of the model for clients; null: the run's or the folder's name.
         adapters: Folders of LoRA adapters, by the names that clients call them.
-        host: To listen on.
+        host: Address to listen on.
         port: TCP port to listen on; 0: any that is free.
         admin_port: TCP port of the admin endpoints; null: there are none.
-        admin_host: Where the admin endpoints listen.
+        admin_host: Address that the admin endpoints listen on.
         artifact_root: Folder that artifacts for a swap must lie in; null: the working directory.
         keys: File of API keys; null: anybody who can connect may ask.
         cache: Folder for what engines prepare; null: SPOTFORGE_CACHE/serving.
-        drain_timeout_s: For requests that run when it is told to stop.
-        topology: Where the text stages run.
-        generation_config: How tokens are chosen where a request does not say.
+        drain_timeout_s: Seconds for requests that run when the server is told to stop.
+        topology: Place of the text stages: in the gateway, or in processes.
+        generation_config: Source of how tokens are chosen where a request does not say.
     """
 
     artifact: str = MISSING

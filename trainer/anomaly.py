@@ -26,11 +26,11 @@ class AnomalyConfig:
     """What to do when a loss or a gradient is not finite, or a loss leaps.
 
     Attributes:
-        action: `stop` ends the run with an error and keeps the last good checkpoint; it looks when
-            the loss is logged or saved. `skip` updates nothing and goes on with the next batch.
-            `rollback` goes back to the last good checkpoint and on with the batches after this one
-            (as in Chowdhery et al. 2022, "PaLM", 5.1). Both look at every step, which waits for the
-            device once a step.
+        action: What an anomaly does to the run: `stop` ends it with an error and keeps the last
+            good checkpoint; it looks when the loss is logged or saved. `skip` updates nothing and
+            goes on with the next batch. `rollback` goes back to the last good checkpoint and on
+            with the batches after this one (as in Chowdhery et al. 2022, "PaLM", 5.1). Both look at
+            every step, which waits for the device once a step.
         loss_spike: Robust standard deviations above the median of the last 100 losses that make a
             spike, e.g. 10; null minds only losses and gradients that are not finite.
         max_in_a_row: Anomalies without a good step between them after which the run fails.

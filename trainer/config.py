@@ -122,7 +122,8 @@ class DistillConfig:
         teacher: Hugging Face folder or hub name of a model with the student's vocabulary.
         revision: Commit, tag or branch of a hub repository.
         temperature: Logits of both are divided by it.
-        weight: Of the divergence from the teacher; the rest, to 1, is cross-entropy with the data.
+        weight: Share of the divergence from the teacher in the loss; the rest, to 1, is
+            cross-entropy with the data.
         teacher_dtype: Type in which the teacher is held and computes.
     """
 
@@ -160,7 +161,7 @@ class RunConfig:
 
     Attributes:
         name: Names the run directory and the run in trackers.
-        dir: Everything a run leaves behind is in here.
+        dir: Folder that everything a run leaves behind is in.
     """
 
     name: str = setting("default", check=_check_run_name)
@@ -226,10 +227,12 @@ class CheckpointConfig:
     """When to save, how many to keep, and where.
 
     Attributes:
-        interval: Between saves: `auto` weighs what a save costs against what a preemption loses, a
-            number is steps, `10min` is time, `end` saves only at the end and when told to stop.
-        mean_hours_between_preemptions: What `auto` expects until it has seen some.
-        keep_last: Committed checkpoints that stay; the oldest go first.
+        interval: Time between saves: `auto` weighs what a save costs against what a preemption
+            loses, a number is steps, `10min` is time, `end` saves only at the end and when told to
+            stop.
+        mean_hours_between_preemptions: Hours between two preemptions that `auto` expects until it
+            has seen some.
+        keep_last: Number of committed checkpoints that stay; the oldest go first.
         keep_every: Checkpoints of steps that this divides stay for good; null: none.
         asynchronous: Write in the background; off waits for each checkpoint to be on disk.
         upload: URL of a folder in an object store (`s3://bucket/run`, any fsspec URL) to which each
@@ -265,9 +268,9 @@ class FakeQuantConfig:
     """Weights of linear layers in decoder blocks are rounded in forward (trainer/fake_quant.py).
 
     Attributes:
-        bits: Of a weight; null: nothing is rounded.
+        bits: Bits of a rounded weight; null: nothing is rounded.
         group_size: Consecutive inputs that share a scale; null: all of a row.
-        scale_dtype: In which the quantized model will hold scales.
+        scale_dtype: Type in which the quantized model will hold scales.
     """
 
     bits: int | None = setting(None, least=2, most=8, fix="use 4 or 8")
@@ -286,7 +289,7 @@ class ExportConfig:
     """The Hugging Face folder.
 
     Attributes:
-        at_end: Write it when the run finishes.
+        at_end: Write the folder when the run finishes.
         dtype: Type of its weights; float32 reproduces the training model's logits exactly.
     """
 
@@ -308,7 +311,7 @@ class TrainerConfig:
     """`python -m trainer`.
 
     Attributes:
-        seed: Of initial weights, sample order and dropout.
+        seed: Seed of initial weights, sample order and dropout.
         nproc: Processes on this machine: `auto` takes every GPU, else 1. Under torchrun it must
             agree.
         global_batch_size: Samples of one optimizer step, over all ranks.

@@ -33,10 +33,10 @@ class AdamWConfig:
         beta1: Decay of the mean of gradients, for each step.
         beta2: Decay of the mean of their squares, for each step.
         eps: Added to the root of that mean, which keeps the quotient finite.
-        weight_decay: Applied to the parameters that `decay` says.
-        decay: `matrices` are parameters of two or more dimensions; `auto` leaves out those of them
-            that are biases (of experts), norms (of heads) or rates (`A_log`) by their names, or
-            that the model marks with `_no_weight_decay`.
+        weight_decay: Decay of the parameters that `decay` names, relative to the learning rate.
+        decay: Parameters that decay: `matrices` are those of two or more dimensions; `auto` leaves
+            out those of them that are biases (of experts), norms (of heads) or rates (`A_log`) by
+            their names, or that the model marks with `_no_weight_decay`.
         max_norm: Largest global gradient norm; null switches clipping off.
     """
 

@@ -29,15 +29,17 @@ class WorkerConfig:
     Attributes:
         dir: The gateway's `batches.dir`.
         broker: The gateway's `batches.broker`.
-        gateway: Its address.
-        name: Of this worker, where a host has several.
-        batches: That it works on at once, each in a process.
-        concurrency: Lines of each at once.
-        max_lines: Of a batch.
-        request_timeout_s: For the answer to a line; the gateway's own is to be shorter.
-        visibility_timeout_s: Redis gives a batch to another worker, too, after so long: how late a
-            batch goes on whose worker's host is gone.
-        lease_s: A line goes to another worker when its own has not been heard of for so long.
+        gateway: The gateway's address.
+        name: Name of this worker, where a host has several.
+        batches: Batches that it works on at once, each in a process.
+        concurrency: Lines of each batch at once.
+        max_lines: Lines of a batch, at most.
+        request_timeout_s: Seconds for the answer to a line; the gateway's own limit is to be
+            shorter.
+        visibility_timeout_s: Seconds after which Redis gives a batch to another worker, too: how
+            late a batch goes on whose worker's host is gone.
+        lease_s: Seconds after which a line goes to another worker when its own has not been heard
+            of.
     """
 
     dir: str = MISSING

@@ -36,18 +36,19 @@ class Guard:
     """What a client may do.
 
     Attributes:
-        max_connections: Open at once, in this process.
-        max_connections_per_client: Of them from one address; null: no more bound than that. Behind
+        max_connections: Connections that are open at once, in this process.
+        max_connections_per_client: Connections from one address; null: no bound of its own. Behind
             a proxy all clients have its address.
-        max_header_bytes: Request line and headers, to within 4 KiB; trailers as well.
+        max_header_bytes: Bytes of request line and headers, to within 4 KiB; of trailers as well.
         max_header_lines: Headers of a request.
-        header_timeout_s: From the connection, or the first byte of a request, to the headers' end.
-        max_body_bytes: Of a request.
-        max_body_bytes_of: The same for single paths, as `/v1/files`.
-        body_timeout_s: To the body's end, for one of `max_body_bytes`; where a path may have more,
-            it has as much more time.
-        write_timeout_s: A client that lets its answer pile up for so long is cut off; it would keep
-            its place in the engine.
+        header_timeout_s: Seconds from the connection, or the first byte of a request, to the
+            headers' end.
+        max_body_bytes: Bytes of a request's body.
+        max_body_bytes_of: Bytes of a request's body for single paths, as `/v1/files`.
+        body_timeout_s: Seconds to the body's end, for one of `max_body_bytes`; where a path may
+            have more, it has as much more time.
+        write_timeout_s: Seconds for which a client may let its answer pile up; it would keep its
+            place in the engine.
     """
 
     max_connections: int = _limit(512)

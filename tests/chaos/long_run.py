@@ -11,6 +11,7 @@ import time
 from tests.chaos import checkpoints
 from tests.chaos.gang import Gang
 from tests.chaos.setup import BASE, GLOBAL_BATCH, INTERVAL, STRATEGIES, Row
+from tests.words import last_of_each
 from trainer.command import TRAINER
 
 END_S = 120.0
@@ -62,7 +63,7 @@ class LongRun:
         ]
         if self.remote is not None and run_dir is None:
             given.append(f"checkpoint.upload=file://{self.remote}")
-        return [*given, *overrides]
+        return last_of_each([*given, *overrides])
 
     def start(self, *overrides, moment=None, notice=None):
         """Starts the ranks.
