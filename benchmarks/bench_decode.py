@@ -13,11 +13,11 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from benchmarks.bench_compression import copy_text
+from core.process.python import environment, python
 from monitoring.environment import describe_environment
 
 RESULT = Path("benchmarks/results/decode.json")
@@ -32,11 +32,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_text(options.text, folder)
-        command = [sys.executable, "-m", "compression", f"model={options.model}", "recipe=auto"]
+        command = python("-m", "compression", f"model={options.model}", "recipe=auto")
         command += ["target=cpu", "data=text", f"data.path={folder / 'text'}"]
         command += ["data.max_seq_len=512", "data.validation_fraction=0.2"]
         load = os.getloadavg()
-        subprocess.run([*command, f"out={folder / 'out'}"], check=True)
+        subprocess.run([*command, f"out={folder / 'out'}"], check=True, env=environment())
         found = json.loads((folder / "out" / "auto.json").read_text())
     rows = {}
     for one in found["candidates"]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
 import signal
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from benchmarks.availability import Trace
+from core.process.python import environment, python
 from monitoring.environment import describe_environment
 from monitoring.goodput import goodput
 from monitoring.jsonl import read_records
@@ -144,8 +144,8 @@ class Machines:
 
     def _launch(self, *words: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [sys.executable, "-m", "launch", *words, "--", *self._command],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            python("-m", "launch", *words, "--", *self._command),
+            env=environment(OMP_NUM_THREADS="1"),
             stdout=self._log,
             stderr=self._log,
         )
@@ -180,7 +180,7 @@ def replay(
     notes.mkdir(parents=True)
     mean_hours = HOURS_BETWEEN_PREEMPTIONS / compression
     overrides = [f"checkpoint.mean_hours_between_preemptions={mean_hours}", f"run.dir={run_dir}"]
-    rank = [sys.executable, "-m", "benchmarks.goodput_rank", str(notes), *OVERRIDES, *overrides]
+    rank = python("-m", "benchmarks.goodput_rank", str(notes), *OVERRIDES, *overrides)
     machines = Machines(folder, rank, plan[0][1], random.Random(seed), no_notice)
     changes: list[Change] = []
     try:

@@ -33,6 +33,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compression.targets.openvino_program import PYTHON
+from core.process.python import environment, python
 from monitoring.environment import describe_environment
 from trainer.data.tokenizer import train_tokenizer
 
@@ -98,10 +99,10 @@ def servers(folder: Path, streams: int) -> dict[str, Peer]:
     """
 
     def ours(*words: str) -> Peer:
-        command = [sys.executable, "-m", "serving", f"artifact={folder}", "port={port}"]
+        command = python("-m", "serving", f"artifact={folder}", "port={port}")
         return Peer([*command, *words], is_ours=True)
 
-    generate = [sys.executable, "-m", "benchmarks.peer_generate", str(folder), "{port}"]
+    generate = python("-m", "benchmarks.peer_generate", str(folder), "{port}")
     program = "from transformers.cli.transformers import main; main()"
     transformers = [sys.executable, "-c", program, "serve", str(folder)]
     transformers += ["--continuous-batching", "--device", "cpu", "--port", "{port}"]
@@ -110,7 +111,7 @@ def servers(folder: Path, streams: int) -> dict[str, Peer]:
         "transformers serve, continuous batching": Peer(transformers, "/health", str(folder)),
     }
     if importlib.util.find_spec("litserve") is not None:
-        litserve = [sys.executable, "-m", "benchmarks.peer_litserve", str(folder), "{port}"]
+        litserve = python("-m", "benchmarks.peer_litserve", str(folder), "{port}")
         found["LitServe, static batches of 8"] = Peer(litserve, "/health")
     if llama := os.environ.get(LLAMA_PYTHON):
         file = folder.with_name("gguf") / "gguf" / "model.gguf"
@@ -131,11 +132,12 @@ def save_gguf(folder: Path) -> None:
     text = folder.with_name("text.txt")
     draw = random.Random(1)
     text.write_text("\n".join(random_prompt(draw) for _ in range(4_000)))
-    command = [sys.executable, "-m", "compression", f"model={folder}", "recipe=int8_weight_only"]
+    command = python("-m", "compression", f"model={folder}", "recipe=int8_weight_only")
     command += ["recipe.int8_weight_only.group_size=32", "target=gguf", "data=text"]
     command += [f"data.path={text}", "data.max_seq_len=64", "data.validation_fraction=0.3"]
     command += ["evaluation.num_samples=2"]
-    subprocess.run([*command, f"out={folder.with_name('gguf')}"], check=True, capture_output=True)
+    command += [f"out={folder.with_name('gguf')}"]
+    subprocess.run(command, check=True, capture_output=True, env=environment())
 
 
 class Server:
@@ -151,7 +153,7 @@ class Server:
             [word.replace("{port}", str(self.port)) for word in peer.command],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"SPOTFORGE_CACHE": str(cache), "HF_HUB_OFFLINE": "1"},
+            env=environment(SPOTFORGE_CACHE=str(cache), HF_HUB_OFFLINE="1"),
         )
         url = f"http://127.0.0.1:{self.port}{peer.ready}"
         while True:

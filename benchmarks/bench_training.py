@@ -21,12 +21,13 @@ import os
 import resource
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from core.process.python import environment, python
 
 MODEL = {
     "hidden_size": 512,
@@ -136,7 +137,10 @@ def train_spotforge(steps: int) -> float:
             f"run.dir={folder}",
         ]
         subprocess.run(
-            [sys.executable, "-m", "trainer", *overrides], check=True, stdout=subprocess.DEVNULL
+            python("-m", "trainer", *overrides),
+            check=True,
+            stdout=subprocess.DEVNULL,
+            env=environment(),
         )
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
         seconds = sum(json.loads(line)["step_s"] * WARMUP_STEPS for line in lines[1:])
@@ -175,9 +179,13 @@ def main() -> None:
 
 
 def _measure(name: str, steps: int) -> list[float]:
-    command = [sys.executable, "-m", "benchmarks.bench_training", "--contestant", name]
+    command = python("-m", "benchmarks.bench_training", "--contestant", name)
     output = subprocess.run(
-        [*command, "--steps", str(steps)], check=True, capture_output=True, text=True
+        [*command, "--steps", str(steps)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment(),
     ).stdout
     measured: list[float] = json.loads(output.splitlines()[-1])
     return measured

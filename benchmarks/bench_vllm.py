@@ -14,7 +14,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.bench_compression import copy_text
+from core.process.python import environment, python
 from monitoring.environment import describe_environment
 from serving.engines.vllm import PYTHON
 
@@ -36,11 +36,11 @@ _NUM_TEXTS, _TOKENS, _EVERY = 8, 200, 3000  # tokens from one text's beginning t
 
 def compress(model: Path, text: Path, words: list[str], out: Path) -> Path:
     """An artifact of the model."""
-    command = [sys.executable, "-m", "compression", f"model={model}", *words]
+    command = python("-m", "compression", f"model={model}", *words)
     command += ["target=compressed_tensors", "data=text", f"data.path={text}"]
     command += ["data.max_seq_len=512", "data.validation_fraction=0.2", "evaluation.speed=false"]
     command += ["calibration.num_samples=32", "evaluation.num_samples=4", f"out={out}"]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, env=environment())
     return out / "compressed_tensors"
 
 

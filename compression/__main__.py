@@ -10,18 +10,18 @@ from types import FrameType
 from compression.command import COMPRESSION
 from compression.config import CompressionConfig
 from core.errors import ExitCode
+from core.settings.command import Job
 
 
-def _run(config: CompressionConfig, change: str | None) -> int:
+def _run(config: CompressionConfig, job: Job) -> int:
     from compression.auto import run_auto
     from compression.report import plot_pareto
     from compression.run import run
 
-    is_sweep = change is not None
-    if is_sweep and config.out is not None:  # each job of a sweep has a folder of its own
+    if job.is_of_sweep and config.out is not None:  # each job of a sweep has a folder of its own
         config.out += f"/{config.recipe_name}"
     out = (run_auto if config.is_auto else run)(config, _stop_requested)
-    if is_sweep and out is not None:
+    if job.is_of_sweep and out is not None:
         plot_pareto(out)
     return ExitCode.FINISHED
 

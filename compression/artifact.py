@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,28 +12,28 @@ from typing import Any
 from compression.config import CompressionConfig
 from compression.source import Source
 from core.errors import ConfigError
+from core.folder import LINEAGE, LockHeldError, find_run, locked, sha256_of
 from monitoring.environment import describe_environment
-from trainer.checkpoint import sha256_of
 
 REPORT = "compression.json"
 WORK = ".work"
 CANDIDATES = ".candidates"  # of recipe=auto
 AUTO = "auto.json"
 REJECTED = "rejected.json"  # the report of what did not pass the gate
+_LOCK = ".lock"
 _WEIGHTS = ("*.safetensors", "*.gguf", "openvino_model.bin")
 
 
-def find_run(name: str) -> Path:
-    """A run directory, by its path or by its name under `runs/`.
+def find_trained(name: str) -> Path:
+    """Finds a run directory, by its path or by its name under `runs/`.
 
     Raises:
         ConfigError: There is none.
     """
-    given = Path(name).expanduser()
-    for path in (given, Path("runs") / given):
-        if (path / "config.yaml").is_file():
-            return path
-    raise ConfigError("run", name, "is no run directory", "give runs/<name>")
+    run = find_run(name, holds="config.yaml")
+    if run is None:
+        raise ConfigError("run", name, "is no run directory", "give runs/<name>")
+    return run
 
 
 def places(config: CompressionConfig) -> tuple[Path, Path]:
@@ -46,7 +44,7 @@ def places(config: CompressionConfig) -> tuple[Path, Path]:
     """
     recipe = Path("compressed") / config.recipe_name
     if config.parent.run is not None:
-        run = find_run(config.parent.run)
+        run = find_trained(config.parent.run)
         parent, out = run / "export", run / recipe
         if not parent.is_dir():
             fix = f"run python -m trainer.export run={run}"
@@ -74,7 +72,7 @@ def check_replaceable(out: Path, recipe: str | None, parent: Path) -> None:
     if not out.is_dir():
         raise ConfigError("out", out, "is a file", "name a folder")
     for path in out.iterdir():
-        if path.name in (WORK, CANDIDATES, AUTO, REJECTED):
+        if path.name in (WORK, CANDIDATES, AUTO, REJECTED, _LOCK):
             continue
         if not (path / REPORT).is_file():
             rule = f"holds {path.name}, which is of no compression"
@@ -82,7 +80,7 @@ def check_replaceable(out: Path, recipe: str | None, parent: Path) -> None:
         found = read_report(path)["recipe"]
         if recipe is not None and found != recipe:
             raise ConfigError("out", out, f"holds what {found} left", "choose another folder")
-        made_of = json.loads((path / "lineage.json").read_text(encoding="utf-8"))["parent"]
+        made_of = json.loads((path / LINEAGE).read_text(encoding="utf-8"))["parent"]
         if made_of["path"] != str(parent) and not _holds(parent, made_of["files"]):
             rule = f"holds what was made of {made_of['path']}"
             raise ConfigError("out", out, rule, "name another folder with out=")
@@ -110,7 +108,7 @@ def claim(work: Path, made_from: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
+def held(out: Path) -> Iterator[None]:
     """Makes a folder, and holds it: two commands would take each other's work away.
 
     Raises:
@@ -120,15 +118,15 @@ def locked(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise _unwritable(out, e) from e
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(out / _LOCK, timeout_s=0))
+        except LockHeldError as e:
+            rule, fix = "another command works in it", "wait for that one, or choose another folder"
+            raise ConfigError("out", out, rule, fix) from e
+        except OSError as e:
+            raise _unwritable(out, e) from e
         yield
-    except BlockingIOError as e:
-        rule, fix = "another command works in it", "wait for that one, or choose another folder"
-        raise ConfigError("out", out, rule, fix) from e
-    finally:
-        os.close(descriptor)
 
 
 def _unwritable(out: Path, error: OSError) -> ConfigError:
@@ -142,28 +140,18 @@ def weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in files)
 
 
-def lineage(source: Source, folder: Path, made_from: dict[str, Any]) -> dict[str, Any]:
-    """What `lineage.json` of an artifact says: the next stage refuses files that do not match.
+def origin(source: Source, made_from: dict[str, Any]) -> dict[str, Any]:
+    """Returns where an artifact comes from, for its `lineage.json`.
 
     Args:
         source: The parent.
-        folder: The artifact, without a lineage.
         made_from: Recipe and calibration.
     """
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {
-        "format_version": 1,
         "code": describe_environment().get("git"),
         "tokenizer_fingerprint": source.tokenizer_fingerprint,
         "parent": {"path": str(source.folder), "files": source.digests, "lineage": source.lineage},
         "compression": made_from,
-        "files": {
-            str(path.relative_to(folder)): {
-                "size_bytes": path.stat().st_size,
-                "sha256": sha256_of(path),
-            }
-            for path in files
-        },
     }
 
 

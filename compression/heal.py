@@ -6,12 +6,9 @@ than a model was trained on can do harm.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,11 +16,12 @@ import yaml
 
 from compression.recipe import HealConfig
 from core.errors import ConfigError, ExitCode, Interrupted, SpotforgeError
+from core.process.child import Child, describe_exit, run
+from core.process.python import environment, python
 from core.settings.command import without
 from trainer.data.config import DataConfig, MixtureDataConfig
 
 _POLL_S = 0.5
-_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 def heal(
@@ -75,12 +73,12 @@ def heal(
         "deterministic=true",
     ]
     words = [*without(words, config.overrides), *config.overrides]
-    command = [sys.executable, "-m", "trainer", "--config-dir", str(folder / "conf"), *words]
+    command = python("-m", "trainer", "--config-dir", str(folder / "conf"), *words)
     code = _run(command, stop_requested)
     if code == ExitCode.START_AGAIN:
         raise Interrupted("stopped while healing; the same command goes on from there")
     if code != ExitCode.FINISHED:
-        failure = SpotforgeError(f"recipe.heal: the trainer ended with {code}, see above")
+        failure = SpotforgeError(f"recipe.heal: the trainer {describe_exit(code)}, see above")
         failure.exit_code = ExitCode.BAD_CONFIG if code == ExitCode.BAD_CONFIG else ExitCode.FAILED
         raise failure
     return folder / "run" / "export"
@@ -90,31 +88,21 @@ def check_overrides(overrides: list[str], key: str) -> None:
     """Raises ConfigError for words that the trainer does not take; `key` is theirs."""
     if not overrides:
         return
-    command = [sys.executable, "-m", "trainer", "--cfg", "job", *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        said = (done.stderr.strip().splitlines() or ["it does not say why"])[-1]
-        fix = "see python -m trainer --help"
-        raise ConfigError(key, overrides, f"the trainer refuses it: {said}", fix)
+    done = run(python("-m", "trainer", "--cfg", "job", *overrides), environment())
+    if done.code != 0:
+        rule, fix = f"the trainer refuses it: {done.last_line}", "see python -m trainer --help"
+        raise ConfigError(key, overrides, rule, fix)
 
 
 def _run(command: list[str], stop_requested: Callable[[], bool]) -> int:
     """Runs the trainer to its end, and tells it to stop when this process is told."""
-    with subprocess.Popen(command, preexec_fn=_die_with_parent) as trainer:
-        told = False
-        while True:
-            try:
-                return trainer.wait(_POLL_S)
-            except subprocess.TimeoutExpired:
-                if stop_requested() and not told:
-                    told = True
-                    trainer.send_signal(signal.SIGTERM)
-
-
-def _die_with_parent() -> None:
-    """Has Linux kill this process when its parent is killed: it would hold the run's lock."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    told = False
+    with Child(command, environment()) as trainer:
+        while (code := trainer.wait(_POLL_S)) is None:
+            if stop_requested() and not told:
+                told = True
+                trainer.send(signal.SIGTERM)
+    return code
 
 
 def _write_data_option(folder: Path, data: DataConfig) -> None:

@@ -5,13 +5,14 @@ Shapes: N sequences of T tokens, H hidden size.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from core.folder import staged_file
 
 TOKENS_AT_ONCE = 2048
 
@@ -42,13 +43,9 @@ class Hidden:
 
     def write(self, batches: Iterator[Tensor]) -> None:
         """Makes the file of its batches; an interrupted one is not there."""
-        staged = self.path.with_name(f".staging-{self.path.name}")
-        with staged.open("wb") as file:
+        with staged_file(self.path) as staging, staging.open("wb") as file:
             for batch in batches:
                 file.write(batch.contiguous().numpy().tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(self.path)
 
     def map(self, function: Callable[[Tensor], Tensor], path: Path) -> Hidden:
         """The file that a function of each batch makes."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,9 +25,10 @@ from compression.evaluate import compare, logits_of
 from compression.hidden import Hidden
 from compression.stream import BlockStream
 from core.errors import Interrupted, SpotforgeError
+from core.process.child import Finished, run
+from core.process.python import environment, python
 
 _TIMEOUT_S = 4 * 3600
-_POLL_S = 0.5
 
 
 class ReloadError(SpotforgeError):
@@ -102,11 +102,9 @@ def reload(
             "num_logits": num_logits,
         }
         (exchange / "job.json").write_text(json.dumps(job))
-        command = [sys.executable, "-m", __name__, str(exchange / "job.json")]
-        code, said = _run(command, stop_requested)
-        if code != 0:
-            rule = "does not load in a fresh process"
-            raise ReloadError(f"{artifact}: {rule}: {(said or ['nothing was said'])[-1]}")
+        done = _run(artifact, str(exchange / "job.json"), stop_requested)
+        if done.code != 0:
+            raise ReloadError(f"{artifact}: does not load in a fresh process: {done.last_line}")
         told = json.loads((exchange / "told.json").read_text())
         logits = torch.from_numpy(np.load(exchange / "logits.npy"))
     return Reloaded(told["dtype"], told["quality"], logits)
@@ -118,25 +116,19 @@ def signal_to_noise_db(wanted: Tensor, found: Tensor) -> float:
     return float(10 * (wanted.double().square().mean() / noise).log10())
 
 
-def _run(command: list[str], stop_requested: Callable[[], bool]) -> tuple[int, list[str]]:
-    """Exit code of a program, and the lines that it said on stderr."""
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
-        waited_s = 0.0
-        while True:
-            try:
-                _, said = process.communicate(timeout=_POLL_S)
-                return process.returncode, [line for line in said.splitlines() if line.strip()]
-            except subprocess.TimeoutExpired:
-                waited_s += _POLL_S
-                if stop_requested():
-                    process.kill()
-                    rule = "stopped while an artifact was loaded again; the same command goes on"
-                    raise Interrupted(rule) from None
-                if waited_s > _TIMEOUT_S:
-                    process.kill()
-                    return 1, [f"it took over {_TIMEOUT_S / 3600:.0f} hours"]
+def _run(artifact: Path, job: str, stop_requested: Callable[[], bool]) -> Finished:
+    """Runs the fresh process to its end."""
+
+    def stop_if_told() -> None:
+        if stop_requested():
+            rule = "stopped while an artifact was loaded again; the same command goes on"
+            raise Interrupted(rule)
+
+    try:
+        return run(python("-m", __name__, job), environment(), _TIMEOUT_S, stop_if_told)
+    except TimeoutError:
+        rule = f"took over {_TIMEOUT_S / 3600:.0f} hours to load in a fresh process"
+        raise ReloadError(f"{artifact}: {rule}") from None
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from compression.block import Block
 from compression.grid import Quantized, round_activation
 from compression.scheme import Activation, Scheme
+from core.folder import staged_file
 
 REST = "rest.safetensors"
 _CODES, _SCALES, _ZERO_POINTS = ".codes", ".scales", ".zero_points"
@@ -141,9 +142,8 @@ class Result:
                     parameters[weight].data = value.to(parameters[weight].dtype)
 
     def _write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        staged = path.with_name(f".staging-{path.name}")
-        save_file(tensors, staged, {"format": "pt", **metadata})
-        staged.replace(path)
+        with staged_file(path) as staging:
+            save_file(tensors, staging, {"format": "pt", **metadata})
 
 
 def persistent_tensors(module: nn.Module, recurse: bool = True) -> dict[str, Tensor]:

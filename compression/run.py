@@ -29,8 +29,8 @@ from compression.artifact import (
     WORK,
     check_replaceable,
     claim,
-    lineage,
-    locked,
+    held,
+    origin,
     places,
     weight_bytes,
 )
@@ -53,6 +53,7 @@ from compression.structured.prune import check as check_structured
 from compression.targets.names import StoredNames
 from compression.targets.packing import torch_runner
 from core.errors import ConfigError, Interrupted
+from core.folder import commit, write_lineage
 from core.settings.rules import check_settings
 from monitoring.environment import describe_environment
 from parallel.config import Dtype
@@ -115,7 +116,7 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
     work = out / WORK
     made_from = _made_from(config, source, samples)
     made = [folder for folder in (out, out.parent) if not folder.exists()]
-    with locked(out):
+    with held(out):
         claim(work, made_from)
         stages = Stages(config, parent, samples, packers, work, stop_requested)
         began = time.process_time()
@@ -175,12 +176,9 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
                     "speed": {name: speed.describe() for name, speed in speeds.items()},
                 }
                 (artifact / REPORT).write_text(json.dumps(described, indent=1) + "\n")
-                of_artifact = lineage(source, artifact, made_from)
-                (artifact / "lineage.json").write_text(json.dumps(of_artifact, indent=1) + "\n")
+                write_lineage(artifact, origin(source, made_from))
                 place = out / target.value
-                if place.exists():
-                    shutil.rmtree(place)
-                artifact.rename(place)
+                commit(artifact, place, replace=True)
                 print_report(place, described)
         shutil.rmtree(work)
     return out

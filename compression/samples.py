@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import AutoConfig
 
-from compression.artifact import find_run
+from compression.artifact import find_trained
 from compression.chat import KEY, read_samples
 from compression.config import CompressionConfig
 from compression.generated import generate_samples
@@ -140,7 +140,7 @@ def data_config(config: CompressionConfig) -> DataConfig:
     if config.parent.run is None:
         rule = "there is no text to train on"
         raise ConfigError("data", "null", rule, "give data=text data.path=notes.txt, or the like")
-    saved: Any = OmegaConf.load(find_run(config.parent.run) / "config.yaml")
+    saved: Any = OmegaConf.load(find_trained(config.parent.run) / "config.yaml")
     schema = MixtureDataConfig if "sources" in saved.data else SingleDataConfig
     found: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), saved.data))
     if "add_bos" not in saved.data:  # a run that was begun before there was the choice

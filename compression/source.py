@@ -16,7 +16,7 @@ from compression.layers import other_matrices
 from compression.recipe import BlockStep, Pattern, PruneConfig
 from compression.stream import BlockStream
 from core.errors import ConfigError, DamagedError
-from trainer.checkpoint import sha256_of
+from core.folder import LINEAGE, sha256_of
 from trainer.data.tokenizer import fingerprint, load_tokenizer
 
 _PIECE = 2**22  # elements
@@ -67,8 +67,8 @@ class Source:
         digests = {path.name: sha256_of(path) for path in sorted(files)}
         _check_numbers(folder)
         lineage = None
-        if (folder / "lineage.json").is_file():
-            lineage = json.loads((folder / "lineage.json").read_text(encoding="utf-8"))
+        if (folder / LINEAGE).is_file():
+            lineage = json.loads((folder / LINEAGE).read_text(encoding="utf-8"))
             for name, digest in digests.items():
                 listed = lineage["files"].get(name)
                 if listed is None or listed["sha256"] != digest:

@@ -41,6 +41,7 @@ from compression.source import check_shapes, choose_layers
 from compression.stream import BlockStream
 from compression.structured.prune import prune_structured
 from compression.targets import huggingface
+from core.folder import staged_folder
 
 
 class Stages:
@@ -97,9 +98,8 @@ class Stages:
                 result = self._compress(model, steps, folder, torch.float32)
                 dense = folder.with_name(f"{folder.name}-dense")
                 if not dense.exists():
-                    with tempfile.TemporaryDirectory(dir=self._work) as staging:
-                        huggingface.pack(result, model, Path(staging) / "dense")
-                        (Path(staging) / "dense").rename(dense)
+                    with staged_folder(dense) as staging:
+                        huggingface.pack(result, model, staging)
                 model = dense
         dtype: torch.dtype = getattr(torch, self._config.dtype.value)
         return model, self._compress(model, stages[-1], self._work / "result", dtype)

@@ -7,9 +7,10 @@ that diverged.
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
+
+from core.folder import staged_file
 
 Record = Mapping[str, float | int | str]
 
@@ -69,16 +70,12 @@ def drop_lost_steps(path: Path, first_step: int) -> int:
     if not path.exists():
         return 0
     num_dropped = 0
-    staged = path.with_suffix(".jsonl.tmp")
-    with path.open("rb") as old, staged.open("wb") as new:
+    with path.open("rb") as old, staged_file(path) as staging, staging.open("wb") as new:
         for line in old:
             if _is_kept(_decode(line), first_step):
                 new.write(line)
             else:
                 num_dropped += 1
-        new.flush()
-        os.fsync(new.fileno())
-    staged.replace(path)
     return num_dropped
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
+from core.folder import write_file
 from monitoring.config import MonitoringConfig, WandbMode
 from monitoring.console import build_console
 from monitoring.jsonl import JsonlSink, Record, read_records
@@ -158,9 +159,7 @@ class MetricLogger:
         self.close("finished" if kind is None else "failed")
 
     def _write_status(self, status: str) -> None:
-        staged = self._status_path.with_suffix(".json.tmp")
-        staged.write_text(json.dumps({"status": status, **self._status}) + "\n", encoding="utf-8")
-        staged.replace(self._status_path)
+        write_file(self._status_path, json.dumps({"status": status, **self._status}) + "\n")
 
 
 def _extra_sinks(

@@ -12,6 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from core.errors import ConfigError
+from core.folder import write_file
 from monitoring.goodput import Goodput, goodput
 from monitoring.run_charts import draw
 from monitoring.run_files import Run, mapping, mappings, number, read_run
@@ -87,9 +88,7 @@ def write_report(run_dir: Path) -> Path:
         lstrip_blocks=True,
     ).get_template("report.html")
     path = run_dir / "report.html"
-    staged = path.with_suffix(".html.tmp")
-    staged.write_text(page.render(_view(run)), encoding="utf-8", errors="replace")
-    staged.replace(path)
+    write_file(path, page.render(_view(run)).encode(errors="replace"))
     return path
 
 

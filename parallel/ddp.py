@@ -22,6 +22,7 @@ from parallel.strategy import (
     persistent_buffers,
     torch_dtype,
     trainable,
+    without_gradient,
     without_zeros,
 )
 from parallel.world import World
@@ -55,17 +56,32 @@ class DdpStrategy(Strategy):
         model = module.get_submodule("model")
         self._parameters, self._buffers = dict(model.named_parameters()), persistent_buffers(model)
         self._sparse = [self._parameters[name] for name in sorted(keep_zeros)]
-        self._module = module
-        if self._world.world_size > 1:
-            self._module = DistributedDataParallel(
-                module,
-                device_ids=[self._world.device] if self._world.device.type == "cuda" else None,
-                bucket_cap_mb=self._config.bucket_cap_mb,
-                gradient_as_bucket_view=True,
-                **_NO_BUFFER_SYNC,
-            )
-            _order_buckets(self._module)
+        self._module = self._replicate(module)
         self._optimizer = build_optimizer(trainable(self._parameters))
+
+    def _replicate(self, module: nn.Module, has_unused: bool = False) -> nn.Module:
+        if self._world.world_size == 1:
+            return module
+        replicated = DistributedDataParallel(
+            module,
+            device_ids=[self._world.device] if self._world.device.type == "cuda" else None,
+            bucket_cap_mb=self._config.bucket_cap_mb,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=has_unused,  # which costs a walk through the graph at each step
+            **_NO_BUFFER_SYNC,
+        )
+        _order_buckets(replicated)
+        return replicated
+
+    def leave_unused(self, **inputs: Any) -> list[str]:
+        with self.accumulate(last=False):
+            self.backward(self.forward(**inputs) * 0.0)
+        unused = without_gradient(self._parameters)
+        self._optimizer.zero_grad()
+        if unused and isinstance(self._module, DistributedDataParallel):
+            self._module = self._replicate(self._module.module, has_unused=True)
+        self._sparse = [p for p in self._sparse if p not in {self._parameters[n] for n in unused}]
+        return unused
 
     def forward(self, **inputs: Any) -> Tensor:
         with torch.autocast(

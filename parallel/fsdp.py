@@ -25,6 +25,7 @@ from parallel.strategy import (
     sharded_blocks,
     torch_dtype,
     trainable,
+    without_gradient,
     without_zeros,
 )
 from parallel.world import World
@@ -86,6 +87,14 @@ class FsdpStrategy(Strategy):
         materialize(module)
         # The root's parameters (embedding, head) are needed again as soon as backward begins.
         return fully_shard(module, reshard_after_forward=False, **options)
+
+    def leave_unused(self, **inputs: Any) -> list[str]:
+        with self.accumulate(last=True):
+            self.backward(self.forward(**inputs) * 0.0)
+        unused = without_gradient(self._parameters)
+        self._optimizer.zero_grad()
+        self._sparse = [p for p in self._sparse if p not in {self._parameters[n] for n in unused}]
+        return unused
 
     def forward(self, **inputs: Any) -> Tensor:
         assert isinstance(self._module, nn.Module)

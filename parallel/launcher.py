@@ -17,6 +17,10 @@ VARIABLES = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
+# A job of one process a machine (Kubeflow's PyTorchJob) is told of the others only.
+_LOCAL = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+# Launchers that start several on a machine, and number them in words of their own.
+_OTHER_LOCAL_RANKS = ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 _FIX = "start the ranks with torchrun, or unset all of " + ", ".join(VARIABLES)
 
 
@@ -44,12 +48,17 @@ class Place:
 def read_place(environment: Mapping[str, str] = os.environ) -> Place | None:
     """The place in the environment; None without a launcher.
 
+    Where all but both LOCAL_ variables are there, this is the only process of its machine.
+
     Raises:
         ConfigError: Some of the variables are there and others are not, or they cannot be true.
     """
     given = {name: environment[name] for name in VARIABLES if name in environment}
     if not given:
         return None
+    others = [name for name in _OTHER_LOCAL_RANKS if name in environment]
+    if set(VARIABLES) - given.keys() == _LOCAL.keys() and not others:
+        given |= _LOCAL
     for name in VARIABLES:
         if not given.get(name, "").strip():
             rule = f"is not set, and {next(iter(given))}={next(iter(given.values()))} is"

@@ -59,6 +59,22 @@ class Strategy(ABC):
         """
 
     @abstractmethod
+    def leave_unused(self, **inputs: Any) -> list[str]:
+        """Has updates leave alone what the loss does not depend on, decay included; collective.
+
+        Some models hold parameters that take no part in it: the attention to an encoder that a
+        decoder does without, what only chooses among tokens. AdamW passes over them, as they have
+        no gradient; DDP would wait for one for ever, and DeepSpeed take zeros for it and decay
+        them. Called once after `setup`, before there is state to load; changes no value.
+
+        Args:
+            inputs: Those of a forward that is computed for it, and backpropagated to zeros.
+
+        Returns:
+            Their names, in the model's order.
+        """
+
+    @abstractmethod
     def forward(self, **inputs: Any) -> Tensor:
         """Calls the module in the precision of the run."""
 
@@ -115,6 +131,11 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 def trainable(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """Returns the parameters that an optimizer updates; some models hold frozen ones."""
     return {name: p for name, p in parameters.items() if p.requires_grad}
+
+
+def without_gradient(parameters: dict[str, nn.Parameter]) -> list[str]:
+    """Returns names of the trainable parameters that a backward pass has left without one."""
+    return [name for name, p in trainable(parameters).items() if p.grad is None]
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:

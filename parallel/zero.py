@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 
 from core.errors import MissingExtraError
+from core.folder import locked
 from parallel.adamw_state import moments
 from parallel.config import Dtype, PrecisionConfig, ZeroConfig
 from parallel.strategy import (
@@ -48,6 +48,8 @@ class ZeroStrategy(Strategy):
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it looks nowhere else
         self._config, self._world, self._precision = config, world, precision
         self._engine: Any = None
+        self._module: nn.Module
+        self._build_optimizer: BuildOptimizer
         self._parameters: dict[str, nn.Parameter]
         self._buffers: dict[str, Tensor]  # whole on every rank
 
@@ -69,21 +71,49 @@ class ZeroStrategy(Strategy):
             materialize(module)
         model = module.get_submodule("model")
         self._parameters, self._buffers = dict(model.named_parameters()), persistent_buffers(model)
-        self._engine, *_ = self._deepspeed.initialize(
-            model=module,
-            optimizer=build_optimizer(trainable(self._parameters)),
-            config=self._deepspeed_config(),
-            dist_init_required=False,
-        )
-        for frozen in frozen_children(module):
-            for parameter in frozen.parameters():  # else gathered in the type of autocast
-                vars(parameter).pop(_GATHERED_TYPE, None)
-        self._create_moments()
+        self._module, self._build_optimizer = module, build_optimizer
+        self._initialize(unused=[])
         for name in keep_zeros:
             # It reduces, clips and updates in one step: masked before, on each rank the same. The
             # parameter is whole then, at stage 3 too.
             parameter = self._parameters[name]
             parameter.register_hook(partial(_without_zeros, parameter))
+
+    def _initialize(self, unused: list[str]) -> None:
+        """Makes DeepSpeed's engine, whose optimizer takes no decay from what is unused."""
+        optimizer = self._build_optimizer(trainable(self._parameters))
+        if unused:  # it updates all, those without a gradient by one of zeros
+            passive = [self._parameters[name] for name in unused]  # in the order of all ranks
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if p not in set(passive)]
+            optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
+            optimizer.add_param_group({"params": passive, "weight_decay": 0.0})
+        self._engine, *_ = self._deepspeed.initialize(
+            model=self._module,
+            optimizer=optimizer,
+            config=self._deepspeed_config(),
+            dist_init_required=False,
+        )
+        for frozen in frozen_children(self._module):
+            for parameter in frozen.parameters():  # else gathered in the type of autocast
+                vars(parameter).pop(_GATHERED_TYPE, None)
+        self._create_moments()
+
+    def leave_unused(self, **inputs: Any) -> list[str]:
+        used: set[str] = set()
+        hooks = [
+            parameter.register_hook(partial(_note, used, name))
+            for name, parameter in trainable(self._parameters).items()
+        ]
+        with self.accumulate(last=False):  # the zeros are added to, as another micro-batch's are
+            self.backward(self.forward(**inputs) * 0.0)
+        for hook in hooks:
+            hook.remove()
+        unused = [name for name in trainable(self._parameters) if name not in used]
+        if unused:
+            self._engine.destroy()
+            self._initialize(unused)
+        return unused
 
     def forward(self, **inputs: Any) -> Tensor:
         loss: Tensor = self._engine(**inputs)
@@ -238,6 +268,10 @@ def _without_zeros(parameter: nn.Parameter, grad: Tensor) -> Tensor:
     return without_zeros(grad.clone(), parameter)  # a hook may not change what it is given
 
 
+def _note(used: set[str], name: str, _: Tensor) -> None:
+    used.add(name)
+
+
 def _full_shape(parameter: nn.Parameter) -> torch.Size:
     shape = getattr(parameter, "ds_shape", parameter.shape)
     return torch.Size(shape)
@@ -287,7 +321,7 @@ def _build_cpu_extension() -> None:
 
     root = Path(get_default_build_root())
     root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / "spotforge.lock"):
+    with locked(root / "spotforge.lock"):
         for stale in root.rglob("deepspeed_shm_comm/lock"):
             stale.unlink()
         ShareMemCommBuilder().load(verbose=False)

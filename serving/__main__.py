@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 from core.errors import ConfigError, ExitCode
+from core.settings.command import Job
 from serving.command import SERVING
 from serving.config import ServingConfig
 
 
-def _run(config: ServingConfig, change: str | None) -> int:
+def _run(config: ServingConfig, job: Job) -> int:
     from serving.server import serve
 
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)

@@ -6,7 +6,6 @@ it adds scale * B A x, with A (r, in) and B (out, r). What would need more than 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -18,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from core.errors import ConfigError
+from core.folder import digest_of, sha256_of
 from serving.artifact import Artifact
 
 _log = logging.getLogger("spotforge.serving")
@@ -245,8 +245,4 @@ def _of_pattern(patterns: dict[str, Any] | None, layer: str, default: Any) -> An
 
 
 def _digest(folder: Path) -> str:
-    digests = {}
-    for name in (_CONFIG, WEIGHTS):
-        with (folder / name).open("rb") as file:
-            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    return digest_of({name: sha256_of(folder / name) for name in (_CONFIG, WEIGHTS)})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -12,9 +10,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from core.errors import ConfigError, DamagedError
+from core.folder import LINEAGE, RUNS, digest_of, manifest_of, read_json
 
 KEY = "artifact"
-_ABOUT_IT = {"lineage.json", "compression.json"}  # files that say where it comes from
+_EXPORT = "export"  # folder of it in a run's
+_ABOUT_IT = {LINEAGE, "compression.json"}  # files that say where it comes from
 
 
 class Format(Enum):
@@ -51,6 +51,24 @@ class Artifact:
         return self.digest[:12]
 
     @property
+    def known_as(self) -> str:
+        """What it is called where nobody says.
+
+        The run, for its export and what was compressed of it; what else was compressed of a folder
+        is called as that is, unless its own folder was given another name than its target's.
+        """
+        parent = (self.lineage or {}).get("parent")
+        path = parent.get("path") if isinstance(parent, dict) else None
+        is_named_by_target = self.folder.name == self.format.value
+        origins = [Path(path)] if isinstance(path, str) and is_named_by_target else []
+        for folder in (self.folder, *origins):
+            for above in folder.parents:
+                if above.parent.name == "runs":
+                    return above.name
+        [folder] = origins or [self.folder]
+        return folder.parent.name if folder.name == _EXPORT else folder.name
+
+    @property
     def tokenizer_fingerprint(self) -> str | None:
         """Of the tokenizer that it was trained with; None where nobody says."""
         return None if self.lineage is None else self.lineage.get("tokenizer_fingerprint")
@@ -68,31 +86,28 @@ def resolve(name: str, root: Path | None = None) -> Artifact:
         DamagedError: Its files are not those that its lineage lists, or hold no whole weights.
     """
     folder = _find(name, root)
-    files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            files[str(path.relative_to(folder))] = _sha256(path)
-        elif not path.is_dir():  # whoever opens a pipe waits for ever
+        if not path.is_file() and not path.is_dir():  # whoever opens a pipe waits for ever
             rule = f"{path.relative_to(folder)} is no file, or a link to none"
             raise DamagedError(KEY, folder, rule, "copy all of it again")
-    lineage = read_json(folder / "lineage.json") if "lineage.json" in files else None
+    files = {name: entry["sha256"] for name, entry in manifest_of(folder).items()}
+    lineage = read_object(folder / LINEAGE) if LINEAGE in files else None
     if lineage is not None:
         _check_files(folder, files, lineage)
     _check_weights(folder)
     content = {file: digest for file, digest in files.items() if file not in _ABOUT_IT}
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return Artifact(name, folder, _format_of(folder), digest, lineage)
+    return Artifact(name, folder, _format_of(folder), digest_of(content), lineage)
 
 
 def _find(name: str, root: Path | None) -> Path:
     if "\0" in name or not name:
         raise ConfigError(KEY, repr(name), "is no name", "give a folder")
     given = Path(name).expanduser()
-    candidates = [given, Path("runs") / given]
+    candidates = [given, RUNS / given]
     if root is not None:
         candidates = [root / path for path in candidates]
     for path in candidates:
-        folder = path / "export" if (path / "export" / "config.json").is_file() else path
+        folder = path / _EXPORT if (path / _EXPORT / "config.json").is_file() else path
         if not (folder / "config.json").is_file():
             continue
         folder = folder.resolve()
@@ -130,7 +145,7 @@ def _check_weights(folder: Path) -> None:
             rule = f"{path.name} is cut off, or no such file: {e}"
             raise DamagedError(KEY, folder, rule, "export it again") from e
     for path in folder.glob("*.safetensors.index.json"):
-        weight_map = read_json(path).get("weight_map")
+        weight_map = read_object(path).get("weight_map")
         if not isinstance(weight_map, dict):
             raise DamagedError(KEY, folder, f"{path.name} maps no weights", "export it again")
         if others := sorted(set(map(str, weight_map.values())) - shards):
@@ -146,7 +161,7 @@ def _format_of(folder: Path) -> Format:
         return Format.openvino
     if any(folder.glob("*.gguf")):
         return Format.gguf
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     quantization = config.get("quantization_config") or {}
     if not isinstance(quantization, dict):
         raise DamagedError(KEY, folder, "quantization_config is no JSON object", "export it again")
@@ -162,17 +177,16 @@ def _format_of(folder: Path) -> Format:
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A file of an artifact; raises DamagedError where it is no JSON object."""
+def read_object(path: Path) -> dict[str, Any]:
+    """Returns a JSON object of an artifact's file.
+
+    Raises:
+        DamagedError: The file is not JSON, or not an object.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise DamagedError(KEY, path, "is no JSON", "export it again") from e
+        content = read_json(KEY, path, "export it again")
+    except ConfigError as e:
+        raise DamagedError(e.key, path, e.rule, e.fix) from e
     if not isinstance(content, dict):
-        raise DamagedError(KEY, path, "is no JSON object", "export it again")
+        raise DamagedError(KEY, path, "is not a JSON object", "export it again")
     return content
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -241,7 +241,8 @@ class ServingConfig:
 
     Attributes:
         artifact: Folder of an export or a compression, or a run, whose export is served.
-        model_name: Name of the model for clients; null: the run's or the folder's name.
+        model_name: Name of the model for clients; null: the name of the run, or of the folder that
+            was served, or compressed.
         adapters: Folders of LoRA adapters, by the names that clients call them.
         host: Address to listen on.
         port: TCP port to listen on; 0: any that is free.

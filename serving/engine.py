@@ -10,7 +10,8 @@ What an engine program is told and says is one JSON object a line, on its standa
         {"cancel": "ID"}
         {"embed": {"id": "ID", "inputs": [[1, 2], ...], "adapter": "NAME" or null}}
         {"score": {"id": "ID", "tokens": [1, 2, ...], "start": 5, "of": [[7, 8], ...],
-                   "adapter": "NAME" or null}}  of its own weights, by a plain forward
+                   "adapter": "NAME" or null, "turned": [[3, 0], ...]}}  of its own weights, by a
+                                 plain forward; `turned` is of the ties that it told
         {"proven": null}                      no more scores will be asked for
         end of file                           the gateway is gone: exit
     engine -> gateway
@@ -21,8 +22,9 @@ What an engine program is told and says is one JSON object a line, on its standa
         {"failed": {"id": "ID", "error": "one line"}}
         {"refused": {"id": "ID", "error": "one line"}}   its schema, which the client can change
         {"embedding": {"id": "ID", "vector": [0.1, ...]}}   of one input, in their order
-        {"scored": {"id": "ID", "scores": [[-0.1, -0.2, -3.0], ...]}}   log-probabilities in each
-                                 place from `start` on: the likeliest token's, and those of `of`
+        {"scored": {"id": "ID", "scores": [[-0.1, -0.2, -3.0], ...], "ties": [[3, 0], ...]}}
+                                 log-probabilities in each place from `start` on: the likeliest
+                                 token's, and those of `of`; choices that rounding decides
         {"idle": {"kv_cache_usage": 0.0}}     twice a second while there is nothing to do
         {"misconfigured": ["key", "value", "rule", "fix"]}    before it exits: a setting is wrong
         {"unfit": "one line"}                 before it exits: this engine cannot run such a model
@@ -39,6 +41,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from core.errors import SpotforgeError
+
+# A choice that rounding decides, such as the last expert that a mixture's router takes for a token:
+# which of a forward's choices, and which row of scores.
+Tie = tuple[int, int]
 
 
 class EngineError(SpotforgeError):

@@ -12,10 +12,8 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import re
 import secrets
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,9 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from core.errors import ConfigError, ExitCode
+from core.folder import locked, write_file
 from serving.admission import KeyLimits
 
 _PREFIX = "sf-"
@@ -276,7 +273,7 @@ def _editing(path: Path) -> Iterator[None]:
     """Of two commands at once neither undoes the other."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(path.name + ".lock"), mode=0o600):
+        with locked(path.with_name(path.name + ".lock"), mode=0o600):
             yield
     except OSError as e:
         raise ConfigError("keys", path, e.strerror or str(e), "check the path") from e
@@ -285,14 +282,4 @@ def _editing(path: Path) -> Iterator[None]:
 def _write(path: Path, keys: Sequence[Key]) -> None:
     """Replaces the file in one step; only its owner may read it."""
     entries = [dataclasses.asdict(key) | {"limits": _given(key.limits)} for key in keys]
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)  # mode 0600
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            json.dump(entries, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_file(path, json.dumps(entries, indent=2) + "\n", mode=0o600)

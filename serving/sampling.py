@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError
-from serving.artifact import read_json
+from serving.artifact import read_object
 
 _RANGES = {  # least and most
     "temperature": (0.0, math.inf),
@@ -70,7 +70,7 @@ def defaults_of(folder: Path) -> Choice:
         ConfigError: It says what cannot be.
     """
     path = folder / "generation_config.json"
-    found = read_json(path) if path.is_file() else {}
+    found = read_object(path) if path.is_file() else {}
     asked: dict[str, Any] = {}
     for name, (least, most) in _RANGES.items():
         if (value := found.get(name)) is None:

@@ -54,7 +54,7 @@ async def serve(config: ServingConfig) -> None:
     gateway = Gateway(config, keys, Telemetry(config.log))
     batches = open_batches(config.batches)
     guard = _guard(config)
-    name = config.model_name or _name_of(artifact.folder)
+    name = config.model_name or artifact.known_as
     if name in config.adapters:
         rule = "the base has that name"
         raise ConfigError(key_of(name), config.adapters[name], rule, "choose another")
@@ -194,11 +194,3 @@ def cache_folder(config: ServingConfig) -> Path:
         return Path(config.cache).expanduser()
     home = os.environ.get("SPOTFORGE_CACHE", "~/.cache/spotforge")
     return Path(home).expanduser() / "serving"
-
-
-def _name_of(folder: Path) -> str:
-    """The run's, for its export and what is compressed of it; else the folder's."""
-    for parent in folder.parents:
-        if parent.parent.name == "runs":
-            return parent.name
-    return folder.name

@@ -1,6 +1,7 @@
 """Imports point one way, optional libraries stay in their leaves, and composing needs no torch."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -132,3 +133,19 @@ def test_launch_imports_no_heavy_library():
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"
+
+
+def test_python_programs_of_ours_are_started_so_that_they_find_ours():
+    """`core/process/python.py` says how; whoever names the interpreter by itself forgets."""
+    files = [path for package in [*PACKAGES, "benchmarks"] for path in sources(package)]
+    naming = {str(p.relative_to(ROOT)) for p in files if "sys.executable" in p.read_text()}
+    assert naming == {
+        "core/process/python.py",
+        "trainer/reporter.py",  # shows it to the user
+        "benchmarks/bench_serving.py",  # starts a server of transformers
+    }
+    for path in files:
+        starts = re.search(r"core\.process\.python import .*\bpython\b", path.read_text())
+        told = {"launch/pipeline/stages.py", "serving/engines/choose.py"}  # others start theirs
+        if starts and str(path.relative_to(ROOT)) not in told:
+            assert "environment(" in path.read_text(), path

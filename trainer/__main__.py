@@ -3,20 +3,22 @@
 import os
 import signal
 import sys
+from types import FrameType
+from typing import NoReturn
 
 from core.errors import ExitCode
+from core.settings.command import Job
 from trainer.command import TRAINER
 from trainer.config import TrainerConfig
 
 
-def _run(config: TrainerConfig, change: str | None) -> int:
-    is_sweep = change is not None
-    if is_sweep:  # each job of a sweep is a run of its own, named by what it changes
-        config.run.name += f"/{change}"
-        config.run.dir += f"/{change}"
+def _run(config: TrainerConfig, job: Job) -> int:
+    if job.is_of_sweep:  # is a run of its own, named by what it changes
+        config.run.name += f"/{job.change}"
+        config.run.dir += f"/{job.change}"
     from trainer.launching import launch
 
-    return launch(config, isolated=is_sweep)
+    return launch(config, isolated=job.is_of_sweep, given=job.given)
 
 
 def main() -> int:
@@ -24,7 +26,15 @@ def main() -> int:
     return TRAINER.main(_run)
 
 
+def _stop_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    """Ends this process while it has nothing to save; what it does then need not end well."""
+    name = signal.Signals(number).name
+    said = f"{name} before training began: nothing was saved or lost; the same command starts it\n"
+    os.write(2, said.encode())  # in the middle of anything, another write to stderr too
+    os._exit(ExitCode.START_AGAIN)
+
+
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # until there is something to save
-        signal.signal(number, lambda *_: os._exit(ExitCode.START_AGAIN))
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, _stop_at_once)
     sys.exit(main())

@@ -16,7 +16,6 @@ checkpoints/
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Iterable
@@ -30,11 +29,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from core.errors import ConfigError, DamagedError
+from core.folder import MANIFEST, wrong_content, wrong_size
 from trainer.data.order import OrderRule
 
-MANIFEST = "manifest.json"
 TRAINER = "trainer.json"
-STAGING = ".staging-"
 LATEST = "LATEST"
 ASSETS = "huggingface"
 STORED_NAMES = "stored_names.json"
@@ -92,14 +90,11 @@ def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
         files = json.loads((checkpoint / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError) as e:
         raise _damaged(checkpoint, f"{MANIFEST} cannot be read ({e})") from e
-    for i, (name, expected) in enumerate(sorted(files.items())):
-        path = checkpoint / name
-        if not path.is_file():
-            raise _damaged(checkpoint, f"{name} is missing")
-        if path.stat().st_size != expected["size_bytes"]:
-            raise _damaged(checkpoint, f"{name} has the wrong size")
-        if i % world_size == rank and sha256_of(path) != expected["sha256"]:
-            raise _damaged(checkpoint, f"{name} does not match its sha256")
+    for i, (name, entry) in enumerate(sorted(files.items())):
+        # Sizes are looked up by all ranks, contents are read by one each.
+        check = wrong_content if i % world_size == rank else wrong_size
+        if fault := check(checkpoint / name, entry):
+            raise _damaged(checkpoint, f"{name} {fault}")
 
 
 def read_state(checkpoint: Path) -> TrainerState:
@@ -137,12 +132,6 @@ def read_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
         # It warns that it assumes a single process: each rank indeed reads alone.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(tensors, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _damaged(checkpoint: Path, rule: str) -> DamagedError:

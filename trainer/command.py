@@ -28,7 +28,7 @@ python -m trainer --multirun optim.lr=1e-4,3e-4,1e-3      a sweep, one run after
 """
 
 _NOTES = """
-Exit codes: 0 finished; 33 stopped with a complete checkpoint, start it again; 2 refused; 1 failed.
+Exit codes: 0 finished; 33 stopped, with all steps saved, start it again; 2 refused; 1 failed.
 """
 
 TRAINER = Command(

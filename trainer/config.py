@@ -21,6 +21,7 @@ from core.settings.rules import setting
 from monitoring.config import MonitoringConfig
 from parallel.config import Dtype, PrecisionConfig, ZeroConfig
 from trainer.anomaly import AnomalyConfig
+from trainer.data.config import expanded
 from trainer.interval import Interval
 from trainer.optim import AdamWConfig
 from trainer.preemption import PreemptionConfig
@@ -88,6 +89,9 @@ class PathModelConfig(ModelConfig):
     weights: bool = True
     keep_zeros: bool = False
 
+    def __post_init__(self) -> None:
+        self.path = expanded(self.path)
+
     def cross_check(self, key: str) -> None:
         """Raises ConfigError, too, for zeros of random weights, which have none."""
         super().cross_check(key)
@@ -132,6 +136,9 @@ class DistillConfig:
     temperature: float = setting(1.0, above=0, below=math.inf, fix="try 1")
     weight: float = setting(1.0, least=0, most=1, fix="try 1")
     teacher_dtype: Dtype = Dtype.float32
+
+    def __post_init__(self) -> None:
+        self.teacher = expanded(self.teacher)
 
     def build(
         self, model: PreTrainedModel, config: ModelConfig, tokenizer_fingerprint: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -21,7 +20,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from core.errors import ConfigError, ExitCode, SpotforgeError
-from core.settings.command import Command
+from core.folder import (
+    LINEAGE,
+    MANIFEST,
+    digest_of,
+    find_run,
+    sha256_of,
+    staged_folder,
+    write_lineage,
+)
+from core.settings.command import Command, Job
 from monitoring.environment import describe_environment
 from parallel.config import Dtype
 from trainer.checkpoint import (
@@ -31,7 +39,6 @@ from trainer.checkpoint import (
     described_tensors,
     read_state,
     read_tensors,
-    sha256_of,
     verify,
 )
 from trainer.config import PathModelConfig
@@ -90,25 +97,20 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: Dtype) -> None:
         SpotforgeError: If the folder does not hold what the checkpoint does.
     """
     _check_replaceable(out)
-    staging = out.with_name(f".staging-{out.name}")
-    shutil.rmtree(staging, ignore_errors=True)
     try:
-        shutil.copytree(checkpoint / ASSETS, staging)
-        names = staging / STORED_NAMES
-        stored_names = json.loads(names.read_text()) if names.exists() else None
-        names.unlink(missing_ok=True)
-        weights = _Weights(checkpoint, staging, getattr(torch, dtype.value))
-        _write_weights(weights, staging, stored_names)
-        config = json.loads((staging / "config.json").read_text())
-        config |= {"architectures": [type(weights.model).__name__], "dtype": dtype.value}
-        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        _check_reads_back(weights, staging)
-        _check_tokenizer(checkpoint, staging)
-        lineage = _lineage(checkpoint, staging, dtype)
-        (staging / "lineage.json").write_text(json.dumps(lineage, indent=1) + "\n")
-        if out.exists():
-            shutil.rmtree(out)
-        staging.rename(out)
+        with staged_folder(out, replace=True) as staging:
+            shutil.copytree(checkpoint / ASSETS, staging, dirs_exist_ok=True)
+            names = staging / STORED_NAMES
+            stored_names = json.loads(names.read_text()) if names.exists() else None
+            names.unlink(missing_ok=True)
+            weights = _Weights(checkpoint, staging, getattr(torch, dtype.value))
+            _write_weights(weights, staging, stored_names)
+            config = json.loads((staging / "config.json").read_text())
+            config |= {"architectures": [type(weights.model).__name__], "dtype": dtype.value}
+            (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            _check_reads_back(weights, staging)
+            _check_tokenizer(checkpoint, staging)
+            write_lineage(staging, _origin(checkpoint, dtype))
     except OSError as e:
         raise ConfigError(
             "export",
@@ -116,8 +118,6 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: Dtype) -> None:
             e.strerror or str(e),
             "free space or change permissions, then export again",
         ) from e
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _check_replaceable(out: Path) -> None:
@@ -128,8 +128,8 @@ def _check_replaceable(out: Path) -> None:
         raise ConfigError("out", out, "is a file", "name a folder")
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     known: set[str] = set()
-    if "lineage.json" in files:
-        known = {"lineage.json", *json.loads((out / "lineage.json").read_text())["files"]}
+    if LINEAGE in files:
+        known = {LINEAGE, *json.loads((out / LINEAGE).read_text())["files"]}
     strange = sorted(files - known)
     if strange:
         raise ConfigError(
@@ -275,16 +275,13 @@ def _size_bytes(group: WeightGroup) -> int:
     return sum(t.numel() * t.element_size() for t in group.targets.values())
 
 
-def _lineage(checkpoint: Path, folder: Path, dtype: Dtype) -> dict[str, Any]:
-    """Where the weights come from; the next stage refuses files that do not match it."""
+def _origin(checkpoint: Path, dtype: Dtype) -> dict[str, Any]:
+    """Returns where the weights come from."""
     state = read_state(checkpoint)
     model = state.config["model"]
     return {
-        "format_version": 1,
         "code": describe_environment().get("git"),
-        "config_sha256": hashlib.sha256(
-            json.dumps(state.config, sort_keys=True).encode()
-        ).hexdigest(),
+        "config_sha256": digest_of(state.config),
         "data_digest": state.data_digest,
         "tokenizer_fingerprint": state.tokenizer_fingerprint,
         "parent": {"path": model["path"], "revision": model["revision"]}
@@ -292,24 +289,19 @@ def _lineage(checkpoint: Path, folder: Path, dtype: Dtype) -> dict[str, Any]:
         else None,
         "checkpoint": {
             "name": checkpoint.name,
-            "manifest_sha256": sha256_of(checkpoint / "manifest.json"),
+            "manifest_sha256": sha256_of(checkpoint / MANIFEST),
             "step": state.step,
             "num_tokens": state.num_tokens,
         },
         "dtype": dtype.value,
-        "files": {
-            str(p.relative_to(folder)): {"size_bytes": p.stat().st_size, "sha256": sha256_of(p)}
-            for p in sorted(folder.rglob("*"))
-            if p.is_file()
-        },
     }
 
 
 def _find_run(name: str) -> Path:
-    for folder in (Path(name).expanduser(), Path("runs") / name):
-        if (folder / "checkpoints").is_dir():
-            return folder.absolute()
-    raise ConfigError("run", name, "is no run directory with checkpoints", "give runs/<name>")
+    run = find_run(name, holds="checkpoints")
+    if run is None:
+        raise ConfigError("run", name, "is no run directory with checkpoints", "give runs/<name>")
+    return run.absolute()
 
 
 def _find_checkpoint(run: Path, name: str | None) -> Path:
@@ -334,7 +326,7 @@ def _find_checkpoint(run: Path, name: str | None) -> Path:
     raise newest or ConfigError("run", run, "has no committed checkpoint", "train it first")
 
 
-def _run(arguments: ExportArguments, change: str | None) -> int:
+def _run(arguments: ExportArguments, job: Job) -> int:
     run = _find_run(arguments.run)
     checkpoint = _find_checkpoint(run, arguments.checkpoint)
     out = Path(arguments.out).expanduser().absolute() if arguments.out else run / "export"

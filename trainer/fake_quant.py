@@ -25,13 +25,17 @@ def prepare_fake_quant(model: nn.Module, config: FakeQuantConfig) -> None:
     """Has every linear layer of the decoder blocks round its weight in forward.
 
     Raises:
-        ConfigError: A layer's inputs cannot be parted into groups, or there is no such layer.
+        ConfigError: A layer's inputs cannot be parted into groups, there is no such layer, or there
+            are experts, which are no linear layers.
     """
     if config.bits is None:
         return
     num_layers = 0
     for block in decoder_blocks(model):
         for name, layer in block.named_modules():
+            if _holds_experts(layer):
+                rule = f"the experts of {name} are one tensor, which it does not round"
+                raise ConfigError("fake_quant.bits", config.bits, rule, "set it to null")
             if not isinstance(layer, nn.Linear):
                 continue
             if config.group_size is not None and layer.in_features % config.group_size:
@@ -42,6 +46,12 @@ def prepare_fake_quant(model: nn.Module, config: FakeQuantConfig) -> None:
     if not num_layers:
         rule = f"{type(model).__name__} has no linear layers in its decoder blocks"
         raise ConfigError("fake_quant.bits", config.bits, rule, "set it to null")
+
+
+def _holds_experts(layer: nn.Module) -> bool:
+    """Whether matrices of several experts are one parameter of it."""
+    is_convolution = isinstance(layer, nn.modules.conv._ConvNd)
+    return not is_convolution and any(p.ndim == 3 for p in layer.parameters(recurse=False))
 
 
 def fake_quantize(

@@ -10,18 +10,19 @@ SkyPilot, one call a node           the nodes are there: SKYPILOT_NODE_IPS, ...;
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import pickle
-import signal
-import subprocess
 import sys
 import traceback
+from collections.abc import Collection
 from pathlib import Path
-from types import FrameType
 
 from core.errors import ConfigError, ExitCode, SpotforgeError
+from core.folder import digest_of, write_file
+from core.process.child import Child, exit_code
+from core.process.gpus import NoAnswer, visible_gpus
+from core.process.python import environment, python
+from core.process.signals import passed_on
 from parallel.config import FsdpConfig
 from parallel.launcher import Place, read_place
 from trainer.config import TrainerConfig, resolve
@@ -31,7 +32,7 @@ from trainer.stopping import StopSignal
 _PORT = 29400
 
 
-def launch(config: TrainerConfig, isolated: bool = False) -> int:
+def launch(config: TrainerConfig, isolated: bool = False, given: Collection[str] = ()) -> int:
     """Runs `config` on all of its ranks.
 
     Args:
@@ -39,30 +40,31 @@ def launch(config: TrainerConfig, isolated: bool = False) -> int:
         isolated: Come back in any case, and give even a single rank a process of its own: for a
             caller that has more runs to come (DeepSpeed keeps the process groups of the first one
             for ever). Otherwise several ranks take this process over.
+        given: Keys that the user set; the others have their defaults.
 
     Returns:
-        The exit code: 0 finished, 33 stopped with a complete checkpoint, 2 refused, 1 failed.
+        The exit code: 0 finished, 33 stopped with all steps saved, 2 refused, 1 failed.
     """
     try:
         place = read_place()
         if place is not None:
             _check_launcher(config, place)
-            return run_rank(config)
+            return run_rank(config, given)
         nproc, num_nodes = _local_ranks(config), int(os.environ.get("SKYPILOT_NUM_NODES", 1))
         config.check(nproc * num_nodes)
         if nproc * num_nodes == 1 and not isolated:
-            return run_rank(config)
-        command = _supervisor(config, num_nodes)
+            return run_rank(config, given)
+        command = _supervisor(config, given, num_nodes)
     except SpotforgeError as e:
         print(e, file=sys.stderr)
         return e.exit_code
     if isolated:
         return _run(command)
     sys.stdout.flush()
-    os.execv(command[0], command)
+    os.execve(command[0], command, environment())
 
 
-def run_rank(config: TrainerConfig) -> int:
+def run_rank(config: TrainerConfig, given: Collection[str] = ()) -> int:
     """Runs this process's rank; prints what went wrong, once for all ranks that can tell."""
     with StopSignal() as stop:
         heartbeat = Heartbeat()
@@ -71,7 +73,7 @@ def run_rank(config: TrainerConfig) -> int:
             place = read_place()
             from trainer.run import train  # seconds of imports, in which a signal may come
 
-            return train(config, stop, heartbeat)
+            return train(config, stop, heartbeat, given)
         except SpotforgeError as e:
             if e.exit_code == ExitCode.FAILED:
                 heartbeat.failed()
@@ -92,7 +94,7 @@ def run_rank(config: TrainerConfig) -> int:
             return ExitCode.FAILED
 
 
-def _supervisor(config: TrainerConfig, num_nodes: int) -> list[str]:
+def _supervisor(config: TrainerConfig, given: Collection[str], num_nodes: int) -> list[str]:
     """The command that starts the ranks of this machine and keeps them going."""
     # auto: GPUs are counted again before each start, since one may be gone by then
     options = ["--nproc", config.nproc, "--grace", str(config.shutdown_timeout_s)]
@@ -107,22 +109,22 @@ def _supervisor(config: TrainerConfig, num_nodes: int) -> list[str]:
         if num_nodes > 1:
             options += ["--listen", str(_PORT), "--nodes", str(num_nodes)]
         action = ["supervise", *options]
-    rank = [sys.executable, "-m", "trainer.rank", str(_freeze(config))]
-    return [sys.executable, "-m", "launch", *action, "--", *rank]
+    rank = python("-m", "trainer.rank", str(_freeze(config, given)))
+    return python("-m", "launch", *action, "--", *rank)
 
 
-def _freeze(config: TrainerConfig) -> Path:
-    """The configuration in a file that is named by its content.
+def _freeze(config: TrainerConfig, given: Collection[str]) -> Path:
+    """The configuration, and which keys of it were given, in a file that is named by its content.
 
     Ranks that start again days later are given what was asked for, not what YAML files say by then.
     """
-    name = hashlib.sha256(json.dumps(resolve(config), sort_keys=True).encode()).hexdigest()[:16]
+    name = digest_of([resolve(config), sorted(given)])[:16]
     folder = Path(config.data.cache_dir).expanduser().absolute() / "launched"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{name}.{os.getpid()}"
-        part.write_bytes(pickle.dumps(config))
-        return part.replace(folder / f"{name}.pickle")
+        path = folder / f"{name}.pickle"
+        write_file(path, pickle.dumps((config, sorted(given))))
+        return path
     except OSError as e:
         raise ConfigError(
             "data.cache_dir", config.data.cache_dir, f"cannot be written: {e.strerror}", "change it"
@@ -130,32 +132,24 @@ def _freeze(config: TrainerConfig) -> Path:
 
 
 def _run(command: list[str]) -> int:
-    """A program that is told what this one is told."""
-    with subprocess.Popen(command) as process:
-
-        def forward(number: int, frame: FrameType | None) -> None:
-            process.send_signal(number)
-
-        handlers = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGUSR1)}
-        handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # it hears it too
-        try:
-            return process.wait()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+    """Runs a program that is told what this one is told; returns its exit code."""
+    with Child(command, environment()) as child, passed_on(child):
+        code = child.wait()
+    assert code is not None
+    return exit_code(code)
 
 
 def _local_ranks(config: TrainerConfig) -> int:
-    import torch
-
-    num_gpus = torch.cuda.device_count()
+    try:
+        num_gpus = len(visible_gpus())
+    except NoAnswer as e:
+        raise SpotforgeError(f"the GPUs of this machine: {e}") from None
     if config.nproc == "auto":
         return int(os.environ.get("SKYPILOT_NUM_GPUS_PER_NODE", 0)) or num_gpus or 1
     nproc = _parse_nproc(config.nproc)
     if num_gpus and nproc > num_gpus:
-        raise ConfigError(
-            "nproc", nproc, f"this machine has {num_gpus} GPUs", f"use nproc={num_gpus} or auto"
-        )
+        fix = f"use nproc={num_gpus} or auto; CUDA_VISIBLE_DEVICES= hides them"
+        raise ConfigError("nproc", nproc, f"this machine has {num_gpus} GPUs", fix)
     return nproc
 
 

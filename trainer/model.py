@@ -122,8 +122,9 @@ def build_meta_model(
             "use the model's own tokenizer (data.tokenizer=auto with model=pretrained), a smaller "
             "data.tokenizer_vocab_size, or a larger model.vocab_size",
         )
-    if hf_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
-        hf_config, "is_decoder", True
+    # Of an encoder-decoder (BART), the causal language model is the decoder.
+    if hf_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not (
+        getattr(hf_config, "is_decoder", True) or getattr(hf_config, "is_encoder_decoder", False)
     ):
         raise ConfigError(
             "model",
@@ -160,7 +161,7 @@ def _build(hf_config: Any, dtype: torch.dtype, attn_implementation: str | None) 
             raise ConfigError(
                 "model.attn_implementation",
                 attn_implementation,
-                f"{hf_config.model_type} cannot be built with it ({_first_line(error)})",
+                f"{hf_config.model_type} cannot be built with it ({_first_sentence(error)})",
                 "set model.attn_implementation=null, and transformers chooses",
             ) from error
     raise ConfigError(
@@ -341,6 +342,11 @@ def _children_first(module: nn.Module) -> list[nn.Module]:
 def _seed_of(seed: int, name: str) -> int:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _first_sentence(error: Exception) -> str:
+    """What is wrong; transformers goes on with whom to ask for it."""
+    return _first_line(error).partition(". ")[0]
 
 
 def _first_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ Shapes: B sequences of T tokens, H hidden size, V vocabulary.
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -53,6 +53,7 @@ def settle(
     resolved: dict[str, Any],
     saved: dict[str, Any] | None,
     say: Callable[[str], None],
+    given: Collection[str] = (),
 ) -> None:
     """Decides how `module` computes loss and documents, and notes it in `resolved`; collective.
 
@@ -67,9 +68,10 @@ def settle(
         resolved: The settings as they are stored; is changed.
         saved: Those of the checkpoint that the run goes on from, if it does.
         say: Prints a line.
+        given: Keys that the user set: `model.fused_loss=auto` among them is asked again.
 
     Raises:
-        ConfigError: If the model cannot be trained as the config says.
+        ConfigError: If the model cannot be trained as the config says, or not as it began.
     """
     probe = Probe(config, module, strategy, world)
     notes = {} if saved is None else dict(saved.get("probe", {}))
@@ -79,19 +81,29 @@ def settle(
     )
     if not same:
         notes["auxiliary_loss"] = probe.auxiliary_loss()
+    elif "auxiliary_loss" not in notes and probe.has_more_than_entropy():
+        say(
+            f"what {type(module.model).__name__} adds to cross-entropy (an auxiliary loss) is no "
+            "part of the loss, as before"
+        )
     module.auxiliary = notes.get("auxiliary_loss", False)
     if module.auxiliary:
         say(f"{type(module.model).__name__} has an auxiliary loss, which is part of the loss")
 
     asked = config.model.fused_loss
-    if saved is not None and asked in ("auto", saved["model"]["fused_loss"]):
-        module.fused = saved["model"]["fused_loss"]
+    before: Any = None if saved is None else saved["model"]["fused_loss"]
+    if saved is not None and (
+        asked == before or (asked == "auto" and "model.fused_loss" not in given)
+    ):
+        module.fused = before
         if module.fused and "probe" not in saved and (name := probe.unfusable()):
             say(
                 f"model.fused_loss=true leaves out what {name} does to its logits, as it did before"
             )
     else:
         module.fused = asked is not False and _fuses(probe, asked, say)
+        if before and asked == "auto" and not module.fused:
+            _refuse_another_loss(config, type(module.model).__name__)
     resolved["model"]["fused_loss"] = module.fused
 
     if config.data.mask_documents:
@@ -109,6 +121,38 @@ def settle(
         resolved["probe"] = notes
 
 
+def leave_unused(
+    config: TrainerConfig,
+    module: Objective,
+    strategy: Strategy,
+    world: World,
+    say: Callable[[str], None],
+) -> None:
+    """Has training leave alone the parameters that the loss does not depend on; collective.
+
+    Args:
+        config: Of this run.
+        module: As `settle` left it: what an auxiliary loss depends on takes part.
+        strategy: Has set it up, and has not loaded any state.
+        world: The ranks.
+        say: Prints a line.
+    """
+    model: Any = module.model
+    vocab_size = model.config.get_text_config().vocab_size
+    length = max(2, min(_NUM_TOKENS, config.data.max_seq_len))
+    tokens = (torch.arange(length, device=world.device) % vocab_size)[None]
+    model.eval()  # of layers that are dropped at random, all take part
+    try:
+        unused = strategy.leave_unused(input_ids=tokens, targets=tokens)
+    finally:
+        model.train()
+    if unused:
+        say(
+            f"{len(unused)} parameters of {type(model).__name__} take no part in its loss, and "
+            f"stay as they are: {unused[0]}{', ...' if len(unused) > 1 else ''}"
+        )
+
+
 def _fuses(probe: "Probe", asked: bool | str, say: Callable[[str], None]) -> bool:
     name = probe.unfusable()
     if name is None:
@@ -123,6 +167,17 @@ def _fuses(probe: "Probe", asked: bool | str, say: Callable[[str], None]) -> boo
         )
     say(f"model.fused_loss=false: {name} does more to its logits than the fused loss could")
     return False
+
+
+def _refuse_another_loss(config: TrainerConfig, name: str) -> None:
+    if "model.fused_loss" not in config.allow_changes:
+        raise ConfigError(
+            "model.fused_loss",
+            "auto",
+            f"the checkpoint was trained with true, which leaves out what {name} does to its "
+            "logits",
+            "remove it, or add allow_changes=[model.fused_loss]",
+        )
 
 
 def _kept_apart(probe: "Probe", name: str, say: Callable[[str], None]) -> str:
@@ -199,6 +254,13 @@ class Probe:
                 "choose another architecture",
             )
         return own != 0
+
+    def has_more_than_entropy(self) -> bool:
+        """Whether transformers trains the model on more, of whatever kind."""
+        try:
+            return self.auxiliary_loss()
+        except ConfigError:
+            return True
 
     def documents(self) -> str | None:
         """How the documents of a sample are kept apart.

@@ -10,7 +10,6 @@ seen to be there, and removed before anything else is.
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
@@ -24,7 +23,7 @@ import fsspec  # type: ignore[import-untyped]
 from fsspec.callbacks import Callback  # type: ignore[import-untyped]
 
 from core.errors import ConfigError, DamagedError, MissingExtraError, SpotforgeError
-from trainer.checkpoint import MANIFEST, STAGING, sha256_of
+from core.folder import MANIFEST, Entry, Manifest, staged_folder, wrong_content
 
 _KEY = "checkpoint.upload"
 _NAME = re.compile(r"step-\d+")
@@ -145,27 +144,12 @@ class RemoteCheckpoints:
             ConfigError: If the disk has no room for it.
         """
         manifest, files = self._manifest(name)
-        staging, final = folder / f"{STAGING}{name}", folder / name
-        replaced = folder / f"{STAGING}{name}-replaced"
-        for left in (staging, replaced):  # by a process that was killed here
-            shutil.rmtree(left, ignore_errors=True)
-        staging.mkdir(parents=True)
-        try:
-            _check_space(folder, sum(size_bytes for size_bytes, _ in files.values()))
-            for file, (size_bytes, sha256) in files.items():
-                self._fetch(name, file, staging / file, size_bytes, sha256, beat)
+        with staged_folder(folder / name, replace=True) as staging:
+            _check_space(folder, sum(entry["size_bytes"] for entry in files.values()))
+            for file, entry in files.items():
+                self._fetch(name, file, staging / file, entry, beat)
             (staging / MANIFEST).write_bytes(manifest)
-            for path in (*staging.rglob("*"), staging):
-                _sync(path)
-            if final.exists():
-                final.rename(replaced)  # in one step: half of it would look committed
-            staging.rename(final)
-            _sync(folder)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
-        return final
+        return folder / name
 
     def delete(self, name: str) -> None:
         """Removes a checkpoint, its manifest first: one that is half deleted is not committed."""
@@ -234,8 +218,7 @@ class RemoteCheckpoints:
         name: str,
         file: str,
         local: Path,
-        size_bytes: int,
-        sha256: str,
+        entry: Entry,
         beat: Callable[[], None],
     ) -> None:
         path = f"{self._base(name)}/{file}"
@@ -244,26 +227,29 @@ class RemoteCheckpoints:
         def get() -> None:
             beat()
             self._fs.get_file(path, str(local), callback=_Beat(beat))
-            if local.stat().st_size != size_bytes:
-                raise OSError(f"of {size_bytes} bytes {local.stat().st_size} arrived")
+            if local.stat().st_size != entry["size_bytes"]:
+                raise OSError(f"of {entry['size_bytes']} bytes {local.stat().st_size} arrived")
 
         what = f"downloading {name}/{file}"
         try:
-            if self._retried(what, lambda: self._fs.info(path)["size"]) != size_bytes:
+            if self._retried(what, lambda: self._fs.info(path)["size"]) != entry["size_bytes"]:
                 raise self._damaged(name, f"{file} has the wrong size")
             self._retried(what, get)
         except FileNotFoundError as e:
             raise self._damaged(name, f"{file} is missing") from e
-        if sha256_of(local) != sha256:
-            raise self._damaged(name, f"{file} does not match its sha256")
+        if fault := wrong_content(local, entry):
+            raise self._damaged(name, f"{file} {fault}")
 
-    def _manifest(self, name: str) -> tuple[bytes, dict[str, tuple[int, str]]]:
-        """The manifest as it is, and (bytes, sha256) of each file that it lists."""
+    def _manifest(self, name: str) -> tuple[bytes, Manifest]:
+        """Returns the manifest as it is, and the files that it lists."""
         path = f"{self._base(name)}/{MANIFEST}"
         try:
             content: bytes = self._retried(f"reading {path}", lambda: self._fs.cat_file(path))
             entries = json.loads(content)["files"].items()
-            files = {str(f): (int(e["size_bytes"]), str(e["sha256"])) for f, e in entries}
+            files: Manifest = {
+                str(file): {"size_bytes": int(e["size_bytes"]), "sha256": str(e["sha256"])}
+                for file, e in entries
+            }
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise self._damaged(name, f"{MANIFEST} cannot be read ({_line(e)})") from e
         for file in files:
@@ -327,14 +313,6 @@ def _check_space(folder: Path, need_bytes: int) -> None:
             "are free",
             "free space, or use a larger disk",
         )
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _line(error: BaseException) -> str:

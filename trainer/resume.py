@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,11 @@ _MEANING = (
     "schedule",
     "precision",
 )
+
+# What a key stands for in the settings of runs that were begun before there was one.
+_BEFORE_KEYS = {"optim.decay": "matrices", "data.add_bos": False}
+# Keys of data that are heeded where it is read, or say where it is: its digest is the same.
+_NOT_IN_DIGEST = ("data.max_seq_len", "data.mask_documents", "data.cache_dir", "data.verify")
 
 
 def find_checkpoint(
@@ -150,21 +155,25 @@ def set_newer_aside(
         reporter.say(f"{path.name} is set aside as {aside.name}")
 
 
-def keep_what_was_found(resolved: dict[str, Any], saved: dict[str, Any]) -> None:
+def keep_what_was_found(
+    resolved: dict[str, Any], saved: dict[str, Any], given: Collection[str]
+) -> None:
     """Carries over what was found out or chosen when the run began.
 
     Args:
         resolved: Settings of this run; is changed.
         saved: Those of the checkpoint.
+        given: Keys that the user set: their `auto` is a wish, and is compared as any other value.
     """
-    if resolved["model"]["fused_loss"] == "auto":
+    if resolved["model"]["fused_loss"] == "auto" and "model.fused_loss" not in given:
         resolved["model"]["fused_loss"] = saved["model"]["fused_loss"]
     if "probe" in saved:
         resolved["probe"] = saved["probe"]
-    if "decay" not in saved["optim"]:  # it was of matrices, as long as nobody could choose
-        del resolved["optim"]["decay"]
-    elif resolved["optim"]["decay"] == "auto":
-        resolved["optim"]["decay"] = saved["optim"]["decay"]
+    before = saved["optim"].get("decay", _BEFORE_KEYS["optim.decay"])
+    if resolved["optim"]["decay"] == "auto" and "optim.decay" not in given:
+        resolved["optim"]["decay"] = before
+    if "decay" not in saved["optim"] and resolved["optim"]["decay"] == before:
+        del resolved["optim"]["decay"]  # so that the next start knows, too
 
 
 def check_same_run(
@@ -182,7 +191,7 @@ def check_same_run(
         ConfigError: For the first difference that would change what is trained and is not listed in
             `allow_changes`.
     """
-    before, now = _flat(saved.config), _flat(state.config)
+    before, now = _BEFORE_KEYS | _flat(saved.config), _BEFORE_KEYS | _flat(state.config)
     before |= {"data": saved.data_digest, "data.tokenizer": saved.tokenizer_fingerprint}
     now |= {"data": state.data_digest, "data.tokenizer": state.tokenizer_fingerprint}
     total_before = before.pop("total_steps", None)
@@ -196,6 +205,15 @@ def check_same_run(
             raise ConfigError(
                 "allow_changes", key, "there is no such key", "name a key of the config"
             )
+    # The digest of the data follows from what it is made of.
+    implied = {
+        "data"
+        for key in before.keys() | now.keys()
+        if before.get(key) != now.get(key)
+        and key.startswith("data.")
+        and not _within(key, _NOT_IN_DIGEST)
+        and _within(key, config.allow_changes)
+    }
     changes = []
     digests = ("data", "data.tokenizer")  # last: a setting that changed them says more
     for key in sorted(before.keys() | now.keys(), key=lambda key: (key in digests, key)):
@@ -203,7 +221,7 @@ def check_same_run(
         if old == new or (key not in before and not new):  # unknown then, off now
             continue
         binding = key in bound or _within(key, _MEANING)
-        if binding and not _within(key, config.allow_changes):
+        if binding and not (_within(key, config.allow_changes) or key in implied):
             raise ConfigError(
                 key,
                 _shown(new),

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ from trainer.model import (
 )
 from trainer.optim import Decay, decayed_names
 from trainer.positions import check_positions
-from trainer.probe import settle
+from trainer.probe import leave_unused, settle
 from trainer.remote import RemoteCheckpoints
 from trainer.reporter import Reporter, check_run_dir
 from trainer.resume import (
@@ -62,11 +62,19 @@ from trainer.stopping import StopSignal
 from trainer.weights import find_file
 
 
-def train(config: TrainerConfig, stop: StopSignal, heartbeat: Heartbeat) -> ExitCode:
+def train(
+    config: TrainerConfig, stop: StopSignal, heartbeat: Heartbeat, given: Collection[str] = ()
+) -> ExitCode:
     """Joins the other ranks and runs, or goes on with, the run that `config` describes.
 
+    Args:
+        config: The run.
+        stop: Told of signals.
+        heartbeat: Beats.
+        given: Keys that the user set; the others have their defaults.
+
     Returns:
-        FINISHED, or START_AGAIN after a stop signal, with a complete checkpoint.
+        FINISHED, or START_AGAIN after a stop signal, with all steps saved.
 
     Raises:
         SpotforgeError: If the configuration, the data or the disk does not allow it.
@@ -76,11 +84,15 @@ def train(config: TrainerConfig, stop: StopSignal, heartbeat: Heartbeat) -> Exit
     if place is None or place.local_rank == 0:
         stop.watch(config.preemption.build(), config.preemption.poll_s)
     with join_world(stop.requested) as world:
-        return train_in(world, config, stop, heartbeat)
+        return train_in(world, config, stop, heartbeat, given)
 
 
 def train_in(
-    world: World, config: TrainerConfig, stop: StopSignal, heartbeat: Heartbeat
+    world: World,
+    config: TrainerConfig,
+    stop: StopSignal,
+    heartbeat: Heartbeat,
+    given: Collection[str] = (),
 ) -> ExitCode:
     """The run on one of the ranks of `world`; see `train`."""
     poll = _Poll(world, stop, heartbeat)
@@ -99,7 +111,7 @@ def train_in(
     stored = world.from_first(stored)
     begun_before = stored is not None and "add_bos" not in stored["data"]
     with world.together():
-        if stored is not None and config.data.add_bos == "auto":
+        if stored is not None and config.data.add_bos == "auto" and "data.add_bos" not in given:
             config = _with_bos(config, bool(stored["data"].get("add_bos")))
         data = prepare(
             config.data,
@@ -141,11 +153,16 @@ def train_in(
             if checkpoint is not None:
                 saved = read_state(checkpoint)
                 before = saved.config
-                keep_what_was_found(resolved, before)
+                keep_what_was_found(resolved, before, given)
                 check_same_run(config, state, saved, reporter.say)
                 check_same_model(checkpoint, model, reporter.say)
                 why = "the newest valid one" if config.resume == "auto" else "as resume says"
                 reporter.say(f"resuming after step {saved.step}, from {checkpoint} ({why})")
+                if config.total_steps is not None and saved.step > config.total_steps:
+                    reporter.say(
+                        f"resume: step {saved.step} is behind the {config.total_steps} steps that "
+                        "were asked for; nothing is trained"
+                    )
                 order = order_of(saved, checkpoint.parent.parent)
                 if order is not saved.order and len(data.sources) > 1:
                     reporter.say(f"resume: the checkpoint names no order of samples; it is {order}")
@@ -171,11 +188,12 @@ def train_in(
             )
         if weights.sparse:
             reporter.say(f"keep_zeros: {weights.num_zeros} weights are zero, and stay so")
-        if checkpoint is not None:
-            strategy.load_state(state_reader(checkpoint), num_updates=state.step)
         with world.together():
             check_forward(config, strategy, module, world)
-            settle(config, module, strategy, world, resolved, before, reporter.say)
+            settle(config, module, strategy, world, resolved, before, reporter.say, given)
+            leave_unused(config, module, strategy, world, reporter.say)
+        if checkpoint is not None:
+            strategy.load_state(state_reader(checkpoint), num_updates=state.step)
         poll.refuse_to_start()
 
         # 5. The loop
@@ -310,14 +328,13 @@ def _finish(
         reporter.event("finish", step)
     else:
         reporter.event("stop", step, reason=reasons[0] if reasons else "unknown")
-    reporter.close("finished" if finished else "stopped")
-    if finished:
-        reporter.say_what_next(checkpoint)
-    else:
-        reporter.say(
+        reporter.say(  # before the report, whose drawing takes seconds
             f"stopped after saving {checkpoint} ({reasons[0] if reasons else 'unknown'}); the same "
             "command goes on from there"
         )
+    reporter.close("finished" if finished else "stopped")
+    if finished:
+        reporter.say_what_next(checkpoint)
 
 
 def _set_up_process(config: TrainerConfig) -> None:

@@ -4,12 +4,11 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from core.errors import ConfigError
+from core.folder import LockHeldError, locked
 
 _LOCK, _OWNER = ".lock", ".lock-owner"
 # A file server keeps the lock of a machine that was lost until its lease expires: 90 s in Linux.
@@ -27,15 +26,13 @@ def lock_run(run_dir: Path) -> Iterator[None]:
         ConfigError: If another job has it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run_dir / _LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        owner = _owner(run_dir)
+    owner = _owner(run_dir)
+    elsewhere = owner is not None and owner["host"] != socket.gethostname()
+    with ExitStack() as stack:
         try:
-            elsewhere = owner is not None and owner["host"] != socket.gethostname()
-            lock.acquire(timeout=_LEASE_S if elsewhere else 0)
-        except Timeout as e:
+            stack.enter_context(locked(run_dir / _LOCK, timeout_s=_LEASE_S if elsewhere else 0))
+        except LockHeldError as e:
+            owner = _owner(run_dir)  # the holder has had time to write it
             who = f" (process {owner['pid']} on {owner['host']})" if owner is not None else ""
             raise ConfigError(
                 "run.dir",
@@ -43,16 +40,15 @@ def lock_run(run_dir: Path) -> Iterator[None]:
                 f"another job is training there{who}",
                 "stop that one first, or choose another run.name",
             ) from e
-    try:
-        me = {"host": socket.gethostname(), "pid": os.getpid()}
-        (run_dir / _OWNER).write_text(json.dumps(me))
-        yield
-    finally:
-        (run_dir / _OWNER).unlink(missing_ok=True)
-        if {p.name for p in run_dir.iterdir()} <= {_LOCK}:
-            (run_dir / _LOCK).unlink(missing_ok=True)
-            run_dir.rmdir()
-        lock.release()
+        try:
+            me = {"host": socket.gethostname(), "pid": os.getpid()}
+            (run_dir / _OWNER).write_text(json.dumps(me))
+            yield
+        finally:
+            (run_dir / _OWNER).unlink(missing_ok=True)
+            if {p.name for p in run_dir.iterdir()} <= {_LOCK}:
+                (run_dir / _LOCK).unlink(missing_ok=True)
+                run_dir.rmdir()
 
 
 def _owner(run_dir: Path) -> dict[str, object] | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import os
+import re
 import shutil
 import sys
 import threading
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -30,17 +30,24 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from core.errors import ConfigError, SpotforgeError
+from core.folder import (
+    MANIFEST,
+    Manifest,
+    commit,
+    manifest_of,
+    remove,
+    remove_uncommitted,
+    staging_of,
+    write_file,
+)
 from parallel.world import World
 from trainer.checkpoint import (
     ASSETS,
     LATEST,
-    MANIFEST,
-    STAGING,
     TRAINER,
     TrainerState,
     committed,
     outdated,
-    sha256_of,
     step_name,
 )
 from trainer.config import CheckpointConfig
@@ -81,8 +88,7 @@ class Checkpointer:
         self._pending: Future[None] | None = None
         self._uploader: Uploader | None = None
         if world.rank == 0:
-            for left in folder.glob(f"{STAGING}*"):  # by a run that was killed while saving
-                shutil.rmtree(left)
+            remove_uncommitted(folder)  # left by a run that was killed while saving
             if remote is not None:
                 self._uploader = Uploader(remote, config, tell)
 
@@ -159,20 +165,21 @@ class Checkpointer:
         """In the background thread of every rank."""
         began = time.perf_counter()
         name = step_name(state.step)
-        staging, final = self._folder / f"{STAGING}{name}", self._folder / name
+        final = self._folder / name
+        staging = staging_of(final)
         group, rank = self._world.saving, self._world.rank
         error: BaseException | None = None
-        mine: dict[str, Any] | None = None
+        mine: Manifest | None = None
         try:
             dcp.save(tensors, checkpoint_id=staging, process_group=group)
             if rank == 0:
                 self._save_assets(staging / ASSETS)
-                write_synced(staging / TRAINER, json.dumps(dataclasses.asdict(state), indent=1))
+                write_file(staging / TRAINER, json.dumps(dataclasses.asdict(state), indent=1))
             # Each rank vouches for the bytes that it wrote; rank 0 for the rest.
-            mine = _digests(staging, rank)
+            mine = manifest_of(staging, lambda path: _writer_of(path) == rank)
         except (Exception, CheckpointException) as e:  # the latter is no Exception
             error = e
-        digests: list[dict[str, Any] | None] = [None] * self._world.world_size
+        digests: list[Manifest | None] = [None] * self._world.world_size
         dist.all_gather_object(digests, mine, group=group)
         try:
             if error is None and None in digests:
@@ -181,7 +188,7 @@ class Checkpointer:
                 raise error
             if rank == 0:
                 files = {k: v for part in digests if part for k, v in part.items()}
-                write_synced(staging / MANIFEST, json.dumps({"files": files}, indent=1))
+                write_file(staging / MANIFEST, json.dumps({"files": files}, indent=1))
                 self._commit(staging, final)
                 self._tell(
                     "checkpoint",
@@ -194,26 +201,21 @@ class Checkpointer:
                     self._uploader.submit(final)
         except BaseException:
             if rank == 0:
-                shutil.rmtree(staging, ignore_errors=True)
+                remove(staging)
             raise
         finally:
             dist.barrier(group=group)  # `save` returns nowhere before the commit
 
     def _commit(self, staging: Path, final: Path) -> None:
-        sync_folder(staging)
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one that was passed over
-        staging.rename(final)
-        sync_folder(self._folder)
-        pointer = self._folder / f".{LATEST}"
-        write_synced(pointer, final.name + "\n")
-        pointer.replace(self._folder / LATEST)
+        commit(staging, final, replace=True)  # of a damaged one that was passed over
+        write_file(self._folder / LATEST, final.name + "\n")
         # A newer one is damaged, or left behind by the user: neither may push out this one.
         names = [p.name for p in committed(self._folder) if p.name <= final.name]
         being_uploaded = self._uploader.busy if self._uploader is not None else set()
         for name in outdated(names, self._config.keep_last, self._config.keep_every):
             if name not in being_uploaded:
-                trash = self._folder / f"{STAGING}{name}"  # not committed from here on
-                (self._folder / name).rename(trash)
+                trash = staging_of(self._folder / name)
+                (self._folder / name).rename(trash)  # not committed from here on
                 shutil.rmtree(trash)
 
     def _check_space(self, tensors: dict[str, Tensor]) -> None:
@@ -337,18 +339,10 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _digests(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
-    """Sizes and digests of the files that `rank` answers for."""
-    mine = f"__{rank}_"
-    paths = [
-        p
-        for p in folder.rglob("*")
-        if p.is_file() and (p.name.startswith(mine) or (rank == 0 and p.name[:2] != "__"))
-    ]
-    return {
-        str(p.relative_to(folder)): {"size_bytes": p.stat().st_size, "sha256": sha256_of(p)}
-        for p in paths
-    }
+def _writer_of(path: Path) -> int:
+    """Returns the rank that answers for a file of a checkpoint."""
+    found = re.match(r"__(\d+)_", path.name)  # dcp names a rank's files so
+    return int(found[1]) if found else 0
 
 
 def _os_error(error: BaseException) -> OSError | None:
@@ -361,18 +355,3 @@ def _os_error(error: BaseException) -> OSError | None:
             return found
     cause = error.__cause__ or error.__context__
     return _os_error(cause) if cause is not None else None
-
-
-def write_synced(path: Path, text: str) -> None:
-    with path.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from core.folder import write_file
 from trainer.preemption import NoticeSource
 
 _WAIT_POLL_S = 0.02
@@ -122,10 +123,8 @@ class StopSignal:
                 return
             self._recorded = True
             path = Path(folder) / "stop_reason.txt"
-            part = path.with_suffix(".part")  # a reader sees the whole line or no file
             try:
-                part.write_text(f"{reason}\n")
-                part.replace(path)
+                write_file(path, f"{reason}\n")
             except OSError as e:
                 print(f"{path} could not be written ({e}); stopping: {reason}", file=sys.stderr)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compression.recipe import StructuredPruneConfig
 from compression.structured.family import Family, Shape
+from core.folder import staged_file
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,8 @@ class Plan:
     def save(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Writes `measured`, at once."""
         path = self.measured(index)
-        staged = path.with_name(f".staging-{path.name}")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staged)
-        staged.replace(path)
+        with staged_file(path) as staging:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging)
 
     def score(self, index: int, name: str) -> Tensor:
         """One of a block's scores."""

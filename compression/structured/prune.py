@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +32,7 @@ from compression.structured.plan import Plan, most_important
 from compression.structured.sizes import target_shape
 from compression.targets import huggingface
 from core.errors import ConfigError, Interrupted
+from core.folder import staged_folder
 from core.settings.rules import check_settings
 
 KEY = "recipe.prune_structured"
@@ -97,11 +97,9 @@ def prune_structured(
     )
 
     # 3. An ordinary folder, at once
-    staged = out.with_name(f".staging-{out.name}")
-    shutil.rmtree(staged, ignore_errors=True)
-    huggingface.pack(result, source, staged)
-    _write_config(plan, staged / "config.json", blocks)
-    staged.rename(out)
+    with staged_folder(out) as staging:
+        huggingface.pack(result, source, staging)
+        _write_config(plan, staging / "config.json", blocks)
     return _describe(plan, blocks, depth)
 
 

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Mapping
@@ -20,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import ConfigError, MissingExtraError, SpotforgeError
+from core.folder import commit, remove, staging_of
+from core.process.child import describe_exit, run
 
 PYTHON = "SPOTFORGE_OPENVINO_PYTHON"
 _WORKER = Path(__file__).with_name("openvino_worker.py")
@@ -180,18 +181,12 @@ class OpenVino:
         """
         code = "import importlib.metadata as m; print(m.version('openvino'))"
         try:
-            done = subprocess.run(
-                [self._python, "-I", "-c", code],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=timeout_s,
-            )
-        except (OSError, subprocess.TimeoutExpired) as e:
+            done = run([self._python, "-I", "-c", code], timeout_s=timeout_s)
+        except OSError as e:  # a TimeoutError is one
             raise ConfigError(self._key, self._python, f"does not run ({e})", _FIX) from e
-        if done.returncode != 0 or not done.stdout.strip():
+        if done.code != 0 or not done.out.strip():
             raise MissingExtraError(self._key, self._python, "lacks openvino", _FIX)
-        return done.stdout.strip()
+        return done.out.strip()
 
     def versions(self, timeout_s: float = 300) -> dict[str, str]:
         """Versions of what the environment holds; all of it can be imported.
@@ -229,8 +224,8 @@ class OpenVino:
             raise ConfigError("out", out, "is there already", "remove it, or name another")
         weights = weights or WeightFormat()
         begin_s = time.monotonic()
-        staging = out.with_name(f".staging-{out.name}")
-        shutil.rmtree(staging, ignore_errors=True)
+        staging = staging_of(out)
+        remove(staging)
         try:
             (staging / "ir").mkdir(parents=True)
             if codes:
@@ -248,12 +243,12 @@ class OpenVino:
                 codes=str(staging / "codes.npz") if codes else None,
             )
             size_bytes = sum(path.stat().st_size for path in (staging / "ir").iterdir())
-            (staging / "ir").rename(out)
+            commit(staging / "ir", out)
         except OSError as e:
             fix = "free space or change permissions, then export again"
             raise ConfigError("out", out, e.strerror or str(e), fix) from e
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            remove(staging)
         elapsed_s = time.monotonic() - begin_s
         return Exported(out, size_bytes=size_bytes, elapsed_s=elapsed_s, **done)
 
@@ -366,33 +361,23 @@ class OpenVino:
         what = f"OpenVINO's {verb}"
         offline = {"HF_HUB_OFFLINE": "1", "CI": "true"}  # CI: nncf reports no usage
         try:
-            done = subprocess.run(
-                [self._python, "-I", str(_WORKER), verb, json.dumps(arguments)],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",
-                timeout=timeout_s,
-                env=os.environ | offline,
-            )
-        except subprocess.TimeoutExpired:
+            command = [self._python, "-I", str(_WORKER), verb, json.dumps(arguments)]
+            done = run(command, os.environ | offline, timeout_s)
+        except TimeoutError:
             raise SpotforgeError(
                 f"{what} was stopped after {timeout_s} s; raise timeout_s"
             ) from None
         except OSError as e:
             raise ConfigError(self._key, self._python, e.strerror or str(e), _FIX) from e
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        if done.returncode < 0:
-            name = signal.Signals(-done.returncode).name
-            why = (
-                "most likely for want of memory" if name == "SIGKILL" else f"its last words: {last}"
-            )
-            raise SpotforgeError(f"{what} was killed by {name}, {why}")
+        if done.code < 0:
+            is_killed = done.code == -signal.SIGKILL
+            why = "most likely for want of memory" if is_killed else done.last_line
+            raise SpotforgeError(f"{what} {describe_exit(done.code)}: {why}")
         try:
-            answer = json.loads(done.stdout)
+            answer = json.loads(done.out)
             error = answer.pop("error", {})
         except (ValueError, AttributeError, TypeError):
-            rule = f"does not run the worker ({last})"
+            rule = f"does not run the worker ({done.last_line})"
             raise ConfigError(self._key, self._python, rule, _FIX) from None
         if "import" in error:
             raise MissingExtraError(self._key, self._python, f"lacks {error['import']}", _FIX)

@@ -196,14 +196,18 @@ def load_folder(
         ignore_mismatched_sizes=True,
     )
     model, found = loaded
-    rule = None
+    rule, fix = None, "export or compress it again"
     if misfits := sorted(found["mismatched_keys"]):
         name, there, wanted = misfits[0]
         rule = f"{name} is {tuple(there)} there, and {tuple(wanted)} by its config.json"
     elif lacks := sorted(found["missing_keys"]):
         rule = f"{len(lacks)} of its model's tensors are not there, as {lacks[0]}"
+        kind, saved = type(model).__name__, model.config.architectures or []
+        if saved and kind not in saved:
+            rule += f": it was saved as {saved[0]}, which is no {kind}"
+            fix = f"give a folder that was saved from a {kind}"
     if rule is not None:
-        raise DamagedError("artifact", folder, rule, "export or compress it again")
+        raise DamagedError("artifact", folder, rule, fix)
     return model.eval()
 
 

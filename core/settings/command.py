@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -54,6 +54,26 @@ class CommandLine:
 
 
 @dataclass(frozen=True)
+class Job:
+    """What is composed and run.
+
+    Attributes:
+        words: The whole command line's, or those of one job of a sweep.
+        given: Keys that the words set; the others have their defaults.
+        change: What this job of a sweep changes, as `optim.lr=0.001,seed=1`; None: it is no sweep.
+    """
+
+    words: tuple[str, ...]
+    given: frozenset[str]
+    change: str | None = None
+
+    @property
+    def is_of_sweep(self) -> bool:
+        """Whether there are more jobs."""
+        return self.change is not None
+
+
+@dataclass(frozen=True)
 class Command:
     """A program and its settings.
 
@@ -83,16 +103,14 @@ class Command:
     examples: str = ""
     notes: str = ""
 
-    def main(
-        self, run: Callable[[Any, str | None], int], arguments: Sequence[str] | None = None
-    ) -> int:
+    def main(self, run: Callable[[Any, Job], int], arguments: Sequence[str] | None = None) -> int:
         """Reads the command line and does what it says.
 
         All jobs of a sweep are composed and checked before the first one runs.
 
         Args:
-            run: Called with the settings and, in a sweep, with what this job of it changes (such
-                as `optim.lr=0.001,seed=1`); returns an exit code. A sweep ends at a failure.
+            run: Called with the settings and the words that made them; returns an exit code. A
+                sweep ends at a failure.
             arguments: Those of the process, unless given.
 
         Returns:
@@ -108,10 +126,9 @@ class Command:
                 return _print(f"spotforge {version()}")
             jobs = self._jobs(line)
             if line.show is not None:
-                return _print("\n".join(self._shown(line, words) for words, _ in jobs))
-            runs = [(self.compose(words, line.config_dir), change) for words, change in jobs]
-            for config, change in runs:
-                code = run(config, change)
+                return _print("\n".join(self._shown(line, job.words) for job in jobs))
+            for config, job in [(self.compose(j.words, line.config_dir), j) for j in jobs]:
+                code = run(config, job)
                 if code != ExitCode.FINISHED:
                     return code
             return ExitCode.FINISHED
@@ -126,6 +143,7 @@ class Command:
             ConfigError: For an option that there is not, is given twice or lacks its value.
         """
         flags = ["--help", "--version", "--resolve", *(["--multirun"] if self.sweeps else [])]
+        valued = ["--cfg", *(["--config-dir"] if self.has_files else [])]
         words: list[str] = []
         found: dict[str, str] = {}
         rest = iter(arguments)
@@ -137,7 +155,7 @@ class Command:
             name = _SHORT.get(name, name)
             if name in found:
                 raise ConfigError("option", argument, "is given twice", "leave one out")
-            if name in ("--cfg", "--config-dir"):
+            if name in valued:
                 value = value if equals else next(rest, "")
                 if not value or value.startswith("-"):
                     rule, fix = "lacks its value", f"see {self.program} --help"
@@ -146,7 +164,7 @@ class Command:
             elif name in flags and not equals:
                 found[name] = ""
             else:
-                near = get_close_matches(name, [*flags, "--cfg", "--config-dir"], n=1)
+                near = get_close_matches(name, [*flags, *valued], n=1)
                 fix = f"did you mean {near[0]}?" if near else f"see {self.program} --help"
                 raise ConfigError("option", argument, "there is no such option", fix)
         show, folder = found.pop("--cfg", None), found.pop("--config-dir", None)
@@ -192,6 +210,11 @@ class Command:
             del tree["hydra"]
         return tree
 
+    @property
+    def has_files(self) -> bool:
+        """Whether `configs/` has a file to start from."""
+        return (CONFIG_DIR / f"{self.root}.yaml").exists()
+
     @cached_property
     def keys(self) -> list[Key]:
         """All keys, those of the groups' options among them."""
@@ -205,9 +228,9 @@ class Command:
     @cached_property
     def group_names(self) -> list[str]:
         """The groups that a word may choose an option of, as the root file lists them."""
-        path = CONFIG_DIR / f"{self.root}.yaml"
-        if not path.exists():
+        if not self.has_files:
             return []
+        path = CONFIG_DIR / f"{self.root}.yaml"
         listed = yaml.safe_load(path.read_text(encoding="utf-8"))["defaults"]
         names = [next(iter(entry)) for entry in listed if isinstance(entry, dict)]
         return [name for name in names if not name.startswith("override ")]
@@ -228,14 +251,14 @@ class Command:
 
         store = ConfigStore.instance()
         store.store(group="schema", name=self.root, node=self.schema)
-        if not (CONFIG_DIR / f"{self.root}.yaml").exists():
+        if not self.has_files:
             store.store(name=self.root, node=self.schema)
         for group, schemas in self.groups.items():
             for name, schema in schemas.items():
                 store.store(group=f"schema/{group.partition('.')[0]}", name=name, node=schema)
 
     def _compose(self, words: Sequence[str], config_dir: Path | None) -> DictConfig:
-        from hydra import compose, initialize_config_dir
+        from hydra import compose
         from hydra.core.hydra_config import HydraConfig
         from hydra.errors import HydraException
         from omegaconf.errors import OmegaConfBaseException
@@ -245,14 +268,27 @@ class Command:
         self._register()
         overrides = [self._as_hydra_wants(o) for o in self._parse(words, config_dir)]
         try:
-            with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
+            with self._sources():
                 tree = compose(self.root, overrides, return_hydra_config=True)
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as e:
             raise refusal(e, self, words, config_dir) from e
         HydraConfig.instance().set_config(tree)  # for what a file takes from it: ${hydra:...}
         return tree
 
-    def _parse(self, words: Sequence[str], config_dir: Path | None) -> list[Override]:
+    def _sources(self) -> AbstractContextManager[None]:
+        """Where Hydra looks for files: nowhere for a program that has none.
+
+        Else it would take a key that is named like a folder of `configs/` for a group.
+        """
+        from hydra import initialize, initialize_config_dir
+
+        if not self.has_files:
+            return initialize(config_path=None, version_base="1.3")
+        return initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3")
+
+    def _parse(
+        self, words: Sequence[str], config_dir: Path | None, sweeps: bool = False
+    ) -> list[Override]:
         """The words as Hydra reads them; a key that is given twice is refused."""
         from hydra.core.override_parser.overrides_parser import OverridesParser
         from hydra.errors import HydraException
@@ -266,7 +302,7 @@ class Command:
         found: dict[tuple[bool, str], Override] = {}
         for word in words:
             try:
-                override = parser.parse_override(self._spelt_out(word))
+                override = parser.parse_override(self._spelt_out(word, sweeps))
             except HydraException as e:
                 raise unreadable(word, e) from e
             key, _, value = word.lstrip("+~").partition("=")
@@ -280,12 +316,20 @@ class Command:
             found[at] = override
         return list(found.values())
 
-    def _spelt_out(self, word: str) -> str:
-        """A word with what Hydra asks for: whole keys, `++` for new ones, `[]` around a list."""
+    def _spelt_out(self, word: str, sweeps: bool) -> str:
+        """A word with what Hydra asks for: quotes, whole keys, `++` for new ones, `[]` for a list.
+
+        Args:
+            word: As it was typed.
+            sweeps: Whether a comma parts the values of a sweep.
+        """
         key, equals, value = word.partition("=")
-        key = self.short.get(key, key)
-        if not equals or not re.match(r"\w", key):
+        if not equals or key.startswith("~"):
             return word
+        value = _quoted(value, sweeps)
+        if key.startswith("+"):
+            return f"{key}={value}"
+        key = self.short.get(key, key)
         for known in self.keys:
             if known.is_open and (word := self._new_entry(known, key, value)):
                 return word
@@ -318,13 +362,14 @@ class Command:
             raise ConfigError(override.key_or_group, value, "is several values", fix)
         return str(override.input_line)
 
-    def _jobs(self, line: CommandLine) -> Iterator[tuple[list[str], str | None]]:
-        """The words of each job, and in a sweep what the job changes, as a folder name."""
+    def _jobs(self, line: CommandLine) -> Iterator[Job]:
+        """The job, or those of a sweep."""
+        given = frozenset(self.short.get(key, key) for key in map(_key, line.words))
         if "--multirun" not in line.flags:
-            yield list(line.words), None
+            yield Job(line.words, given)
             return
         variants = []
-        for override in self._parse(line.words, None):
+        for override in self._parse(line.words, None, sweeps=True):
             texts = [str(override.input_line)]
             if override.is_sweep_override():
                 if not override.is_discrete_sweep():
@@ -335,7 +380,7 @@ class Command:
             variants.append([(text, override.is_sweep_override()) for text in texts])
         for number, job in enumerate(itertools.product(*variants)):
             change = ",".join(text for text, is_swept in job if is_swept).replace("/", "_")
-            yield [text for text, _ in job], change or str(number)
+            yield Job(tuple(text for text, _ in job), given, change or str(number))
 
     def _shown(self, line: CommandLine, words: Sequence[str]) -> str:
         from omegaconf import OmegaConf, open_dict
@@ -387,6 +432,25 @@ def _print(text: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
         return ExitCode.FAILED
     return ExitCode.FINISHED
+
+
+def _quoted(value: str, sweeps: bool) -> str:
+    """A value in quotes where Hydra's grammar has no place for it: `~ [ ] ( )`, letters like é.
+
+    Lists, mappings and what is quoted stay as they are, right or wrong, and so does all that Hydra
+    can read, and what a comma may part for a sweep.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Quote, QuotedString
+    from hydra.errors import HydraException
+
+    if value[:1] in ("", *"[{'\"") or (sweeps and "," in value):
+        return value
+    try:
+        OverridesParser.create().parse_override(f"key={value}")
+    except HydraException:
+        return QuotedString(value, Quote.double).with_quotes()
+    return value
 
 
 def without(words: Sequence[str], others: Sequence[str]) -> list[str]:

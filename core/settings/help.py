@@ -88,6 +88,8 @@ def _options(command: Command) -> list[str]:
         "--version": "print the version, and the commit where it is known",
         "--help": "print this",
     }
+    if not command.has_files:
+        del options["--config-dir DIR"]
     if not command.sweeps:
         del options["--multirun"]
     return [_entry(option, text) for option, text in options.items()]

@@ -111,8 +111,8 @@ def _cost(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def _guard(options: argparse.Namespace, command: Sequence[str]) -> int:
     if not command:
         options.refuse("say what to run: -- COMMAND...")
+    from core.process.child import check_program
     from launch.budget.guard import Guard, GuardSettings
-    from launch.child import check_program
 
     check_program(command)
     num_nodes = _num_nodes(options)

@@ -6,20 +6,21 @@ me again" (33) is what a launcher would do.
 """
 
 import math
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import ConfigError, ExitCode
+from core.process.child import Child, exit_code
+from core.process.signals import exit_at_once, passed_on
 from launch.budget.budget import Budget, cost_usd
 from launch.budget.deadline import DeadlineWatch
 from launch.budget.ledger import Account, Ledger
 from launch.budget.machine_age import machine_age
 from launch.budget.progress import Progress, longest_save_s, read_progress, saved_step
-from launch.child import Child
 from launch.elastic.journal import say
-from launch.elastic.signals import exit_at_once
 from launch.rounding import rounded_up
 
 _SLOWER = 1.5  # than the slowest save so far, at worst
@@ -89,30 +90,42 @@ class Guard:
                 f", and a tick and a save here cost ${least_usd:.2f}", f"raise it to {needed}"
             )
         exit_at_once()
-        with Child(self._settings.command) as child:
-            self._pay(self._settings.tick_s)
-            stopping = killed = False
-            while (code := child.wait(self._paid_s - self._elapsed_s())) is None:
-                self._look()
-                self._look_at_deadline()
-                if not stopping and self._must_stop():
-                    stopping = True
-                    child.stop()
-                    say("guard", f"${self._budget.spent_usd:.2f} are spent: stopping, to save")
-                if not stopping:
-                    self._pay(self._settings.tick_s)
-                elif (left_s := self._budget.left_s(self._settings.usd_per_h)) > 0:
-                    self._pay(min(self._settings.tick_s, left_s))
-                else:
-                    killed = True
-                    break  # which kills it
-        self._look()
-        if killed or (stopping and code == ExitCode.START_AGAIN):
-            self._close("killed at the budget" if killed else "stopped at the budget", code)
-            raise self._exhausted(", killed while saving" if killed else "")
-        assert code is not None
-        self._close("ended", code)
-        return code
+        # Signals are passed on, to nobody, until the ledger is closed: they must not end it before.
+        with Child(self._settings.command) as child, passed_on(child):
+            stopping, code = self._watch(child)
+            child.close()
+            self._look()
+            if code is None:
+                self._close("killed at the budget", code)
+                raise self._exhausted(", killed while saving")
+            if stopping and code == ExitCode.START_AGAIN:
+                self._close("stopped at the budget", code)
+                raise self._exhausted()
+            self._close("ended", code)
+            return code
+
+    def _watch(self, child: Child) -> tuple[bool, int | None]:
+        """Pays for the command until it ends or the money does.
+
+        Returns:
+            Whether it was told to stop, and its exit code; None: it runs, and is to be killed.
+        """
+        self._pay(self._settings.tick_s)
+        stopping = False
+        while (code := child.wait(self._paid_s - self._elapsed_s())) is None:
+            self._look()
+            self._look_at_deadline()
+            if not stopping and self._must_stop():
+                stopping = True
+                child.send(signal.SIGTERM)
+                say("guard", f"${self._budget.spent_usd:.2f} are spent: stopping, to save")
+            if not stopping:
+                self._pay(self._settings.tick_s)
+            elif (left_s := self._budget.left_s(self._settings.usd_per_h)) > 0:
+                self._pay(min(self._settings.tick_s, left_s))
+            else:
+                return stopping, None
+        return stopping, exit_code(code)
 
     def _look(self) -> None:
         """What the run has done; as it was known before, where its folder cannot be read now."""

@@ -16,7 +16,6 @@ was killed in its last tick, which is paid for.
 
 import json
 import math
-import os
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -24,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from core.errors import ConfigError, DamagedError
+from core.folder import append_line
 from monitoring.jsonl import encode
 
 Entry = dict[str, object]
@@ -143,13 +143,9 @@ class Ledger:
         Raises:
             OSError: It could not be written.
         """
-        line = encode({"time": time.time(), "entry": entry, "step": step, **details}) + "\n"
+        line = encode({"time": time.time(), "entry": entry, "step": step, **details})
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Closed each time: a mounted bucket sends a file on its way when it is closed.
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self._path, line)
 
     def account(self) -> Account:
         """What all files say, of other machines too.

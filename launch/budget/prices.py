@@ -3,18 +3,15 @@
 import json
 import math
 import re
-import shutil
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from core.errors import ConfigError
+from core.process.gpus import NoAnswer, ask_driver
 from launch.catalog.gpus import gpu_of
 
 _FIX = "give a JSON list of {cloud, region, zone, gpu, gpus_per_node, is_spot, usd_per_h}"
-
-_SMI_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -101,14 +98,11 @@ def price_here(
 
 def gpu_here() -> str | None:
     """SkyPilot's name of this machine's GPUs, as the driver says; None where it cannot."""
-    if shutil.which("nvidia-smi") is None:
-        return None
     try:
-        command = ["nvidia-smi", "-L"]
-        listed = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=_SMI_S)
-    except subprocess.TimeoutExpired:  # a GPU that has fallen off the bus; supervise says so
+        listing = ask_driver("-L")
+    except NoAnswer:  # a GPU that has fallen off the bus; supervise says so
         return None
-    name = re.match(r"GPU 0: (.+?) \(UUID", listed.stdout)
+    name = re.match(r"GPU 0: (.+?) \(UUID", listing or "")
     return name and gpu_of(name[1])
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError, DamagedError
+from core.folder import read_json, write_file
 from launch.catalog.countries import country_of
 from launch.catalog.gpus import known_gpu
 from launch.catalog.offer import Offer
-from launch.json_file import read_json
 from monitoring.units import printable
 
 _FIELDS = {field.name: field for field in fields(Offer)}
@@ -99,9 +99,7 @@ def write_snapshot(path: Path, date: datetime.date, source: str, offers: Sequenc
     head = {"date": date.isoformat(), "source": source, "digest": digest_of(offers)}
     lines = ",\n".join(json.dumps(row) for row in rows)
     text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "offers": [\n{lines}\n ]\n}}\n'
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    write_file(path, text)
 
 
 def _offer(path: Path, number: int, row: Any) -> Offer:

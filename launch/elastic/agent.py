@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from core.errors import ConfigError, ExitCode, SpotforgeError
+from core.process.signals import call_on_stop, hold
 from launch.elastic.journal import say
 from launch.elastic.machine import Machine
 from launch.elastic.protocol import (
@@ -24,7 +25,6 @@ from launch.elastic.protocol import (
     encode,
     receive,
 )
-from launch.elastic.signals import call_on_stop, hold
 
 _POLL_S = 0.1
 _MAX_BACKOFF_S = 10.0

@@ -1,13 +1,12 @@
 """`python -m launch supervise` and `join`: what they take, and what they start."""
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from core.errors import ConfigError
-from launch.elastic.signals import exit_at_once
+from core.process.child import check_program
+from core.process.signals import exit_at_once
 
 _SUPERVISE = """\
 Starts COMMAND once for each rank, on this machine and on those that join it, and starts all of them
@@ -30,7 +29,7 @@ a cloud on this machine, whose two nodes last two minutes on average and have 30
 
 Anyone who reaches the port can join: listen on a private network only.
 
-exit codes: 0 finished; 33 stopped with a complete checkpoint, start it again; 2 refused; 1 failed
+exit codes: 0 finished; 33 stopped, with all steps saved, start it again; 2 refused; 1 failed
 """
 
 _JOIN = """\
@@ -231,8 +230,7 @@ def _check(options: argparse.Namespace, command: Sequence[str]) -> None:
     if not command:
         options.refuse("say what to run: -- COMMAND...")
     exit_at_once()
-    if shutil.which(command[0]) is None:
-        raise ConfigError("COMMAND", command[0], "no such program", "check its path")
+    check_program(command)
 
 
 def _count(text: str, least: int = 1) -> int:

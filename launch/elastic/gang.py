@@ -12,15 +12,16 @@ import asyncio
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from subprocess import SubprocessError
 from typing import Any
 
+from core.process.child import Child
+from core.process.python import USERS_PATH
 from launch.elastic.protocol import MAX_TEXT_CHARS, RankStatus, Start
-from launch.elastic.signals import die_with_parent
 
 _STACKS_S = 3.0
 _STACKS_SETTLED_S = 0.3
@@ -77,37 +78,27 @@ class _Rank:
         self._folder = folder / f"{start.generation}-{rank}"
         self._status = RankStatus(rank)
         self._beat_ns = 0
-        self._process: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
         try:
             self._folder.mkdir(parents=True)  # of a temporary folder that may have been cleared
-            self._process = subprocess.Popen(
-                command,
-                env=_environment(start, local_rank, self._folder),
-                stdin=subprocess.DEVNULL,  # a rank that waits for a key waits for ever
-                start_new_session=True,  # Ctrl-C reaches the supervisor only, which passes it on
-                preexec_fn=die_with_parent(),
-            )
-        except (OSError, subprocess.SubprocessError) as e:
+            self._child = Child(command, _environment(start, local_rank, self._folder))
+        except (OSError, SubprocessError) as e:
             self._end(_NOT_STARTED, f"cannot start {command[0]}: {e}")
 
     def look(self) -> RankStatus:
-        if self._status.exit is None and self._process is not None:
-            code = self._process.poll()
+        if self._status.exit is None and self._child is not None:
+            code = self._child.wait(0)
             self._read_heartbeat()  # after the exit code: the last beat counts
             if self._status.stop_reason is None and (reason := self.read("stop_reason.txt")):
                 self._update(stop_reason=reason.strip())
             if code is not None:
-                self._kill_group()  # helpers that it left behind would keep its GPU
+                self._child.kill()  # helpers that it left behind would keep its GPU
                 self._end(code, self.read("error.txt"))
         return self._status
 
     def signal(self, number: signal.Signals) -> None:
-        if self._process is None or self._process.poll() is not None:
-            return
-        if number == signal.SIGKILL:
-            self._kill_group()
-        else:
-            self._process.send_signal(number)
+        if self._child is not None:
+            self._child.send(number)
 
     def ask_for_stack(self) -> None:
         # One that never beats is not ours: SIGUSR2 would end it.
@@ -128,11 +119,8 @@ class _Rank:
             return None
 
     def close(self) -> None:
-        if self._process is not None:
-            try:
-                self._process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                pass  # stuck in the kernel; nothing more can be done to it
+        if self._child is not None:
+            self._child.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _read_heartbeat(self) -> None:
@@ -159,18 +147,14 @@ class _Rank:
     def _update(self, **fields: Any) -> None:
         self._status = replace(self._status, **fields)
 
-    def _kill_group(self) -> None:
-        assert self._process is not None
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass  # nobody is left in it; macOS calls that a lack of permission
-
 
 def _environment(start: Start, local_rank: int, folder: Path) -> Mapping[str, str]:
+    given = dict(os.environ)
+    if USERS_PATH in given:
+        given["PYTHONPATH"] = given.pop(USERS_PATH)
     return {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // start.nproc)),
-        **os.environ,
+        **given,
         "RANK": str(start.first_rank + local_rank),
         "WORLD_SIZE": str(start.world_size),
         "LOCAL_RANK": str(local_rank),

@@ -8,16 +8,15 @@ import asyncio
 import contextlib
 import os
 import random
-import signal
 import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from core.errors import ConfigError
+from core.errors import ConfigError, SpotforgeError
+from core.process.child import describe_exit, kill_group, spawn
+from core.process.gpus import NoAnswer, visible_gpus_async
+from core.process.python import USERS_PATH, environment, python
 from launch.elastic.journal import say
-from launch.elastic.machine import count_gpus
-from launch.elastic.signals import describe_exit, die_with_parent
 
 _CLOSE_S = 10.0  # for nodes that were dismissed to end
 
@@ -58,7 +57,7 @@ class LocalCloud:
         port: int,
         interruptions: Interruptions,
     ) -> None:
-        join = [sys.executable, "-m", "launch", "join", f"127.0.0.1:{port}"]
+        join = python("-m", "launch", "join", f"127.0.0.1:{port}")
         self._join = [*join, "--nproc", str(nproc), "--", *command]
         self._num_nodes, self._nproc = num_nodes, nproc
         self._interruptions = interruptions
@@ -82,27 +81,28 @@ class LocalCloud:
             await _kill(process)
 
     async def _environments(self) -> list[dict[str, str]]:
-        """One for each node, with GPUs of its own."""
-        num_gpus, num_ranks = await count_gpus() or 0, self._num_nodes * self._nproc
-        if 0 < num_gpus < num_ranks:
-            rule = f"{self._num_nodes} nodes need {num_ranks} GPUs, and there are {num_gpus}"
+        """Returns one for each node, with GPUs of its own."""
+        try:
+            gpus = await visible_gpus_async()
+        except NoAnswer as e:
+            raise SpotforgeError(f"the GPUs of this machine: {e}") from None
+        num_ranks = self._num_nodes * self._nproc
+        if 0 < len(gpus) < num_ranks:
+            rule = f"{self._num_nodes} nodes need {num_ranks} GPUs, and there are {len(gpus)}"
             raise ConfigError("--nproc", self._nproc, rule, "use fewer, or CUDA_VISIBLE_DEVICES=")
+        more = {USERS_PATH: os.environ.get("PYTHONPATH", "")}  # the ranks' program is the user's
         environments = []
         for i in range(self._num_nodes):
-            own = ",".join(str(i * self._nproc + rank) for rank in range(self._nproc))
-            environments.append(os.environ | ({"CUDA_VISIBLE_DEVICES": own} if num_gpus else {}))
+            own = ",".join(gpus[i * self._nproc : (i + 1) * self._nproc])
+            environments.append(
+                environment(**more, **({"CUDA_VISIBLE_DEVICES": own} if gpus else {}))
+            )
         return environments
 
-    async def _keep_up(self, index: int, environment: dict[str, str]) -> None:
+    async def _keep_up(self, index: int, env: dict[str, str]) -> None:
         rng = random.Random(f"{self._interruptions.seed}/{index}")
         while True:
-            process = await asyncio.create_subprocess_exec(
-                *self._join,
-                env=environment,
-                stdin=asyncio.subprocess.DEVNULL,
-                start_new_session=True,  # a signal from the terminal is the supervisor's
-                preexec_fn=die_with_parent(),
-            )
+            process = await spawn(self._join, env=env)
             self._up[index] = process
             say("cloud", f"node {index} is up: process group {process.pid}")
             away_s = self._interruptions.away_s
@@ -130,8 +130,7 @@ class LocalCloud:
 
 
 async def _kill(process: asyncio.subprocess.Process) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # its ranks die with it
+    kill_group(process.pid)  # its ranks die with it
     await process.wait()
 
 

@@ -5,8 +5,6 @@ behind a connection: both answer the same messages.
 """
 
 import asyncio
-import itertools
-import os
 import shutil
 import signal
 import socket
@@ -15,6 +13,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 
+from core.process.gpus import NoAnswer, visible_gpus_async
 from launch.elastic.gang import Gang
 from launch.elastic.protocol import (
     PING_S,
@@ -30,8 +29,6 @@ from launch.elastic.protocol import (
     Status,
     Stop,
 )
-
-_NVIDIA_SMI_S = 30.0
 
 
 class Machine:
@@ -59,13 +56,14 @@ class Machine:
         """How many ranks this machine can run now; when none, why."""
         if self._nproc is not None:
             return self._nproc, None
-        num_gpus = await count_gpus()
-        if num_gpus is None:
-            return 0, f"nvidia-smi does not answer within {_NVIDIA_SMI_S:.0f} s"
-        if num_gpus == 0 and self._had_gpus:
+        try:
+            gpus = await visible_gpus_async()
+        except NoAnswer as e:
+            return 0, str(e)
+        if not gpus and self._had_gpus:
             return 0, "no GPU is left"
-        self._had_gpus = num_gpus > 0
-        return max(1, num_gpus), None
+        self._had_gpus = bool(gpus)
+        return max(1, len(gpus)), None
 
     def receive(self, message: Message) -> None:
         """Does what `message` says.
@@ -128,44 +126,3 @@ class Machine:
 
     async def _dump(self, gang: Gang) -> None:
         self._send(Stacks(await gang.stacks()))
-
-
-async def count_gpus() -> int | None:
-    """GPUs that the driver lists and CUDA_VISIBLE_DEVICES lets through; None without an answer.
-
-    torch would keep a list from before a GPU fell off the bus; the driver does not.
-    """
-    try:
-        process = await asyncio.create_subprocess_exec(
-            "nvidia-smi",
-            "-L",
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-        )
-    except OSError:  # not installed: no GPU
-        return 0
-    try:
-        listing, _ = await asyncio.wait_for(process.communicate(), _NVIDIA_SMI_S)
-    except TimeoutError:
-        process.kill()
-        return None
-    return num_visible(listing.decode(errors="replace"), os.environ.get("CUDA_VISIBLE_DEVICES"))
-
-
-def num_visible(listing: str, visible: str | None) -> int:
-    """GPUs in the output of `nvidia-smi -L` that a process may use.
-
-    Args:
-        listing: Lines as `GPU 0: NVIDIA H100 (UUID: GPU-0a1b...)`.
-        visible: CUDA_VISIBLE_DEVICES: indices or (starts of) UUIDs; None lets all through.
-    """
-    num_gpus = sum(line.startswith("GPU ") for line in listing.splitlines())
-    if visible is None:
-        return num_gpus
-
-    def is_there(name: str) -> bool:
-        return int(name) < num_gpus if name.isdecimal() else "-" in name[1:] and name in listing
-
-    # CUDA ignores a name that is none, and all that come after it.
-    return len(list(itertools.takewhile(is_there, visible.replace(" ", "").split(","))))

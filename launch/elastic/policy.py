@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from core.errors import ExitCode
+from core.process.child import describe_exit
 from launch.elastic.protocol import RankStatus
-from launch.elastic.signals import describe_exit
 
 _SAME_FAILURES = 3
 _FAILURES = 10

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError, DamagedError, ExitCode, SpotforgeError
-from launch.child import Child
+from core.folder import manifest_of, write_file
+from core.process.child import Child, exit_code
+from core.process.python import environment
+from core.process.signals import exit_at_once, passed_on
 from launch.elastic.journal import say
-from launch.elastic.signals import exit_at_once
-from launch.pipeline.manifest import Manifest, first_difference, manifest_of
 from launch.pipeline.stages import Stage
 
+Digests = dict[str, str]  # SHA-256 of each file, by its path in the folder
 _RECORD = ("name", "arguments", "input", "path", "output", "time")  # of a stage that is done
 
 
@@ -33,7 +35,7 @@ class Chain:
     def __init__(self, stages: Sequence[Stage], state: Path) -> None:
         self._stages, self._path = stages, state
         self._done = _read(state)
-        self._manifests: dict[Path, Manifest] = {}  # reading a large model twice takes minutes
+        self._manifests: dict[Path, Digests] = {}  # reading a large model twice takes minutes
 
     def run(self, only: str | None = None) -> int:
         """Runs what is not done.
@@ -107,8 +109,8 @@ class Chain:
             if record["path"] == self._relative(stage.input):
                 self._refuse_change(record["name"], stage.input, record["output"])
 
-    def _refuse_change(self, name: str, path: Path, was: Manifest) -> None:
-        what = first_difference(was, self._manifest(path))
+    def _refuse_change(self, name: str, path: Path, was: Digests) -> None:
+        what = _first_difference(was, self._manifest(path))
         if what is not None:
             raise DamagedError(
                 "launch.stages",
@@ -119,11 +121,10 @@ class Chain:
 
     def _run(self, stage: Stage) -> tuple[int, bool]:
         say("pipeline", f"{stage.name} begins")
-        with Child(stage.command) as child:
+        with Child(stage.command, environment()) as child, passed_on(child) as signals:
             code = child.wait()
-        exit_at_once()
         assert code is not None
-        return code, child.told
+        return exit_code(code), bool(signals)
 
     def _note(self, stage: Stage) -> None:
         """Writes down that a stage is done."""
@@ -139,21 +140,29 @@ class Chain:
             "output": self._manifest(stage.output) if stage.output is not None else {},
             "time": time.time(),
         }
-        part = self._path.with_name(f".{self._path.name}.part")
-        with part.open("w", encoding="utf-8") as file:
-            json.dump({"format_version": 1, "stages": self._done}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self._path)
+        write_file(self._path, json.dumps({"format_version": 1, "stages": self._done}, indent=1))
 
     def _relative(self, path: Path) -> str:
         """As it is from the run directory, which may be mounted elsewhere tomorrow."""
         return os.path.relpath(path, self._path.parent)
 
-    def _manifest(self, path: Path) -> Manifest:
+    def _manifest(self, path: Path) -> Digests:
         if path not in self._manifests:
-            self._manifests[path] = manifest_of(path)
+            files = manifest_of(path)
+            self._manifests[path] = {name: entry["sha256"] for name, entry in files.items()}
         return self._manifests[path]
+
+
+def _first_difference(was: Digests, now: Digests) -> str | None:
+    """Returns the first file that was changed, removed or added, and which of these it was."""
+    for name in sorted(was.keys() | now.keys()):
+        if name not in now:
+            return f"{name} is gone"
+        if name not in was:
+            return f"{name} was added"
+        if was[name] != now[name]:
+            return f"{name} was changed"
+    return None
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

@@ -1,12 +1,12 @@
 """The stages that `launch.stages` names, as programs that hand a folder on."""
 
 import importlib.util
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import ConfigError
+from core.process.python import python
 from launch.config import Stage as StageName
 from launch.settings import Settings
 
@@ -36,8 +36,8 @@ class Stage:
 
     @property
     def command(self) -> list[str]:
-        """As it is started."""
-        return [sys.executable, *self.arguments]
+        """The command that starts it."""
+        return python(*self.arguments)
 
 
 def check_stages(settings: Settings) -> None:

@@ -6,10 +6,10 @@ from glob import glob
 from pathlib import Path
 
 from core.errors import ConfigError
+from core.folder import read_json
 from launch.catalog.gpus import gpu, known_gpu
 from launch.catalog.offer import Offer
 from launch.config import LaunchConfig
-from launch.json_file import read_json
 from launch.plan.workload import Workload
 from monitoring.throughput import peak_flops
 from parallel.config import DdpConfig, FsdpConfig, ZeroConfig

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.errors import ConfigError
-from launch.json_file import read_json
+from core.folder import read_json
 
 # Of one V100 (AWS p3.2xlarge, us-east-1, 2023); spot at 30% of it, about what it then was.
 ON_DEMAND_USD_PER_H = 3.06

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 import sqlite3
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from core.folder import staged_file
 from serving.batches.database import Database
 from serving.batches.pages import Page, page
 from serving.gateway.errors import ApiError
@@ -39,9 +39,8 @@ class Files:
         id = new_id("file-")
         path = self._database.path(id)
         try:
-            with path.open("xb") as file:
+            with staged_file(path) as staging, staging.open("xb") as file:
                 shutil.copyfileobj(content, file, 2**20)
-                sync(file)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
@@ -84,17 +83,6 @@ class Files:
             if row is None:
                 raise _absent(id)
         self._database.path(row["id"]).unlink(missing_ok=True)
-
-
-def sync(file: IO[bytes]) -> None:
-    """What was written, and that there is such a file, outlives a loss of power."""
-    file.flush()
-    os.fsync(file.fileno())
-    folder = os.open(Path(file.name).parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def insert(

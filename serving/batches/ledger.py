@@ -17,9 +17,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from core.folder import sync
 from serving.batches.batches import OPEN, set_status
 from serving.batches.database import Database
-from serving.batches.files import insert, new_id, sync
+from serving.batches.files import insert, new_id
 from serving.batches.validate import check_file, parse
 
 
@@ -207,6 +208,7 @@ class Ledger:
                         continue
                     id = batch[column]
                     path.rename(self._database.path(id))
+                    sync(self._database.folder)
                     name = f"{batch_id}_{column.removesuffix('_file_id')}.jsonl"
                     insert(transaction, id, batch["owner"], "batch_output", name, size)
                 transaction.execute("DELETE FROM lines WHERE batch_id = ?", (batch_id,))
@@ -226,9 +228,10 @@ class Ledger:
                     file = error_file if row["is_error"] or row["result"] is None else output_file
                     file.write(result.encode() + b"\n")
                 rows = self._rows(batch["id"], number)
-            sync(output_file)
-            sync(error_file)
-            return output_file.tell(), error_file.tell()
+            sizes = output_file.tell(), error_file.tell()
+        sync(output)
+        sync(errors)
+        return sizes
 
     def _rows(self, batch_id: str, after: int) -> list[sqlite3.Row]:
         query = "SELECT * FROM lines WHERE batch_id = ? AND number > ? ORDER BY number LIMIT 500"

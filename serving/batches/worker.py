@@ -13,7 +13,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from core.errors import ConfigError, ExitCode, MissingExtraError
-from core.settings.command import Command
+from core.settings.command import Command, Job
 from core.settings.rules import setting
 from serving.batches.database import DATABASE
 from serving.config import BROKERS
@@ -84,7 +84,7 @@ SIGTERM gives what it works on to another worker. Exit code 2: refused.
 )
 
 
-def _run(config: WorkerConfig, change: str | None) -> int:
+def _run(config: WorkerConfig, job: Job) -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     # Else Celery would end a batch first, which takes up to a day. So another worker gets it.
     os.environ.setdefault("REMAP_SIGTERM", "SIGQUIT")

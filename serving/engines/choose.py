@@ -7,15 +7,16 @@ import dataclasses
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from compression.served import served_dtype
 from compression.targets.openvino_program import PYTHON, WeightFormat
 from core.errors import ConfigError, SpotforgeError
+from core.process import gpus
+from core.process.python import python
 from serving.adapters import Adapter
-from serving.artifact import Artifact, Format, read_json
+from serving.artifact import Artifact, Format, read_object
 from serving.config import EngineConfig, EngineName
 from serving.engine import Engine, EngineInfo, Unproven
 from serving.engines import openvino, scores, vllm
@@ -109,6 +110,9 @@ async def start(
         ConfigError: No engine here can run the artifact, or not the one that was asked for.
         SpotforgeError: It does not start; nothing is left running.
     """
+    if config.name is not EngineName.remote and "vocab_size" not in _described(artifact.folder):
+        rule = "is not served: its config.json says no vocab_size, so that it is no language model"
+        raise ConfigError("artifact", artifact.name, rule, "serve a causal language model")
     choice = await build(artifact, config, cache, adapters)
     failed: list[str] = []
     while True:
@@ -190,7 +194,7 @@ async def build(
         return _torch(EngineName.transformers, artifact, config, adapters, why)
     if artifact.format is Format.openvino:
         return await _openvino(artifact, config, cache, "the artifact is an IR")
-    if vllm.has_gpu() and os.environ.get(vllm.PYTHON) and vllm.why_not(artifact) is None:
+    if gpus.has_gpu() and os.environ.get(vllm.PYTHON) and vllm.why_not(artifact) is None:
         return _vllm(artifact, config, f"this host has a GPU, and {vllm.PYTHON} names a vLLM")
     why_not = _why_not_openvino(artifact)
     if why_not is None:
@@ -207,7 +211,7 @@ def _proof(
     if choice.score is None or choice.dtype is None:
         return None
     weight_bytes = sum(path.stat().st_size for path in artifact.folder.glob("*.safetensors"))
-    cases = cases_of(_described(artifact.folder), weight_bytes, vllm.has_gpu(), adapters)
+    cases = cases_of(_described(artifact.folder), weight_bytes, gpus.has_gpu(), adapters)
     digests = [artifact.digest, *(f"{a.name} {a.digest}" for a in adapters.values())]
     return Proof(cache, digests, cases, choice.format, choice.dtype, choice.score)
 
@@ -220,7 +224,7 @@ def _why_not_openvino(artifact: Artifact) -> str | None:
     """None: it is worth the try."""
     if artifact.format is not Format.huggingface:
         return f"it alone runs {artifact.format.value}"
-    if vllm.has_gpu():
+    if gpus.has_gpu():
         return f"this host has a GPU, and {vllm.PYTHON} names no vLLM, which would be faster"
     if not os.environ.get(PYTHON):
         return f"{PYTHON} names no OpenVINO, which would be faster"
@@ -277,7 +281,10 @@ def _vllm(artifact: Artifact, config: EngineConfig, why: str) -> Choice:
 
     engine = vllm.VllmEngine(command, client, watch_of(config))
     format = dtype if artifact.format is Format.huggingface else "int8"
-    return Choice(engine, EngineName.vllm, why, dtype, scores.of_folder(artifact), format)
+    program = _torch_program(EngineName.plain, artifact, config, {}, dtype)
+    # vLLM has taken the GPU's memory.
+    plain = ProcessEngine(program, watch_of(config), {"CUDA_VISIBLE_DEVICES": ""})
+    return Choice(engine, EngineName.vllm, why, dtype, scores.of_another(plain), format)
 
 
 def _torch(
@@ -291,6 +298,18 @@ def _torch(
         rule = f"transformers does not run {artifact.format.value}"
         raise ConfigError("engine.name", name.value, rule, "leave it out")
     dtype = _dtype(artifact, config)
+    program = _torch_program(name, artifact, config, adapters, dtype)
+    engine = ProcessEngine(program, watch_of(config))
+    return Choice(engine, name, why, dtype, scores.of_program(engine), dtype)
+
+
+def _torch_program(
+    name: EngineName,
+    artifact: Artifact,
+    config: EngineConfig,
+    adapters: dict[str, Adapter],
+    dtype: str,
+) -> list[str]:
     max_context, kv_cache_tokens = kv_cache(artifact.folder, config, _ITEMSIZES[dtype])
     settings = {
         "folder": str(artifact.folder),
@@ -303,22 +322,20 @@ def _torch(
         "dtype": dtype,
         "adapters": {a.name: (str(a.folder), a.digest) for a in adapters.values()},
     }
-    arguments = [sys.executable, "-m", _OF_TORCH[name], json.dumps(settings)]
-    engine = ProcessEngine(arguments, watch_of(config))
-    return Choice(engine, name, why, dtype, scores.of_program(engine), dtype)
+    return python("-m", _OF_TORCH[name], json.dumps(settings))
 
 
 def _dtype(artifact: Artifact, config: EngineConfig) -> str:
     """That the artifact is computed in, by whichever engine."""
-    described = read_json(artifact.folder / "config.json")
-    return served_dtype(described, vllm.has_gpu(), config.dtype.value)
+    described = read_object(artifact.folder / "config.json")
+    return served_dtype(described, gpus.has_gpu(), config.dtype.value)
 
 
 def _max_batch_tokens(config: EngineConfig, times_running: int) -> int:
     """Where nobody says, on a CPU: so many that a step with prompts takes up to three without."""
     if config.max_batch_tokens is not None:
         return config.max_batch_tokens
-    if vllm.has_gpu():
+    if gpus.has_gpu():
         return _GPU_BATCH_TOKENS
     return times_running * max(_LEAST_RUNNING, config.max_running)
 
@@ -361,14 +378,14 @@ def kv_cache(folder: Path, config: EngineConfig, itemsize: int) -> tuple[int, in
 
 def _check_room(key: str, value: int, needed: int, fix: str) -> None:
     there = _host_bytes()
-    if not vllm.has_gpu() and needed > there:
+    if not gpus.has_gpu() and needed > there:
         rule = f"its KV cache takes {needed / 1e9:.4g} GB, and this host has {there / 1e9:.4g}"
         raise ConfigError(key, value, rule, fix)
 
 
 def _described(folder: Path) -> dict[str, Any]:
     """What `config.json` says of the language model, by the names that most models have."""
-    told = read_json(folder / "config.json")
+    told = read_object(folder / "config.json")
     described: dict[str, Any] = told.get("text_config") or told
     renamed = {
         name: described[other]

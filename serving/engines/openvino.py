@@ -6,25 +6,25 @@ Neither torch nor OpenVINO is imported here: processes of their own load the mod
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
-import shutil
-import subprocess
-import sys
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
 from compression.targets.openvino_program import OpenVino, WeightFormat
 from core.errors import ConfigError, SpotforgeError
+from core.folder import digest_of, locked, manifest_of, remove, staged_folder
+from core.process.child import run
+from core.process.python import environment, python
 
+_log = logging.getLogger("spotforge.serving")
 _WORKER = Path(__file__).with_name("openvino_worker.py")
 _KEY = "artifact"
+_PREPARED = "prepared.json"  # about an IR in the cache
 _SAMPLES, _TOKENS = 2, 64
 # What is a wrong graph and what is rounding: a right one has about 105, 53, 18 and 3 dB on random
 # tokens, where a trained model is far more sensitive than on text (25 dB in int8). Agreement on
@@ -50,29 +50,28 @@ def prepare(folder: Path, digest: str, cache: Path, weights: WeightFormat) -> Pa
     """
     program = OpenVino()
     if (folder / "openvino_model.xml").is_file():
-        if not (folder / "compression.json").is_file():
-            rule = "is an IR that python -m compression did not make"
+        # It lists the digests that the files are held to; what else would say that they are right?
+        if not all((folder / name).is_file() for name in ("compression.json", "lineage.json")):
+            rule = "is an IR without the compression.json and lineage.json of python -m compression"
             raise ConfigError(_KEY, folder, rule, "serve the Hugging Face folder it is from")
         return folder
     _check(folder)
-    about = {"artifact": digest, "weights": dataclasses.asdict(weights)}
+    about: dict[str, Any] = {"artifact": digest, "weights": dataclasses.asdict(weights)}
     about["openvino"] = program.openvino_version()
-    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    out = cache / f"openvino-{weights.dtype}-{name}"
+    out = cache / f"openvino-{weights.dtype}-{digest_of(about)[:16]}"
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(out.with_name(f"{out.name}.lock")):
+    with locked(out.with_name(f"{out.name}.lock")):
         if out.is_dir():
-            return out
-        unchecked = out.with_name(f".unchecked-{out.name}")
-        shutil.rmtree(unchecked, ignore_errors=True)  # of a process that was killed
-        try:
+            if _is_as_checked(out):
+                return out
+            _log.warning("%s: an IR is not as it was made; it is made again", out)
+            remove(out)
+        with staged_folder(out) as unchecked:
             program.export(folder, unchecked, weights)
             snr_db = _check_logits(program, folder, unchecked, weights)
-            text = json.dumps({**about, "snr_db": round(snr_db, 1)}, indent=2)
-            (unchecked / "prepared.json").write_text(text + "\n", encoding="utf-8")
-            unchecked.rename(out)
-        finally:
-            shutil.rmtree(unchecked, ignore_errors=True)
+            about |= {"snr_db": round(snr_db, 1), "files": manifest_of(unchecked)}
+            text = json.dumps(about, indent=2)
+            (unchecked / _PREPARED).write_text(text + "\n", encoding="utf-8")
     return out
 
 
@@ -117,6 +116,15 @@ def command(
     return [OpenVino().python, "-I", str(_WORKER), json.dumps(settings)]
 
 
+def _is_as_checked(ir: Path) -> bool:
+    """Whether an IR has the files that were compared with the artifact, and these as they were."""
+    try:
+        prepared = json.loads((ir / _PREPARED).read_text(encoding="utf-8"))
+        return bool(prepared["files"] == manifest_of(ir, lambda path: path.name != _PREPARED))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _check(folder: Path) -> None:
     """Raises ConfigError for what is no dense folder."""
     path = folder / "config.json"
@@ -149,15 +157,12 @@ def _check_logits(program: OpenVino, folder: Path, ir: Path, weights: WeightForm
     return snr_db
 
 
-def torch_logits(
-    folder: Path, tokens: NDArray[np.int64], target: str = "huggingface"
-) -> NDArray[np.float32]:
+def torch_logits(folder: Path, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
     """What a fresh load of an artifact computes.
 
     Args:
-        folder: Of the artifact.
+        folder: Dense, of the artifact.
         tokens: (N, T)
-        target: What the compression packed it for.
 
     Returns:
         (N, T, V)
@@ -168,18 +173,15 @@ def torch_logits(
     with tempfile.TemporaryDirectory() as work:
         given, scored = Path(work) / "tokens.npy", Path(work) / "logits.npy"
         np.save(given, tokens, allow_pickle=False)
-        module = [sys.executable, "-m", "compression.reload", target]
-        done = subprocess.run(
-            [*module, str(folder.absolute()), str(given), str(scored)],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        )
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise SpotforgeError(f"{_KEY}={folder}: does not load in a fresh process: {last}")
+        words = [str(folder.absolute()), str(given), str(scored)]
+        program = python("-m", "serving.engines.logits", *words)
+        try:
+            done = run(program, environment(HF_HUB_OFFLINE="1"), _TIMEOUT_S)
+        except TimeoutError as e:
+            raise SpotforgeError(f"{_KEY}={folder}: its logits: {e}") from None
+        if done.code != 0:
+            rule = f"does not load in a fresh process: {done.last_line}"
+            raise SpotforgeError(f"{_KEY}={folder}: {rule}")
         logits: NDArray[np.float32] = np.load(scored, allow_pickle=False)
     return logits
 

@@ -3,23 +3,35 @@
     python -I openvino_worker.py '{"folder": "IR", ...}'
 
 speaks the lines of `serving/engine.py`. `-I` keeps this folder from the front of `sys.path`, where
-our `openvino.py` would hide the library. Only `lines.py` is taken from there.
+our `openvino.py` would hide the library. Of our files it loads `core/process/json_lines.py` only.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
+import importlib.util
 import itertools
 import json
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-sys.path.append(str(Path(__file__).parent))
-lines = importlib.import_module("lines")
+_LINES = Path(__file__).parents[2] / "core/process/json_lines.py"
+
+
+def _load(path: Path) -> ModuleType:
+    """Returns a module of ours, without its package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+lines = _load(_LINES)
 
 _BLOCK_TOKENS = 32  # of a KV cache's block, on a CPU
 _GREEDY_TEMPERATURE = 1e-4  # GenAI divides by it in float32, which gives NaN where it is tiny
@@ -151,6 +163,9 @@ class Worker:
 
     def _on_embed(self, request: dict[str, Any]) -> None:
         self._fail(request["id"], "OpenVINO GenAI's text generation makes no embeddings")
+
+    def _on_proven(self, _: Any) -> None:
+        """Nothing was kept for the proof: another process computed what this one is held to."""
 
     def _check(self, request: dict[str, Any]) -> None:
         """Raises ValueError for what this engine cannot do."""
@@ -292,7 +307,7 @@ def main(arguments: list[str]) -> None:
     # Otherwise OpenVINO reports its use over the network from a fork, which outlives this process
     # and keeps its pipes open.
     os.environ["CI"] = "true"
-    told = lines.Lines()
+    told = lines.JsonLines()
     code = 2
     try:
         worker = Worker(Settings(**json.loads(arguments[0])), told)

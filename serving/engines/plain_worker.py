@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from serving.engines.lines import Lines
+from core.process.json_lines import JsonLines
 from serving.engines.torch_worker import Settings, TorchWorker, serve
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class PlainWorker(TorchWorker):
         lines: To the gateway.
     """
 
-    def __init__(self, settings: Settings, lines: Lines) -> None:
+    def __init__(self, settings: Settings, lines: JsonLines) -> None:
         import transformers
         from transformers import GenerationConfig
 

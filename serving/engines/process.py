@@ -13,14 +13,16 @@ import dataclasses
 import itertools
 import logging
 import math
-import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from core.errors import ConfigError, SpotforgeError
-from serving.child import LOOK_S, Child, ChildEnded, keep_up
+from core.process.json_child import ChildEnded, JsonChild
+from core.process.keep_up import keep_up
+from core.process.liveness import LOOK_S
+from core.process.python import environment
 from serving.config import EngineConfig
 from serving.engine import (
     EngineError,
@@ -29,6 +31,7 @@ from serving.engine import (
     EngineRefused,
     EngineStats,
     Prove,
+    Tie,
     TokenChunk,
     TokenLogprob,
     TokenRequest,
@@ -130,14 +133,14 @@ class ProcessEngine:
         self, command: Sequence[str], watch: Watch | None = None, env: dict[str, str] | None = None
     ) -> None:
         self._command, self._watch = list(command), watch or Watch()
-        self._env = os.environ | (env or {})
-        self._child: Child | None = None
+        self._env = environment(**(env or {}))
+        self._child: JsonChild | None = None
         self._ready: asyncio.Future[EngineInfo] | None = None
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
         self._live: dict[str, _Live] = {}
         self._embeds: dict[str, _Embeds] = {}
-        self._scores: dict[str, asyncio.Future[list[list[float]]]] = {}
+        self._scores: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._is_up = False  # a process is there, has said that it is ready, and made a token
         self._is_hung = False
         self._misconfigured: ConfigError | None = None
@@ -185,7 +188,7 @@ class ProcessEngine:
             )
             raise (Unproven(str(e)) if is_about_the_model else e) from None
         self._say("proven", None)
-        work = keep_up("engine", self._watch_one, self._end, self._launch_again)
+        work = keep_up("engine", _log, self._watch_one, self._end, self._launch_again)
         self._tasks.append(asyncio.create_task(work))
         return self.info
 
@@ -227,8 +230,14 @@ class ProcessEngine:
                 self._say("cancel", id)
 
     async def score(
-        self, id: str, tokens: list[int], start: int, of: list[list[int]], adapter: str | None
-    ) -> list[list[float]]:
+        self,
+        id: str,
+        tokens: list[int],
+        start: int,
+        of: list[list[int]],
+        adapter: str | None,
+        turned: Sequence[Tie] = (),
+    ) -> tuple[list[list[float]], tuple[Tie, ...]]:
         """Has the program compute log-probabilities by a plain forward of the weights that it has.
 
         Args:
@@ -237,20 +246,22 @@ class ProcessEngine:
             start: Index of the first token that is scored.
             of: Token ids, for each token from there on.
             adapter: That is added to the model.
+            turned: Ties in which the other one is taken.
 
         Returns:
             For each token from `start` on, what its place gives the likeliest token, and those of
-            `of`.
+            `of`; and the ties that there were.
 
         Raises:
             EngineError: It cannot.
         """
-        scored: asyncio.Future[list[list[float]]] = asyncio.get_running_loop().create_future()
+        scored: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._scores[id] = scored
         try:
             asked = {"id": id, "tokens": tokens, "start": start, "of": of, "adapter": adapter}
-            self._say("score", asked)
-            return await scored
+            self._say("score", asked | {"turned": list(turned)})
+            told = await scored
+            return told["scores"], tuple((call, row) for call, row in told["ties"])
         finally:
             del self._scores[id]
 
@@ -274,7 +285,7 @@ class ProcessEngine:
         """Starts a process, waits until it is ready, and has it make one token."""
         self._misconfigured, self._unfit, self._is_hung = None, None, False
         self._ready = asyncio.get_running_loop().create_future()
-        self._child = await Child.start(self._command, self._hear, self._env)
+        self._child = await JsonChild.start(self._command, self._hear, self._env)
         try:
             async with asyncio.timeout(self._watch.start_timeout_s):
                 self._info = await self._child.unless_it_ends(self._ready)
@@ -330,7 +341,7 @@ class ProcessEngine:
                 embeds.add(content["vector"])
         elif kind == "scored":
             if (scored := self._scores.get(content["id"])) is not None and not scored.done():
-                scored.set_result(content["scores"])
+                scored.set_result(content)
         elif kind == "idle":
             self._stats.running = 0
             self._stats.kv_cache_usage = content["kv_cache_usage"]

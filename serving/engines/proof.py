@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.errors import ConfigError
-from serving.engine import Engine, EngineError, EngineInfo, TokenLogprob, TokenRequest, Unproven
+from core.folder import write_file
+from serving.engine import (
+    Engine,
+    EngineError,
+    EngineInfo,
+    Tie,
+    TokenLogprob,
+    TokenRequest,
+    Unproven,
+)
 
 _log = logging.getLogger("spotforge.serving")
 
@@ -43,6 +51,7 @@ _CHANGES_AT = (
     "original_max_position_embeddings",
 )
 _CPU_WORK = 3e12  # operations of a forward, about a minute on a few cores; longer prompts are cut
+_MOST_TIES = 16  # that are turned, of one sequence; each takes a forward
 _VERSION = 1  # of what is asked and compared
 
 
@@ -54,12 +63,14 @@ class Asked(NamedTuple):
         start: Index of the first new token.
         of: Token ids, for each new one.
         adapter: That is added to the model; None: the model alone.
+        turned: Ties in which the other one is to be taken.
     """
 
     tokens: list[int]
     start: int
     of: list[list[int]]
     adapter: str | None
+    turned: tuple[Tie, ...] = ()
 
 
 class Scores(NamedTuple):
@@ -68,10 +79,12 @@ class Scores(NamedTuple):
     Attributes:
         best: Of the likeliest token.
         of: Of the tokens that were asked about.
+        ties: That there were, the nearest first.
     """
 
     best: list[float]
     of: list[list[float]]
+    ties: tuple[Tie, ...] = ()
 
 
 # Raises EngineError where the plain forward fails.
@@ -145,12 +158,30 @@ class Proof:
             raise Unproven(f"cannot be compared with a plain forward, which fails: {e}") from e
         worst = 0.0
         for (way, case, answer), scored in zip(pairs, scores, strict=True):
-            off = _distance(answer, scored)
+            off = await self._distance(case, answer, scored, bound)
             if not off <= bound:  # NaN is not
                 raise Unproven(_says(case, way, off, bound))
             worst = max(worst, off)
         _log.info("%s: log-probabilities within %.2g of a plain forward's", info.engine, worst)
         self._keep(known, info, worst)
+
+    async def _distance(self, case: Case, answer: _Answer, scored: Scores, bound: float) -> float:
+        """From the plain forward, or from one that differs where rounding decides.
+
+        Ties are turned one by one, and those that bring it nearer stay turned.
+        """
+        off, turned = _distance(answer, scored), tuple[Tie, ...]()
+        for tie in scored.ties[:_MOST_TIES]:
+            if off <= bound:
+                break
+            asked = _asked(case, answer)._replace(turned=(*turned, tie))
+            [other] = await self._score([asked])
+            if (other_off := _distance(answer, other)) < off:
+                off, turned = other_off, asked.turned
+        if turned and off <= bound:
+            told = "a prompt of %d tokens: choices of experts that rounding decides are others: %d"
+            _log.info(told, len(case.prompt), len(turned))
+        return off
 
     def _file(self, info: EngineInfo) -> Path:
         engine = [info.engine, info.built_with, self._dtype, self._format]
@@ -163,9 +194,7 @@ class Proof:
         text = json.dumps({**about, "dtype": self._dtype, "worst_nats": worst}, indent=2)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            written = path.with_suffix(f".{os.getpid()}")
-            written.write_text(text + "\n", encoding="utf-8")
-            written.rename(path)  # whole or not at all
+            write_file(path, text + "\n")
         except OSError as e:
             fix = "name a folder that can be written"
             raise ConfigError("cache", path.parent, e.strerror or str(e), fix) from e

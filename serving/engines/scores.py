@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 
 from compression.targets.openvino_program import OpenVino
 from core.errors import SpotforgeError
-from serving.artifact import Artifact
 from serving.engine import EngineError
-from serving.engines.openvino import torch_logits
 from serving.engines.process import ProcessEngine
 from serving.engines.proof import Asked, Score, Scores
 
@@ -27,8 +25,8 @@ def of_program(engine: ProcessEngine) -> Score:
     async def score(asked: list[Asked]) -> list[Scores]:
         scored = []
         for one in asked:
-            rows = await engine.score(f"score-{next(numbers)}", *one)
-            scored.append(Scores([row[0] for row in rows], [row[1:] for row in rows]))
+            rows, ties = await engine.score(f"score-{next(numbers)}", *one)
+            scored.append(Scores([row[0] for row in rows], [row[1:] for row in rows], ties))
         return scored
 
     return score
@@ -43,9 +41,24 @@ def of_ir(ir: Path) -> Score:
     return _of_logits(lambda tokens: OpenVino().logits(ir, tokens))
 
 
-def of_folder(artifact: Artifact) -> Score:
-    """By transformers in a fresh process, of the artifact's files."""
-    return _of_logits(lambda tokens: torch_logits(artifact.folder, tokens, artifact.format.value))
+def of_another(engine: ProcessEngine) -> Score:
+    """By an engine that is there for nothing else: it is started for it, and closed after.
+
+    Args:
+        engine: On the same files.
+    """
+    by_engine = of_program(engine)
+
+    async def score(asked: list[Asked]) -> list[Scores]:
+        try:
+            await engine.start()
+            return await by_engine(asked)
+        except SpotforgeError as e:
+            raise EngineError(str(e)) from e
+        finally:
+            await engine.close()
+
+    return score
 
 
 def _of_logits(logits: Callable[[NDArray[np.int64]], NDArray[Any]]) -> Score:

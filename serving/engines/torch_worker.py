@@ -19,13 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from core.errors import ConfigError
+from core.process.json_lines import IDLE_S, JsonLines
 from serving.adapters import key_of, resolve
-from serving.engines.lines import IDLE_S, Lines
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
     from serving.engines.grammars import Grammars
+
+
+_CAUSAL_TOKENS = 8  # of the text whose last one is changed
 
 
 class Unfit(Exception):
@@ -68,7 +71,7 @@ class TorchWorker(ABC):
         is_plain: Whether the model is loaded with plain attention, not of transformers' choice.
     """
 
-    def __init__(self, settings: Settings, lines: Lines, is_plain: bool) -> None:
+    def __init__(self, settings: Settings, lines: JsonLines, is_plain: bool) -> None:
         import torch
         import transformers
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -84,6 +87,7 @@ class TorchWorker(ABC):
         keep_freed_memory()  # else some processes spend a third of their CPU time on page faults
         self._settings, self._lines = settings, lines
         self._model, self._restored = _load(settings, settings.dtype, is_plain)
+        _check_causal(self._model, settings.folder)
         self._reference: Any = None  # what scores are computed with, while the engine is proven
         text_config = self._model.config.get_text_config()
         self._eos = _eos_tokens(self._model)
@@ -298,10 +302,12 @@ class TorchWorker(ABC):
         except Exception as e:  # the gateway takes it as a proof that failed
             self._lines.say("failed", {"id": asked["id"], "error": _one_line(e)})
         else:
-            self._lines.say("scored", {"id": asked["id"], "scores": scored})
+            self._lines.say("scored", {"id": asked["id"]} | scored)
 
-    def _score(self, asked: dict[str, Any]) -> list[list[float]]:
+    def _score(self, asked: dict[str, Any]) -> dict[str, Any]:
         import torch
+
+        from serving.engines.ties import Choices
 
         if self._reference is None:
             self._reference = self._reference_model()
@@ -311,12 +317,14 @@ class TorchWorker(ABC):
             kept = {}
             if model._supports_logits_to_keep():
                 kept["logits_to_keep"] = len(tokens) - start + 1
-            logits = model(input_ids=ids, use_cache=False, **kept).logits[0]
+            with Choices(map(tuple, asked["turned"])) as choices:
+                logits = model(input_ids=ids, use_cache=False, **kept).logits[0]
             rows = logits[start - len(tokens) - 1 : -1].float().log_softmax(-1)
-        return [
+        scores = [
             [row.max().item(), *row[torch.tensor(of, device=row.device)].tolist()]
             for row, of in zip(rows, asked["of"], strict=True)
         ]
+        return {"scores": scores, "ties": choices.ties}
 
     def _on_proven(self, _: Any) -> None:
         """The memory of what scores were computed with is needed no more."""
@@ -358,7 +366,7 @@ def _load(settings: Settings, dtype: str, is_plain: bool) -> tuple[Any, list[str
         ConfigError: It cannot be loaded.
     """
     import torch
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from compression.targets.packing import load_folder
     from serving.engines.buffers import restore_buffers
@@ -368,6 +376,9 @@ def _load(settings: Settings, dtype: str, is_plain: bool) -> tuple[Any, list[str
     folder, numbers = Path(settings.folder), getattr(torch, dtype)
     try:
         described = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if type(described) not in AutoModelForCausalLM._model_mapping.keys():
+            rule = f"is not served: transformers completes no text with a {described.model_type}"
+            raise ConfigError("artifact", folder, rule, "serve a causal language model")
         attention = plain_attention(described) if is_plain else None
         if settings.target is None:
             model = load_folder(folder, numbers, attention)
@@ -379,6 +390,29 @@ def _load(settings: Settings, dtype: str, is_plain: bool) -> tuple[Any, list[str
     except (OSError, ValueError, KeyError, ImportError) as e:  # an unknown type, no such file
         rule = f"transformers does not load it: {(str(e).splitlines() or [''])[0]}"
         raise ConfigError("artifact", folder, rule, "export or compress it again") from e
+
+
+def _check_causal(model: Any, folder: str) -> None:
+    """Raises ConfigError for an encoder, whose tokens see the one that they are to predict."""
+    import torch
+
+    size = model.config.get_text_config().vocab_size
+    tokens = [i * (size - 1) // _CAUSAL_TOKENS for i in range(1, _CAUSAL_TOKENS + 1)]
+    try:
+        with torch.no_grad(), _plain(model):
+            one, other = (
+                model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0]
+                for ids in (tokens, [*tokens[:-1], tokens[0]])
+            )
+    except Exception:  # the proof asks the same, and says why it fails
+        return
+    seen = (one[:-1] - other[:-1]).abs().max() / one.abs().max()
+    # None at all, but for experts, whose products are of other rows then.
+    if seen > (1e-5 if one.dtype == torch.float32 else 0.05):
+        kind = type(model).__name__
+        rule = f"is not served: as an encoder, {kind} sees the tokens that it is to predict"
+        fix = "serve a decoder (one that was trained as such says is_decoder=true in config.json)"
+        raise ConfigError("artifact", folder, rule, fix)
 
 
 def _adapters(settings: Settings, model: Any) -> Any:
@@ -458,7 +492,7 @@ def serve(worker: type[TorchWorker], arguments: list[str]) -> None:
         worker: A leaf, which takes settings and lines.
         arguments: Of the command line: the settings, as JSON.
     """
-    lines = Lines()
+    lines = JsonLines()
     try:
         settings = Settings(**json.loads(arguments[0]))
         running = worker(settings, lines)  # type: ignore[call-arg]

@@ -11,7 +11,7 @@ import sys
 from contextlib import AbstractContextManager
 from typing import Any
 
-from serving.engines.lines import Lines
+from core.process.json_lines import JsonLines
 from serving.engines.torch_worker import Settings, TorchWorker, Unfit, serve
 
 _PAGE_TOKENS = 32  # of the KV cache
@@ -28,7 +28,7 @@ class TransformersWorker(TorchWorker):
         Unfit: Continuous batching does not take such a model.
     """
 
-    def __init__(self, settings: Settings, lines: Lines) -> None:
+    def __init__(self, settings: Settings, lines: JsonLines) -> None:
         import transformers
 
         super().__init__(settings, lines, is_plain=False)

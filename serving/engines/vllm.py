@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -21,8 +21,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from core.errors import ConfigError, MissingExtraError, SpotforgeError
+from core.process import gpus
+from core.process.child import describe_exit, kill_group, spawn
+from core.process.keep_up import keep_up
 from serving.artifact import Artifact, Format
-from serving.child import keep_up
 from serving.config import EngineConfig
 from serving.engine import (
     EngineError,
@@ -36,6 +38,7 @@ from serving.engine import (
 from serving.engines.process import Watch
 from serving.engines.remote import RemoteEngine
 
+_log = logging.getLogger("spotforge.serving")
 PYTHON = "SPOTFORGE_VLLM_PYTHON"
 FORMATS = {Format.huggingface, Format.torchao, Format.compressed_tensors}
 _KEY = "engine.name"
@@ -49,17 +52,12 @@ _REAPER = ("sh", "-c", 'cat; kill -9 "-$0"')
 _CAUSE = re.compile(r"^(?:\(.*? pid=\d+\) )?(?:ERROR .*?\] )?([\w.]*(?:Error|Exception): \S.*)")
 
 
-def has_gpu() -> bool:
-    """Whether this host has one of NVIDIA's."""
-    return any(Path("/dev").glob("nvidia[0-9]*"))
-
-
 def why_not(artifact: Artifact) -> str | None:
     """Why vLLM does not load an artifact on this host; None: it may."""
     if artifact.format not in FORMATS:
         return f"vLLM does not load {artifact.format.value}"
     if artifact.format is Format.torchao:
-        if not has_gpu():
+        if not gpus.has_gpu():
             return "vLLM loads torchao on a GPU only"
         capability = _capability()
         if capability is not None and capability < _LEAST_TORCHAO_CAPABILITY:
@@ -69,12 +67,12 @@ def why_not(artifact: Artifact) -> str | None:
 
 
 def _capability() -> float | None:
-    """The least of this host's GPUs; None where nobody tells."""
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    if shutil.which(command[0]) is None:
-        return None
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    told = re.findall(r"^\d+\.\d+$", done.stdout, re.MULTILINE)
+    """Returns the least of this host's GPUs; None where nobody tells."""
+    try:
+        answer = gpus.ask_driver("--query-gpu=compute_cap", "--format=csv,noheader")
+    except gpus.NoAnswer:
+        return None  # vLLM will not start then, and says why
+    told = re.findall(r"^\d+\.\d+$", answer or "", re.MULTILINE)
     return min(map(float, told), default=None)
 
 
@@ -183,7 +181,7 @@ class VllmEngine:
             await self.close()
             raise
         self._supervising = asyncio.create_task(
-            keep_up("vllm", self._until_lost, self._end_lost, self._launch_again)
+            keep_up("vllm", _log, self._until_lost, self._end_lost, self._launch_again)
         )
         return info
 
@@ -214,21 +212,18 @@ class VllmEngine:
         """Starts a process, and waits until it listens: it has loaded the model then."""
         self._said.clear()
         Path(self._socket).unlink(missing_ok=True)
-        self._process = await asyncio.create_subprocess_exec(
-            *self._command,
-            stdin=subprocess.DEVNULL,
+        self._process = await spawn(
+            self._command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=os.environ | {"VLLM_NO_USAGE_STATS": "1"},
-            start_new_session=True,  # with the processes that it starts, to be killed together
         )
-        self._reaper = await asyncio.create_subprocess_exec(
-            *_REAPER,
-            str(self._process.pid),
+        self._reaper = await spawn(
+            [*_REAPER, str(self._process.pid)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,
+            preexec_fn=None,  # it outlives us, to kill what vLLM has started
         )
         self._reading = asyncio.create_task(self._read(self._process))
         try:
@@ -285,8 +280,9 @@ class VllmEngine:
     def _last_words(self) -> str:
         assert self._process is not None
         said = self._cause() or next((line for line in reversed(self._said) if line), None)
-        code = self._process.returncode
-        return f"ended with {code}: {said}" if said else f"ended with {code}, and said nothing"
+        assert self._process.returncode is not None
+        ended = describe_exit(self._process.returncode)
+        return f"{ended}: {said}" if said else f"{ended}, and said nothing"
 
     def _cause(self) -> str | None:
         """The first exception that it told of: what follows is only the consequence."""
@@ -302,8 +298,7 @@ class VllmEngine:
                 process.terminate()
                 async with asyncio.timeout(grace_s):
                     await process.wait()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        kill_group(process.pid)
         await process.wait()
         if self._reading is not None:
             await self._reading

@@ -6,20 +6,24 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
-import sys
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
 from core.errors import SpotforgeError
-from serving.child import LOOK_S, Child, keep_up
+from core.process.json_child import JsonChild
+from core.process.keep_up import keep_up
+from core.process.liveness import LOOK_S
+from core.process.python import environment, python
 from serving.engine import EngineError, EngineFailed
 from serving.text.stages import TextError
 from serving.text.tokenizer import TokenizerFiles
 
 T = TypeVar("T")
 
+_log = logging.getLogger("spotforge.serving")
 _START_TIMEOUT_S = 60.0
 _ANSWER_TIMEOUT_S = 60.0  # however busy it is
 _DEATHS_OF_A_MESSAGE = 3
@@ -159,9 +163,9 @@ class Worker:
         self, pool: Pool, stage: str, index: int, files: TokenizerFiles, silence_s: float
     ) -> None:
         self._pool, self._files, self._silence_s = pool, files, silence_s
-        self._command = [sys.executable, "-m", "serving.text.worker", stage]
+        self._command = python("-m", "serving.text.worker", stage)
         self._name = f"text: {stage} {index}"
-        self._child: Child | None = None
+        self._child: JsonChild | None = None
         self._ready: asyncio.Future[int] | None = None
         self._works: dict[int, Work] = {}
         self.is_up = False
@@ -193,7 +197,7 @@ class Worker:
     async def launch(self) -> None:
         """Starts a process; raises SpotforgeError where it does not come up."""
         self._ready = asyncio.get_running_loop().create_future()
-        self._child = await Child.start(self._command, self._hear)
+        self._child = await JsonChild.start(self._command, self._hear, environment())
         self._child.say("files", dataclasses.asdict(self._files))
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
@@ -210,7 +214,7 @@ class Worker:
 
     async def keep_up(self) -> None:
         """Replaces the process whenever it died or hung."""
-        await keep_up(self._name, self._watch, self._end, self._launch_again)
+        await keep_up(self._name, _log, self._watch, self._end, self._launch_again)
 
     async def kill(self) -> list[Work]:
         """Ends the process; returns what it had."""

@@ -9,11 +9,8 @@ backend of the `tokenizers` library, the chat template and the fingerprint.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,7 +22,10 @@ from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from core.errors import ConfigError
-from serving.artifact import Artifact, read_json
+from core.folder import digest_of, sha256_of, staged_file
+from core.process.child import run
+from core.process.python import environment, python
+from serving.artifact import Artifact, read_object
 
 _log = logging.getLogger("spotforge.serving")
 _KEY = "artifact"
@@ -104,7 +104,7 @@ def load(artifact: Artifact, cache: Path) -> TokenizerFiles:
 
 def _check_size(folder: Path, tokenizer: Tokenizer) -> None:
     """Raises ConfigError where texts would become no tokens, or tokens without a row."""
-    described = read_json(folder / "config.json")
+    described = read_object(folder / "config.json")
     rows = (described.get("text_config") or described).get("vocab_size")
     found = vocab_size(tokenizer)
     is_empty = tokenizer.get_vocab_size(with_added_tokens=False) == 0
@@ -138,7 +138,7 @@ def _check_end(folder: Path, tokenizer: Tokenizer, end: str | None) -> None:
     ends = None
     for name in ("generation_config.json", "config.json"):
         if ends is None and (folder / name).is_file():
-            ends = read_json(folder / name).get("eos_token_id")
+            ends = read_object(folder / name).get("eos_token_id")
     if end is None or ends is None:
         return
     ends = ends if isinstance(ends, list) else [ends]
@@ -155,22 +155,17 @@ def _key(folder: Path) -> str:
     found = {name: version(name) for name in ("tokenizers", "transformers")}
     for name in _FILES:
         if (folder / name).is_file():
-            found[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+            found[name] = sha256_of(folder / name)
+    return digest_of(found)
 
 
 def _make(folder: Path, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f"{path.name}.{os.getpid()}")
-    command = [sys.executable, "-m", __name__, str(folder), str(staging)]
-    stdin = subprocess.DEVNULL
-    done = subprocess.run(command, stdin=stdin, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing was said"]
-        raise ConfigError(
-            _KEY, folder, f"its tokenizer does not load: {said[-1]}", "export it again"
-        )
-    staging.rename(path)
+    with staged_file(path) as staging:
+        done = run(python("-m", __name__, str(folder), str(staging)), environment())
+        if done.code != 0:
+            rule = f"its tokenizer does not load: {done.last_line}"
+            raise ConfigError(_KEY, folder, rule, "export it again")
 
 
 def main(arguments: list[str]) -> None:

@@ -24,7 +24,7 @@ POINTS = {
     "generate": "trainer.loop:generate",
     "stage": "trainer.saving:Checkpointer.save",
     "write": "trainer.saving:Checkpointer._write",
-    "digest": "trainer.saving:sha256_of",
+    "digest": "trainer.saving:manifest_of",
     "commit": "trainer.saving:Checkpointer._commit",
     "prune": "trainer.saving:outdated",
     "upload": "trainer.remote:RemoteCheckpoints._put",

@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from compression import run as run_module
-from compression.artifact import check_replaceable, locked, read_report
+from compression.artifact import check_replaceable, held, read_report
 from compression.reload import Reloaded
 from compression.samples import draw_samples
 from core.errors import ConfigError
+from core.folder import sha256_of
 from tests.compression.conftest import SMALL, save_model
 from tests.compression.test_samples import settings
-from trainer.checkpoint import sha256_of
 
 
 def load(folder):
@@ -196,8 +196,8 @@ def test_an_artifact_that_computes_something_else_is_not_kept(
         ([], "run=None: exactly one of run and model"),
         (["model=nowhere"], "model=nowhere: there is no such folder"),
         (["run=nowhere"], "run=nowhere: is no run directory"),
-        (["recipe=nope", "model=PARENT"], "Could not find 'recipe/nope'"),
-        (["recipe=[]", "model=PARENT"], "recipe: has to be given"),
+        (["recipe=nope", "model=PARENT"], "recipe=nope: there is no such option"),
+        (["recipe=[]", "model=PARENT"], "recipe=???: has to be given"),
         (["model=PARENT", "recipe=auto", "evaluation.speed=false"], "auto picks what is fastest"),
         (
             [
@@ -205,7 +205,7 @@ def test_an_artifact_that_computes_something_else_is_not_kept(
                 "recipe=[prune_magnitude,heal]",
                 "recipe.heal.overrides=['no_such_key=1']",
             ],
-            "the trainer refuses it: no_such_key: no such key in TrainerConfig",
+            "the trainer refuses it: no_such_key=1: there is no such key",
         ),
         (["model=PARENT", "data.max_seq_len=9999"], "data.max_seq_len=9999: the model has 256"),
         (
@@ -215,7 +215,7 @@ def test_an_artifact_that_computes_something_else_is_not_kept(
         (["model=PARENT", "target=gpu"], "target=gpu: is no target"),
         (["model=PARENT", "target=huggingface,torchao"], "target"),
         (["model=PARENT", "recipe.int8_weight_only.bit=4"], "no such key in RoundConfig"),
-        (["model=PARENT", "recipe.int8_weight_only.bits=9"], "is not from 2 to 8"),
+        (["model=PARENT", "recipe.int8_weight_only.bits=9"], "bits=9: must be from 2 to 8"),
         (["model=PARENT", "recipe=int4_gptq"], "does not divide the 64 inputs of model.layers.0"),
         (
             [
@@ -291,7 +291,7 @@ def test_infinite_weights_are_refused_before_any_work(compress, tmp_path):
 def test_two_commands_do_not_share_a_folder(compress, parent, tmp_path):
     (tmp_path / "x").mkdir()
     words = [f"model={parent}", "evaluation.speed=false", "out=x"]
-    with locked(tmp_path / "x"):
+    with held(tmp_path / "x"):
         code, _, err = compress(*words)
         assert code == 2 and "another command works in it; wait for that one" in err
     assert compress(*words)[0] == 0

@@ -1,5 +1,7 @@
 """Text to calibrate with and to compare on."""
 
+import dataclasses
+import functools
 import json
 
 import pytest
@@ -113,9 +115,16 @@ def conversations(tmp_path_factory):
     return path
 
 
-def of_chat(path, *words):
+@functools.cache
+def chat_settings(*words):
     sizes = ("calibration.num_samples=20", "calibration.min_tokens=100", "evaluation.num_samples=3")
-    return settings(f"calibration.messages={path}", "calibration.max_seq_len=64", *sizes, *words)
+    return settings("calibration.messages=x", "calibration.max_seq_len=64", *sizes, *words)
+
+
+def of_chat(path, *words):
+    config = chat_settings(*words)
+    calibration = dataclasses.replace(config.calibration, messages=str(path))
+    return dataclasses.replace(config, calibration=calibration)
 
 
 def test_conversations_are_rendered_by_the_models_template(chat_model, conversations):

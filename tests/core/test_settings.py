@@ -179,6 +179,33 @@ def test_a_misspelt_key_is_told_from_the_one_that_is_near(word, near):
     assert refused("name=x", word).fix == f"did you mean {near}?"
 
 
+def test_names_arrive_as_they_are_typed():
+    ride = BICYCLE.compose(["n=~/[a] (é)", "bells=é", "spares.a.tyre=größe"])
+    assert (ride.name, ride.bells, ride.spares["a"].tyre) == ("~/[a] (é)", ["é"], "größe")
+
+
+def test_a_key_may_be_named_like_a_group_of_another_program():
+    @dataclass
+    class Bill:
+        """A bill.
+
+        Attributes:
+            checkpoint: Where it is paid.
+        """
+
+        checkpoint: str = "till"
+
+    bill = Command(program="python -m bill", about="Pay.", schema=Bill, root="bill")
+    assert bill.compose(["checkpoint=door"]) == Bill("door")
+
+
+def test_a_program_learns_which_keys_were_given():
+    given = []
+    words = ["n=x", "+notes.a=1", "spares.a.spokes=4"]
+    assert BICYCLE.main(lambda config, job: given.append(job.given) or 0, words) == 0
+    assert given == [{"name", "notes.a", "spares.a.spokes"}]
+
+
 @pytest.mark.parametrize("word", ["gears", "name='x", "bells=[a", "gears=1,2", "hydra.run.dir=x"])
 def test_words_that_cannot_be_read(word):
     assert word.partition("=")[0] in str(refused(word))
@@ -186,25 +213,25 @@ def test_words_that_cannot_be_read(word):
 
 def test_options_and_words_come_in_any_order(tmp_path):
     given = ["-cd", str(tmp_path), "name=x", "--multirun", "gears=1,2", "--cfg=job", "+a=1"]
-    line = BICYCLE.read(given)
+    line = TRAINER.read(given)
     assert line.words == ("name=x", "gears=1,2", "+a=1")
     assert (line.config_dir, line.show, line.flags) == (tmp_path, "job", {"--multirun"})
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--mutlirun"], ["--cfg"], ["--cfg=x"], ["--config-dir=/none"], ["--help", "--help"], ["-x"]],
+    [["--mutlirun"], ["--cfg"], ["--cfg=x"], ["--config-dir=x"], ["--help", "--help"], ["-x"]],
 )
 def test_options_that_there_are_not(arguments, capsys):
-    assert BICYCLE.main(lambda config, change: 0, arguments) == 2
+    assert BICYCLE.main(lambda config, job: 0, arguments) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_sweep_runs_all_combinations_and_none_when_one_is_refused(capsys):
     ran = []
 
-    def run(config, change):
-        ran.append((config.gears, config.colour, change))
+    def run(config, job):
+        ran.append((config.gears, config.colour, job.change))
         return 0
 
     words = ["--multirun", "name=x", "gears=1,2", "colour=red,green"]
@@ -218,7 +245,7 @@ def test_a_sweep_runs_all_combinations_and_none_when_one_is_refused(capsys):
     ran.clear()
     assert BICYCLE.main(run, ["-m", "name=x", "gears=1,0"]) == 2 and not ran
     assert capsys.readouterr().err.startswith("gears=0: ")
-    assert BICYCLE.main(lambda config, change: 33, ["name=x"]) == 33
+    assert BICYCLE.main(lambda config, job: 33, ["name=x"]) == 33
 
 
 def test_a_folder_of_the_users_own_may_be_called_anything(tmp_path):

@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from launch.__main__ import main
-from launch.elastic.machine import num_visible
 from tests.launch.elastic.conftest import ROOT
 
 NEVER = {"torch", "transformers", "hydra", "numpy"}
@@ -82,31 +81,6 @@ def test_a_reader_that_goes_away_ends_it_quietly():
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 1
-
-
-LISTING = """\
-GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0a1b)
-GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-1c2d)
-  MIG 1g.10gb     Device  0: (UUID: MIG-3e4f)
-"""
-
-
-@pytest.mark.parametrize(
-    ("visible", "count"),
-    [
-        (None, 2),
-        ("", 0),
-        ("0", 1),
-        ("1, 0", 2),
-        ("0,5,1", 1),
-        ("-1", 0),
-        ("GPU-1c", 1),
-        ("GPU-ff", 0),
-        ("MIG-3e4f", 1),
-    ],
-)
-def test_gpus_that_a_process_sees(visible, count):
-    assert num_visible(LISTING, visible) == count
 
 
 def test_without_a_gpu_there_is_one_rank(tmp_path):

@@ -57,7 +57,7 @@ def test_a_place_that_cannot_be_is_refused(wrong, key):
         read_place(WHOLE | wrong)
 
 
-@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+@pytest.mark.parametrize("name", ["RANK", pytest.param("WORLD_SIZE", marks=pytest.mark.long)])
 def test_the_trainer_refuses_half_a_launcher_in_one_line(trainer, small, monkeypatch, name):
     monkeypatch.setenv(name, "0")
     result = trainer(*small)
@@ -97,3 +97,15 @@ def test_a_rendezvous_to_which_nobody_comes_ends(rank, how, code, said):
     """In a process of its own, which must end, too, while a thread of it still waits."""
     [(found, text)] = run_distributed(wait_alone, 1, rank, how)
     assert found == code and said in text
+
+
+def test_a_pod_of_one_process_is_whole():
+    """As PyTorchJob describes it: nothing is said of the machine."""
+    pod = {key: value for key, value in WHOLE.items() if not key.startswith("LOCAL_")}
+    assert read_place(pod) == Place(3, 4, 0, 1, "10.0.0.1", 29500)
+    for name in ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"):
+        with pytest.raises(ConfigError, match="^LOCAL_RANK=: is not set"):
+            read_place(pod | {name: "0"})
+    for name in pod:
+        with pytest.raises(ConfigError, match="=: is not set"):
+            read_place({key: value for key, value in pod.items() if key != name})

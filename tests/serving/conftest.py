@@ -44,6 +44,15 @@ def save_model(folder, seed=0):
     return small_model.save_model(folder, TEXTS, seed=seed, gain=6.0, chat_template=TEMPLATE)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_certificates(tmp_path_factory):
+    """Each client would read all of the machine's, for 20 ms; here nobody speaks TLS."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("SSL_CERT_FILE", raising=False)
+        patch.setenv("SSL_CERT_DIR", str(tmp_path_factory.mktemp("no-certificates")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def export(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served") / "tiny"

@@ -374,14 +374,14 @@ def test_a_server_with_adapters(export, adapters, tmp_path):
         texts = set()
         for name in models:
             body = {"model": name, "prompt": "the cat", "temperature": 0, "ignore_eos": True}
-            answer = httpx.post(f"{process.url}/v1/completions", json=body, timeout=60)
+            answer = httpx.post(f"{process.url}/v1/completions", json=body, timeout=300)
             told = answer.json()
             texts.add(told["choices"][0]["text"])
             version = "+".join(part[:12] for part in models[name]["artifact"].split("+"))
             assert answer.headers["x-artifact-version"] == version
             assert told["system_fingerprint"] == f"fp_{version}" and told["model"] == name
             embedded = {"model": name, "input": "the cat"}
-            vector = httpx.post(f"{process.url}/v1/embeddings", json=embedded, timeout=60)
+            vector = httpx.post(f"{process.url}/v1/embeddings", json=embedded, timeout=300)
             assert vector.headers["x-artifact-version"] == version
             metrics = httpx.get(f"{process.url}/metrics").text
             labels = f'model="{name}",version="{version}"'
@@ -389,7 +389,7 @@ def test_a_server_with_adapters(export, adapters, tmp_path):
             assert counted in metrics
         assert len(texts) == 3
         unknown = {"model": "no", "prompt": "a"}
-        said = httpx.post(f"{process.url}/v1/completions", json=unknown, timeout=60)
+        said = httpx.post(f"{process.url}/v1/completions", json=unknown, timeout=300)
         assert said.status_code == 404 and "plain" in said.json()["error"]["message"]
     finally:
         assert process.stop() == 0
@@ -414,7 +414,7 @@ def test_a_swap_keeps_the_adapters_or_is_refused(export, adapters, tmp_path):
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "adapters.plain"
         swapped = httpx.post(swap, json={"artifact": "next"}, timeout=120).json()
         body = {"model": "plain", "prompt": [70, 71], "temperature": 0, "ignore_eos": True}
-        answer = httpx.post(f"{process.url}/v1/completions", json=body, timeout=60)
+        answer = httpx.post(f"{process.url}/v1/completions", json=body, timeout=300)
         version = f"{swapped['new']}+{resolve('plain', str(folder)).digest[:12]}"
         assert answer.headers["x-artifact-version"] == version
     finally:

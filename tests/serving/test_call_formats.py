@@ -135,11 +135,10 @@ def with_template(parts, template):
     return parts
 
 
-@pytest.mark.parametrize(("writes", "shown"), [(ITERATES, "city=Pune;near="), (PRINTS, None)])
-def test_templates_are_given_arguments_as_objects(served, writes, shown):
+def test_templates_are_given_arguments_as_objects(served):
     template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for call in m.tool_calls or [] %}"
-        f"<tool_call>{writes}</tool_call>{{% endfor %}}\n{{% endfor %}}"
+        f"{ITERATES}<tool_call>{PRINTS}</tool_call>{{% endfor %}}\n{{% endfor %}}"
     )
     with with_template(served(), template) as running:
         body = {"model": "tiny", "messages": CALLS, "max_tokens": 1}
@@ -151,7 +150,8 @@ def test_templates_are_given_arguments_as_objects(served, writes, shown):
     messages = [ASK[0], {"role": "assistant", "content": "", "tool_calls": [called]}, CALLS[2]]
     [[wanted], _] = render_jinja_template([messages], chat_template=template)
     assert prompt == wanted
-    assert (shown or '<tool_call>{"city": "Pune", "near": ["é"]}</tool_call>') in prompt
+    assert "city=Pune;near=" in prompt
+    assert '<tool_call>{"city": "Pune", "near": ["é"]}</tool_call>' in prompt
 
 
 def test_calls_that_are_not_read_are_refused(served):

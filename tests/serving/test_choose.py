@@ -34,7 +34,7 @@ def test_megabytes_of_a_kv_cache_are_of_the_type_it_is_in(
     tmp_path, monkeypatch, dtype, quantization, asked, has_gpu, itemsize
 ):
     monkeypatch.setattr(choose, "ProcessEngine", lambda command, _: json.loads(command[-1]))
-    monkeypatch.setattr(choose.vllm, "has_gpu", lambda: has_gpu)
+    monkeypatch.setattr(choose.gpus, "has_gpu", lambda: has_gpu)
     save_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"dtype": dtype}
     if quantization is not None:

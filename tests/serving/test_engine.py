@@ -145,7 +145,7 @@ def test_on_a_starved_host_an_engine_is_kept_and_one_that_hangs_is_found(export)
             assert running.is_ready and running.stats().restarts == 0
             pid = running.pid
             os.kill(pid, signal.SIGSTOP)
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(300):
                 while running.is_ready:
                     await asyncio.sleep(0.1)
         finally:
@@ -178,7 +178,7 @@ def test_an_engine_that_spins_without_a_word_is_found(tmp_path):
         running = ProcessEngine([sys.executable, str(program)], watch)
         await running.start()
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(300):
                 while running.stats().restarts == 0:
                     await asyncio.sleep(0.1)
         finally:

@@ -1,6 +1,7 @@
 """What a model's author says of sampling is what a request gets that says nothing of it."""
 
 import json
+import shutil
 
 import httpx
 import pytest
@@ -10,6 +11,7 @@ from serving.config import GenerationConfig, ServingConfig
 from serving.deployment import check_defaults, sampling_defaults
 from serving.engine import EngineInfo
 from serving.sampling import Choice, defaults_of
+from tests.serving.conftest import Process
 
 AUTHORS = {
     "temperature": 0.6,
@@ -87,3 +89,25 @@ def test_requests_are_built_with_them_once(served):
         running.engine.info.features.remove("min_p")
         error = httpx.post(f"{running.url}/v1/completions", json=body | own).json()["error"]
         assert error["param"] == "min_p" and "fake 1 has none" in error["message"]
+
+
+@pytest.mark.long
+def test_a_server_applies_the_authors_once_and_vllm_leaves_them_out(export, tmp_path):
+    folder = shutil.copytree(export, tmp_path / "tiny")
+    authors = {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.4}
+    written(folder, authors)
+    neutral = {"temperature": 1, "top_p": 1, "repetition_penalty": 1}
+    answers = {}
+    for source in ("auto", "vllm"):
+        words = ("engine.num_threads=1", f"generation_config={source}", f"cache={tmp_path}/cache")
+        server = Process(folder, *words)
+        try:
+            for which, asked in (("silent", {}), ("authors", authors), ("neutral", neutral)):
+                body = {"model": server.name, "prompt": "the cat", "seed": 3, "max_tokens": 24}
+                found = httpx.post(f"{server.url}/v1/completions", json=body | asked | {"n": 4})
+                answers[source, which] = [choice["text"] for choice in found.json()["choices"]]
+        finally:
+            server.stop()
+    assert answers["auto", "silent"] == answers["auto", "authors"] == answers["vllm", "authors"]
+    assert answers["vllm", "silent"] == answers["auto", "neutral"] == answers["vllm", "neutral"]
+    assert answers["auto", "silent"] != answers["vllm", "silent"]

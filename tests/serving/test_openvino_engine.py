@@ -1,5 +1,6 @@
 """The OpenVINO engine. All but the first need the real one: `make test-openvino`."""
 
+import asyncio
 import dataclasses
 import json
 import math
@@ -8,14 +9,19 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from compression.targets.openvino_program import PYTHON, OpenVino, WeightFormat
 from core.errors import ConfigError, MissingExtraError, SpotforgeError
+from serving.artifact import resolve
+from serving.config import EngineConfig, EngineName
 from serving.engine import EngineInfo, TokenRequest
-from serving.engines import openvino
+from serving.engines import choose, logits, openvino
+from serving.engines.proof import BOUNDS
 
 VOCAB, CONTEXT, EOS = 300, 256, 2
 FP32 = WeightFormat("fp32")
@@ -61,8 +67,6 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -161,6 +165,47 @@ def test_none_is_named(tmp_path, monkeypatch):
         openvino.command(tmp_path)
 
 
+def test_a_fresh_process_computes_what_the_artifact_does(export, monkeypatch):
+    """In this process, with the words that the fresh one gets."""
+
+    def run(command, **_):
+        assert command[:2] == [sys.executable, "-m"] and command[2] == logits.__name__
+        logits.main(*map(Path, command[3:]))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(openvino.subprocess, "run", run)
+    tokens = torch.arange(1, 13).view(2, 6)
+    found = openvino.torch_logits(export, tokens.numpy())
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)(tokens).logits
+    torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_an_ir_of_the_cache_that_changed_is_made_again(export, tmp_path, monkeypatch):
+    exports = []
+
+    def make(_, folder, out, weights):
+        exports.append(folder)
+        out.mkdir()
+        (out / "config.json").write_text((folder / "config.json").read_text())
+        (out / "openvino_model.bin").write_bytes(b"weights")
+
+    logits = torch.randn(2, 64, 8).numpy()
+    monkeypatch.setenv(PYTHON, sys.executable)
+    monkeypatch.setattr(OpenVino, "openvino_version", lambda _: "1")
+    monkeypatch.setattr(OpenVino, "export", make)
+    monkeypatch.setattr(OpenVino, "logits", lambda *_: logits)
+    monkeypatch.setattr(openvino, "torch_logits", lambda *_: logits)
+    ir = openvino.prepare(export, "digest", tmp_path, FP32)
+    assert openvino.prepare(export, "digest", tmp_path, FP32) == ir and len(exports) == 1
+    (ir / "openvino_model.bin").write_bytes(b"weighty")
+    assert openvino.prepare(export, "digest", tmp_path, FP32) == ir and len(exports) == 2
+    assert (ir / "openvino_model.bin").read_bytes() == b"weights"
+    (ir / "prepared.json").write_text('{"artifact": "digest"}')  # as it was made before
+    openvino.prepare(export, "digest", tmp_path, FP32)
+    assert len(exports) == 3
+
+
 def test_what_cannot_be_prepared(tmp_path, monkeypatch):
     monkeypatch.setenv(PYTHON, sys.executable)
     with pytest.raises(ConfigError, match="has no config.json"):
@@ -169,9 +214,10 @@ def test_what_cannot_be_prepared(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="is quantized by torchao, .*; compress its parent"):
         openvino.prepare(tmp_path, "digest", tmp_path, FP32)
     (tmp_path / "openvino_model.xml").touch()
-    with pytest.raises(ConfigError, match="did not make"):
-        openvino.prepare(tmp_path, "digest", tmp_path, FP32)
     (tmp_path / "compression.json").touch()
+    with pytest.raises(ConfigError, match="is an IR without .* lineage.json"):
+        openvino.prepare(tmp_path, "digest", tmp_path, FP32)
+    (tmp_path / "lineage.json").touch()
     assert openvino.prepare(tmp_path, "digest", tmp_path, FP32) == tmp_path
 
 
@@ -212,7 +258,27 @@ def test_another_models_ir_is_not_kept(folder, ir, tmp_path, monkeypatch):
 def test_what_it_says_of_itself(program):
     info = EngineInfo(**program.ready)
     assert info.engine.startswith("OpenVINO GenAI 20")
-    assert (info.max_context, info.max_logprobs, info.features) == (CONTEXT, 0, [])
+    assert (info.max_context, info.max_logprobs) == (CONTEXT, 0)
+    assert sorted(info.features) == ["min_p", "repetition_penalty", "top_k"]
+
+
+@real
+def test_it_serves_once_it_is_proven_and_is_not_started_again(folder, cache, ir):
+    async def generate():
+        config = EngineConfig(name=EngineName.openvino, openvino_bits=32, num_threads=1)
+        started = await choose.start(resolve(str(folder)), config, cache, {})
+        try:
+            request = TokenRequest("one", PROMPT, 8, temperature=0, ignore_eos=True)
+            tokens = [t async for chunk in started.engine.submit(request) for t in chunk.tokens]
+            await asyncio.sleep(1)  # what it was told last has reached it
+            return tokens, started.engine.stats().restarts, started.engine.is_ready
+        finally:
+            await started.engine.close()
+
+    tokens, restarts, is_ready = asyncio.run(generate())
+    assert len(tokens) == 8 and restarts == 0 and is_ready
+    [proof] = (cache / "proofs").iterdir()
+    assert json.loads(proof.read_text())["worst_nats"] < BOUNDS["float16"]
 
 
 @real

@@ -4,22 +4,35 @@ import asyncio
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
-from core.errors import ConfigError
+from core.errors import ConfigError, SpotforgeError
 from serving.artifact import resolve
 from serving.config import EngineConfig, EngineName
 from serving.engine import EngineError, EngineInfo, TokenChunk, TokenLogprob, TokenRequest, Unproven
 from serving.engines import choose, torch_worker
 from serving.engines.buffers import restore_buffers
 from serving.engines.lora import LoraLayers
+from serving.engines.openvino import torch_logits
 from serving.engines.plain_worker import PlainWorker
 from serving.engines.proof import BOUNDS, Case, Proof, Scores, cases_of
+from serving.engines.ties import Choices
 from tests.families import zoo
 from tests.serving.conftest import Process
 
@@ -199,7 +212,15 @@ def settings_of(folder, **settings):
     return torch_worker.Settings(**of)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "falcon", "falcon_rw", "mamba"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "gemma2",
+        "mamba",
+        pytest.param("falcon", marks=pytest.mark.long),
+        pytest.param("falcon_rw", marks=pytest.mark.long),
+    ],
+)
 def test_the_plain_engine_computes_what_generate_does(tmp_path, family):
     zoo.build(family, tmp_path)
     worker = PlainWorker(settings_of(tmp_path), HeardLines())
@@ -233,12 +254,160 @@ def test_the_plain_engine_computes_what_generate_does(tmp_path, family):
     assert info["max_running"] == 4 and "embeddings" in info["features"]
 
 
+class OfWorker:
+    """A program in this process, as an engine and as a plain forward."""
+
+    def __init__(self, folder):
+        self.worker = PlainWorker(settings_of(folder), HeardLines())
+        self.info = EngineInfo(**dict(self.worker._lines.said)["ready"])
+        self.forwards = 0
+
+    async def submit(self, request):
+        self.worker._lines.said.clear()
+        submitted(self.worker, [request])
+        for _, step in self.worker._lines.said:
+            [(_, tokens, logprobs)] = step["tokens"]
+            yield TokenChunk(tokens, [TokenLogprob(*told) for told in logprobs])
+
+    async def score(self, asked):
+        scored = []
+        for one in asked:
+            self.forwards += 1
+            told = self.worker._score(one._asdict())
+            rows, ties = told["scores"], tuple(map(tuple, told["ties"]))
+            scored.append(Scores([row[0] for row in rows], [row[1:] for row in rows], ties))
+        return scored
+
+
+def tie_experts(model, prompt, side):
+    """Has the router's second and third expert be all but equal before the first new token.
+
+    Side 1 and -1 are as far from each other as two orders of the same sums.
+    """
+    gate, heard = model.model.layers[0].mlp.gate, []
+    hook = gate.register_forward_pre_hook(lambda _, args: heard.append(args[0]))
+    with torch.no_grad():
+        model(torch.tensor([prompt]))
+        hook.remove()
+        last = heard[0].reshape(len(prompt), -1)[-1]
+        logits = gate.weight @ last
+        _, second, third = logits.topk(3).indices
+        gap = logits[second] - logits[third] - side * 1e-5
+        gate.weight[third] += gap * last / last.square().sum()
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory):
+    """Mixtral with a tie after a prompt, as two machines would have it, and one made wrong."""
+    folder, prompt = tmp_path_factory.mktemp("mixtral"), list(range(20, 60))
+    made = []
+    for name, side, experts in (("here", 1, 2), ("there", -1, 2), ("wrong", -1, 1)):
+        model = zoo.make("mixtral")
+        tie_experts(model, prompt, side)
+        model.config.num_experts_per_tok = experts
+        model.save_pretrained(folder / name)
+        zoo.byte_tokenizer().save_pretrained(folder / name)
+        made.append(OfWorker(folder / name))
+    return [Case(prompt)], *made
+
+
+def test_a_router_whose_choice_rounding_decides_may_take_either_expert(tmp_path, mixtures):
+    cases, here, there, _ = mixtures
+
+    async def without_ties(asked):
+        return [s._replace(ties=()) for s in await here.score(asked)]
+
+    with pytest.raises(Unproven, match="computes it wrongly"):
+        prove(there, tmp_path, cases, score=without_ties)
+    prove(there, tmp_path, cases, score=here.score)
+
+
+def test_ties_are_turned_until_the_engines_choices_are_found(tmp_path):
+    ties = [(0, 5), (1, 2), (1, 7), (3, 4)]
+
+    def choosing(others, seen):
+        """A plain forward that is off by what each choice is worth, if it is not the engine's."""
+
+        async def score(asked):
+            seen.extend(a.turned for a in asked)
+            scored = await plain(asked)
+            for i, a in enumerate(asked):
+                off = sum(0.01 * (1 + ties.index(t)) for t in {*others} ^ {*a.turned})
+                of = [[p + off for p in row] for row in scored[i].of]
+                scored[i] = Scores([b + off for b in scored[i].best], of, tuple(ties))
+            return scored
+
+        return score
+
+    seen = []
+    prove(MadeUp(), tmp_path, [Case([1])], score=choosing([ties[1], ties[2]], seen))
+    assert seen[-1] == (ties[1], ties[2])
+    with pytest.raises(Unproven):  # it is no tie, and stays off
+        prove(MadeUp(0.05), tmp_path, [Case([2] * 2)], score=choosing([], seen))
+
+
+def test_ties_excuse_no_wrong_mixture(tmp_path, mixtures):
+    cases, here, _, wrong = mixtures
+    with pytest.raises(Unproven, match="computes it wrongly"):
+        prove(wrong, tmp_path, cases, score=here.score)
+    here.forwards = 0
+    prove(here, tmp_path, cases, score=here.score)
+    assert here.forwards == 2  # where nothing is off, nothing is turned
+
+
+def test_only_what_is_nearly_equal_is_a_tie():
+    scores = torch.tensor([[0.4, 0.1, 0.3, 0.3 - 1e-7], [0.4, 0.3, 0.2, 0.1], [0.5, 0.5, 0.5, 0.5]])
+    with Choices() as choices:
+        taken = scores.topk(2).indices.tolist()
+        torch.topk(scores[:, :2], 2)  # takes all there are
+        torch.topk(scores.masked_fill(scores < 0.39, -math.inf), 2, dim=-1, sorted=False)
+    assert taken == scores.topk(2).indices.tolist()
+    assert choices.ties == [(0, 2), (2, 2), (0, 0)]
+    with Choices([(0, 0), (7, 1)]) as choices:
+        values, indices = torch.topk(scores, k=2, dim=1)
+    assert indices.tolist()[:2] == [[0, 3], [0, 1]] and values[0, 1] == scores[0, 3]
+
+
 def test_embeddings_need_no_cache_of_pages():
     model = zoo.make("gemma2")
     wanted = torch_worker._embedding(model, [5, 6, 7])
     model.set_attn_implementation("paged|eager")  # as continuous batching leaves it
     assert torch_worker._embedding(model, [5, 6, 7]) == pytest.approx(wanted, abs=1e-6)
     assert model.config._attn_implementation == "paged|eager"
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "said"),
+    [
+        (BertConfig(is_decoder=False), BertForMaskedLM, "is not served: as an encoder"),
+        (T5Config(d_model=16, d_kv=8, d_ff=16), T5ForConditionalGeneration, "no text with a t5"),
+        (LlamaConfig(), LlamaModel, "saved as LlamaModel, .* saved from a LlamaForCausalLM"),
+    ],
+)
+def test_what_completes_no_text_is_refused_in_a_line_that_says_why(tmp_path, config, kind, said):
+    sizes = {"vocab_size": 264, "hidden_size": 16, "intermediate_size": 16, "num_layers": 1}
+    for name, size in (sizes | {"num_hidden_layers": 1, "num_attention_heads": 2}).items():
+        setattr(config, name, size)
+    kind(config).save_pretrained(tmp_path)
+    zoo.byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=said) as refused:
+        PlainWorker(settings_of(tmp_path), HeardLines())
+    assert refused.value.exit_code == 2 and "\n" not in str(refused.value)
+
+
+def test_a_folder_without_a_vocabulary_is_no_language_model(export, tmp_path):
+    folder = shutil.copytree(export, tmp_path / "pictures")
+    config = json.loads((folder / "config.json").read_text())
+    del config["vocab_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="is not served: .* no language model"):
+        asyncio.run(choose.start(resolve(str(folder)), EngineConfig(), tmp_path, {}))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_no_family_is_taken_for_an_encoder(family):
+    torch_worker._check_causal(zoo.make(family), family)
 
 
 def tiny_llama():
@@ -311,3 +480,16 @@ def test_a_family_that_continuous_batching_computes_wrongly_is_served_right(tmp_
     told = answer["choices"][0]["logprobs"]["token_logprobs"]
     assert told == pytest.approx(logprobs[: len(told)], abs=1e-4) and len(told) >= len(logprobs) - 1
     assert [json.loads(path.read_text())["dtype"] for path in Path(tmp_path).rglob("proofs/*")]
+
+
+@pytest.mark.long
+def test_a_fresh_process_computes_what_a_plain_forward_does(export):
+    """It is what vLLM and IRs are compared with."""
+    tokens = np.random.default_rng(0).integers(0, 300, (2, 9))
+    model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens)).logits
+    found = torch.from_numpy(torch_logits(export, tokens))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(SpotforgeError, match="does not load in a fresh process"):
+        torch_logits(export / "none", tokens)

@@ -368,7 +368,7 @@ def test_a_vllm_that_computes_something_else_is_not_kept(export, fake_vllm, tmp_
 
 
 def test_what_vllm_cannot_load(export, tmp_path, monkeypatch):
-    monkeypatch.setattr(vllm, "has_gpu", lambda: False)
+    monkeypatch.setattr(vllm.gpus, "has_gpu", lambda: False)
     with pytest.raises(MissingExtraError, match=vllm.PYTHON):
         monkeypatch.delenv(vllm.PYTHON, raising=False)
         with_vllm(export, None)
@@ -389,7 +389,7 @@ def test_what_vllm_cannot_load(export, tmp_path, monkeypatch):
     (folder / "config.json").write_text(json.dumps(described))
     with pytest.raises(ConfigError, match="torchao on a GPU only"):
         with_vllm(folder, None)
-    monkeypatch.setattr(vllm, "has_gpu", lambda: True)
+    monkeypatch.setattr(vllm.gpus, "has_gpu", lambda: True)
     monkeypatch.setattr(vllm, "_capability", lambda: 7.0)
     with pytest.raises(ConfigError, match="from compute capability 7.5 on; it is 7.0 here"):
         with_vllm(folder, None)
@@ -408,7 +408,7 @@ def test_auto_takes_vllm_where_there_is_a_gpu(export, fake_vllm, monkeypatch):
         (True, False, "ProcessEngine", "SPOTFORGE_VLLM_PYTHON names no vLLM"),
         (False, True, "ProcessEngine", "SPOTFORGE_OPENVINO_PYTHON names no OpenVINO"),
     ):
-        monkeypatch.setattr(vllm, "has_gpu", lambda has_gpu=has_gpu: has_gpu)
+        monkeypatch.setattr(vllm.gpus, "has_gpu", lambda has_gpu=has_gpu: has_gpu)
         if not python:
             monkeypatch.delenv(vllm.PYTHON)
         found, why = asyncio.run(choose())

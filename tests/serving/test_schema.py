@@ -62,7 +62,7 @@ def test_a_model_that_likes_white_space_still_comes_to_an_end(export, schema):
     tokenizer, told = AutoTokenizer.from_pretrained(export), SimpleQueue()
     grammars = Grammars(tokenizer, 320, [0], lambda name, found: told.put(found))
     grammars.compile("x", schema)
-    matcher, tokens = told.get(timeout=60), []
+    matcher, tokens = told.get(timeout=300), []
     texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
     spaces = [i for i, text in enumerate(texts) if text and not text.strip()]
     while not matcher.is_stopped():
@@ -145,7 +145,7 @@ def body(schema, **more):
 
 
 def test_over_http(server):
-    with httpx.Client(base_url=server.url, timeout=60) as client:
+    with httpx.Client(base_url=server.url, timeout=300) as client:
         answer = client.post("/v1/completions", json=body(SCHEMA, n=3)).json()
         for choice in answer["choices"]:
             jsonschema_rs.validate(SCHEMA, json.loads(choice["text"]))
@@ -207,7 +207,7 @@ def a_call(choice, seed, **more):
 def test_a_tool_that_has_to_be_called_is_called(server):
     named = {"type": "function", "function": {"name": "pin"}}
     seen = set()
-    with httpx.Client(base_url=server.url, timeout=60) as client:
+    with httpx.Client(base_url=server.url, timeout=300) as client:
         for seed in range(6):
             for choice in (named, "required"):
                 told = client.post("/v1/chat/completions", json=a_call(choice, seed)).json()
@@ -237,7 +237,7 @@ def test_a_tool_that_has_to_be_called_is_called(server):
 def test_a_refused_schema_is_the_clients_mistake_and_nobody_elses(server):
     pid = server.engine_pid()
     free = {"model": "tiny", "prompt": "x", "max_tokens": 300, "ignore_eos": True, "stream": True}
-    with httpx.Client(base_url=server.url, timeout=60) as client:
+    with httpx.Client(base_url=server.url, timeout=300) as client:
         with client.stream("POST", "/v1/completions", json=free) as stream:
             lines = stream_lines(stream)
             next(lines)

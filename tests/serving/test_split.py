@@ -241,7 +241,7 @@ def test_what_a_template_refuses_and_what_never_ends(export, files, runner, monk
 def test_one_that_does_not_start_leaves_nothing(files, runner):
     async def work():
         stages = SplitStages(TokenizerFiles("no json", {}, {}, ""), encoders=2)
-        with pytest.raises(SpotforgeError, match="ended with 1"):
+        with pytest.raises(SpotforgeError, match="exit code 1"):
             await stages.start()
         assert [w.pid for w in stages.encoders.workers + stages.decoders.workers] == [None] * 3
 
@@ -252,7 +252,7 @@ def test_processes_die_with_the_gateway_and_have_no_torch(export):
     words = ["topology=split", "text.decoders=2", "engine.num_threads=1"]
     process = Process(export, *words)
     body = {"model": "tiny", "prompt": "the cat", "max_tokens": 3, "ignore_eos": True}
-    answer = httpx.post(f"{process.url}/v1/completions", json=body, timeout=60)
+    answer = httpx.post(f"{process.url}/v1/completions", json=body, timeout=300)
     assert answer.json()["usage"]["completion_tokens"] == 3
     assert "spotforge_text_restarts{" in httpx.get(f"{process.url}/metrics").text
     pid = process.process.pid

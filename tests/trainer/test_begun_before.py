@@ -28,8 +28,15 @@ def with_bos(tmp_path):
     return tokenizer
 
 
-def test_a_prompt_begins_as_documents_do(with_bos, tmp_path):
-    config = small_config(tmp_path, "evaluation.sample_prompt=a few")
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("config")
+    return small_config(folder, f"run.dir={folder}/run", f"checkpoint.upload=file://{folder}/store")
+
+
+def test_a_prompt_begins_as_documents_do(with_bos, config):
+    evaluation = dataclasses.replace(config.evaluation, sample_prompt="a few")
+    config = dataclasses.replace(config, evaluation=evaluation)
     plain = with_bos.encode("a few", add_special_tokens=False)
     bos = with_bos.bos_token_id
     for add_bos, wanted in ((False, plain), (True, [bos, *plain])):
@@ -41,20 +48,21 @@ def test_a_prompt_begins_as_documents_do(with_bos, tmp_path):
     )
 
 
-def test_settings_are_found_on_disk_and_in_the_store(tmp_path):
+def test_settings_are_found_on_disk_and_in_the_store(config):
+    place = config.run_dir.parent
     for folder, add_bos in (("run/checkpoints", True), ("store", False)):
-        checkpoint = tmp_path / folder / "step-00000001"
+        checkpoint = place / folder / "step-00000001"
         checkpoint.mkdir(parents=True)
         state = json.dumps({"config": {"data": {"add_bos": add_bos}}})
         (checkpoint / "trainer.json").write_text(state)
         (checkpoint / "manifest.json").write_text("{}")
-    upload = f"checkpoint.upload=file://{tmp_path}/store"
-    here = small_config(tmp_path, f"run.dir={tmp_path}/run", upload)
-    assert stored_config(here)["data"]["add_bos"] is True
-    elsewhere = small_config(tmp_path, f"run.dir={tmp_path}/new", upload)
+    assert stored_config(config)["data"]["add_bos"] is True
+    run = dataclasses.replace(config.run, dir=str(place / "new"))
+    elsewhere = dataclasses.replace(config, run=run)
     assert stored_config(elsewhere)["data"]["add_bos"] is False
     assert stored_config(dataclasses.replace(elsewhere, resume="never")) is None
-    assert stored_config(small_config(tmp_path, f"run.dir={tmp_path}/new")) is None
+    alone = dataclasses.replace(config.checkpoint, upload=None)
+    assert stored_config(dataclasses.replace(elsewhere, checkpoint=alone)) is None
 
 
 @pytest.mark.long
@@ -75,10 +83,15 @@ def test_a_run_begun_before_goes_on_with_its_data(trainer, small, with_bos, tmp_
         state = read_state(committed(run / "checkpoints")[0])
         assert state.step == steps and state.data_digest == stored.data_digest
         assert "add_bos" not in state.config["data"]
-    refused = trainer(*words, "stop.steps=4", "data.add_bos=true")
-    assert refused.code == 2 and "data.add_bos=True: the checkpoint at step 3" in refused.err
+    for given in ("true", "auto"):  # which is true, of this tokenizer
+        refused = trainer(*words, "stop.steps=4", f"data.add_bos={given}")
+        assert refused.code == 2
+        rule = "data.add_bos=True: the checkpoint at step 3 was trained with False"
+        assert rule in refused.err
 
     new = [f"run.dir={tmp_path}/new" if word.startswith("run.dir=") else word for word in words]
     assert trainer(*new, "stop.steps=1").code == 0
     state = read_state(committed(tmp_path / "new" / "checkpoints")[0])
     assert state.config["data"]["add_bos"] is True and state.data_digest != stored.data_digest
+    changed = ["stop.steps=2", "data.add_bos=false", "allow_changes=[data.add_bos]"]
+    assert trainer(*new, *changed).code == 0, "its digest follows from it"

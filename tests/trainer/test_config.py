@@ -220,6 +220,21 @@ def test_pretrained_and_config_differ_by_their_weights():
     assert drawn == PathModelConfig(path="folder", weights=False)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["/x/[a] b/é.txt", "~/notes (1).txt", "/x/{a}=b.txt", 'it\'s "so"\\.txt', "/é,b.txt", "\u65e5"],
+)
+def test_a_name_arrives_as_it_is_typed(name):
+    assert compose_tree("data=text", f"data.path={name}").data.path == name
+    assert compose_tree("data=mixture", f"data.sources.a.path={name}").data.sources.a.path == name
+
+
+def test_home_is_found_behind_a_key(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = TRAINER.compose(["model=pretrained", "model.path=~/m", "data.tokenizer=~/t"])
+    assert (config.model.path, config.data.tokenizer) == ("/home/me/m", "/home/me/t")
+
+
 if __name__ == "__main__":
     for name in ("default", *EXPERIMENTS):
         (GOLDEN / f"config-{name}.yaml").write_text(resolved_yaml(name))

@@ -54,6 +54,7 @@ SETTINGS = [
     *(f"++model.config.{name}={value}" for name, value in MODEL.items()),
     "checkpoint.interval=end",
     "export.at_end=false",
+    "monitoring.report=false",
 ]
 
 

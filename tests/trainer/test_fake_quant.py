@@ -86,3 +86,14 @@ def test_a_checkpoint_from_before_there_was_such_a_setting_goes_on():
     rounded = now.config | {"fake_quant": {"bits": 4, "group_size": None}}
     with pytest.raises(ConfigError, match="fake_quant.bits=null.*was trained with 4"):
         check_same_run(config, now, replace(now, config=rounded), lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [("mixtral", {"num_local_experts": 4}), ("granitemoe", {"num_local_experts": 4})],
+)
+def test_experts_are_refused_rather_than_left_out(model_type, fields):
+    config = replace(LLAMA, model_type=model_type, config=LLAMA.config | fields)
+    model = build_meta_model(config, 300)
+    with pytest.raises(ConfigError, match="fake_quant.bits=4: the experts of .* are one tensor"):
+        prepare_fake_quant(model, FakeQuantConfig(bits=4))

@@ -225,7 +225,15 @@ def test_blocks_that_are_sharded_are_the_outermost_and_share_nothing(model_type,
     assert [type(block).__name__ for block in blocks] == [kind] * count
 
 
-@pytest.mark.parametrize("model_type", HALF_INITIALISED)
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "apertus",
+        "falcon_h1",
+        pytest.param("data2vec-text", marks=pytest.mark.long),
+        pytest.param("xlstm", marks=pytest.mark.long),
+    ],
+)
 def test_what_only_the_constructor_sets_is_as_transformers_sets_it(model_type):
     config = half_initialised(model_type)
     expected = everything(usual(config))
@@ -329,6 +337,7 @@ def test_vocabulary_of_the_tokenizer_is_rounded_up():
     [
         (NamedModelConfig(model_type="lama"), "model.model_type=lama"),
         (NamedModelConfig(model_type="llama", config={"hidden": 1}), "model.config.hidden=1"),
+        (NamedModelConfig(model_type="phi3", config={"pad_token_id": 32000}), "phi3.*Padding_idx"),
         (NamedModelConfig(model_type="vit"), "causal language model"),
         (PathModelConfig(path="/no/such/folder"), "model.path=/no/such/folder"),
     ],

@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("torch")
 
 from core.errors import ConfigError
-from trainer.checkpoint import TrainerState, committed, read_state, sha256_of
+from core.folder import sha256_of
+from trainer.checkpoint import TrainerState, committed, read_state
 from trainer.data import loader
 from trainer.data.order import OrderRule
 from trainer.resume import order_of
@@ -27,6 +28,7 @@ def change_state(checkpoint, change):
     manifest.write_text(json.dumps(listed))
 
 
+@pytest.mark.long
 def test_a_run_from_before_rules_had_names_keeps_the_sum_of_its_python(
     trainer, small, corpus, tmp_path, monkeypatch
 ):

@@ -215,6 +215,19 @@ def test_a_run_that_goes_on_computes_as_it_began():
             settled(capped, {"model": {}}, saved, fused_loss=True)
 
 
+def test_an_auxiliary_loss_that_was_no_part_stays_out_and_is_said():
+    before = {"model": {"fused_loss": True}, "data": {"mask_documents": False}}
+    for fields, num_lines in ((BALANCED, 1), (EXPERTS, 0)):
+        mixtral = build("mixtral", **fields)
+        module, said = settled(mixtral, {"model": {}}, before, mask_documents=False)
+        assert not module.auxiliary and len(said) == num_lines
+        assert all("as before" in line for line in said)
+    asked = before | {"probe": {"auxiliary_loss": True}}
+    balanced = build("mixtral", **BALANCED)
+    module, said = settled(balanced, {"model": {}}, asked, mask_documents=False)
+    assert module.auxiliary and "part of the loss" in said[0]
+
+
 def test_a_key_that_began_later_is_asked_for():
     """Masking that `allow_changes` switches on is no part of what the run did before."""
     before = {"model": {"fused_loss": True}, "data": {"mask_documents": False}}

@@ -90,10 +90,6 @@ REFUSED = {
         ],
         ["model=YoutuForCausalLM", "cannot compute 32 tokens in float32"],
     ),
-    "values that do not fit together": (
-        ["model.model_type=phi3", "+model.config.pad_token_id=32000"],
-        ["model=phi3", "Padding_idx"],
-    ),
     "config dir": (["--config-dir=/nope", "--help"], ["/nope"]),
     "model type": (["model.model_type=lama"], ["model.model_type=lama"]),
     "model folder missing": (

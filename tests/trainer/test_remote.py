@@ -301,7 +301,7 @@ def uploaded(tmp_path):
 @pytest.mark.parametrize(
     ("content", "wrong"),
     [
-        (b"x" * len(FILES["__0_0.distcp"]), "does not match its sha256"),
+        (b"x" * len(FILES["__0_0.distcp"]), "does not match its SHA-256"),
         (FILES["__0_0.distcp"][:-1], "has the wrong size"),
         (None, "is missing"),
     ],

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import time
 
 import fsspec
 import pytest
@@ -67,12 +68,15 @@ def test_keeps_the_last_and_every_so_manyth(trainer, small, run_dir):
 
 
 def test_every_save_says_what_it_cost(trainer, small, run_dir):
+    began_s = time.monotonic()
     assert trainer(*small, "checkpoint.interval=2").code == 0
+    took_s = time.monotonic() - began_s
     saves = events(run_dir, "checkpoint")
     assert [save["step"] for save in saves] == [2, 4, 6]
+    assert sum(save["blocking_s"] for save in saves) < took_s
     assert save_costs_s(run_dir) == [save["blocking_s"] for save in saves]
     for save in saves:
-        assert 0 <= save["blocking_s"] < 5 and save["write_s"] > 0
+        assert save["blocking_s"] >= 0 and 0 < save["write_s"] < took_s
         folder = run_dir / "checkpoints" / f"step-{save['step']:08d}"
         if folder.exists():
             size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

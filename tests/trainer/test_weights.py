@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,17 +18,30 @@ from tests.distributed import run_distributed
 from tests.families import zoo
 from tests.small_run import SmallRun
 from tests.trainer.test_checkpoint import a_state, no_assets, tell_nobody
-from trainer.checkpoint import committed, described_tensors, read_tensors, tensor_shapes
+from trainer.checkpoint import (
+    STORED_NAMES,
+    committed,
+    described_tensors,
+    read_tensors,
+    tensor_shapes,
+)
 from trainer.config import CheckpointConfig, PathModelConfig
 from trainer.export import export_checkpoint
 from trainer.model import Materializer, build_meta_model
 from trainer.resume import check_same_model, state_reader
+from trainer.run import _save_assets
 from trainer.saving import Checkpointer
 from trainer.weights import canonical_names, saving_groups
 
 CPU = torch.device("cpu")
 # Experts fused in memory, renamed heads, biases and scales in buffers, and a frozen parameter.
-FAMILIES = ["mixtral", "gpt_neox", "deepseek_v3", "gemma4_text", "ernie4_5_moe"]
+FAMILIES = [
+    "mixtral",
+    "deepseek_v3",
+    "gemma4_text",
+    pytest.param("gpt_neox", marks=pytest.mark.long),
+    pytest.param("ernie4_5_moe", marks=pytest.mark.long),
+]
 
 
 def config_of(folder):
@@ -233,6 +247,18 @@ def test_buffers_and_frozen_parameters_go_from_strategy_to_strategy(name, first,
         assert all(value == 7.0 for buffer in buffers for value in buffer)
 
 
+def test_what_came_with_a_model_goes_with_it(llama, tmp_path):
+    came = {"eos_token_id": [2, 5], "temperature": 0.6, "do_sample": True}
+    (llama / "generation_config.json").write_text(json.dumps(came))
+    model, stored_names = materialized(llama)
+    data = SimpleNamespace(tokenizer=zoo.byte_tokenizer())
+    _save_assets(config_of(llama), model, data, stored_names, tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == came
+    assert json.loads((tmp_path / STORED_NAMES).read_text()) == stored_names
+    assert sorted(stored_names) == sorted(load_file(llama / "model.safetensors"))
+
+
+@pytest.mark.long
 def test_an_export_is_what_transformers_would_save(trainer, small, tmp_path):
     """Through a whole run: buffers, experts on disk one by one, and what came with the model."""
     folder = zoo.build("deepseek_v3", tmp_path / "model")
@@ -241,7 +267,7 @@ def test_an_export_is_what_transformers_would_save(trainer, small, tmp_path):
     run_dir = tmp_path / "run"
     overrides = ["model=pretrained", f"model.path={folder}", "stop.steps=1", "optim.lr=1e-30"]
     overrides = [x for x in small if not x.startswith(("model", "data.tokenizer"))] + overrides
-    overrides += ["schedule.warmup_steps=0", "optim.weight_decay=0"]
+    overrides += ["schedule.warmup_steps=0", "optim.weight_decay=0", "monitoring.report=false"]
     result = trainer(*overrides, "export.at_end=true")
     assert result.code == 0, result
     export = run_dir / "export"

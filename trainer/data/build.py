@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from decimal import Decimal
+from itertools import count
 from pathlib import Path
 from typing import Protocol
 
@@ -54,6 +56,7 @@ def build_dataset(
     eos, parse = tokenizer.eos_token_id, cfg.parse_special_tokens
     special = re.compile("|".join(map(re.escape, special_tokens(tokenizer))) or r"(?!)")
     spelled: list[str] = []  # the first special token in each document that has one
+    draws: list[float] = []  # the two lowest and the two highest, each once
     writer = TokenDatasetWriter(folder, tokenizer, shard_tokens=cfg.shard_tokens)
     # Rows are smaller or larger than their files (compression, other columns): no end to show.
     total = source.size_bytes if source.identity["kind"] in ("stdlib", "text") else None
@@ -67,6 +70,8 @@ def build_dataset(
                 held_out = document.draw < cfg.validation_fraction
                 split = "validation" if held_out else "train"
                 writer.add(split, _framed(encoding.ids, bos, eos, parse), size)
+            draws = sorted({*draws, *(document.draw for document in batch)})
+            draws = [*draws[:2], *draws[max(2, len(draws) - 2) :]]
             spelled += [found.group() for found in map(special.search, texts) if found]
             advance(len(batch), sum(num_bytes))
         if spelled and not parse:
@@ -76,7 +81,7 @@ def build_dataset(
             )
         for note in source.notes:
             print(f"{source.key}: {note}", file=sys.stderr)
-        _check_splits(source.key, writer, cfg.validation_fraction)
+        _check_splits(source.key, writer, cfg.validation_fraction, draws)
         writer.finish(source.identity, transform)
 
 
@@ -127,13 +132,29 @@ def progress(task: str, total_bytes: int | None) -> Iterator[Advance]:
             print(f"{task}: {state()}", file=sys.stderr)
 
 
-def _check_splits(key: str, writer: TokenDatasetWriter, fraction: float) -> None:
+def _check_splits(
+    key: str, writer: TokenDatasetWriter, fraction: float, draws: list[float]
+) -> None:
     train, validation = writer.num_documents("train"), writer.num_documents("validation")
     if train + validation == 0:
         raise ConfigError(key, "", "no document in it has any text", "give a source with text")
     if not train or not validation:
         empty = "validation" if train else "train"
         rule = f"of {train + validation} documents of {key} none is left for the {empty} split"
-        way = "raise" if train else "lower"
-        fix = f"add documents (a text file of up to 64 KiB is one), or {way} it"
+        fix = "add other documents (a text file of up to 64 KiB is one)"
+        if len(draws) > 1:  # else all are the same text, which no fraction parts
+            neighbours = draws[:2] if train else draws[-2:]
+            fix = f"set data.validation_fraction={_between(*neighbours)}, or {fix}"
+        else:
+            rule += ", and all of them are the same text" if train + validation > 1 else ""
         raise ConfigError("data.validation_fraction", fraction, rule, fix)
+
+
+def _between(low: float, high: float) -> str:
+    """The shortest decimal above `low` and not above `high`, both in [0, 1) and of 48 bits."""
+    for digits in count(1):
+        unit = Decimal(10) ** -digits
+        found = (Decimal(low) // unit + 1) * unit
+        if found <= Decimal(high):
+            return f"{found:f}"
+    raise AssertionError("unreachable: they differ")

@@ -2,19 +2,15 @@
 
 import errno
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from core.errors import ConfigError
+from core.folder import locked, staged_folder
 from trainer.data.files import StopRequested, check_stop
-from trainer.data.writer import sync_folder
 
 KEY = "data.cache_dir"
-POLL_S = 0.5
 
 
 def open_cache(cache_dir: str) -> Path:
@@ -46,33 +42,12 @@ def full_disk_explained(cache: Path) -> Iterator[None]:
         raise ConfigError(KEY, cache, rule, fix) from error
 
 
-@contextmanager
-def locked(path: Path, stop_requested: StopRequested) -> Iterator[None]:
-    """Hold a lock that the operating system takes back when its holder dies.
-
-    Raises:
-        Interrupted: Told to stop while another process held it.
-    """
-    lock = FileLock(path)
-    while True:
-        check_stop(stop_requested)
-        try:
-            lock.acquire(timeout=POLL_S)
-            break
-        except Timeout:
-            continue
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def build_once(folder: Path, build: Callable[[Path], None], stop_requested: StopRequested) -> None:
     """Make `folder` exist, complete. The first caller builds it aside and renames; the others wait.
 
     Args:
         folder: Inside the cache; its name says what is in it, so an existing one is never rebuilt.
-        build: Fills the empty folder it is given and forces it to the disk.
+        build: Fills the empty folder it is given.
         stop_requested: Polled while waiting; `build` polls on its own.
 
     Raises:
@@ -80,16 +55,9 @@ def build_once(folder: Path, build: Callable[[Path], None], stop_requested: Stop
     """
     if folder.exists():
         return
-    with locked(folder.with_name(f"{folder.name}.lock"), stop_requested):
+    lock = folder.with_name(f"{folder.name}.lock")
+    with locked(lock, between=lambda: check_stop(stop_requested)):
         if folder.exists():
             return
-        temporary = folder.with_name(f"{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)  # of a builder that was killed
-        try:
-            with full_disk_explained(folder.parent):
-                temporary.mkdir()
-                build(temporary)
-                os.rename(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        sync_folder(folder.parent)
+        with full_disk_explained(folder.parent), staged_folder(folder) as staging:
+            build(staging)

@@ -3,10 +3,17 @@
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 
 from omegaconf import MISSING
 
 from core.settings.rules import setting
+
+
+def expanded(name: str) -> str:
+    """A folder or a hub name, with the home directory in place of `~`, which no shell replaces
+    behind `key=`."""
+    return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
 class SourceKind(Enum):
@@ -83,6 +90,9 @@ class PreparationConfig:
     cache_dir: str = "${oc.env:SPOTFORGE_CACHE,'~/.cache/spotforge'}"
     shard_tokens: int = setting(100_000_000, above=0, fix="try 100000000")
     verify: bool = True
+
+    def __post_init__(self) -> None:
+        self.tokenizer = expanded(self.tokenizer)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError, Interrupted
+from core.folder import write_file
 
 CHUNK_BYTES = 8 << 20
 BOM = b"\xef\xbb\xbf"  # that some editors put before UTF-8; it is no part of the text
@@ -177,9 +178,7 @@ class FileDigests:
     def save(self) -> None:
         """Remember what was computed, in one atomic step."""
         if self._changed:
-            temporary = self._cache_file.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self._known))
-            os.replace(temporary, self._cache_file)
+            write_file(self._cache_file, json.dumps(self._known))
 
     def _read(self, key: str, path: Path, is_text: bool) -> str:
         digest = hashlib.sha256()

@@ -14,8 +14,9 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from core.errors import ConfigError, DamagedError
+from core.folder import locked
 from trainer.data.build import build_dataset
-from trainer.data.cache import build_once, full_disk_explained, locked, open_cache
+from trainer.data.cache import build_once, full_disk_explained, open_cache
 from trainer.data.config import (
     DataConfig,
     MixtureDataConfig,
@@ -265,7 +266,8 @@ def _open_sources(
     begun_before: bool,
     stop_requested: StopRequested,
 ) -> dict[str, Source]:
-    with locked(cache / "digests.lock", stop_requested):  # one rank reads 1 TB, not all of them
+    # One rank reads 1 TB, not all of them.
+    with locked(cache / "digests.lock", between=lambda: check_stop(stop_requested)):
         digests = FileDigests(cache / "digests.json", stop_requested)
         try:
             return {

@@ -6,7 +6,6 @@ whatever tokenizer.json says. A tokenizer that is trained for such a model split
 does, and what an export holds is read back before it is handed on.
 """
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from core.errors import ConfigError
+from core.folder import digest_of
 
 EOS = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and EOS
@@ -253,7 +253,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
         },
         "chat_template": tokenizer.chat_template,
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return digest_of(content)
 
 
 def vocab_size_of(tokenizer: PreTrainedTokenizerFast) -> int:

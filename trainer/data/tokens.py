@@ -1,6 +1,5 @@
 """Read a token dataset (see `writer.py` for what is in the folder), and check that it is intact."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
 from core.errors import ConfigError, DamagedError
-from trainer.data.files import CHUNK_BYTES, StopRequested, check_stop
+from core.folder import MANIFEST, Entry, wrong_content, wrong_size
+from trainer.data.files import StopRequested, check_stop
 from trainer.data.tokenizer import fingerprint, load_tokenizer
-from trainer.data.writer import FORMAT_VERSION, MANIFEST, TOKENIZER, canonical_digest
+from trainer.data.writer import FORMAT_VERSION, TOKENIZER, canonical_digest
 
 Tokens = npt.NDArray[np.int64]
 
@@ -157,25 +157,20 @@ def _entries(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _check_size(folder: Path, entry: dict[str, Any]) -> None:
-    path = folder / entry["file"]
-    if not path.is_file():
-        raise _damaged(folder, entry["file"], "is missing")
-    if (size := path.stat().st_size) != entry["size_bytes"]:
-        raise _damaged(
-            folder, entry["file"], f"has {size} bytes, written were {entry['size_bytes']}"
-        )
+    if fault := wrong_size(folder / entry["file"], _entry(entry)):
+        raise _damaged(folder, entry["file"], fault)
 
 
 def _check_digest(
     folder: Path, entry: dict[str, Any], stop_requested: StopRequested = lambda: False
 ) -> None:
-    digest = hashlib.sha256()
-    with (folder / entry["file"]).open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            check_stop(stop_requested)
-            digest.update(chunk)
-    if digest.hexdigest() != entry["sha256"]:
-        raise _damaged(folder, entry["file"], "does not match its SHA-256 in the manifest")
+    path = folder / entry["file"]
+    if fault := wrong_content(path, _entry(entry), lambda: check_stop(stop_requested)):
+        raise _damaged(folder, entry["file"], fault)
+
+
+def _entry(entry: dict[str, Any]) -> Entry:
+    return {"size_bytes": entry["size_bytes"], "sha256": entry["sha256"]}
 
 
 def _damaged(folder: Path, file: str, rule: str) -> DamagedError:

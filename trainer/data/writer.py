@@ -7,9 +7,7 @@ validation-...            the same for the held-out split
 tokenizer/                as `save_pretrained` writes it
 """
 
-import hashlib
 import json
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,27 +16,17 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
+from core.folder import MANIFEST, HashedFile, digest_of, manifest_of, write_file
 from trainer.data.tokenizer import fingerprint, vocab_size_of
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
-MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 
 
 def canonical_digest(content: object) -> str:
-    """SHA-256 (hex) of JSON types, whatever the order of their keys."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the folder's entries survive a power cut, not only the bytes of its files."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Returns the SHA-256 (hex) of JSON types, whatever the order of their keys."""
+    return digest_of(content, separators=(",", ":"))
 
 
 class TokenDatasetWriter:
@@ -87,7 +75,7 @@ class TokenDatasetWriter:
         return self._splits[split].num_documents
 
     def finish(self, source: dict[str, object], transform: dict[str, object]) -> None:
-        """Write the tokenizer and the manifest, and force everything to the disk.
+        """Writes the tokenizer and the manifest.
 
         Args:
             source: Where the documents came from (`Source.identity`).
@@ -106,11 +94,7 @@ class TokenDatasetWriter:
             "tokenizer": self._save_tokenizer(),
         }
         manifest["digest"] = canonical_digest(manifest)
-        with (self._folder / MANIFEST).open("w") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(self._folder)
+        write_file(self._folder / MANIFEST, json.dumps(manifest, indent=1))
 
     def _save_tokenizer(self) -> list[dict[str, object]]:
         folder = self._folder / TOKENIZER
@@ -118,17 +102,9 @@ class TokenDatasetWriter:
             # Transformers notes whether the hub could be asked, which is no part of the data.
             self._tokenizer.init_kwargs["local_files_only"] = False
         self._tokenizer.save_pretrained(folder)
-        entries: list[dict[str, object]] = []
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                content = path.read_bytes()
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-                name = path.relative_to(self._folder).as_posix()
-                digest = hashlib.sha256(content).hexdigest()
-                entries.append({"file": name, "size_bytes": len(content), "sha256": digest})
-        sync_folder(folder)
-        return entries
+        return [
+            {"file": f"{TOKENIZER}/{name}", **entry} for name, entry in manifest_of(folder).items()
+        ]
 
 
 class _SplitWriter:
@@ -137,8 +113,8 @@ class _SplitWriter:
     def __init__(self, folder: Path, split: str, dtype: "np.dtype[Any]", shard_tokens: int) -> None:
         self._folder, self._split, self._dtype = folder, split, dtype
         self._shard_tokens = shard_tokens
-        self._documents = _HashedFile(folder / f"{split}-documents.bin")
-        self._shard: _HashedFile | None = None
+        self._documents = HashedFile(folder / f"{split}-documents.bin")
+        self._shard: HashedFile | None = None
         self._shards: list[dict[str, object]] = []
         self.num_tokens = self.num_documents = self.num_bytes = 0
 
@@ -149,7 +125,7 @@ class _SplitWriter:
         while len(tokens):
             if self._shard is None:
                 name = f"{self._split}-{len(self._shards):05d}.bin"
-                self._shard = _HashedFile(self._folder / name)
+                self._shard = HashedFile(self._folder / name)
             room = self._shard_tokens - self._shard.size_bytes // self._dtype.itemsize
             self._shard.write(tokens[:room].tobytes())
             self.num_tokens += len(tokens[:room])
@@ -164,7 +140,7 @@ class _SplitWriter:
             "num_documents": self.num_documents,
             "num_bytes": self.num_bytes,
             "shards": self._shards,
-            "documents": self._documents.finish(),
+            "documents": _described(self._documents),
         }
 
     def close(self) -> None:
@@ -175,32 +151,10 @@ class _SplitWriter:
     def _end_shard(self) -> None:
         if self._shard is not None:
             num_tokens = self._shard.size_bytes // self._dtype.itemsize
-            self._shards.append({**self._shard.finish(), "num_tokens": num_tokens})
+            self._shards.append({**_described(self._shard), "num_tokens": num_tokens})
             self._shard = None
 
 
-class _HashedFile:
-    """A file whose digest is known when it is finished, without reading it again."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._file = path, path.open("wb")
-        self._sha256 = hashlib.sha256()
-        self.size_bytes = 0
-
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._sha256.update(data)
-        self.size_bytes += len(data)
-
-    def finish(self) -> dict[str, object]:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.close()
-        return {
-            "file": self._path.name,
-            "size_bytes": self.size_bytes,
-            "sha256": self._sha256.hexdigest(),
-        }
-
-    def close(self) -> None:
-        self._file.close()
+def _described(file: HashedFile) -> dict[str, object]:
+    """Finishes a file and returns what the manifest says of it."""
+    return {"file": file.path.name, **file.finish()}

@@ -212,7 +212,11 @@ def test_a_snapshot_that_is_no_json_file(tmp_path):
     deep, pipe = tmp_path / "deep.json", tmp_path / "pipe"
     deep.write_text("[" * 100_000)
     os.mkfifo(pipe)
-    for path, said in ((deep, "is not JSON"), (pipe, "is no file"), (tmp_path / "no", "No such")):
+    for path, said in (
+        (deep, "is not JSON"),
+        (pipe, "is not a file"),
+        (tmp_path / "no", "No such"),
+    ):
         with pytest.raises(ConfigError, match=f"launch.catalog={path}: {said}"):
             read_snapshot(path)
 

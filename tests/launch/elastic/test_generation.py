@@ -135,9 +135,10 @@ def test_a_node_tells_of_its_own_ranks_and_its_own_clock():
     gang.nodes[1].start(Start(2, 1, 1, 1, 2, "10.0.0.1", 4000))
     gang.nodes[1].receive(Status(1, 100.0, status))  # of the last generation, and late
     assert gang.nodes[1].ranks == [RankStatus(1)]
+    earliest = time.monotonic() - 10
     gang.nodes[1].receive(Status(2, 100.0, status))
     assert gang.nodes[1].ranks[0].step == 7
-    assert gang.nodes[1].ranks[0].beat_at == pytest.approx(time.monotonic() - 10, abs=5)
+    assert earliest <= gang.nodes[1].ranks[0].beat_at <= time.monotonic() - 10
     with pytest.raises(ProtocolError):
         gang.nodes[1].receive(Status(2, 100.0, [RankStatus(0)]))
     with pytest.raises(ProtocolError):

@@ -13,7 +13,6 @@ import pytest
 from core.errors import ConfigError, DamagedError, SpotforgeError
 from launch.config import Stage as StageName
 from launch.pipeline.chain import Chain
-from launch.pipeline.manifest import first_difference, manifest_of
 from launch.pipeline.stages import Stage, stages_of
 from launch.settings import compose_settings
 from tests.words import last_of_each
@@ -171,17 +170,6 @@ def test_a_signal_reaches_the_stage_and_no_other_is_started(site):
     process.terminate()
     said = process.communicate(timeout=300)[1].decode()
     assert process.returncode == 33 and "train was stopped" in said
-
-
-def test_a_manifest_is_of_every_file(tmp_path):
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    (tmp_path / "a" / "b" / "c").write_text("1")
-    (tmp_path / "one.json").write_text("{}")
-    was = manifest_of(tmp_path / "a")
-    assert list(was) == ["b/c"] and list(manifest_of(tmp_path / "one.json")) == ["one.json"]
-    assert manifest_of(tmp_path / "none") == {}
-    assert first_difference(was, was) is None
-    assert first_difference(was, {}) == "b/c is gone"
 
 
 # The real programs

@@ -216,5 +216,5 @@ def test_a_broker_that_is_gone_loses_nothing(gateway, start_worker, redis, key):
     redis.start()
     start_worker("a")
     with gateway.client(key) as client:
-        check_all_once(client, end(client, forgotten, 15.0), 2)
+        check_all_once(client, end(client, forgotten), 2)
         check_all_once(client, end(client, begin(client, requests(1, "new"))), 1)

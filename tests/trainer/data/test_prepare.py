@@ -190,14 +190,14 @@ def test_processes_that_start_at_once_build_once(folder, tmp_path):
 def test_a_killed_builder_holds_nobody_up(config, ready, folder, tmp_path):
     process = start(folder, tmp_path, hang=1000)
     deadline = time.monotonic() + 600
-    while not list((tmp_path / "cache").glob("*.tmp/manifest.json")):
+    while not list((tmp_path / "cache").glob(".staging-*/manifest.json")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=120)
-    assert len(list((tmp_path / "cache").glob("*.tmp"))) == 1
+    assert len(list((tmp_path / "cache").glob(".staging-*"))) == 1
     data = ready(config())
-    assert not list((tmp_path / "cache").glob("*.tmp"))
+    assert not list((tmp_path / "cache").glob(".staging-*"))
     data.verify(0, 1)
 
 
@@ -409,3 +409,25 @@ def test_a_large_source_trains_the_tokenizer_on_a_fixed_part(config, ready, monk
     data = ready(config())
     held_out = decoded(TokenDataset.open(data.folders[0], "validation"), data.tokenizer)
     assert 0 < sum(map(len, seen[0])) < 8000 and not set(seen[0]) & set(held_out)
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.98])
+@pytest.mark.parametrize(("distinct", "copies"), [(1, 1), (1, 10), (2, 1), (2, 5), (3, 1), (4, 9)])
+def test_the_fraction_that_is_advised_parts_the_documents(
+    config, ready, tmp_path, distinct, copies, fraction
+):
+    rows = [json.dumps({"text": f"document {i} of few"}) for i in range(distinct)] * copies
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    settings = {"kind": SourceKind.jsonl, "path": str(tmp_path / "rows.jsonl"), "column": "text"}
+    with pytest.raises(ConfigError) as refused:
+        ready(config(**settings, validation_fraction=fraction))
+    advised = re.search(r"set data\.validation_fraction=(\S+),", str(refused.value))
+    if distinct == 1:
+        assert advised is None and "add other documents" in str(refused.value)
+        assert ("the same text" in str(refused.value)) == (copies > 1)
+        return
+    data = ready(config(**settings, validation_fraction=float(advised[1])))
+    [train], [held_out] = data.sources, data.validation
+    assert (train.num_documents + held_out.num_documents) == distinct * copies
+    wanted = copies if fraction < 0.5 else (distinct - 1) * copies
+    assert held_out.num_documents == wanted

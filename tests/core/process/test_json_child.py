@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from serving.child import LOOK_S, Child, ChildEnded, _Threads, _threads_of
+from core.process.json_child import ChildEnded, JsonChild
+from core.process.liveness import LOOK_S, _Threads, _threads_of
 
 LINES = "import sys, json; say = lambda x: print(json.dumps(x), flush=True)\n"
 
@@ -18,7 +19,7 @@ def run(program, *said):
     async def work():
         heard = []
         hear = lambda kind, content: heard.append((kind, content))  # noqa: E731
-        child = await Child.start([sys.executable, "-c", LINES + program], hear)
+        child = await JsonChild.start([sys.executable, "-c", LINES + program], hear)
         for content in said:
             child.say("line", content)
         with pytest.raises(ChildEnded) as ended:
@@ -33,7 +34,7 @@ def test_lines_of_any_length():
     text = "naïve \n" * 400_000
     heard, ended = run("say(json.loads(input())); say(json.loads(input())); sys.exit(3)", text, 1)
     assert heard == [("line", text), ("line", 1)]
-    assert ended == "ended with 3, and said nothing"
+    assert ended == "failed with exit code 3, and said nothing"
 
 
 def test_ctrl_c_is_not_for_it_and_its_share_of_a_cpu_is_the_gateways():
@@ -47,12 +48,18 @@ def test_ctrl_c_is_not_for_it_and_its_share_of_a_cpu_is_the_gateways():
     [
         (
             "sys.stderr.write('12%\\r' * 10**6 + 'no memory'); sys.exit(1)",
-            "ended with 1: no memory",
+            "failed with exit code 1: no memory",
         ),
-        ("sys.stderr.write('x' * 5 * 10**6 + '\\nno memory\\n\\n'); sys.exit(1)", "1: no memory"),
-        ("say({'fatal': 'it is full'}); print('noise', file=sys.stderr)", "with 0: it is full"),
-        ("print('no json', flush=True); input()", "killed by signal 9: what it said makes no"),
-        ("say([1]); input()", "killed by signal 9: what it said makes no sense"),
+        (
+            "sys.stderr.write('x' * 5 * 10**6 + '\\nno memory\\n\\n'); sys.exit(1)",
+            "1: no memory",
+        ),
+        (
+            "say({'fatal': 'it is full'}); print('-', file=sys.stderr)",
+            "exit code 0: it is full",
+        ),
+        ("print('no json', flush=True); input()", "died of SIGKILL: what it said makes no"),
+        ("say([1]); input()", "died of SIGKILL: what it said makes no sense"),
     ],
 )
 def test_last_words(program, words):
@@ -79,13 +86,13 @@ def looks(monkeypatch, steps):
 
     async def work():
         clock = Clock()
-        monkeypatch.setattr("serving.child.time", clock)
-        silent = await Child.start([sys.executable, "-c", "input()"], lambda *_: None)
+        monkeypatch.setattr("core.process.liveness.time", clock)
+        silent = await JsonChild.start([sys.executable, "-c", "input()"], lambda *_: None)
         found = []
         try:
             for passed_s, threads in steps:
                 clock.now_s += passed_s
-                monkeypatch.setattr("serving.child._threads_of", lambda _, is_=threads: is_)
+                monkeypatch.setattr("core.process.liveness._threads_of", lambda _, is_=threads: is_)
                 found.append(silent.look())
         finally:
             await silent.kill()
