@@ -6,22 +6,18 @@ import json
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
+from compression.command import COMPRESSION
 from compression.samples import check_no_overlap, data_config, draw_samples, sample_tokens
-from compression.schemas import register_schemas
 from core.errors import ConfigError, Interrupted
 from tests.compression.conftest import save_model, sentences
-from trainer.cli import CONFIG_DIR
 from trainer.data.messages import for_template
 
 
 def settings(*words):
-    register_schemas()
-    with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
-        return OmegaConf.to_object(compose("compression", list(words)))
+    parent = [] if any(word.startswith("parent.") for word in words) else ["parent.model=x"]
+    return COMPRESSION.compose([*parent, *words])
 
 
 def of_text(text, *words):
