@@ -12,6 +12,7 @@ from compression.command import COMPRESSION
 from compression.samples import check_no_overlap, data_config, draw_samples, sample_tokens
 from core.errors import ConfigError, Interrupted
 from tests.compression.conftest import save_model, sentences
+from tests.words import last_of_each
 from trainer.data.messages import for_template
 
 
@@ -134,7 +135,8 @@ def conversations(tmp_path_factory):
 @functools.cache
 def chat_settings(*words):
     sizes = ("calibration.num_samples=20", "calibration.min_tokens=100", "evaluation.num_samples=3")
-    return settings("calibration.messages=x", "calibration.max_seq_len=64", *sizes, *words)
+    usual = ["calibration.messages=x", "calibration.max_seq_len=64", *sizes]
+    return settings(*last_of_each([*usual, *words]))
 
 
 def of_chat(path, *words):
