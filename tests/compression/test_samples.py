@@ -77,7 +77,9 @@ def test_without_data_the_model_makes_its_text(parent):
     other = draw_samples(settings(*words, "seed=1"), parent, lambda: False)
     assert not torch.equal(first.calibration, other.calibration)
     with pytest.raises(ConfigError, match="calibration.max_seq_len=257: the model has 256"):
-        draw_samples(settings(*words, "calibration.max_seq_len=257"), parent, lambda: False)
+        draw_samples(
+            settings(*last_of_each([*words, "calibration.max_seq_len=257"])), parent, lambda: False
+        )
     with pytest.raises(Interrupted):
         draw_samples(settings(*words), parent, lambda: True)
 
