@@ -387,6 +387,7 @@ def test_settings_that_make_no_sense(config, ready, tmp_path):
     ]
     for cfg, message in cases:
         with pytest.raises(ConfigError, match=message):
+            check_settings(cfg, "data")
             ready(cfg)
         assert not [name for name in leftovers(cfg) if not name.startswith("tokenizer-")]
 
