@@ -16,6 +16,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from core.settings.command import CONFIG_DIR
+from core.settings.stored import from_yaml, to_yaml
 from trainer.command import TRAINER
 from trainer.config import NamedModelConfig, PathModelConfig, StopConfig, TrainerConfig
 from trainer.data.config import SingleDataConfig
@@ -59,6 +60,8 @@ def test_every_option_composes_and_converts(group, option):
         assert dataclasses.is_dataclass(getattr(config, field)), f"{field} is untyped"
     forgotten = OmegaConf.missing_keys(compose_tree(*words))
     assert forgotten == set(), "no mandatory value is forgotten"
+    # Ranks that a supervisor starts are given the same settings.
+    assert from_yaml(TRAINER, to_yaml(TRAINER, config, {"seed"})) == (config, {"seed"})
 
 
 @pytest.mark.parametrize(("group", "option"), MANDATORY, ids=lambda x: x)
