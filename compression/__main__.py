@@ -1,4 +1,4 @@
-"""`python -m compression`: composes the configuration, then compresses."""
+"""Entry point of `python -m compression`: composes the configuration, then compresses."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from core.settings.command import Job
 
 
 def _run(config: CompressionConfig, job: Job) -> int:
+    # Imported here, so that `--help` and a refused setting need no torch.
     from compression.auto import run_auto
     from compression.report import plot_pareto
     from compression.run import run
@@ -39,8 +40,9 @@ def _stop_requested() -> bool:
 
 
 def main() -> int:
-    """Entry point; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; ours are rich's
+    # A stop is only noted here: a compression asks between blocks, where its work folder is whole.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _stop)
     return COMPRESSION.main(_run)

@@ -1,4 +1,4 @@
-"""The folders that a compression leaves, and what is said of where they come from."""
+"""The folders that a compression writes, and the record of where they come from."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from monitoring.environment import describe_environment
 
 REPORT = "compression.json"
 WORK = ".work"
-CANDIDATES = ".candidates"  # of recipe=auto
+CANDIDATES = ".candidates"  # folder in which recipe=auto makes the artifacts that it compares
 AUTO = "auto.json"
-REJECTED = "rejected.json"  # the report of what did not pass the gate
+REJECTED = "rejected.json"  # the report of a result that did not pass the gate
 _LOCK = ".lock"
 _WEIGHTS = ("*.safetensors", "*.gguf", "openvino_model.bin")
 
 
 def find_trained(name: str) -> Path:
-    """Finds a run directory, by its path or by its name under `runs/`.
+    """Returns a run directory, given by its path or by its name under `runs/`.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no such run directory.
     """
     run = find_run(name, holds="config.yaml")
     if run is None:
-        raise ConfigError("run", name, "is no run directory", "give runs/<name>")
+        raise ConfigError("run", name, "is not a run directory", "give runs/<name>")
     return run
 
 
 def places(config: CompressionConfig) -> tuple[Path, Path]:
-    """Folder of the parent, and folder for what is made of it.
+    """Returns the folder of the parent and the folder for its artifacts.
 
     Raises:
-        ConfigError: There is no such run or folder, or it was not exported.
+        ConfigError: There is no such run or folder, or the run was not exported.
     """
     recipe = Path("compressed") / config.recipe_name
     if config.parent.run is not None:
@@ -60,11 +60,11 @@ def places(config: CompressionConfig) -> tuple[Path, Path]:
 
 
 def check_replaceable(out: Path, recipe: str | None, parent: Path) -> None:
-    """Raises ConfigError where `out` holds what this recipe has not made of this model.
+    """Raises ConfigError if `out` holds anything but artifacts of this recipe and this model.
 
     Args:
-        out: Folder for artifacts.
-        recipe: Name of the recipe; None: any.
+        out: Folder of the artifacts.
+        recipe: Name of the recipe; None accepts artifacts of any recipe.
         parent: Folder of the model.
     """
     if not out.exists():
@@ -75,19 +75,22 @@ def check_replaceable(out: Path, recipe: str | None, parent: Path) -> None:
         if path.name in (WORK, CANDIDATES, AUTO, REJECTED, _LOCK):
             continue
         if not (path / REPORT).is_file():
-            rule = f"holds {path.name}, which is of no compression"
+            rule = f"contains {path.name}, which is not an artifact of a compression"
             raise ConfigError("out", out, rule, "choose an empty folder")
         found = read_report(path)["recipe"]
         if recipe is not None and found != recipe:
-            raise ConfigError("out", out, f"holds what {found} left", "choose another folder")
+            raise ConfigError(
+                "out", out, f"contains artifacts of recipe={found}", "choose another folder"
+            )
         made_of = json.loads((path / LINEAGE).read_text(encoding="utf-8"))["parent"]
+        # A parent that was moved is still the same parent if its files have the same digests.
         if made_of["path"] != str(parent) and not _holds(parent, made_of["files"]):
-            rule = f"holds what was made of {made_of['path']}"
+            rule = f"contains artifacts of another model, {made_of['path']}"
             raise ConfigError("out", out, rule, "name another folder with out=")
 
 
 def _holds(folder: Path, digests: dict[str, str]) -> bool:
-    """Whether a folder is the one that had files of these digests, perhaps moved."""
+    """Returns whether a folder holds files of these digests, wherever it lies."""
     return all(
         (folder / name).is_file() and sha256_of(folder / name) == digest
         for name, digest in digests.items()
@@ -95,7 +98,15 @@ def _holds(folder: Path, digests: dict[str, str]) -> bool:
 
 
 def claim(work: Path, made_from: dict[str, Any]) -> None:
-    """Makes a work folder; empties it of what another parent, recipe or calibration left."""
+    """Makes a work folder, and empties it if it is of another parent, recipe or calibration.
+
+    Args:
+        work: Folder in which a stopped command finds what it has done.
+        made_from: Everything that decides the result, of JSON types.
+
+    Raises:
+        ConfigError: The folder cannot be written.
+    """
     path, text = work / "made_from.json", json.dumps(made_from, sort_keys=True)
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return
@@ -109,10 +120,10 @@ def claim(work: Path, made_from: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def held(out: Path) -> Iterator[None]:
-    """Makes a folder, and holds it: two commands would take each other's work away.
+    """Makes a folder and locks it, since two commands would delete each other's work.
 
     Raises:
-        ConfigError: Another process works in it, or it cannot be made.
+        ConfigError: Another process holds the lock, or the folder cannot be made.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -128,7 +139,8 @@ def held(out: Path) -> Iterator[None]:
             raise _unwritable(out, e) from e
         try:
             yield
-        finally:  # while it is held: who waits for the file that is gone opens the next one
+        finally:
+            # Removed before it is released: who waits on the removed file opens a new one.
             (out / _LOCK).unlink(missing_ok=True)
 
 
@@ -138,17 +150,17 @@ def _unwritable(out: Path, error: OSError) -> ConfigError:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Of all files of weights in a folder."""
+    """Returns the total size of all weight files in a folder."""
     files = (path for pattern in _WEIGHTS for path in folder.glob(pattern))
     return sum(path.stat().st_size for path in files)
 
 
 def origin(source: Source, made_from: dict[str, Any]) -> dict[str, Any]:
-    """Returns where an artifact comes from, for its `lineage.json`.
+    """Returns the content of an artifact's `lineage.json`.
 
     Args:
         source: The parent.
-        made_from: Recipe and calibration.
+        made_from: The recipe, the calibration and all else that decides the result.
     """
     return {
         "code": describe_environment().get("git"),
@@ -159,6 +171,6 @@ def origin(source: Source, made_from: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_report(artifact: Path) -> dict[str, Any]:
-    """An artifact's `compression.json`."""
+    """Returns the content of an artifact's `compression.json`."""
     report: dict[str, Any] = json.loads((artifact / REPORT).read_text(encoding="utf-8"))
     return report

@@ -1,6 +1,7 @@
-"""recipe=auto: likely recipes are made and measured on this machine; the fastest good one stays.
+"""recipe=auto: makes and times likely recipes on this machine, and keeps the fastest good one.
 
-Nothing that is slower than the parent is ever picked; of what could not be tried, why is said.
+A candidate that is slower than the parent is never picked. The reason why a candidate could not be
+tried, or was not picked, is printed and written to `auto.json`.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from compression.targets.openvino_program import PYTHON
 from core.errors import ConfigError
 from core.settings.rules import check_settings
 
+# The first that fits is tried: larger groups have fewer scales, which decode faster.
 _GROUP_SIZES = (128, 64, 32)
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A recipe of one step, and its target."""
+    """A recipe of one step, and the target that it is packed for."""
 
     name: str
     step: Step
@@ -40,7 +42,7 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class _Tried:
-    """What became of a candidate: its report, or why there is none."""
+    """The outcome of one candidate: its report, or the reason why there is none."""
 
     candidate: _Candidate
     report: dict[str, Any] | None
@@ -48,17 +50,17 @@ class _Tried:
 
 
 def run_auto(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path | None:
-    """Tries the candidates for `target=cpu`; the folder of the one that is kept, or None.
+    """Tries the candidates for `target=cpu` and returns the folder of the picked one, or None.
 
-    Leaves `auto.json` with what was measured.
+    Writes `auto.json` with all that was measured.
 
     Raises:
         ConfigError: The settings, the parent or the data do not allow any candidate.
-        Interrupted: Told to stop; the same command goes on.
+        Interrupted: A stop was requested; the same command goes on from there.
     """
     step: AutoConfig = config.recipe["auto"]
     check_settings(config)
-    assert not config.targets  # else it is refused there
+    assert not config.targets  # `check_settings` has refused any target but cpu
     parent, out = places(config)
     check_replaceable(out, None, parent)
     tried = []
@@ -66,7 +68,8 @@ def run_auto(config: CompressionConfig, stop_requested: Callable[[], bool]) -> P
         place = out / CANDIDATES / f"{candidate.name}-{candidate.target.value}"
         tried.append(_try(config, candidate, place, stop_requested))
     good = [t for t in tried if t.report is not None and not _why_not(t.report, step)]
-    # By what it is over the parent, which was timed in turn with it: the machine may be noisy.
+    # Compared by the ratio to the parent, which was timed in alternation with the candidate: on a
+    # noisy machine the ratio is steadier than tokens/s of different minutes.
     best = max(good, key=lambda t: _speed(t, "child") / _speed(t, "parent"), default=None)
     kept = None
     if best is not None:
@@ -84,6 +87,7 @@ def run_auto(config: CompressionConfig, stop_requested: Callable[[], bool]) -> P
 
 
 def _candidates(config: CompressionConfig, parent: Path) -> list[_Candidate]:
+    # Group sizes have to divide the inputs of every layer, since one artifact has one scheme.
     stream = BlockStream(parent)
     layers = choose_layers(stream, config.layers.include, config.layers.exclude)
     widths = {layer.in_features for layer in stream.chosen(layers).values()}
@@ -103,7 +107,7 @@ def _try(
     stop_requested: Callable[[], bool],
 ) -> _Tried:
     artifact = place / candidate.target.value
-    if not artifact.is_dir():  # else it was made before a stop
+    if not artifact.is_dir():  # otherwise it was made before a stop
         of_candidate = replace(
             config,
             recipe={candidate.name: candidate.step},
@@ -115,7 +119,7 @@ def _try(
             run(of_candidate, stop_requested)
         except ConfigError as e:
             if e.key not in ("target", PYTHON):
-                raise  # of the parent or the data: it would be the same for all
+                raise  # a fault of the parent or the data stops every candidate
             return _Tried(candidate, None, str(e))
         except GateError as e:
             return _Tried(candidate, None, e.failed)
@@ -129,7 +133,7 @@ def _speed(tried: _Tried, which: str) -> float:
 
 
 def _why_not(report: dict[str, Any], step: AutoConfig) -> str:
-    """Why a candidate is not to be picked; nothing where it may be."""
+    """Returns why a candidate must not be picked; an empty string if it may be."""
     parent, child = (report["speed"][which]["decode_tokens_per_s"] for which in ("parent", "child"))
     ratio = report["evaluation"]["perplexity_ratio"]["mean"]
     if child <= parent:
@@ -163,11 +167,9 @@ def _show(tried: list[_Tried], step: AutoConfig, best: _Tried | None, kept: Path
     console.print(table)
     # Beside the table, since a narrow one would cut the names of what is missing.
     for one in tried:
-        said = (
-            "picked" if one is best else _why(one, step) or "not as many times the parent's speed"
-        )
+        said = "picked" if one is best else _why(one, step) or "not the fastest beside its parent"
         console.print(f"{' '.join(_named(one).values())}: {said}", soft_wrap=True)
     if kept is not None:
         console.print(f"{kept}", soft_wrap=True)
     else:
-        console.print("none is faster than the parent and good enough: keep the parent")
+        console.print("no candidate is faster than the parent and good enough: keep the parent")

@@ -1,4 +1,4 @@
-"""A decoder block in the hands of a method: its layers, and what flows into them.
+"""A decoder block as a compression method sees it: its layers and the inputs that reach them.
 
 Shapes: O outputs and I inputs of a linear layer, B sequences of T tokens, H hidden size.
 """
@@ -16,18 +16,19 @@ from compression.grid import Quantized
 
 @dataclass
 class Block:
-    """A loaded block and what became of it so far; methods change its weights in place.
+    """A loaded decoder block and its compressed layers so far; methods change its weights in place.
 
     Attributes:
-        name: As `model.layers.0`.
-        module: Float32, on the CPU.
-        layers: The linear layers that the recipe is for, by full name.
-        inputs: Batches of what the block is given, from the start each time (B, T, H).
-        run: The block's output for a batch.
-        dtype: In which the artifact holds what is not quantized.
-        quantized: Layers in codes, by full name.
-        notes: What a method did with a layer, for the report.
-        scales_in: In which it holds scales; None: `dtype`.
+        name: Full name of the block, such as `model.layers.0`.
+        module: The block itself, in float32 on the CPU.
+        layers: Linear layers that the recipe applies to, by full name.
+        inputs: Function that iterates over the block's input batches (B, T, H), from the start on
+            each call.
+        run: Function that returns the block's output for a batch.
+        dtype: Type in which the artifact stores what is not quantized.
+        quantized: Quantized layers, by full name.
+        notes: Facts about each layer that methods record for the report.
+        scales_in: Type in which the artifact stores scales; None: `dtype`.
     """
 
     name: str
@@ -42,18 +43,18 @@ class Block:
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """Of scales."""
+        """Type in which the artifact stores scales."""
         return self.scales_in or self.dtype
 
     def note_tokens(self, seen: list[Inputs]) -> None:
-        """Notes how many tokens reached each layer: an expert sees those that are routed to it."""
+        """Records how many tokens reached each layer; an expert sees only those routed to it."""
         found = {name: inputs.num_tokens for inputs in seen for name in inputs.names}
         for name, layer in self.layers.items():
             counts = {"calibration_tokens": found.get(name, 0), "inputs": layer.in_features}
             self.notes.setdefault(name, {}).update(counts)
 
     def put(self, name: str, quantized: Quantized, **note: object) -> None:
-        """A layer's weight becomes what its codes stand for."""
+        """Replaces a layer's weight by the values that its codes stand for, and records notes."""
         self.quantized[name] = quantized
         self.layers[name].weight.data = quantized.dequantize()
         self.notes.setdefault(name, {}).update(note)
@@ -61,16 +62,16 @@ class Block:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What flowed into layers that share an input.
+    """Statistics of one input that one or more layers share.
 
     Attributes:
         names: Full names of the layers.
-        feeder: Name, inside the block, of the module whose output it is; None: an activation of
-            several.
-        gram: Mean of x x^T over tokens (I, I).
-        largest: Of each input, the largest magnitude (I).
-        mean: Of each input, the mean magnitude (I).
-        num_tokens: That they are of.
+        feeder: Name, inside the block, of the module whose output the input is; None if no single
+            module made it, such as a product of two activations.
+        gram: Mean of x x^T over all tokens (I, I).
+        largest: Largest magnitude of each input channel (I).
+        mean: Mean magnitude of each input channel (I).
+        num_tokens: Number of tokens that the statistics cover.
     """
 
     names: tuple[str, ...]
@@ -83,10 +84,10 @@ class Inputs:
 
 @torch.no_grad()
 def watch_inputs(block: Block) -> list[Inputs]:
-    """Runs all batches through the block and gathers what flows into its layers.
+    """Runs all batches through the block and returns statistics of its layers' inputs.
 
-    Layers that are given the same tensor share one entry, so that a block of the usual kind keeps
-    four Gram matrices. A layer that saw nothing (an expert without tokens) is in none.
+    Layers that receive the same tensor share one entry, so that an ordinary block needs four Gram
+    matrices. A layer that received no token (an unused expert) is in no entry.
     """
     watch = _Watch(block)
     try:
@@ -101,39 +102,43 @@ def watch_inputs(block: Block) -> list[Inputs]:
 
 
 class _Watch:
-    """Hooks on the layers of a block, and on what may feed them."""
+    """Hooks on the layers of a block, and on the modules that may make their inputs."""
 
     def __init__(self, block: Block) -> None:
-        self._leader: dict[str, str] = {}  # of each layer: the first that was given its input
+        self._leader: dict[str, str] = {}  # layer -> the first layer that received the same input
         self._feeder: dict[str, str | None] = {}
         self._sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self._counts: dict[str, int] = {}
         self._given: dict[tuple[int, torch.Size], str] = {}
         self._made: dict[int, str] = {}
-        self._keep: list[Tensor] = []  # an address names a tensor only while it lives
+        # Tensors are told apart by their address, which names a tensor only while it is alive: all
+        # tensors of a batch are held until the next batch begins.
+        self._keep: list[Tensor] = []
         layers = set(block.layers.values())
         self._handles = [
             layer.register_forward_pre_hook(self._on_input(name))
             for name, layer in block.layers.items()
         ]
+        # Norms and activations may make an input. A container hands on the output of a module
+        # inside it, and would be noted instead.
         for name, module in block.module.named_modules():
             if module not in layers and name and not any(True for _ in module.children()):
                 self._handles.append(module.register_forward_hook(self._on_output(name)))
 
     def begin(self) -> None:
-        """A new batch."""
+        """Forgets the tensors of the last batch."""
         self._given.clear()
         self._made.clear()
         self._keep.clear()
 
     def remove(self) -> None:
-        """Takes the hooks off."""
+        """Removes the hooks."""
         self.begin()
         for handle in self._handles:
             handle.remove()
 
     def results(self) -> list[Inputs]:
-        """An entry for each input that was seen."""
+        """Returns an entry for each input that was seen."""
         found = []
         for leader, (gram, largest, total) in self._sums.items():
             names = tuple(name for name, first in self._leader.items() if first == leader)
@@ -146,6 +151,8 @@ class _Watch:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
             leader = self._given.setdefault((x.data_ptr(), x.shape), name)
+            # Layers with the same input would add the same Gram matrix: only the first of them
+            # does.
             if self._leader.setdefault(name, leader) != name:
                 return
             self._keep.append(x)
@@ -174,10 +181,10 @@ class _Watch:
 
 
 def output_error(change: Tensor, gram: Tensor) -> float:
-    """Mean squared change of a layer's output for a change of its weight.
+    """Returns the mean squared change of a layer's output for a change of its weight.
 
     Args:
-        change: (O, I).
-        gram: Mean of x x^T (I, I).
+        change: Difference of two weights (O, I).
+        gram: Mean of x x^T over the layer's inputs (I, I).
     """
     return float(((change @ gram) * change).sum()) / change.shape[0]

@@ -1,4 +1,4 @@
-"""Conversations as a chat model reads them: rendered by its own template, special tokens and all.
+"""Conversations as a chat model reads them: rendered by its chat template with special tokens.
 
 Shapes: N samples of T tokens.
 """
@@ -19,36 +19,38 @@ from core.errors import ConfigError
 from trainer.data.messages import for_template
 
 KEY = "calibration.messages"
-_HELD_OUT = 0.2  # share of the conversations that parent and child are compared on
-_MARK = "0123456789"  # stands for what a user says
+_HELD_OUT = 0.2  # share of the conversations that are for the evaluation
+_MARK = "0123456789"  # placeholder of the user's text in a rendered prompt
 
 
 def read_samples(
     path: Path, model: Path, sizes: tuple[int, int], max_seq_len: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Samples to calibrate with, and to compare on, out of a file of conversations.
+    """Returns samples for the calibration and for the evaluation, from a file of conversations.
 
-    A conversation's digest decides on which side it is, so that a repeated one is on one side
-    only. Those of a side follow one another and are cut into samples.
+    The digest of a conversation decides whether it is for calibration or evaluation, so that a
+    repeated conversation cannot be in both. The conversations of a side are concatenated and cut
+    into samples.
 
     Args:
-        path: JSON lines; each has `messages`, a list of `{"role": ..., "content": ...}`.
-        model: Its tokenizer has a chat template.
-        sizes: N of both, at most.
-        max_seq_len: T.
-        seed: Of the order in which conversations are calibrated with.
+        path: File of JSON lines, each with `messages`: a list of `{"role": ..., "content": ...}`.
+        model: Folder of the model, whose tokenizer has a chat template.
+        sizes: Largest number of calibration samples and of evaluation samples.
+        max_seq_len: Number of tokens T of a sample.
+        seed: Seed of the order of the calibration conversations.
 
     Returns:
-        (N, T) int64 each; fewer samples where there are not enough conversations.
+        Two int64 tensors (N, T), with fewer samples if there are not enough conversations.
 
     Raises:
-        ConfigError: No file of conversations, no template, one that refuses them, or not even one
-            sample for a side.
+        ConfigError: The file or the template is missing, the template refuses a conversation, or
+            one side has too few tokens for one sample.
     """
     tokenizer = load_chat_tokenizer(model)
     sides: tuple[list[list[int]], list[list[int]]] = ([], [])
     for number, messages in _conversations(path):
         text = render(tokenizer, messages, False, KEY, f"{path}:{number}")
+        # 48 bits of the digest as a number in [0, 1), the same on every machine.
         draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / (1 << 48)
         sides[draw < _HELD_OUT].append(_ids(tokenizer, text))
     order = torch.randperm(len(sides[0]), generator=torch.Generator().manual_seed(seed))
@@ -59,19 +61,17 @@ def read_samples(
         ("held-out", evaluation, sides[1]),
     ):
         if not len(found):
-            rule = (
-                f"its {what} conversations have {sum(map(len, ids))} tokens, a sample {max_seq_len}"
-            )
+            rule = f"{what} conversations have {sum(map(len, ids))} tokens, a sample {max_seq_len}"
             fix = "add conversations, or lower calibration.max_seq_len"
             raise ConfigError(KEY, path, rule, fix)
     return calibration, evaluation
 
 
 def load_chat_tokenizer(model: Path) -> Any:
-    """A model's tokenizer.
+    """Returns a model's tokenizer.
 
     Raises:
-        ConfigError: It has no chat template.
+        ConfigError: The tokenizer has no chat template.
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     if tokenizer.chat_template is None:
@@ -81,21 +81,21 @@ def load_chat_tokenizer(model: Path) -> Any:
 
 
 def query_prefix(tokenizer: Any) -> list[int]:
-    """All that a template puts before what a user says.
+    """Returns the token ids that a chat template puts before the text of a user.
 
     Raises:
-        ConfigError: The template refuses, or leaves out, what a user says.
+        ConfigError: The template refuses a user's message, or leaves its text out.
     """
     said = [{"role": "user", "content": _MARK}]
     before, mark, _ = render(tokenizer, said, True, "data", "null").partition(_MARK)
     if not mark:
-        rule = "the model's chat template leaves out what a user says"
-        raise ConfigError("data", "null", rule, "give data=text data.path=notes.txt, or the like")
+        rule = "the model's chat template leaves out the text of the user"
+        raise ConfigError("data", "null", rule, "give data=text data.path=notes.txt")
     return _ids(tokenizer, before)
 
 
 def answer_prompt(tokenizer: Any, query: str) -> list[int]:
-    """A user's words, and the template's generation prompt: an assistant's words follow."""
+    """Returns the token ids of a user's message, followed by the template's generation prompt."""
     said = [{"role": "user", "content": query}]
     return _ids(tokenizer, render(tokenizer, said, True, "data", "null"))
 
@@ -103,37 +103,38 @@ def answer_prompt(tokenizer: Any, query: str) -> list[int]:
 def render(
     tokenizer: Any, messages: list[dict[str, Any]], is_prompt: bool, key: str, value: object
 ) -> str:
-    """A conversation as text.
+    """Returns a conversation as text.
 
     Args:
-        tokenizer: With a chat template.
-        messages: As OpenAI has them.
-        is_prompt: Ends with the template's generation prompt.
-        key: For errors.
-        value: For errors.
+        tokenizer: Tokenizer with a chat template.
+        messages: The conversation, in OpenAI's format.
+        is_prompt: True if the text ends with the template's generation prompt.
+        key: Key to name in an error.
+        value: Value to name in an error.
 
     Raises:
-        ConfigError: The template refuses it.
+        ConfigError: The template refuses the conversation.
     """
     try:
         text: str = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=is_prompt
         )
-    except Exception as e:  # a template is a program of the model's author: anything can come
+    except Exception as e:  # a template is a program of the model's author and may raise anything
         reason = (str(e).splitlines() or [type(e).__name__])[0]
-        rule = f"the model's chat template refuses it: {reason}"
+        rule = f"the model's chat template refuses the conversation: {reason}"
         raise ConfigError(key, value, rule, "give conversations that fit the template") from e
     return text
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    """A template writes special tokens itself, BOS among them."""
+    """Returns the token ids of a rendered text."""
+    # The template has already written the special tokens, BOS among them.
     ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
     return ids
 
 
 def _conversations(path: Path) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Each with the number of its line."""
+    """Yields each conversation with its line number."""
     fix = 'give JSON lines: {"messages": [{"role": "user", "content": "..."}, ...]}'
     try:
         with path.expanduser().open(encoding="utf-8") as lines:
@@ -143,11 +144,11 @@ def _conversations(path: Path) -> Iterator[tuple[int, list[dict[str, Any]]]]:
                 row = json.loads(line)
                 messages = row.get("messages") if isinstance(row, dict) else None
                 if not isinstance(messages, list) or not all(map(_is_message, messages)):
-                    rule = "has no `messages`, a list of objects with role and content"
+                    rule = "`messages` is missing, or not a list of objects with role and content"
                     raise ConfigError(KEY, f"{path}:{number}", rule, fix)
                 yield number, [_for_template(m, f"{path}:{number}", fix) for m in messages]
     except ValueError as e:
-        raise ConfigError(KEY, path, f"is no JSON lines: {e}", fix) from e
+        raise ConfigError(KEY, path, f"is not valid JSON lines: {e}", fix) from e
     except OSError as e:
         raise ConfigError(KEY, path, e.strerror or str(e), fix) from e
 

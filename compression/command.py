@@ -1,4 +1,4 @@
-"""What `python -m compression` is set by, for all who compose it. Imports no torch."""
+"""The command line of `python -m compression`. Imports no torch."""
 
 from compression.config import CompressionConfig
 from compression.recipe import (
@@ -25,13 +25,13 @@ python -m compression run=runs/stdlib recipe=int8_weight_only,int4_awq --multiru
 """
 
 _NOTES = """
-A gate that is not passed leaves no artifact, and exit code 1.
-Exit codes: 0 done; 33 told to stop, start it again and it goes on; 2 refused; 1 failed.
+A result that does not pass the gate leaves no artifact, and the exit code is 1.
+Exit codes: 0 done; 33 stopped, start it again to go on; 2 settings refused; 1 failed.
 """
 
 COMPRESSION = Command(
     program="python -m compression",
-    about="Make a trained model smaller; run=DIR or model=DIR says which.",
+    about="Make a trained model smaller; run=DIR or model=DIR names the model.",
     schema=CompressionConfig,
     root="compression",
     groups={
@@ -49,7 +49,7 @@ COMPRESSION = Command(
         },
         "data": TRAINER.groups["data"],
     },
-    # `model` is a group of the trainer's, too, and Hydra would look for an option of that name.
+    # `model` is also a group of the trainer, for which Hydra would look for an option.
     short={"run": "parent.run", "model": "parent.model"},
     sweeps=True,
     examples=_EXAMPLES,

@@ -1,4 +1,4 @@
-"""The settings of `python -m compression`. Imports no torch: `--help` reads it."""
+"""The settings of `python -m compression`. Imports no torch, since `--help` reads them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from parallel.config import Dtype
 if TYPE_CHECKING:
     from trainer.data.config import DataConfig
 else:
-    DataConfig = Any  # OmegaConf takes no union of dataclasses
+    DataConfig = Any  # OmegaConf does not accept a union of dataclasses
 
 AUTO = "auto"
 
@@ -25,15 +25,15 @@ AUTO = "auto"
 def _check_auto_or_count(key: str, value: Any) -> None:
     is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
     if value != AUTO and not is_count:
-        raise ConfigError(key, value, "must be auto or a number above 0", "use auto")
+        raise ConfigError(key, value, "must be auto or a whole number above 0", "use auto")
 
 
 class Target(Enum):
-    """How a result is packed.
+    """Formats in which a result is packed.
 
     `huggingface`: dense weights (pruned models). `torchao`: torchao's tensors in a Hugging Face
-    folder. `compressed_tensors`: what transformers and vLLM load. `gguf`: a file for llama.cpp.
-    `openvino`: an IR folder for CPUs, made by an environment of its own.
+    folder. `compressed_tensors`: the format that transformers and vLLM load. `gguf`: a file for
+    llama.cpp. `openvino`: an IR folder for CPUs, made in an environment of its own.
     """
 
     huggingface = "huggingface"
@@ -45,7 +45,7 @@ class Target(Enum):
 
 @dataclass
 class ParentConfig:
-    """What is compressed: exactly one of the two. `run=` and `model=` are short for them.
+    """The model to compress: exactly one of the two. `run=` and `model=` are short for them.
 
     Attributes:
         run: Run directory whose export is compressed, and whose data is the default.
@@ -58,11 +58,11 @@ class ParentConfig:
 
 @dataclass
 class LayersConfig:
-    """Which linear layers of the decoder blocks a recipe is for; the head is never among them.
+    """The linear layers of the decoder blocks that a recipe changes; the head is never among them.
 
     Attributes:
-        include: Patterns of names of layers that are compressed, as `*.mlp.*`.
-        exclude: Patterns of names of layers that stay as they are.
+        include: Patterns of names of layers that are compressed, such as `*.mlp.*`.
+        exclude: Patterns of names of layers that are left unchanged.
     """
 
     include: list[str] = field(default_factory=lambda: ["*"])
@@ -71,15 +71,16 @@ class LayersConfig:
 
 @dataclass
 class CalibrationConfig:
-    """What methods that look at data are shown: samples of `data`'s training split.
+    """The samples that methods calibrate with, from the training split of `data`.
 
     Attributes:
-        messages: File of JSON lines with `messages`, rendered by the model's chat template; takes
-            the place of `data` here and in the evaluation, which sees other conversations of it.
+        messages: File of JSON lines with `messages`, rendered by the model's chat template;
+            replaces `data` here and in the evaluation, which takes other conversations of the file.
         num_samples: Number of samples, each of `data.max_seq_len` tokens.
-        min_tokens: Smallest number of tokens in all samples; fewer are refused.
-        max_seq_len: Tokens of a sample of `messages`, or of one that the model makes itself where
-            there is no `data`; auto: 512, or the model's positions, if they are fewer.
+        min_tokens: Smallest allowed number of tokens in all samples.
+        max_seq_len: Tokens of a sample of `messages`, or of text that the model generates when
+            there is no `data`; auto: 512, or the number of the model's positions if that is
+            smaller.
     """
 
     messages: str | None = None
@@ -90,15 +91,15 @@ class CalibrationConfig:
 
 @dataclass
 class EvaluationConfig:
-    """What parent and child are compared on: samples of `data`'s held-out split.
+    """The samples that parent and child are compared on, from the held-out split of `data`.
 
     Attributes:
         num_samples: Number of samples, each of `data.max_seq_len` tokens.
-        speed: Measure tokens/s of parent and child, in turn, on this machine.
-        prompt_tokens: Tokens of the prompt that is timed; auto: 128, or what the model's positions
-            leave beside `new_tokens`, if that is less.
+        speed: Measures tokens/s of parent and child, in alternation, on this machine.
+        prompt_tokens: Tokens of the prompt that is timed; auto: 128, or what `new_tokens` leave of
+            the model's positions if that is less.
         new_tokens: Tokens that are generated after the prompt that is timed.
-        rounds: Number of times that each is timed.
+        rounds: Number of times that each model is timed.
     """
 
     num_samples: int = setting(32, above=0)
@@ -110,42 +111,42 @@ class EvaluationConfig:
 
 @dataclass
 class GateConfig:
-    """Limits that a result keeps, or does not take its place; null: none.
+    """Limits that a result has to keep, or no artifact is left; null: no limit.
 
-    Each is held against the worse end of the figure's 95% interval.
+    Each limit is compared with the worse end of the figure's 95% interval.
 
     Attributes:
         max_perplexity_ratio: Largest ratio of the child's perplexity to the parent's.
         max_kl: Largest KL(parent || child), in nats a token.
-        min_greedy_agreement: Smallest share of tokens at which both find the same next one
-            likeliest.
+        min_greedy_agreement: Smallest share of tokens for which parent and child predict the same
+            most likely next token.
     """
 
     max_perplexity_ratio: float | None = setting(
-        None, above=0, below=math.inf, fix="or null, for none"
+        None, above=0, below=math.inf, fix="set null for no limit"
     )
-    max_kl: float | None = setting(None, above=0, below=math.inf, fix="or null, for none")
-    min_greedy_agreement: float | None = setting(None, above=0, most=1, fix="or null, for none")
+    max_kl: float | None = setting(None, above=0, below=math.inf, fix="set null for no limit")
+    min_greedy_agreement: float | None = setting(None, above=0, most=1, fix="set null for no limit")
 
 
 @dataclass
 class CompressionConfig:
-    """`python -m compression run=... | model=... recipe=...`.
+    """The settings of one compression: `python -m compression run=... | model=... recipe=...`.
 
     Attributes:
-        parent: See `ParentConfig`.
-        out: Folder to write, one below it a target; null: `compressed/<recipe>` in the run
-            directory, or here.
-        target: Packings, one or a list; null: huggingface for a dense result, else
+        parent: The model to compress, see `ParentConfig`.
+        out: Folder to write, with one folder for each target; null: `compressed/<recipe>` in the
+            run directory, or in the current folder.
+        target: One format or a list of formats to pack; null: huggingface for a dense result, else
             compressed_tensors.
-        dtype: Type of scales (but for gguf, which has them in float16) and of all that is not
-            quantized.
+        dtype: Type of scales (except for gguf, whose scales are float16) and of everything that is
+            not quantized.
         seed: Seed of the order of samples.
-        layers: See `LayersConfig`.
-        calibration: See `CalibrationConfig`.
-        evaluation: See `EvaluationConfig`.
-        gate: See `GateConfig`.
-        data: Any data of the trainer; null: the run's, or text that the model makes itself.
+        layers: The layers to compress, see `LayersConfig`.
+        calibration: The samples to calibrate with, see `CalibrationConfig`.
+        evaluation: The comparison with the parent, see `EvaluationConfig`.
+        gate: The limits that the result has to keep, see `GateConfig`.
+        data: Any data of the trainer; null: the data of the run, or text that the model generates.
         recipe: Steps in order, by name.
     """
 
@@ -163,28 +164,28 @@ class CompressionConfig:
 
     @property
     def is_auto(self) -> bool:
-        """Whether recipes are to be tried."""
+        """True if the recipe is `auto`, which tries several recipes."""
         return any(isinstance(step, AutoConfig) for step in self.recipe.values())
 
     @property
     def needs_data(self) -> bool:
-        """Whether any step looks at what flows through the model."""
+        """True if any step uses the activations of the model."""
         return any(step.needs_data for step in self.recipe.values())
 
     @property
     def has_speed_budget(self) -> bool:
-        """Whether bits are chosen by the time that they take."""
+        """True if bits are chosen by the decoding time that they cost."""
         steps = self.recipe.values()
         return any(isinstance(s, MixedConfig) and s.budget_tokens_per_s is not None for s in steps)
 
     @property
     def recipe_name(self) -> str:
-        """As `prune_wanda+int4_gptq`."""
+        """Names of the steps joined by +, such as `prune_wanda+int4_gptq`."""
         return "+".join(self.recipe)
 
     @property
     def targets(self) -> list[Target]:
-        """The packings that are wanted, each once; none for recipe=auto, which chooses."""
+        """The targets to pack, without repetition; empty for recipe=auto, which chooses its own."""
         if self.target is None and self.is_auto:
             return []
         if self.target is None:
@@ -193,52 +194,53 @@ class CompressionConfig:
         names = self.target if isinstance(self.target, list) else [self.target]
         if self.is_auto or "cpu" in names:
             if not self.is_auto or names != ["cpu"]:
-                rule = "recipe=auto, and nothing else, is for target=cpu"
+                rule = "target=cpu requires recipe=auto, and recipe=auto requires target=cpu"
                 raise ConfigError("target", self.target, rule, "use recipe=auto target=cpu")
             return []
         known = ", ".join(target.value for target in Target)
         for name in names:
             if name not in Target.__members__:
-                raise ConfigError("target", name, "is no target", f"there are: {known}")
+                raise ConfigError("target", name, "is not a target", f"choose one of: {known}")
         if not names:
-            raise ConfigError("target", "[]", "names no target", f"there are: {known}")
+            raise ConfigError("target", "[]", "names no target", f"choose one of: {known}")
         return list(dict.fromkeys(Target[name] for name in names))
 
     @property
     def scale_dtype(self) -> str:
-        """Of scales, by torch's name."""
+        """Type of scales, by torch's name."""
         return "float16" if Target.gguf in self.targets else self.dtype.value
 
     def cross_check(self, key: str) -> None:
-        """Raises ConfigError for settings that cannot hold together."""
+        """Raises ConfigError if settings contradict each other."""
         if (self.parent.run is None) == (self.parent.model is None):
-            rule = "exactly one of run and model says what to compress"
+            rule = "exactly one of run and model must be given"
             fix = "give run=runs/<name>, or model=<Hugging Face folder>"
             raise ConfigError("run", self.parent.run, rule, fix)
+        # All targets pack the same codes, which were chosen for scales rounded to one type.
         if self.scale_dtype == "float16" and len(self.targets) > 1 and self.dtype is Dtype.bfloat16:
-            rule = "gguf has scales in float16, the others in bfloat16: one would round them again"
-            fix = "set dtype=float32, or leave gguf to a command of its own"
+            rule = "gguf stores scales in float16, the other targets in bfloat16"
+            fix = "set dtype=float32, or pack gguf in a separate command"
             raise ConfigError("target", ",".join(t.value for t in self.targets), rule, fix)
         steps: list[tuple[str, Step]] = list(self.recipe.items())
         if not steps:
             raise ConfigError("recipe", "{}", "has no step", "choose one: recipe=int8_weight_only")
         if self.has_speed_budget and len(self.targets) > 1:
             named = ",".join(target.value for target in self.targets)
-            rule = "budget_tokens_per_s is of one target's kernels"
+            rule = "budget_tokens_per_s applies to the kernels of one target"
             raise ConfigError("target", named, rule, "name one target")
         if self.has_speed_budget and not self.evaluation.speed:
-            rule = "budget_tokens_per_s has to be measured"
+            rule = "budget_tokens_per_s requires a speed measurement"
             raise ConfigError("evaluation.speed", "false", rule, "leave it true")
         if self.is_auto and not self.evaluation.speed:
-            rule = "auto picks what is fastest"
+            rule = "recipe=auto picks the fastest candidate, which requires a speed measurement"
             raise ConfigError("evaluation.speed", "false", rule, "leave it true")
         if self.is_auto and len(steps) > 1:
-            rule = "auto tries whole recipes"
-            raise ConfigError("recipe", self.recipe_name, rule, "name it alone")
+            rule = "recipe=auto cannot be combined with other steps"
+            raise ConfigError("recipe", self.recipe_name, rule, "give recipe=auto alone")
         if isinstance(steps[0][1], HealConfig):
             fix = "prune before it, or train with python -m trainer"
-            raise ConfigError("recipe", self.recipe_name, "begins with nothing to heal", fix)
+            raise ConfigError("recipe", self.recipe_name, "has no step before heal", fix)
         for (name, step), (following, _) in zip(steps, steps[1:], strict=False):
             if step.quantizes:
-                rule = f"{name} leaves codes, which {following} cannot change"
+                rule = f"{name} quantizes, and {following} cannot change quantized weights"
                 raise ConfigError("recipe", self.recipe_name, rule, "quantize last, and once")

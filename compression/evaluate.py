@@ -1,6 +1,6 @@
-"""How much of the parent is left in the child.
+"""Compares a compressed model with its parent: perplexity, KL divergence, greedy agreement.
 
-Both run a block at a time, so that a model that does not fit into memory can be compared, too.
+Both models run one block at a time, so that models that do not fit into memory can be compared.
 
 Shapes: N samples of T tokens, V vocabulary.
 """
@@ -21,12 +21,12 @@ from compression.hidden import Hidden, embed
 from compression.progress import Advance
 from compression.stream import BlockStream
 
-_Z = 1.96  # of a two-sided 95% interval
+_Z = 1.96  # quantile of a two-sided 95% interval
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, and the 95% interval that the samples' scatter leaves (normal, samples as units)."""
+    """A mean and its 95% interval (normal approximation, with samples as the independent units)."""
 
     mean: float
     low: float
@@ -34,34 +34,36 @@ class Interval:
 
     @classmethod
     def of(cls, values: Tensor) -> Interval:
-        """Of one value a sample (N,)."""
+        """Returns the interval of the mean of one value for each sample (N,)."""
         mean = float(values.mean())
         error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
         return cls(mean, mean - _Z * error, mean + _Z * error)
 
     def exp(self) -> Interval:
-        """Of the exponential."""
+        """Returns the exponential of the mean and of both ends."""
         if not math.isfinite(self.high):
             return Interval(math.exp(self.mean), self.low, self.high)
+        # exp(710) overflows a double.
         return Interval(*(math.exp(min(x, 700.0)) for x in (self.mean, self.low, self.high)))
 
     def describe(self) -> dict[str, float | None]:
-        """JSON types only; null where one sample says nothing of the scatter."""
+        """Returns JSON types; null for the ends if a single sample leaves no interval."""
         values = {"mean": self.mean, "low": self.low, "high": self.high}
         return {key: value if math.isfinite(value) else None for key, value in values.items()}
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Child against parent on the same tokens.
+    """Quality of a child compared with its parent on the same tokens.
 
     Attributes:
-        parent_perplexity: Of the parent.
-        child_perplexity: Of the child.
-        perplexity_ratio: Child's over parent's, with the interval of the paired difference.
-        kl_nats: KL(parent || child) a token.
-        greedy_agreement: Share of tokens at which both find the same next token likeliest.
-        num_tokens: That were predicted.
+        parent_perplexity: Perplexity of the parent.
+        child_perplexity: Perplexity of the child.
+        perplexity_ratio: Ratio of the child's perplexity to the parent's, with the interval of the
+            paired difference of their losses.
+        kl_nats: KL(parent || child), in nats a token.
+        greedy_agreement: Share of tokens for which both predict the same most likely next token.
+        num_tokens: Number of predicted tokens.
     """
 
     parent_perplexity: float
@@ -72,7 +74,7 @@ class Quality:
     num_tokens: int
 
     def describe(self) -> dict[str, object]:
-        """JSON types only."""
+        """Returns the figures as JSON types."""
         return {
             "parent_perplexity": self.parent_perplexity,
             "child_perplexity": self.child_perplexity,
@@ -84,13 +86,13 @@ class Quality:
 
 
 def final_hidden(stream: BlockStream, input_ids: Tensor, folder: Path, advance: Advance) -> Hidden:
-    """What a model's last block makes of token ids; its head is loaded afterwards.
+    """Returns the output of a model's last block for token ids; the head is loaded afterwards.
 
     Args:
-        stream: Of the model, of which no block was read yet.
-        input_ids: (N, T) int64.
-        folder: For files between blocks; the last one stays.
-        advance: Told of the blocks that are done, and of all.
+        stream: Stream of the model, with no block read yet.
+        input_ids: Token ids (N, T) int64.
+        folder: Folder for the hidden states between blocks; the last file stays.
+        advance: Called with the number of blocks that are done, and their total.
     """
     advance(0, len(stream.blocks))
     stream.load_embedding()
@@ -109,7 +111,7 @@ def final_hidden(stream: BlockStream, input_ids: Tensor, folder: Path, advance: 
 
 @torch.no_grad()
 def perplexity(stream: BlockStream, input_ids: Tensor, folder: Path, advance: Advance) -> float:
-    """Of one model; see `final_hidden`."""
+    """Returns the perplexity of one model; see `final_hidden` for the arguments."""
     hidden = final_hidden(stream, input_ids, folder, advance)
     losses = [
         F.cross_entropy(logits[0, :-1], ids[1:])
@@ -123,9 +125,9 @@ def compare(before: Iterable[Tensor], after: Iterable[Tensor], input_ids: Tensor
     """Compares the next-token distributions of two models.
 
     Args:
-        before: Of each sample, the parent's logits (1, T, V); see `logits_of`.
-        after: Likewise, the child's.
-        input_ids: (N, T) int64.
+        before: Logits of the parent (1, T, V) for each sample; see `logits_of`.
+        after: Logits of the child (1, T, V) for each sample.
+        input_ids: Token ids (N, T) int64.
     """
     parent_loss, child_loss, kl, agree = [], [], [], []
     for parent, child, ids in zip(before, after, input_ids, strict=True):
@@ -135,6 +137,7 @@ def compare(before: Iterable[Tensor], after: Iterable[Tensor], input_ids: Tensor
         parent_loss.append(F.nll_loss(log_p, targets))
         child_loss.append(F.nll_loss(log_q, targets))
         agree.append((log_p.argmax(-1) == log_q.argmax(-1)).float().mean())
+        # `batchmean` divides by the number of tokens: nats a token.
         kl.append(F.kl_div(log_q, log_p, reduction="batchmean", log_target=True))
     parent_losses, child_losses = torch.stack(parent_loss), torch.stack(child_loss)
     return Quality(
@@ -148,11 +151,13 @@ def compare(before: Iterable[Tensor], after: Iterable[Tensor], input_ids: Tensor
 
 
 def logits_of(stream: BlockStream, hidden: Hidden) -> Iterator[Tensor]:
-    """A sample after another: (1, T, V) float32.
+    """Yields the logits of one sample after another: (1, T, V) float32.
+
+    One sample at a time, since the logits of all would not fit into memory.
 
     Args:
-        stream: With its head loaded.
-        hidden: See `final_hidden`.
+        stream: Stream of the model, with its head loaded.
+        hidden: Output of the last block, see `final_hidden`.
     """
     for row in _rows(hidden):
         yield stream.logits(row)

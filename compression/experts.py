@@ -1,9 +1,9 @@
-"""A mixture of experts, whose matrices transformers fuses in memory, as a linear layer each.
+"""Splits the fused experts of a mixture of experts into one linear layer for each matrix.
 
 transformers 5 keeps the experts of a layer as two parameters, `gate_up_proj` (E, 2F, H) or
-`up_proj` (E, F, H), and `down_proj` (E, H, F), so that they are no linear layers. Methods of
-compression work on matrices: each expert gets linear layers that look into the fused parameters,
-named as most checkpoints name them (`mlp.experts.3.gate_proj`).
+`up_proj` (E, F, H), and `down_proj` (E, H, F), which are not linear layers. Compression methods
+work on matrices: each expert gets linear layers that are views of the fused parameters, with the
+names that most checkpoints use (`mlp.experts.3.gate_proj`).
 
 Shapes: E experts, N tokens, K experts of a token, H hidden size, F width of an expert.
 """
@@ -23,12 +23,12 @@ _NAME = re.compile(rf"(.+)\.(\d+)\.({_GATE}|{_UP}|{_DOWN})\.weight")
 
 
 class Expert(nn.Module):
-    """One expert.
+    """The linear layers of one expert.
 
     Attributes:
-        gate_proj: None where an activation alone follows `up_proj`.
-        up_proj: (F, H).
-        down_proj: (H, F).
+        gate_proj: Linear layer (F, H); None if an activation alone follows `up_proj`.
+        up_proj: Linear layer (F, H).
+        down_proj: Linear layer (H, F).
     """
 
     def __init__(self, fused: Any, index: int) -> None:
@@ -41,26 +41,34 @@ class Expert(nn.Module):
 
 
 class SplitExperts(nn.ModuleList):
-    """In the place of a fused module; computes the same.
+    """Replaces a fused module by a list of experts, and computes the same.
 
     Attributes:
-        scales_through: Whether an expert's output is linear in what `up_proj` makes.
+        scales_through: True if an expert's output is linear in the output of `up_proj`.
 
     Args:
-        fused: Of a class that transformers calls an experts implementation; see `can_split`.
+        fused: Module of a class with transformers' experts implementation; see `can_split`.
     """
 
     def __init__(self, fused: Any) -> None:
         super().__init__(Expert(fused, index) for index in range(fused.num_experts))
         self._finish = fused._apply_gate if fused.has_gate else fused.act_fn
+        # Only the default gate, act(gate) * up, is known to be linear in `up`.
         is_default = type(fused)._apply_gate is moe._default_apply_gate
         self.scales_through = fused.has_gate and is_default
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """(N, H), experts (N, K) and their weights (N, K) -> (N, H)."""
+        """Returns the experts' output (N, H).
+
+        Args:
+            hidden_states: Input (N, H).
+            top_k_index: Experts of each token (N, K).
+            top_k_weights: Weights of these experts (N, K).
+        """
         result = torch.zeros_like(hidden_states)
         expert: Any
         for index, expert in enumerate(self):
+            # Loops over experts, not tokens, so that each matrix multiplies all its rows at once.
             rows, places = torch.where(top_k_index == index)
             if not len(rows):
                 continue
@@ -74,7 +82,7 @@ class SplitExperts(nn.ModuleList):
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether it holds the matrices of several experts in one parameter."""
+    """Returns whether a module holds the matrices of several experts in one parameter."""
     return any(
         name.endswith("proj") and parameter.ndim == 3
         for name, parameter in module.named_parameters(recurse=False)
@@ -82,7 +90,7 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def can_split(module: Any) -> bool:
-    """Whether a fused module is built as `SplitExperts` computes: no biases, not transposed."""
+    """Returns whether `SplitExperts` can replace a fused module: no biases, not transposed."""
     names = {name for name, _ in module.named_parameters(recurse=False)}
     return (
         names in ({"gate_up_proj", _DOWN}, {_UP, _DOWN})
@@ -95,7 +103,7 @@ def can_split(module: Any) -> bool:
 
 
 def split_experts(block: nn.Module) -> None:
-    """Puts `SplitExperts` in the place of each fused module of a block that can be split."""
+    """Replaces each fused module of a block that can be split by `SplitExperts`."""
     for name, module in list(block.named_modules()):
         if is_fused(module) and can_split(module):
             parent, _, last = name.rpartition(".")
@@ -103,16 +111,16 @@ def split_experts(block: nn.Module) -> None:
 
 
 def parse_name(weight: str) -> tuple[str, int, str] | None:
-    """Of an expert's weight: the fused module, the expert, and which of its matrices."""
+    """Returns fused module, number and matrix of an expert's weight name; None for other names."""
     found = _NAME.fullmatch(weight)
     return None if found is None else (found[1], int(found[2]), found[3])
 
 
 def fuse(values: Mapping[str, Tensor], modules: Collection[str]) -> dict[str, Tensor]:
-    """Tensors by name, those of experts as transformers has them in memory.
+    """Returns tensors by name, with the experts fused as transformers has them in memory.
 
     Args:
-        values: All matrices of a layer's experts, or none of them.
+        values: Tensors by name, with all matrices of a layer's experts or none of them.
         modules: Names of the fused modules.
     """
     experts: dict[str, dict[str, dict[int, Tensor]]] = {}
@@ -129,6 +137,7 @@ def fuse(values: Mapping[str, Tensor], modules: Collection[str]) -> dict[str, Te
             which: torch.stack([by_index[i] for i in range(len(by_index))])
             for which, by_index in found.items()
         }
+        # transformers concatenates both along the outputs (E, 2F, H), gates first.
         if _GATE in stacked:
             stacked["gate_up_proj"] = torch.cat([stacked.pop(_GATE), stacked.pop(_UP)], 1)
         rest |= {f"{module}.{which}": tensor for which, tensor in stacked.items()}
@@ -136,7 +145,7 @@ def fuse(values: Mapping[str, Tensor], modules: Collection[str]) -> dict[str, Te
 
 
 def _linear(weight: Tensor) -> nn.Linear:
-    """A layer without a bias around a matrix that it shares."""
+    """Returns a layer without a bias that shares the memory of a matrix."""
     with torch.device("meta"):
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight = nn.Parameter(weight.detach(), requires_grad=False)

@@ -1,7 +1,7 @@
-"""Whether a result is good enough to take its place, by the figures of its report.
+"""Judges by the figures of its report whether a result is good enough to take its place.
 
-Of each figure it is the worse end of the 95% interval that is held to the limit: a result passes
-where the samples show that it keeps the limit, not where they leave it open.
+The worse end of each figure's 95% interval is compared with the limit: a result passes if the
+samples show that it keeps the limit, not if they leave it open.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from core.errors import SpotforgeError
 
 
 class GateError(SpotforgeError):
-    """A result is not good enough; nobody set anything wrong.
+    """A result is not good enough, although no setting is wrong.
 
     Args:
-        failed: What it fails by, as `failures` says it.
-        report: File that has all figures; no artifact was left.
+        failed: Limits that the result fails, as `failures` describes them.
+        report: File with all figures; no artifact was left.
     """
 
     def __init__(self, failed: list[str], report: Path) -> None:
@@ -27,11 +27,11 @@ class GateError(SpotforgeError):
 
 
 def failures(gate: GateConfig, evaluation: dict[str, Any]) -> list[str]:
-    """What a result fails by: key, limit, what was found; nothing where it passes.
+    """Returns the limits that a result fails, with what was found; an empty list if it passes.
 
     Args:
-        gate: Limits; null ones hold nothing back.
-        evaluation: Of the report.
+        gate: Limits, of which null ones are not checked.
+        evaluation: Field `evaluation` of the report.
     """
     rules = (
         ("max_perplexity_ratio", gate.max_perplexity_ratio, "perplexity_ratio", "high"),
@@ -43,8 +43,9 @@ def failures(gate: GateConfig, evaluation: dict[str, Any]) -> list[str]:
         if limit is None:
             continue
         mean, bound = evaluation[figure]["mean"], evaluation[figure][end]
+        # JSON has no infinity: `Interval.describe` writes null.
         if bound is None:
-            why = "one sample, or what is no number, leaves no interval"
+            why = "a single sample or a value that is not finite leaves no interval"
         elif (bound <= limit) if end == "high" else (bound >= limit):
             continue
         else:

@@ -1,7 +1,7 @@
-"""Text that a model makes itself, for want of any other (LLM-QAT, Liu et al., arXiv 2305.17888).
+"""Text that a model generates itself, where there is no other (LLM-QAT, Liu et al., 2305.17888).
 
-A chat model makes conversations: a user's words out of what its template puts before them (Magpie,
-Xu et al., arXiv 2406.08464), then an assistant's behind the template's generation prompt.
+A chat model generates conversations: the text of a user after what its template puts before it
+(Magpie, Xu et al., arXiv 2406.08464), then an answer after the template's generation prompt.
 
 Shapes: N samples of T tokens.
 """
@@ -21,29 +21,29 @@ from compression.progress import bar
 from core.errors import ConfigError, Interrupted
 from trainer.data.files import StopRequested
 
-_ROWS = 16  # that are generated at once
-_QUERY_TOKENS = 64  # of a user, at most
+_ROWS = 16  # samples that are generated at once
+_QUERY_TOKENS = 64  # longest text of a user
 
 
 @torch.no_grad()
 def generate_samples(
     model: Path, num_samples: int, max_seq_len: int, seed: int, stop_requested: StopRequested
 ) -> Tensor:
-    """Samples drawn from a model's own distribution, each from the start of a text on.
+    """Returns samples that are drawn from a model's own distribution.
 
     Args:
-        model: A Hugging Face folder; it is loaded whole.
-        num_samples: N.
-        max_seq_len: T.
-        seed: The same one draws the same.
-        stop_requested: Asked between batches.
+        model: A Hugging Face folder, which is loaded whole.
+        num_samples: Number of samples N.
+        max_seq_len: Number of tokens T of a sample.
+        seed: Seed of the draws; the same seed gives the same samples.
+        stop_requested: Function that is called between batches.
 
     Returns:
-        (N, T) int64.
+        Token ids (N, T) int64.
 
     Raises:
-        ConfigError: It has no token to start with.
-        Interrupted: Told to stop.
+        ConfigError: The model has no token that starts a text.
+        Interrupted: A stop was requested.
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
@@ -63,21 +63,23 @@ def generate_samples(
 
 
 def _texts(model: Any, tokenizer: Any, rows: int, max_seq_len: int) -> Tensor:
-    """Behind the token that starts a text, none that ends it."""
+    """Returns texts (rows, T) that follow the token that starts a text, and do not end early."""
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
-        fix = "give data=text data.path=notes.txt, or the like"
+        fix = "give data=text data.path=notes.txt"
         raise ConfigError("data", "null", "the model has no token that starts a text", fix)
+    # All rows are drawn to the full length, so that nothing is padded.
     settings = {"min_new_tokens": max_seq_len - 1, "pad_token_id": first}
     return _sample(model, [[first]] * rows, max_seq_len - 1, **settings)
 
 
 def _conversations(model: Any, tokenizer: Any, rows: int, max_seq_len: int) -> Tensor:
-    """A user's words and an assistant's; where a turn ends early, what the model says next."""
+    """Returns conversations (rows, T): a user's text, an answer, and what follows an early end."""
     before = query_prefix(tokenizer)
+    # A quarter of the sample at most is the question, so that answers make up most of it.
     size = min(_QUERY_TOKENS, max_seq_len // 4)
     if len(before) + size >= max_seq_len:
-        rule = f"the chat template puts {len(before)} tokens before a user's words"
+        rule = f"the chat template puts {len(before)} tokens before the text of a user"
         raise ConfigError("calibration.max_seq_len", max_seq_len, rule, "raise it")
     model.generation_config.eos_token_id = None  # the end of a turn is not the end of a sample
     ends = set(tokenizer.all_special_ids)
@@ -94,10 +96,11 @@ def _conversations(model: Any, tokenizer: Any, rows: int, max_seq_len: int) -> T
 
 
 def _sample(model: Any, prompts: list[list[int]], num_tokens: int, **settings: int) -> Tensor:
-    """Prompts, padded on the left, and what a model draws behind them."""
+    """Returns prompts, padded on the left, each followed by the tokens that the model draws."""
     longest = max(map(len, prompts))
     rows = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    # Plain sampling: any truncation would shift the samples away from the model's distribution.
     drawn: Tensor = model.generate(
         torch.tensor(rows),
         attention_mask=torch.tensor(mask),

@@ -1,7 +1,7 @@
-"""Healing: the trainer, as a program, with the parent as its teacher.
+"""Healing: runs the trainer as a program, with the parent as the teacher.
 
-A healed model that is worse than it was is not taken: distillation on too little or on other text
-than a model was trained on can do harm.
+`compression.stages` keeps a healed model only if it is better than before: distillation on too
+little text, or on text unlike the model's training data, can do harm.
 """
 
 from __future__ import annotations
@@ -34,27 +34,28 @@ def heal(
     folder: Path,
     stop_requested: Callable[[], bool],
 ) -> Path:
-    """Trains a model towards a teacher, on from where it was stopped.
+    """Trains a model towards a teacher, and resumes a run that was stopped.
 
     Args:
         model: A dense Hugging Face folder.
-        teacher: Another, with the same tokenizer.
-        config: How long.
-        data: To train on.
-        keep_zeros: Whether weights that are zero stay so.
-        seed: Of the order of samples.
-        folder: For the run.
-        stop_requested: Polled.
+        teacher: Hugging Face folder of the teacher, with the same tokenizer.
+        config: Number of tokens, learning rate, batch size and more words for the trainer.
+        data: Data to train on.
+        keep_zeros: Keeps weights that are zero at zero.
+        seed: Seed of the order of samples.
+        folder: Folder of the training run.
+        stop_requested: Function that is polled while the trainer runs.
 
     Returns:
-        The healed model's folder.
+        Folder of the trained model.
 
     Raises:
-        Interrupted: Told to stop; the same call goes on.
-        SpotforgeError: The trainer failed; what it said is on stderr.
+        Interrupted: A stop was requested; the same call goes on from there.
+        SpotforgeError: The trainer failed; its own message is on stderr.
     """
     _write_data_option(folder / "conf", data)
     tokens_of_step = config.global_batch_size * data.max_seq_len
+    # Rounded up: `tokens` is the least to train on.
     steps = -(-config.tokens // tokens_of_step)
     words = [
         "model=pretrained",
@@ -72,6 +73,7 @@ def heal(
         f"schedule.warmup_steps={steps // 20}",
         "deterministic=true",
     ]
+    # A word of the user replaces ours of the same key: Hydra refuses a key that is given twice.
     words = [*without(words, config.overrides), *config.overrides]
     command = python("-m", "trainer", "--config-dir", str(folder / "conf"), *words)
     code = _run(command, stop_requested)
@@ -79,13 +81,19 @@ def heal(
         raise Interrupted("stopped while healing; the same command goes on from there")
     if code != ExitCode.FINISHED:
         failure = SpotforgeError(f"recipe.heal: the trainer {describe_exit(code)}, see above")
+        # Settings that the trainer refuses are the user's, handed on by `overrides` or `data`.
         failure.exit_code = ExitCode.BAD_CONFIG if code == ExitCode.BAD_CONFIG else ExitCode.FAILED
         raise failure
     return folder / "run" / "export"
 
 
 def check_overrides(overrides: list[str], key: str) -> None:
-    """Raises ConfigError for words that the trainer does not take; `key` is theirs."""
+    """Raises ConfigError for words that the trainer does not accept.
+
+    Args:
+        overrides: Words for the trainer's command line.
+        key: Key of the setting that holds them, for errors.
+    """
     if not overrides:
         return
     done = run(python("-m", "trainer", "--cfg", "job", *overrides), environment())
@@ -95,7 +103,7 @@ def check_overrides(overrides: list[str], key: str) -> None:
 
 
 def _run(command: list[str], stop_requested: Callable[[], bool]) -> int:
-    """Runs the trainer to its end, and tells it to stop when this process is told."""
+    """Runs the trainer to its end, and passes a requested stop on to it once."""
     told = False
     with Child(command, environment()) as trainer:
         while (code := trainer.wait(_POLL_S)) is None:
@@ -106,7 +114,7 @@ def _run(command: list[str], stop_requested: Callable[[], bool]) -> int:
 
 
 def _write_data_option(folder: Path, data: DataConfig) -> None:
-    """The data as an option of the trainer's group."""
+    """Writes the data as an option of the trainer's group `data`."""
     schema = "mixture" if isinstance(data, MixtureDataConfig) else "single"
     settings = json.loads(json.dumps(dataclasses.asdict(data), default=lambda enum: enum.value))
     option = {"defaults": [f"/schema/data/{schema}@_here_", "_self_"], **settings}

@@ -1,4 +1,4 @@
-"""What flows between two blocks, on disk: memory holds one batch of it.
+"""Hidden states between two blocks, kept on disk: memory holds one batch of them.
 
 Shapes: N sequences of T tokens, H hidden size.
 """
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from core.folder import staged_file
 
-TOKENS_AT_ONCE = 2048
+TOKENS_AT_ONCE = 2048  # tokens of a batch
 
 
 class Hidden:
-    """A file of float32 (N, T, H), written once and read in order.
+    """A file of float32 hidden states (N, T, H), written once and read in order.
 
     Args:
-        path: It is there only when it is whole.
-        shape: (N, T, H).
+        path: File, which exists only when it is complete.
+        shape: Shape (N, T, H) of the hidden states.
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
@@ -30,11 +30,11 @@ class Hidden:
 
     @property
     def rows(self) -> int:
-        """Sequences in a batch."""
+        """Number of sequences in a batch."""
         return max(1, TOKENS_AT_ONCE // self.shape[1])
 
     def batches(self) -> Iterator[Tensor]:
-        """One batch after another: (B, T, H)."""
+        """Yields one batch after another: (B, T, H)."""
         count = self.shape[1] * self.shape[2]
         with self.path.open("rb") as file:
             for _ in range(0, self.shape[0], self.rows):
@@ -42,13 +42,13 @@ class Hidden:
                 yield torch.from_numpy(values).view(-1, *self.shape[1:])
 
     def write(self, batches: Iterator[Tensor]) -> None:
-        """Makes the file of its batches; an interrupted one is not there."""
+        """Writes the file from batches; an interrupted write leaves no file."""
         with staged_file(self.path) as staging, staging.open("wb") as file:
             for batch in batches:
                 file.write(batch.contiguous().numpy().tobytes())
 
     def map(self, function: Callable[[Tensor], Tensor], path: Path) -> Hidden:
-        """The file that a function of each batch makes."""
+        """Writes a function's results for all batches to another file, and returns it."""
         result = Hidden(path, self.shape)
         result.write(function(batch) for batch in self.batches())
         return result
@@ -57,13 +57,13 @@ class Hidden:
 def embed(
     input_ids: Tensor, function: Callable[[Tensor], Tensor], path: Path, width: int
 ) -> Hidden:
-    """The hidden states that a model's embedding makes of token ids (N, T).
+    """Returns the hidden states that a model's embedding makes of token ids.
 
     Args:
-        input_ids: int64.
-        function: (B, T) -> (B, T, H).
-        path: Of the file.
-        width: H.
+        input_ids: Token ids (N, T) int64.
+        function: Function that embeds token ids: (B, T) -> (B, T, H).
+        path: File to write.
+        width: Hidden size H.
     """
     result = Hidden(path, (*input_ids.shape, width))
     result.write(

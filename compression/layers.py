@@ -1,4 +1,4 @@
-"""Which matrices of a decoder block methods work on, and which they leave alone."""
+"""Finds the matrices of a decoder block that methods change, and those that they cannot change."""
 
 from __future__ import annotations
 
@@ -8,31 +8,33 @@ from compression.experts import SplitExperts, can_split, is_fused
 
 
 def linear_layers(prefix: str, block: nn.Module) -> dict[str, nn.Linear]:
-    """Linear layers of a block by full name, each expert's matrices among them.
+    """Returns the linear layers of a block by full name, including each expert's matrices.
 
     Args:
-        prefix: The block's name; empty for a whole model.
-        block: Loaded, or on the meta device with its experts still fused.
+        prefix: Name of the block; empty for a whole model.
+        block: Module, either loaded or on the meta device with its experts still fused.
     """
     found = {}
     for local, module in block.named_modules():
         name = f"{prefix}.{local}" if prefix else local
         if isinstance(module, nn.Linear):
             found[name] = module
+        # Fused experts have no linear layers yet: those that a split would make are listed.
         elif is_fused(module) and can_split(module):
             found |= linear_layers(name, SplitExperts(module))
     return found
 
 
 def other_matrices(prefix: str, block: nn.Module, hidden_size: int) -> dict[str, nn.Module]:
-    """Modules of a block that multiply by large matrices of their own, yet are no linear layers.
+    """Returns modules of a block with large matrices of their own that are not linear layers.
 
-    Convolutions over time, routers and the like are smaller than `hidden_size` squared.
+    Modules with fewer than `hidden_size` squared elements, such as routers and short convolutions,
+    are not listed.
 
     Args:
-        prefix: The block's name.
-        block: See `linear_layers`.
-        hidden_size: Of the residual stream.
+        prefix: Name of the block.
+        block: Module, see `linear_layers`.
+        hidden_size: Width of the residual stream.
     """
     known = (nn.Linear, nn.Embedding)
     return {

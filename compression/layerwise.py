@@ -1,7 +1,7 @@
-"""Compresses a model one decoder block after another, and goes on where it was stopped.
+"""Compresses a model one decoder block at a time, and resumes where it was stopped.
 
-Memory holds a block, what methods gather of its inputs, and a batch of what flows through it; the
-rest of that is on disk (`hidden.py`).
+Memory holds one block, the statistics of its inputs that methods gather, and one batch of hidden
+states; all other hidden states are on disk (`hidden.py`).
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ def compress(
     advance: Advance,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Applies methods to each block in turn and writes a result.
+    """Applies methods to each block in turn and writes the result.
 
     Args:
         source: A dense Hugging Face folder.
-        methods: By name, in order.
-        layers: Names of the linear layers, with the number of their block.
-        calibration: Token ids (N, T); None where no method needs data.
-        result: Where to; its blocks that are there already are kept.
-        advance: Told of each block.
-        stop_requested: Asked between blocks.
+        methods: Methods by name, in order.
+        layers: Names of the linear layers to compress, with the number of their block.
+        calibration: Token ids (N, T); None if no method needs data.
+        result: Result to write; blocks that it already holds are kept.
+        advance: Called with the number of blocks that are done, and their total.
+        stop_requested: Function that is called between blocks.
 
     Raises:
-        Interrupted: Told to stop; the same call goes on.
+        Interrupted: A stop was requested; the same call goes on from there.
     """
     stream = BlockStream(source)
     num_blocks = len(stream.blocks)
@@ -52,8 +52,10 @@ def compress(
     if calibration is not None:
         shape = (*calibration.shape, stream.model.config.get_text_config().hidden_size)
         hidden = Hidden(_hidden_path(result, first), shape)
+        # A block is done when its file and the hidden states after it are there. A process that was
+        # killed between the two starts over: the hidden states of earlier blocks are gone.
         if first < num_blocks and not hidden.path.exists():
-            first = 0  # stopped between the two files of a block, long ago
+            first = 0
             stream.load_embedding()
             hidden = embed(calibration, stream.embed, _hidden_path(result, 0), shape[2])
     advance(first, num_blocks)
@@ -75,7 +77,10 @@ def compress(
                 method.apply(block)
             _round(block)
         if hidden is not None:
+            # Run again after the methods: the next block is calibrated on what this block outputs
+            # once it is compressed, so that methods make up for earlier errors.
             following = hidden.map(partial(stream.run, index), _hidden_path(result, index + 1))
+            # The hidden states are written first: a block file is the promise that they are there.
             result.write_block(index, block)
             hidden.path.unlink()
             hidden = following
@@ -91,7 +96,7 @@ def compress(
 
 
 def _round(block: Block) -> None:
-    """What follows sees the block as the artifact has it."""
+    """Rounds a block to what the artifact stores, which is what later blocks receive."""
     quantized = {f"{name}.weight" for name in block.quantized}
     for local, tensor in persistent_tensors(block.module).items():
         if f"{block.name}.{local}" not in quantized and tensor.is_floating_point():
@@ -105,6 +110,7 @@ def _write_rest(stream: BlockStream, result: Result) -> None:
     stream.load_head()
     tensors = {}
     for module in stream.rest():
+        # A tied head is the embedding, and is stored once.
         if stream.is_tied and module is stream.model.get_output_embeddings():
             continue
         for local, tensor in persistent_tensors(module, recurse=False).items():

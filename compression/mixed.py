@@ -1,9 +1,9 @@
-"""Which layers get more bits: those that pay most in KL for what a bit of theirs costs.
+"""Chooses the layers that get more bits: those that reduce the KL most for what their bits cost.
 
-Each part of each block is rounded to few bits by itself, and what that does to the model's
-next-token distribution is measured, all in one walk over the blocks: every part has a stream of
-hidden states of its own, which is the parent's as far as its block. P parts of L blocks run
-P * L / 2 blocks on the samples, and the head P times.
+Each part of each block is rounded to few bits by itself, and the change of the model's next-token
+distribution is measured, all in one pass over the blocks: each part has hidden states of its own,
+which are the parent's up to its block. P parts of L blocks run P * L / 2 blocks on the samples,
+and the head P times.
 
 Shapes: N samples of T tokens.
 """
@@ -31,9 +31,9 @@ from core.errors import ConfigError
 if TYPE_CHECKING:
     from compression.decode_cost import DecodeCost
 
-Parts = Mapping[str, list[str]]  # a part's name -> its layers' full names
+Parts = Mapping[str, list[str]]  # name of a part -> full names of its layers
 
-# Engines make one matrix of these, so that they cannot have different bits: vLLM's
+# Engines fuse these layers into one matrix, so that they must have the same bits: vLLM's
 # `packed_modules_mapping`.
 _FUSED = {
     "q_proj": "qkv_proj",
@@ -45,7 +45,7 @@ _FUSED = {
 
 
 def parts_of(layers: Mapping[str, int]) -> dict[str, list[str]]:
-    """Layers that are judged together: one, or those that engines fuse, as `mlp.gate_up_proj`."""
+    """Returns the layers that are judged together: one, or those that engines fuse into one."""
     parts: dict[str, list[str]] = {}
     for name in layers:
         parts.setdefault(part_of(name), []).append(name)
@@ -53,7 +53,7 @@ def parts_of(layers: Mapping[str, int]) -> dict[str, list[str]]:
 
 
 def part_of(layer: str) -> str:
-    """The part that a layer is of."""
+    """Returns the name of the part that a layer belongs to, such as `mlp.gate_up_proj`."""
     module, _, name = layer.rpartition(".")
     return f"{module}.{_FUSED.get(name, name)}"
 
@@ -68,16 +68,16 @@ def measure_kl(
     folder: Path,
     advance: Advance,
 ) -> dict[str, float]:
-    """KL from the parent, in nats a token, where one part alone is rounded.
+    """Returns the KL from the parent, in nats a token, if one part alone is rounded, for each part.
 
     Args:
-        stream: Of the parent, of which no block was read yet.
-        layers: With the number of their block.
-        scheme: To which they are rounded.
-        dtype: Of scales.
-        input_ids: (N, T) int64.
-        folder: For hidden states, one file a part.
-        advance: Told of each block.
+        stream: Stream of the parent, with no block read yet.
+        layers: Names of the layers, with the number of their block.
+        scheme: Scheme to which a part is rounded.
+        dtype: Type of scales.
+        input_ids: Token ids (N, T) int64.
+        folder: Folder for hidden states, with one file for each part.
+        advance: Called with the number of blocks that are done, and their total.
     """
     parts, num_blocks = parts_of(layers), len(stream.blocks)
     advance(0, num_blocks)
@@ -89,9 +89,11 @@ def measure_kl(
         stream.load(index)
         modules = stream.layers(index)
         run = partial(stream.run, index)
+        # Parts that were rounded in earlier blocks go through this block as it is.
         for part, hidden in rounded.items():
             rounded[part] = _moved(hidden, run, folder / f"{part}-{index + 1}")
         for part, names in parts.items():
+            # A part of this block branches off the parent's hidden states here.
             if layers[names[0]] == index:
                 kept = {name: modules[name].weight.data for name in names}
                 for name, weight in kept.items():
@@ -118,7 +120,7 @@ def measure_kl(
 
 
 def shapes_of(stream: BlockStream, layers: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of each layer."""
+    """Returns (outputs, inputs) of each layer."""
     chosen = stream.chosen(layers)
     return {name: (layer.out_features, layer.in_features) for name, layer in chosen.items()}
 
@@ -128,7 +130,8 @@ def check_budget(
 ) -> None:
     """Raises ConfigError for a budget of bytes that nothing fits; see `choose_schemes`."""
     if step.budget_tokens_per_s is not None:
-        return  # takes a measurement
+        return  # a budget of speed cannot be judged without a measurement
+    # Any KL will do: the smallest size does not depend on it.
     nothing_known = dict.fromkeys(parts_of(dict.fromkeys(shapes, 0)), 0.0)
     choose_schemes(step, key, nothing_known, shapes, scale_bytes)
 
@@ -141,20 +144,20 @@ def choose_schemes(
     scale_bytes: int,
     cost: DecodeCost | None = None,
 ) -> dict[str, Scheme]:
-    """Of each layer: more bits for the parts that pay most KL for a byte, as the budget goes.
+    """Returns the scheme of each layer: more bits where they reduce the KL most for their cost.
 
-    Where the budget is of tokens/s, for a millisecond.
+    The cost is in bytes; for a budget of tokens/s it is in milliseconds.
 
     Args:
-        step: With the budget.
-        key: The step's, for errors.
-        kl: See `measure_kl`.
-        shapes: See `shapes_of`.
-        scale_bytes: Of a scale.
-        cost: Measured, for a budget of tokens/s.
+        step: Settings of the step, with the budget.
+        key: Key of the step, for errors.
+        kl: KL of each part, see `measure_kl`.
+        shapes: Outputs and inputs of each layer, see `shapes_of`.
+        scale_bytes: Bytes of a scale.
+        cost: Measured decoding times, for a budget of tokens/s.
 
     Raises:
-        ConfigError: Even the smallest, or fastest, is above the budget.
+        ConfigError: Even the smallest, or fastest, assignment exceeds the budget.
     """
     low, high = step.schemes()
     parts = parts_of(dict.fromkeys(shapes, 0))
@@ -175,10 +178,10 @@ def choose_schemes(
         setting, value, unit = "budget_bits", step.budget_bits, num_weights / 8
     assert value is not None
     left = value * unit - size(every, low)
-    if not left >= 0:  # NaN, too
+    if not left >= 0:  # written so that NaN is refused as well
         least = size(every, low) / unit
         rule = f"{step.bits} bits everywhere, with their scales, take {least:.4g}"
-        raise ConfigError(f"{key}.{setting}", value, rule, "raise it, or lower bits")
+        raise ConfigError(f"{key}.{setting}", value, rule, "raise the budget, or lower bits")
     costs = {part: size(names, high) - size(names, low) for part, names in parts.items()}
     return _spend(left, costs, kl, parts, low, high)
 
@@ -191,7 +194,10 @@ def _spend(
     low: Scheme,
     high: Scheme,
 ) -> dict[str, Scheme]:
-    """More bits where they cost nothing, then where a unit of cost pays most, as far as it goes."""
+    """Gives more bits to parts that get no slower or larger, then to those with most KL for a cost.
+
+    A part that the rest of the budget cannot pay is passed over for cheaper ones.
+    """
     chosen = {name: low for names in parts.values() for name in names}
     pays = {part: kl[part] / cost if cost > 0 else math.inf for part, cost in costs.items()}
     for part in sorted(parts, key=lambda part: pays[part], reverse=True):
@@ -203,7 +209,7 @@ def _spend(
 
 
 def describe(kl: Mapping[str, float], schemes: Mapping[str, Scheme]) -> dict[str, Any]:
-    """For the report: of each part, the KL of few bits and the bits that it got."""
+    """Returns the KL with few bits and the chosen bits of each part, for the report."""
     bits = {part_of(name): scheme.bits for name, scheme in schemes.items()}
     return {part: {"kl_nats": value, "bits": bits[part]} for part, value in kl.items()}
 

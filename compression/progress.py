@@ -1,4 +1,4 @@
-"""How far a long walk over blocks is: a bar for a person, a line a tenth for a log."""
+"""Progress of a long pass over blocks: a bar on a terminal, or ten lines in a log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ Advance = Callable[[int, int], None]  # blocks that are done, and all of them
 
 @contextmanager
 def bar(task: str, unit: str = "block") -> Iterator[Advance]:
-    """Shows how many blocks (or other units) of a task are done, and when the rest will be."""
+    """Shows how many blocks (or other units) of a task are done, and the time that is left.
+
+    Args:
+        task: Text before the bar.
+        unit: Word for what is counted.
+
+    Yields:
+        Function to call with the number that is done and the total.
+    """
     columns = (TextColumn(task), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as shown:
         row = shown.add_task(task)
@@ -24,6 +32,8 @@ def bar(task: str, unit: str = "block") -> Iterator[Advance]:
         def advance(done: int, total: int) -> None:
             nonlocal began, first, told
             shown.update(row, total=total, completed=done)
+            # The first call may come from a resumed task: what was done before must not count as
+            # fast.
             if first < 0:
                 began, first = time.monotonic(), done
                 if done and shown.disable:

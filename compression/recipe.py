@@ -1,6 +1,6 @@
-"""The steps of a recipe, as a user sets them. Imports no torch: `--help` reads it.
+"""The steps of a recipe, as a user configures them. Imports no torch, since `--help` reads them.
 
-`build()` imports the method that a step stands for; nothing else maps the one to the other.
+`build()` imports the method of a step; nothing else maps a step to its method.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class Method(Protocol):
-    """What a step does with one decoder block after another.
+    """A compression method, which is applied to one decoder block after another.
 
     Attributes:
-        needs_data: Whether it looks at what flows through the block.
+        needs_data: True if the method needs the inputs of the block.
     """
 
     @property
@@ -35,7 +35,7 @@ class Method(Protocol):
 
 
 class Criterion(Enum):
-    """By what a weight is judged; wanda and sparsegpt look at its input as well."""
+    """Criterion by which a weight is judged; wanda and sparsegpt also use the layer's inputs."""
 
     magnitude = "magnitude"
     wanda = "wanda"
@@ -43,7 +43,7 @@ class Criterion(Enum):
 
 
 class Pattern(Enum):
-    """Where zeros may be: anywhere, or so many in each run of inputs."""
+    """Positions at which zeros may be: anywhere, or a fixed number in each run of inputs."""
 
     unstructured = "unstructured"
     two_of_four = "two_of_four"
@@ -51,11 +51,11 @@ class Pattern(Enum):
 
     @property
     def kept_of(self) -> tuple[int, int]:
-        """Weights that stay in a run, and its length."""
+        """Number of weights that stay in a run, and length of the run."""
         return {Pattern.two_of_four: (2, 4), Pattern.four_of_eight: (4, 8)}[self]
 
 
-# What several steps have.
+# Constraints of fields that several steps have.
 _bits = partial(setting, least=2, most=8, fix="use 4 or 8")
 _group_size = partial(setting, above=0, fix="use 128, or null for a scale a row")
 _damping = partial(setting, above=0, below=1, fix="use 0.01")
@@ -63,19 +63,20 @@ _of_training = partial(setting, above=0, below=math.inf, fix="give more")
 
 
 def _check_width(key: str, value: float) -> None:
+    # From 1 on it is a size: the share 1 would remove everything.
     if not (0 <= value < 1 or (value >= 1 and value == int(value))):
-        rule = "must be a share, from 0 to below 1, or a whole size"
+        rule = "must be a share (from 0 to below 1) or a whole number (from 1 on)"
         raise ConfigError(key, value, rule, "0.25 removes a quarter")
 
 
 @dataclass
 class StepConfig:
-    """What every quantizing step has.
+    """Fields that every quantizing step has.
 
     Attributes:
         bits: Bits of a weight.
-        group_size: Consecutive inputs that share a scale; null: all of a row.
-        symmetric: Have no zero points, which every engine reads.
+        group_size: Number of consecutive inputs that share a scale; null: all inputs of a row.
+        symmetric: Stores no zero points, which every engine can read.
     """
 
     bits: int = _bits(8)
@@ -85,7 +86,7 @@ class StepConfig:
     needs_data: ClassVar[bool] = True
 
     def scheme(self) -> Scheme:
-        """Returns what a weight becomes."""
+        """Returns the scheme of a weight."""
         return Scheme(Number.int, self.bits, self.group_size, self.symmetric)
 
 
@@ -94,8 +95,8 @@ class RoundConfig(StepConfig):
     """Round to nearest; needs no data.
 
     Attributes:
-        number: Kind of the numbers: `int`, or `float8` (e4m3).
-        activation: Numbers in which a layer's input is rounded when the model runs.
+        number: Number format of the codes: `int`, or `float8` (e4m3).
+        activation: Number format to which a layer's input is rounded when the model runs.
     """
 
     number: Number = Number.int
@@ -103,17 +104,17 @@ class RoundConfig(StepConfig):
     needs_data: ClassVar[bool] = False
 
     def cross_check(self, key: str) -> None:
-        """Raises ConfigError for float8 with what only whole numbers have."""
+        """Raises ConfigError for float8 with settings that only integers have."""
         is_plain = self.bits == 8 and self.symmetric and self.group_size is None
         if self.number is Number.float8 and not is_plain:
             rule = "float8 has 8 bits, no zero point and a scale a row"
-            raise ConfigError(f"{key}.number", "float8", rule, "leave bits and group_size alone")
+            raise ConfigError(f"{key}.number", "float8", rule, "leave out bits and group_size")
 
     def scheme(self) -> Scheme:
         return Scheme(self.number, self.bits, self.group_size, self.symmetric, self.activation)
 
     def build(self) -> Method:
-        """Returns the method."""
+        """Returns the method that the step configures."""
         from compression.methods.rounding import RoundToNearest
 
         return RoundToNearest(self.scheme())
@@ -121,10 +122,10 @@ class RoundConfig(StepConfig):
 
 @dataclass
 class GptqConfig(StepConfig):
-    """GPTQ.
+    """GPTQ: later weights compensate for rounding errors.
 
     Attributes:
-        damping: Share of the mean squared input that is added to each input's.
+        damping: Share of the mean squared input that is added to that of each input.
     """
 
     bits: int = _bits(4)
@@ -132,7 +133,7 @@ class GptqConfig(StepConfig):
     damping: float = _damping(0.01)
 
     def build(self) -> Method:
-        """Returns the method."""
+        """Returns the method that the step configures."""
         from compression.methods.gptq import Gptq
 
         return Gptq(self.scheme(), self.damping)
@@ -140,13 +141,13 @@ class GptqConfig(StepConfig):
 
 @dataclass
 class AwqConfig(StepConfig):
-    """AWQ."""
+    """AWQ: inputs are scaled so that important weights round well."""
 
     bits: int = _bits(4)
     group_size: int | None = _group_size(128)
 
     def build(self) -> Method:
-        """Returns the method."""
+        """Returns the method that the step configures."""
         from compression.methods.equalizing import Awq
 
         return Awq(self.scheme())
@@ -154,18 +155,18 @@ class AwqConfig(StepConfig):
 
 @dataclass
 class MixedConfig(StepConfig):
-    """Few bits where they cost little, more elsewhere, by GPTQ: within a budget, by measured KL.
+    """Few bits for most layers and more for sensitive ones, by GPTQ, by measured KL in a budget.
 
     Attributes:
-        bits: Bits of a weight where few will do.
-        high_bits: Bits of a weight elsewhere.
-        group_size: Consecutive inputs that share a scale, for both; null: all of a row.
-        budget_bits: Bits of a weight in the mean, scales counted: one of three budgets.
-        budget_mb: Megabytes of all quantized weights, scales counted: one of three budgets.
-        budget_tokens_per_s: Speed of decoding on this machine as `evaluation` times it, with the
-            kernels that the target runs: one of three budgets.
-        samples: Samples of the calibration on which the KL is measured.
-        damping: Share of the mean squared input that is added to each input's.
+        bits: Bits of a weight in most layers.
+        high_bits: Bits of a weight in sensitive layers.
+        group_size: Number of consecutive inputs that share a scale, for both; null: all of a row.
+        budget_bits: Mean number of bits of a weight, including scales: one of three budgets.
+        budget_mb: Megabytes of all quantized weights, including scales: one of three budgets.
+        budget_tokens_per_s: Decoding speed on this machine as `evaluation` times it, with the
+            kernels of the target: one of three budgets.
+        samples: Number of calibration samples on which the KL is measured.
+        damping: Share of the mean squared input that is added to that of each input.
     """
 
     bits: int = _bits(4)
@@ -178,7 +179,7 @@ class MixedConfig(StepConfig):
     damping: float = _damping(0.01)
 
     def cross_check(self, key: str) -> None:
-        """Raises ConfigError unless there are two widths, and one budget."""
+        """Raises ConfigError unless high_bits is above bits, and there is one budget."""
         if self.high_bits <= self.bits:
             rule = f"must be above bits={self.bits}"
             raise ConfigError(f"{key}.high_bits", self.high_bits, rule, "use 8")
@@ -190,17 +191,17 @@ class MixedConfig(StepConfig):
         given = [name for name, value in budgets.items() if value is not None]
         if len(given) != 1:
             name = given[0] if given else "budget_bits"
-            rule = "exactly one of budget_bits, budget_mb and budget_tokens_per_s is the budget"
-            fix = f"set one of them, and {key}.budget_bits=null beside another"
+            rule = "exactly one of budget_bits, budget_mb and budget_tokens_per_s must be set"
+            fix = f"set one of them, and {key}.budget_bits=null if it is another"
             raise ConfigError(f"{key}.{name}", budgets[name], rule, fix)
 
     def schemes(self) -> tuple[Scheme, Scheme]:
-        """Returns what a weight becomes with few bits, and with more."""
+        """Returns the scheme of few bits, and the one of more bits."""
         high = Scheme(Number.int, self.high_bits, self.group_size, self.symmetric)
         return self.scheme(), high
 
     def build(self) -> Method:
-        """Returns the method, before it is known which layers have more bits."""
+        """Returns the method before the layers with more bits are chosen."""
         from compression.methods.gptq import Gptq
 
         return Gptq(self.scheme(), self.damping)
@@ -208,10 +209,10 @@ class MixedConfig(StepConfig):
 
 @dataclass
 class SmoothQuantConfig(StepConfig):
-    """SmoothQuant: int8 weights and int8 inputs.
+    """SmoothQuant: int8 weights and int8 inputs, with outliers moved from inputs into weights.
 
     Attributes:
-        migration: Share of an outlier that moves from inputs (0) into weights (1).
+        migration: Share of an outlier that moves from inputs into weights, from 0 to 1.
     """
 
     migration: float = setting(0.5, least=0, most=1, fix="use 0.5")
@@ -220,7 +221,7 @@ class SmoothQuantConfig(StepConfig):
         return Scheme(Number.int, self.bits, self.group_size, self.symmetric, Activation.int8)
 
     def build(self) -> Method:
-        """Returns the method."""
+        """Returns the method that the step configures."""
         from compression.methods.equalizing import SmoothQuant
 
         return SmoothQuant(self.scheme(), self.migration)
@@ -228,13 +229,14 @@ class SmoothQuantConfig(StepConfig):
 
 @dataclass
 class PruneConfig:
-    """Zeroes weights; the model keeps its shape, and no common kernel is faster for it.
+    """Sets weights to zero; the model keeps its shape, and common kernels become no faster.
 
     Attributes:
-        criterion: Rule by which weights go.
-        sparsity: Share of each layer's weights that go; two_of_four and four_of_eight are half.
-        pattern: Places where the zeros may be.
-        damping: Share of the mean squared input that is added to each input's, for sparsegpt.
+        criterion: Rule by which weights are chosen.
+        sparsity: Share of each layer's weights that become zero; 0.5 for two_of_four,
+            four_of_eight.
+        pattern: Positions at which zeros may be.
+        damping: Share of the mean squared input that is added to that of each input, for sparsegpt.
     """
 
     criterion: Criterion = Criterion.wanda
@@ -244,18 +246,18 @@ class PruneConfig:
     quantizes: ClassVar[bool] = False
 
     def cross_check(self, key: str) -> None:
-        """Raises ConfigError for a pattern that another share of zeros makes."""
+        """Raises ConfigError if the pattern and the sparsity contradict each other."""
         if self.pattern is not Pattern.unstructured and self.sparsity != 0.5:
-            rule = f"{self.pattern.value} is half"
+            rule = f"the pattern {self.pattern.value} prunes exactly half"
             raise ConfigError(f"{key}.sparsity", self.sparsity, rule, "use 0.5")
 
     @property
     def needs_data(self) -> bool:
-        """Whether it looks at inputs."""
+        """True if the criterion needs the layers' inputs."""
         return self.criterion is not Criterion.magnitude
 
     def build(self) -> Method:
-        """Returns the method."""
+        """Returns the method that the step configures."""
         from compression.methods.pruning import Prune
 
         return Prune(self.criterion, self.sparsity, self.pattern, self.damping)
@@ -263,13 +265,13 @@ class PruneConfig:
 
 @dataclass
 class HealConfig:
-    """Trains what was pruned towards its parent, by the trainer; zeros that were put stay zeros.
+    """Trains a pruned model towards its parent with the trainer; pruned weights stay zero.
 
     Attributes:
-        tokens: Tokens to train on.
+        tokens: Number of tokens to train on.
         lr: Largest learning rate.
-        global_batch_size: Samples of a step.
-        overrides: More words for the trainer, as `parallel=fsdp` or `nproc=8`.
+        global_batch_size: Number of samples in a step.
+        overrides: More words for the trainer's command line, such as `parallel=fsdp` or `nproc=8`.
     """
 
     tokens: int = _of_training(2_000_000)
@@ -277,41 +279,41 @@ class HealConfig:
     global_batch_size: int = _of_training(16)
     overrides: list[str] = field(default_factory=list)
     quantizes: ClassVar[bool] = False
-    needs_data: ClassVar[bool] = False  # it trains
+    needs_data: ClassVar[bool] = False  # the trainer reads its data itself
 
     def check_one_step(self, key: str, max_seq_len: int) -> None:
-        """Raises ConfigError for less to train on than one step takes.
+        """Raises ConfigError if `tokens` are fewer than one training step takes.
 
         Args:
-            key: The step's of the recipe, for errors.
-            max_seq_len: Tokens of a sample.
+            key: Key of the step in the recipe, for errors.
+            max_seq_len: Number of tokens of a sample.
         """
         least = self.global_batch_size * max_seq_len
         if self.tokens < least:
             rule = f"one step takes {least}: {self.global_batch_size} samples of {max_seq_len}"
-            fix = f"give more, or lower {key}.global_batch_size or data.max_seq_len"
+            fix = f"raise it, or lower {key}.global_batch_size or data.max_seq_len"
             raise ConfigError(f"{key}.tokens", self.tokens, rule, fix)
 
 
 @dataclass
 class StructuredPruneConfig:
-    """Makes the model itself smaller; what comes out is an ordinary Hugging Face model.
+    """Makes the model itself smaller; the result is an ordinary Hugging Face model.
 
-    Each width is given as the share of it that goes (below 1), or as the size that stays (from 1
-    on); or `params` chooses them.
+    Each width is given as the share that is removed (below 1), or as the size that stays (from 1
+    on); or `params` chooses all widths.
 
     Attributes:
         heads: Key-value heads, each with the query heads that share it.
         mlp: Width of the MLPs (`intermediate_size`).
         hidden: Channels of the residual stream (`hidden_size`).
-        depth: Whole decoder blocks.
-        params: Share of the parameters that goes, embeddings and head counted; null: the widths
-            above say what goes.
-        multiple_of: Number that `mlp` and `hidden` are a multiple of where they become smaller by a
-            share.
-        refit: Fit what is left of `o_proj` and `down_proj` to the parent's residual stream.
-        damping: Share of the mean squared input that holds a refit at the weights it starts from;
-            with less of it, text unlike the calibration loses what the refit gains elsewhere.
+        depth: Decoder blocks.
+        params: Share of all parameters that is removed, including embeddings and head; null: the
+            widths above say what is removed.
+        multiple_of: Number of which `mlp` and `hidden` become a multiple if they are given as
+            shares.
+        refit: Fits the remaining `o_proj` and `down_proj` to the parent's residual stream.
+        damping: Share of the mean squared input that holds a refit close to the original weights; a
+            smaller share overfits to the calibration text.
     """
 
     heads: float = setting(0.0, check=_check_width)
@@ -326,26 +328,26 @@ class StructuredPruneConfig:
     needs_data: ClassVar[bool] = True
 
     def cross_check(self, key: str) -> None:
-        """Raises ConfigError for widths beside `params`, which chooses them."""
+        """Raises ConfigError for widths that are given beside `params`, which chooses them."""
         if self.params is None:
             return
         for name in ("heads", "mlp", "hidden", "depth"):
             if value := getattr(self, name):
                 fix = f"set {key}.params=null, or leave {name} out"
-                raise ConfigError(f"{key}.{name}", value, "is chosen by params", fix)
+                raise ConfigError(f"{key}.{name}", value, "contradicts params", fix)
 
 
 @dataclass
 class QatConfig:
-    """Trains on with weights that are rounded in forward, towards the parent; then rounds them.
+    """Trains towards the parent with weights that are rounded in forward, then rounds them.
 
     Attributes:
         bits: Bits of a weight.
-        group_size: Consecutive inputs that share a scale; null: all of a row.
-        tokens: Tokens to train on.
+        group_size: Number of consecutive inputs that share a scale; null: all of a row.
+        tokens: Number of tokens to train on.
         lr: Largest learning rate.
-        global_batch_size: Samples of a step.
-        overrides: More words for the trainer.
+        global_batch_size: Number of samples in a step.
+        overrides: More words for the trainer's command line.
     """
 
     bits: int = _bits(4)
@@ -355,34 +357,38 @@ class QatConfig:
     global_batch_size: int = _of_training(16)
     overrides: list[str] = field(default_factory=list)
     quantizes: ClassVar[bool] = True
-    needs_data: ClassVar[bool] = False  # it trains
+    needs_data: ClassVar[bool] = False  # the trainer reads its data itself
 
     def rounding(self) -> RoundConfig:
-        """What the trained weights are rounded by, as they were in forward."""
+        """Returns the step that rounds the trained weights in the same way as in forward."""
         return RoundConfig(bits=self.bits, group_size=self.group_size)
 
     def scheme(self) -> Scheme:
-        """Returns what a weight becomes."""
+        """Returns the scheme of a weight."""
         return self.rounding().scheme()
 
     def training(self, scale_dtype: str = "bfloat16") -> HealConfig:
-        """How it is trained, for scales of that type."""
+        """Returns the training run of the step.
+
+        Args:
+            scale_dtype: Type of scales, by torch's name.
+        """
         words = [f"fake_quant.bits={self.bits}", f"fake_quant.scale_dtype={scale_dtype}"]
         if self.group_size is not None:
             words.append(f"fake_quant.group_size={self.group_size}")
         return HealConfig(self.tokens, self.lr, self.global_batch_size, [*words, *self.overrides])
 
     def check_one_step(self, key: str, max_seq_len: int) -> None:
-        """Raises ConfigError for less to train on than one step takes; see `HealConfig`."""
+        """Raises ConfigError if `tokens` are fewer than one step takes; see `HealConfig`."""
         self.training().check_one_step(key, max_seq_len)
 
 
 @dataclass
 class AutoConfig:
-    """Tries recipes on this machine and keeps the fastest that is good enough (target=cpu).
+    """Tries recipes on this machine and keeps the fastest one of good quality (target=cpu).
 
     Attributes:
-        max_perplexity_ratio: Largest ratio of a child's perplexity to the parent's.
+        max_perplexity_ratio: Largest allowed ratio of a child's perplexity to the parent's.
     """
 
     max_perplexity_ratio: float = setting(1.02, above=0, fix="use 1.02")
@@ -390,7 +396,7 @@ class AutoConfig:
     needs_data: ClassVar[bool] = True
 
 
-# Steps that work on a block after another, and those that need the whole model.
+# Steps that are applied block by block, and steps that need the whole model.
 BlockStep = RoundConfig | GptqConfig | AwqConfig | SmoothQuantConfig | MixedConfig | PruneConfig
 ModelStep = StructuredPruneConfig | HealConfig | QatConfig | AutoConfig
 Step = BlockStep | ModelStep

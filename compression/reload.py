@@ -1,4 +1,4 @@
-"""Loads an artifact as a user would, in a process of its own, and compares it with its parent.
+"""Loads an artifact as a user would, in a fresh process, and compares it with its parent.
 
     python -m compression.reload JOB.json
 
@@ -40,9 +40,9 @@ class Beside:
     """A model that artifacts are compared with.
 
     Attributes:
-        folder: Of the model.
-        hidden: What its last block makes of the samples.
-        wraps: See `BlockStream`.
+        folder: Folder of the model.
+        hidden: Output of the model's last block for the samples.
+        wraps: True if its blocks return tuples, see `BlockStream`.
     """
 
     folder: Path
@@ -52,12 +52,12 @@ class Beside:
 
 @dataclass(frozen=True)
 class Reloaded:
-    """What an artifact is as it is loaded.
+    """Facts about an artifact after it was loaded.
 
     Attributes:
-        dtype: In which it computes, as torch calls it; None where its engine decides.
-        quality: Beside the parent, as `Quality.describe` has it.
-        logits: Of the first samples (N, T, V) float32.
+        dtype: Type in which it computes, by torch's name; None if its engine decides.
+        quality: Comparison with the parent, as `Quality.describe` writes it.
+        logits: Logits of the first samples (N, T, V) float32.
     """
 
     dtype: str | None
@@ -74,21 +74,23 @@ def reload(
     folder: Path,
     stop_requested: Callable[[], bool],
 ) -> Reloaded:
-    """Has a fresh process load an artifact and compare it.
+    """Has a fresh process load an artifact and compare it with its parent.
 
     Args:
-        target: Whose `load` it is.
-        artifact: Folder that it packed.
-        input_ids: (N, T) int64.
-        num_logits: Samples whose logits are wanted.
-        parent: To compare it with.
-        folder: For files between the two processes.
-        stop_requested: Polled.
+        target: Target whose `load` is called.
+        artifact: Folder that the target packed.
+        input_ids: Token ids (N, T) int64.
+        num_logits: Number of samples whose logits are returned.
+        parent: Model to compare the artifact with.
+        folder: Folder for files that the two processes exchange.
+        stop_requested: Function that is polled while the process runs.
 
     Raises:
-        ReloadError: It does not load.
-        Interrupted: Told to stop.
+        ReloadError: The artifact does not load, or takes too long.
+        Interrupted: A stop was requested.
     """
+    # A fresh process shows that the files alone are enough: this one has modules and classes loaded
+    # that a user's may lack.
     with tempfile.TemporaryDirectory(dir=folder) as name:
         exchange = Path(name)
         np.save(exchange / "tokens.npy", input_ids.numpy())
@@ -111,7 +113,8 @@ def reload(
 
 
 def signal_to_noise_db(wanted: Tensor, found: Tensor) -> float:
-    """How much larger a signal is than its difference from another (any shape)."""
+    """Returns how much larger a signal is than its difference from another, in dB (any shape)."""
+    # Clamped, as equal tensors leave no noise at all.
     noise = (found - wanted).double().square().mean().clamp_min(1e-30)
     return float(10 * (wanted.double().square().mean() / noise).log10())
 
@@ -133,7 +136,13 @@ def _run(artifact: Path, job: str, stop_requested: Callable[[], bool]) -> Finish
 
 @torch.no_grad()
 def main(path: Path) -> None:
-    """Entry point of the fresh process."""
+    """Compares the artifact that a job file names with its parent, in the fresh process.
+
+    Writes `told.json` and `logits.npy` beside the job file.
+
+    Args:
+        path: Job file, written by `reload`.
+    """
     job = json.loads(path.read_text())
     input_ids = torch.from_numpy(np.load(path.with_name("tokens.npy")))
     artifact = Path(job["artifact"])
@@ -149,6 +158,7 @@ def main(path: Path) -> None:
 
     parent = BlockStream(Path(job["parent"]))
     parent.load_head()
+    # Only the head of this stream runs, so that it cannot see what its blocks return.
     parent.wraps = job["wraps"]
     hidden = Hidden(Path(job["hidden"]), tuple(job["shape"]))
     quality = compare(logits_of(parent, hidden), found(), input_ids)

@@ -1,4 +1,4 @@
-"""What a compression says at its end, and a plot of several."""
+"""Prints the report of a compression, and plots several compressions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from compression.artifact import CANDIDATES
 
 
 def print_report(artifact: Path, report: dict[str, Any]) -> None:
-    """The table of one artifact: parent, child, and what lies between."""
+    """Prints the table of one artifact: parent, child, and their ratio."""
     table = Table(title=f"{report['recipe']} as {report['target']}", title_justify="left")
     parent_dtype = report["speed"].get("parent", {}).get("dtype")
     for column in ("", f"parent{_in(parent_dtype)}", "child", ""):
@@ -23,7 +23,7 @@ def print_report(artifact: Path, report: dict[str, Any]) -> None:
         table.add_row(*row)
     console = Console()
     console.print(table)
-    if CANDIDATES not in artifact.parts:  # it is to be moved, or removed
+    if CANDIDATES not in artifact.parts:  # a candidate is moved or removed later
         console.print(f"{artifact}", soft_wrap=True)
 
 
@@ -47,7 +47,8 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         ("same greedy token", "", _interval(quality["greedy_agreement"], ".3f"), ""),
     ]
     loaded = report["as_loaded"]
-    if loaded["dtype"] != "float32":  # what is above was computed in float32
+    # The figures above were computed in float32: they are those of the artifact as loaded.
+    if loaded["dtype"] != "float32":
         named = f"as loaded{_in(loaded['dtype'])}"
         ratio = f"{_interval(loaded['perplexity_ratio'], '.4f')} x"
         rows += [
@@ -88,14 +89,14 @@ def _interval(described: dict[str, float | None], pattern: str) -> str:
 
 
 def plot_pareto(out: Path) -> Path | None:
-    """Draws a compression and its neighbours: KL over bytes on disk.
+    """Plots KL over bytes on disk for a compression and comparable ones beside it.
 
     Args:
-        out: Folder of one, with a folder a target. Those beside it that are of the same parent, and
-            were compared with it on the same text, are drawn, too.
+        out: Folder of one compression, with a folder for each target. Compressions beside it are
+            plotted as well if they are of the same parent and were compared on the same text.
 
     Returns:
-        The plot, beside `out`; None where there is but one.
+        File of the plot, beside `out`; None if there is only one artifact.
     """
     folder = out.parent
     ours, *_ = sorted(out.glob("*/compression.json"))
@@ -103,7 +104,7 @@ def plot_pareto(out: Path) -> Path | None:
     reports = [report for report in map(_read, files) if _basis(report) == _basis(_read(ours))]
     if len(reports) < 2:
         return None
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # no display is needed
     import matplotlib.pyplot as plt
 
     figure, ax = plt.subplots(figsize=(7, 4.5))
@@ -125,6 +126,7 @@ def plot_pareto(out: Path) -> Path | None:
             linestyle="none",
             label=label,
         )
+    # The Pareto front: no other artifact is both as small and as close to the parent.
     best = [p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)]
     ax.plot(*zip(*sorted(best), strict=True), linestyle=":", color="gray", zorder=0)
     ax.set_yscale("log")
@@ -144,7 +146,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _basis(report: dict[str, Any]) -> tuple[object, ...]:
-    """What two compressions must share to be compared: parent and text, as much of it."""
+    """Returns what comparable compressions share: the parent, and the text of the evaluation."""
     evaluation = report["evaluation"]
     parent = report["made_from"]["parent"]
     return parent, evaluation["data_digest"], evaluation["parent_perplexity"]

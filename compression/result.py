@@ -1,8 +1,8 @@
-"""A compressed model before it is packed: a folder of safetensors, a file a decoder block.
+"""A compressed model before it is packed: a folder with a safetensors file for each decoder block.
 
-block-00000.safetensors   <layer>.weight.codes, .scales, .zero_points; other tensors as they are
-rest.safetensors          what is outside the blocks
-In the metadata of each file: schemes and notes by layer.
+block-00000.safetensors   <layer>.weight.codes, .scales, .zero_points; other tensors unchanged
+rest.safetensors          tensors outside the blocks
+The metadata of each file holds schemes and notes by layer.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _CODES, _SCALES, _ZERO_POINTS = ".codes", ".scales", ".zero_points"
 
 @dataclass(frozen=True)
 class Result:
-    """A folder as above.
+    """A folder that holds a compressed model, as described above.
 
     Attributes:
-        folder: Where.
-        dtype: Of what is not quantized.
-        scales_in: In which artifacts hold scales; None: `dtype`.
+        folder: The folder.
+        dtype: Type of tensors that are not quantized.
+        scales_in: Type in which artifacts store scales; None: `dtype`.
     """
 
     folder: Path
@@ -43,18 +43,18 @@ class Result:
     scales_in: torch.dtype | None = None
 
     def block_file(self, index: int) -> Path:
-        """Of a block; it is there only when it is whole."""
+        """Returns the file of a block, which exists only when it is complete."""
         return self.folder / f"block-{index:05d}.safetensors"
 
     def num_done(self) -> int:
-        """Blocks from the first on that are whole."""
+        """Returns the number of complete blocks from the first one on."""
         index = 0
         while self.block_file(index).exists():
             index += 1
         return index
 
     def write_block(self, index: int, block: Block) -> None:
-        """Writes a block, and what is noted of it, at once."""
+        """Writes a block and its notes in one step."""
         tensors: dict[str, Tensor] = {}
         metadata = {"notes": json.dumps(block.notes), "schemes": "{}"}
         schemes = {}
@@ -73,21 +73,21 @@ class Result:
         self._write(self.block_file(index), tensors, metadata)
 
     def cast(self, tensor: Tensor) -> Tensor:
-        """A tensor that is not quantized as it is stored: numbers that are no floats stay."""
+        """Returns an unquantized tensor as it is stored; integer tensors keep their type."""
         dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
         return tensor.detach().to(dtype).contiguous()
 
     def write_rest(self, tensors: dict[str, Tensor]) -> None:
-        """Writes what is outside the blocks."""
+        """Writes the tensors outside the blocks."""
         cast = {name: self.cast(tensor) for name, tensor in tensors.items()}
         self._write(self.folder / REST, cast, {})
 
     def files(self) -> list[Path]:
-        """Of all tensors, the blocks in order, then the rest."""
+        """Returns the files of all tensors: the blocks in order, then the rest."""
         return [*(self.block_file(i) for i in range(self.num_done())), self.folder / REST]
 
     def schemes(self) -> dict[str, Scheme]:
-        """Of each quantized layer."""
+        """Returns the scheme of each quantized layer."""
         found: dict[str, Scheme] = {}
         for path in self.files()[:-1]:
             for name, described in _metadata(path, "schemes").items():
@@ -95,14 +95,14 @@ class Result:
         return found
 
     def notes(self) -> dict[str, dict[str, object]]:
-        """What methods noted of each layer."""
+        """Returns the notes that methods recorded for each layer."""
         found: dict[str, dict[str, object]] = {}
         for path in self.files()[:-1]:
             found |= _metadata(path, "notes")
         return found
 
     def read(self, path: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
-        """What is in one of its files: `name.weight` with its tensor, or with its codes."""
+        """Yields the content of one file: `name.weight` with its tensor, or with its codes."""
         schemes = _metadata(path, "schemes")
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
@@ -124,11 +124,16 @@ class Result:
 
     @cached_property
     def _file_of(self) -> dict[str, Path]:
-        """Of each weight, once all are written."""
+        """File of each weight, once all blocks are written."""
         return {name: path for path in self.files() for name in _stored(path)}
 
     def put_into(self, name: str, part: nn.Module) -> None:
-        """Gives a part of the dense model the weights of this one, and rounds what it is given."""
+        """Puts this model's weights into a part of the dense model, whose layers then round inputs.
+
+        Args:
+            name: Full name of the part.
+            part: Part of the dense model, with its weights loaded.
+        """
         parameters = {f"{name}.{local}": p for local, p in persistent_tensors(part).items()}
         modules = {f"{name}.{local}" if local else name: m for local, m in part.named_modules()}
         for path in sorted({self._file_of[n] for n in parameters if n in self._file_of}):
@@ -147,12 +152,14 @@ class Result:
 
 
 def persistent_tensors(module: nn.Module, recurse: bool = True) -> dict[str, Tensor]:
-    """Parameters and buffers that are part of a model's files, by name.
+    """Returns the parameters and buffers that belong to a model's files, by name.
 
     Args:
-        module: In which.
-        recurse: Also in the modules below it.
+        module: Module to look in.
+        recurse: Includes the modules below it.
     """
+    # Not `state_dict`: its values are detached, and callers replace `.data` of the tensors in
+    # place.
     modules = module.named_modules() if recurse else [("", module)]
     return {
         f"{name}.{local}" if name else local: tensor
@@ -163,7 +170,7 @@ def persistent_tensors(module: nn.Module, recurse: bool = True) -> dict[str, Ten
 
 
 def round_inputs(layer: nn.Module, activation: Activation) -> None:
-    """From now on a layer is given its input as the artifact's kernel sees it."""
+    """Makes a layer round its input as the artifact's kernel does, from now on."""
     if activation is not Activation.none:
         layer.register_forward_pre_hook(lambda _, args: (round_activation(args[0], activation),))
 

@@ -1,9 +1,9 @@
-"""One compression, from checking the parent to the artifacts that were loaded again.
+"""Runs one compression, from the checks of the parent to artifacts that were loaded again.
 
 <out>/<target>/     a Hugging Face folder with lineage.json, and compression.json: the recipe,
-                    what it did, and what it cost in quality
-<out>/rejected.json the same of a result that did not pass the gate, of which no artifact is left
-<out>/.work/        a stopped compression goes on from here, and so does one with another gate
+                    its effects, and the loss of quality
+<out>/rejected.json the same report for a result that did not pass the gate and left no artifact
+<out>/.work/        state from which a stopped compression resumes, also with another gate
 """
 
 from __future__ import annotations
@@ -58,52 +58,52 @@ from core.settings.rules import check_settings
 from monitoring.environment import describe_environment
 from parallel.config import Dtype
 
-_PROMPT_TOKENS = 128  # that are timed, where nobody says
-_RELOADED = 2  # samples that a packed artifact is compared on
-# It computes in its own type, the comparison in float32: bfloat16 leaves about 40 dB of a model.
+_PROMPT_TOKENS = 128  # length of the timed prompt for evaluation.prompt_tokens=auto
+_RELOADED = 2  # number of samples whose logits are compared with those of a packed artifact
+# The artifact computes in its own type, the comparison in float32: bfloat16 leaves about 40 dB.
 _LEAST_DB = {Dtype.bfloat16: 20.0, Dtype.float32: 60.0}
-# Inputs that are rounded when the model runs are rounded a little differently everywhere:
-# compressed-tensors divides the largest by 127.5, vLLM and torchao by 127.
+# Every engine rounds inputs at run time a little differently: compressed-tensors divides the
+# largest magnitude by 127.5, vLLM and torchao by 127.
 _LEAST_DB_OF_ROUNDED_INPUTS = 10.0
 
 
 class Packer(Protocol):
-    """A module of `compression.targets`."""
+    """Functions that each module of `compression.targets` has."""
 
     def check(self, schemes: set[Scheme], key: str) -> None:
-        """Raises ConfigError for a result that cannot be packed, or served."""
+        """Raises ConfigError for schemes that the target cannot pack, or no engine can load."""
 
     def check_parent(
         self, parent: Path, layers: Collection[str], schemes: set[Scheme], key: str
     ) -> None:
-        """Raises ConfigError for a model, or layers of it, that the target cannot hold."""
+        """Raises ConfigError for a model, or layers of a model, that the target cannot hold."""
 
     def pack(self, result: Result, source: Path, out: Path) -> None:
-        """Writes a folder that loads."""
+        """Writes a result as a folder that can be loaded."""
 
     def load(self, folder: Path) -> Any:
-        """Such a folder as a model: token ids in, logits out."""
+        """Returns the model of such a folder: token ids in, logits out."""
 
     def runner(self, folder: Path, dtype: torch.dtype | None = None) -> Runner | None:
-        """The same, to be timed, in the folder's own type or in another; None: not here."""
+        """Returns a packed model to time, in its own or another type; None: it cannot be timed."""
 
     def check_layer_times(self, key: str) -> None:
-        """Raises ConfigError where the layers of an artifact cannot be timed one at a time."""
+        """Raises ConfigError if the layers of an artifact cannot be timed one at a time."""
 
     def layer_bytes(self, folder: Path, layers: set[str]) -> int | None:
-        """Of all that a folder holds for some layers; None where it does not say."""
+        """Returns the bytes that a folder stores for some layers; None if it does not say."""
 
 
 def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
     """Compresses, evaluates, packs and checks; returns the folder of the artifacts.
 
     Raises:
-        ConfigError: Something does not fit; nothing was written.
-        Interrupted: Told to stop; the same command goes on.
+        ConfigError: Settings, model or data do not fit; nothing was written.
+        Interrupted: A stop was requested; the same command goes on from there.
         GateError: The result is not good enough; its report is left, and no artifact.
-        ReloadError: A packed artifact does not do what it should; it is not left behind.
+        ReloadError: An artifact does not compute what it should, and was removed.
     """
-    # 1. What can be refused is refused before any work
+    # 1. Refuse what can be refused before any work
     check_settings(config)
     parent, out = places(config)
     source = Source.open(parent)
@@ -113,9 +113,10 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
     config = replace(config, evaluation=_timed(config.evaluation, parent))
     samples = draw_samples(config, parent, stop_requested)
 
-    # 2. Stage by stage, block by block; a stopped compression finds what is done in its work folder
+    # 2. Compress stage by stage, block by block; the work folder holds what a stopped command did
     work = out / WORK
     made_from = _made_from(config, source, samples)
+    # Noted before `held` makes them, so that a refusal can remove them again.
     made = [folder for folder in (out, out.parent) if not folder.exists()]
     with held(out):
         claim(work, made_from)
@@ -123,7 +124,8 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
         began = time.process_time()
         try:
             model, result = stages.run()
-        except ConfigError:  # weights that are no numbers, say: there is nothing to go on with
+        except ConfigError:
+            # Such as weights that are NaN after an earlier step: the command would fail again.
             _forget(work, made)
             raise
         cpu_s = time.process_time() - began
@@ -133,7 +135,7 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
 
         with tempfile.TemporaryDirectory(dir=work) as name:
             scratch = Path(name)
-            # 3. What is left of the parent
+            # 3. Compare the child with its parent
             evaluated = _evaluate(
                 parent, model, result, samples.evaluation, scratch, stop_requested
             )
@@ -151,7 +153,7 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
                 "gate": asdict(config.gate),
             }
             _judge(config, report, out)
-            # 4. Packed, loaded by a process that knows nothing of this one, timed; then in place
+            # 4. Pack, load in a fresh process, time, and only then move to the final place
             for target, packer in packers.items():
                 artifact = scratch / target.value
                 packer.pack(result, model, artifact)
@@ -187,7 +189,10 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
 
 
 def _few_tokens(notes: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What is to be said of layers that too few tokens reached to tell their inputs apart."""
+    """Returns warnings about layers that saw fewer tokens than they have inputs.
+
+    Their Gram matrices have no full rank, so that methods cannot tell their inputs apart.
+    """
     counts = {
         name: (note["calibration_tokens"], note["inputs"])
         for name, note in notes.items()
@@ -206,20 +211,21 @@ def _few_tokens(notes: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _judge(config: CompressionConfig, report: dict[str, Any], out: Path) -> None:
-    """Raises GateError for a result that is not to take its place; nothing else is there then."""
+    """Raises GateError for a result that does not pass the gate, and removes older artifacts."""
     rejected = out / REJECTED
     rejected.unlink(missing_ok=True)
     failed = failures(config.gate, report["evaluation"])
     if not failed:
         return
     rejected.write_text(json.dumps(report | {"failed": failed}, indent=1) + "\n")
-    for target in config.targets:  # of an earlier command: it would be taken for this one's
+    # An artifact of an earlier command would be taken for the result of this one.
+    for target in config.targets:
         shutil.rmtree(out / target.value, ignore_errors=True)
     raise GateError(failed, rejected)
 
 
 def _forget(work: Path, made: list[Path]) -> None:
-    """Leaves nothing half-written, and none of the folders that were made for it."""
+    """Removes the work folder, and folders that were made for it if they are empty."""
     shutil.rmtree(work)
     for folder in made:
         if not any(folder.iterdir()):
@@ -227,17 +233,21 @@ def _forget(work: Path, made: list[Path]) -> None:
 
 
 def _timed(settings: EvaluationConfig, parent: Path) -> EvaluationConfig:
-    """With auto resolved; refuses to time more tokens than the model has positions for."""
+    """Returns the settings with auto resolved.
+
+    Raises:
+        ConfigError: More tokens are to be timed than the model has positions.
+    """
     longest, asked = window_of(parent), settings.prompt_tokens
     prompt_tokens = _PROMPT_TOKENS if asked == AUTO else asked
     wanted = prompt_tokens + settings.new_tokens
     if not settings.speed or longest is None or wanted <= longest:
         return replace(settings, prompt_tokens=prompt_tokens)
     if asked != AUTO:
-        rule = f"with evaluation.new_tokens that is {wanted}; the model has {longest} positions"
+        rule = f"with evaluation.new_tokens it is {wanted}; the model has {longest} positions"
         raise ConfigError("evaluation.prompt_tokens", asked, rule, "use fewer")
     if settings.new_tokens >= longest:
-        rule = f"leaves no prompt in the {longest} positions that the model has"
+        rule = f"leaves no room for a prompt in the model's {longest} positions"
         raise ConfigError("evaluation.new_tokens", settings.new_tokens, rule, "use fewer")
     prompt_tokens = longest - settings.new_tokens
     print(f"evaluation.prompt_tokens={prompt_tokens}: auto, by the model's positions ({longest})")
@@ -245,30 +255,33 @@ def _timed(settings: EvaluationConfig, parent: Path) -> EvaluationConfig:
 
 
 def _check_layers(config: CompressionConfig, parent: Path) -> dict[str, int]:
-    """The parent's layers; refuses patterns and sizes that do not fit, as far as steps see it."""
+    """Returns the parent's layers; raises ConfigError for steps that do not fit the parent.
+
+    Steps behind a structured pruning are checked later, since they see another model.
+    """
     stream = BlockStream(parent)
     layers = choose_layers(stream, config.layers.include, config.layers.exclude)
     for name, step in config.recipe.items():
         if isinstance(step, HealConfig | QatConfig):
-            max_seq_len = data_config(config).max_seq_len  # there has to be some to train on
+            max_seq_len = data_config(config).max_seq_len  # raises if there is no data to train on
             step.check_one_step(f"recipe.{name}", max_seq_len)
             check_overrides(step.overrides, f"recipe.{name}.overrides")
         if isinstance(step, QatConfig):
             if config.layers != LayersConfig():
-                rule = "training rounds every layer of the decoder blocks"
-                fix = "leave layers.include and layers.exclude alone"
+                rule = "training rounds every linear layer of the decoder blocks"
+                fix = "leave out layers.include and layers.exclude"
                 raise ConfigError(f"recipe.{name}", "qat", rule, fix)
             names = StoredNames(parent)
             expert = next((name for name in layers if names.is_expert(name)), None)
             if expert is not None:
-                rule = f"training rounds linear layers alone, and not experts as {expert}"
+                rule = f"training rounds linear layers only, not experts such as {expert}"
                 raise ConfigError(f"recipe.{name}", "qat", rule, "use int4_gptq or int4_awq")
             step = step.rounding()
         if isinstance(step, HealConfig):
             continue
         if isinstance(step, StructuredPruneConfig):
             check_structured(parent, step, f"recipe.{name}")
-            break  # what follows sees another model
+            break  # later steps see another model
         check_shapes(stream, layers, f"recipe.{name}", step)
         if isinstance(step, MixedConfig):
             itemsize = getattr(torch, config.scale_dtype).itemsize
@@ -279,7 +292,7 @@ def _check_layers(config: CompressionConfig, parent: Path) -> dict[str, int]:
 def _packers(
     config: CompressionConfig, parent: Path, layers: Collection[str]
 ) -> dict[Target, Packer]:
-    """Of each target, once it has agreed to the schemes that the recipe leaves."""
+    """Returns the packer of each target, after it has accepted all schemes of the recipe."""
     schemes: set[Scheme] = set()
     for step in config.recipe.values():
         if isinstance(step, MixedConfig):
@@ -298,7 +311,7 @@ def _packers(
 
 
 def _made_from(config: CompressionConfig, source: Source, samples: Samples) -> dict[str, Any]:
-    """All that decides what comes out."""
+    """Returns everything that decides the result: a work folder of another result is emptied."""
     tokens = samples.calibration
     steps = {
         name: {"kind": type(step).__name__, **asdict(step)} for name, step in config.recipe.items()
@@ -321,12 +334,12 @@ def _made_from(config: CompressionConfig, source: Source, samples: Samples) -> d
 
 @dataclass(frozen=True)
 class _Evaluated:
-    """What the result computes before it is packed, in float32.
+    """Figures and logits of the result before it is packed, computed in float32.
 
     Attributes:
-        quality: Beside the parent.
-        logits: Of the first samples (N, T, V).
-        parent: To compare artifacts with.
+        quality: Comparison with the parent.
+        logits: Logits of the first samples (N, T, V).
+        parent: Parent to compare artifacts with.
     """
 
     quality: Quality
@@ -342,6 +355,7 @@ def _evaluate(
     scratch: Path,
     stop_requested: Callable[[], bool],
 ) -> _Evaluated:
+    # The child's blocks are read from the dense model, then overwritten by the compressed weights.
     streams = {"parent": BlockStream(parent), "child": BlockStream(model, result.put_into)}
     hidden = {}
     for name, stream in streams.items():
@@ -365,23 +379,24 @@ def _evaluate(
 
 
 def _least_db(target: Target, dtype: Dtype, schemes: Collection[Scheme]) -> float:
-    """That an artifact's logits have to be like the result's."""
+    """Returns the least signal-to-noise ratio that an artifact's logits must have, in dB."""
     if any(scheme.activation is not Activation.none for scheme in schemes):
         return _LEAST_DB_OF_ROUNDED_INPUTS
-    return _LEAST_DB[Dtype.float32 if target is Target.gguf else dtype]  # it loads as float32
+    # transformers loads a GGUF file as float32, in whatever type the rest is stored.
+    return _LEAST_DB[Dtype.float32 if target is Target.gguf else dtype]
 
 
 def _check_logits(target: Target, wanted: Tensor, found: Tensor, least_db: float) -> float:
-    """The artifact's logits against the result's, in dB.
+    """Returns the signal-to-noise ratio of the artifact's logits to the result's, in dB.
 
     Raises:
-        ReloadError: They are another model's.
+        ReloadError: The logits differ too much to be of the same weights.
     """
     snr_db = signal_to_noise_db(wanted, found)
-    if not snr_db >= least_db:
+    if not snr_db >= least_db:  # written so that NaN is refused as well
         raise ReloadError(
-            f"target={target.value}: loaded again, its logits are {snr_db:.1f} dB from what the "
-            f"compressed weights compute, not {least_db:.0f}; it was not kept"
+            f"target={target.value}: loaded again, its logits are {snr_db:.1f} dB from those of "
+            f"the compressed weights, below {least_db:.0f} dB; it was not kept"
         )
     return snr_db
 
@@ -398,7 +413,8 @@ def _speeds(
     if child is None:
         return {}
     runners = {"parent": torch_runner(parent), "child": child}
-    if child.dtype not in (None, "float32"):  # as it is loaded; and as a server may load it
+    # Timed in float32 as well, the type in which a server without a GPU loads it.
+    if child.dtype not in (None, "float32"):
         in_float32 = packer.runner(artifact, torch.float32)
         assert in_float32 is not None
         runners["child_float32"] = in_float32

@@ -1,4 +1,4 @@
-"""Token ids to calibrate with and to compare on, from any data of the trainer.
+"""Samples of token ids to calibrate with and to compare on, from any data of the trainer.
 
 Shapes: N samples of T tokens.
 """
@@ -27,19 +27,19 @@ from trainer.data.loader import TrainLoader, validation_batches
 from trainer.data.prepare import PreparedData, prepare
 
 _SAMPLE_KEY = "calibration.max_seq_len"
-_SAMPLE_TOKENS = 512  # of conversations and generated text, where nobody says
-_WINDOW = 64  # tokens in a row that two texts do not share by chance
-_MOST_SHARED = 0.05  # what licences and headings may
+_SAMPLE_TOKENS = 512  # length of conversations and generated text for max_seq_len=auto
+_WINDOW = 64  # number of consecutive tokens that different texts do not share by chance
+_MOST_SHARED = 0.05  # share of windows that may be common, such as licences and headings
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What is shown to methods, and what parent and child are compared on.
+    """Samples for the calibration of methods and for the comparison of parent and child.
 
     Attributes:
-        calibration: (N, T) int64.
-        evaluation: (N, T) int64; no text of it is in the calibration.
-        digest: Of the prepared data.
+        calibration: Token ids (N, T) int64.
+        evaluation: Token ids (N, T) int64, of texts that are not in the calibration.
+        digest: Digest of the data.
     """
 
     calibration: Tensor
@@ -50,20 +50,20 @@ class Samples:
 def draw_samples(
     config: CompressionConfig, model: Path, stop_requested: Callable[[], bool]
 ) -> Samples:
-    """Prepares the data as the trainer does, with the model's tokenizer, and draws samples.
+    """Prepares the data as the trainer does, with the model's tokenizer, and returns samples.
 
-    Calibration comes from the training split, in the trainer's seeded order; evaluation from the
-    documents that are held out of it. `calibration.messages` takes the place of both; without
-    data, the model makes both itself.
+    Calibration samples come from the training split, in the trainer's seeded order; evaluation
+    samples come from the held-out documents. `calibration.messages` replaces both; if there is no
+    data, the model generates both.
 
     Args:
-        config: Of the compression; `data` or a `run` with data.
+        config: Settings of the compression.
         model: Folder of the parent.
-        stop_requested: Polled.
+        stop_requested: Function that is polled.
 
     Raises:
-        ConfigError: There is no data, too little, the two share text, or a sample is longer than
-            the model's window.
+        ConfigError: Data is missing or too small, the two kinds of samples share text, or a sample
+            is longer than the model's positions.
     """
     if config.calibration.messages is not None:
         return _conversations(config, config.calibration.messages, model)
@@ -120,7 +120,7 @@ def _generated(
 
 
 def sample_tokens(config: CompressionConfig, model: Path) -> int:
-    """Tokens of a sample of conversations, or of text that the model makes; resolves auto."""
+    """Returns the tokens of a sample of conversations or generated text; resolves auto."""
     asked = config.calibration.max_seq_len
     if asked != AUTO:
         return int(asked)
@@ -132,7 +132,7 @@ def sample_tokens(config: CompressionConfig, model: Path) -> int:
 
 
 def _check_window(key: str, max_seq_len: int, model: Path) -> None:
-    """Refuses samples of more tokens than the model has positions for."""
+    """Raises ConfigError for samples of more tokens than the model has positions."""
     longest = window_of(model)
     if longest is not None and max_seq_len > longest:
         rule = f"the model has {longest} positions"
@@ -140,7 +140,7 @@ def _check_window(key: str, max_seq_len: int, model: Path) -> None:
 
 
 def window_of(model: Path) -> int | None:
-    """Positions that a model has; None where there is no limit."""
+    """Returns the number of a model's positions; None if there is no limit."""
     config: Any = AutoConfig.from_pretrained(model).get_text_config()
     names = ("max_position_embeddings", "max_seq_len")  # MPT's is the latter
     found = (getattr(config, name, None) for name in names)
@@ -148,19 +148,23 @@ def window_of(model: Path) -> int | None:
 
 
 def data_config(config: CompressionConfig) -> DataConfig:
-    """The data of the command line, else of the run."""
+    """Returns the data of the command line, or else the data of the run.
+
+    Raises:
+        ConfigError: There is neither.
+    """
     if config.data is not None:
         data: DataConfig = config.data
         return data
     if config.parent.run is None:
         rule = "there is no text to train on"
-        raise ConfigError("data", "null", rule, "give data=text data.path=notes.txt, or the like")
+        raise ConfigError("data", "null", rule, "give data=text data.path=notes.txt")
     saved: Any = OmegaConf.load(find_trained(config.parent.run) / "config.yaml")
     schema = MixtureDataConfig if "sources" in saved.data else SingleDataConfig
     found: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), saved.data))
-    if "add_bos" not in saved.data:  # a run that was begun before there was the choice
+    if "add_bos" not in saved.data:  # a run from before `add_bos` existed, which added none
         found.add_bos = False
-    # The tokenizer is the export's own, however it was come by.
+    # The tokenizer is the export's own, wherever the run had it from.
     vocab_size = PreparationConfig.tokenizer_vocab_size
     run_data: DataConfig = dataclasses.replace(
         found, tokenizer="auto", tokenizer_vocab_size=vocab_size
@@ -169,14 +173,16 @@ def data_config(config: CompressionConfig) -> DataConfig:
 
 
 def check_no_overlap(calibration: Tensor, evaluation: Tensor, key: str = "data") -> None:
-    """Raises ConfigError where text to compare on was calibrated with.
+    """Raises ConfigError if evaluation samples share text with the calibration.
 
     Args:
-        calibration: (N, T).
-        evaluation: (M, T).
-        key: Where both come from.
+        calibration: Token ids (N, T).
+        evaluation: Token ids (M, T).
+        key: Key of the data, for errors.
     """
     size = min(_WINDOW, calibration.shape[1])
+    # Every window of the calibration, but only disjoint ones of the evaluation: a shared text is
+    # found at any offset.
     seen = {tuple(w) for row in calibration for w in row.unfold(0, size, 1).tolist()}
     windows = [tuple(w) for row in evaluation for w in row.unfold(0, size, size).tolist()]
     shared = sum(window in seen for window in windows) / max(1, len(windows))
@@ -184,7 +190,7 @@ def check_no_overlap(calibration: Tensor, evaluation: Tensor, key: str = "data")
         raise ConfigError(
             key,
             f"{shared:.0%} shared",
-            f"that much of the held-out text is in the calibration, {size} tokens in a row",
+            f"this share of the held-out text is also in the calibration, {size} tokens in a row",
             "remove repeated documents from the data",
         )
 
@@ -194,8 +200,9 @@ def _calibration(
 ) -> Tensor:
     num_samples = config.calibration.num_samples
     available = sum((dataset.num_tokens - 1) // max_seq_len for dataset in prepared.sources)
-    num_samples = min(num_samples, available)  # a second epoch would teach nothing
+    num_samples = min(num_samples, available)  # a second epoch would add no information
     _check_tokens(config, num_samples, max_seq_len)
+    # One batch that holds all samples: they are the first ones of the trainer's order.
     with TrainLoader(
         prepared,
         max_seq_len=max_seq_len,
@@ -216,7 +223,7 @@ def _check_tokens(config: CompressionConfig, num_samples: int, max_seq_len: int)
         raise ConfigError(
             "calibration.min_tokens",
             config.calibration.min_tokens,
-            f"there are {num_samples * max_seq_len} tokens to calibrate with, in {num_samples} "
+            f"the calibration has {num_samples * max_seq_len} tokens, in {num_samples} "
             f"samples of {max_seq_len}",
             "add data, raise calibration.num_samples, or lower calibration.min_tokens",
         )

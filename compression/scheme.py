@@ -1,4 +1,4 @@
-"""How a weight is written down: in which numbers, and with how many scales. Imports no torch."""
+"""Describes how a weight is quantized: number format, bits and scales. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from enum import Enum
 
 
 class Number(Enum):
-    """What a quantized weight is made of."""
+    """Number format of a quantized weight."""
 
     int = "int"
-    float8 = "float8"  # e4m3, one sign, four exponent and three mantissa bits
+    float8 = "float8"  # e4m3: one sign, four exponent and three mantissa bits
 
 
 class Activation(Enum):
-    """In which numbers a layer's input is rounded when the model runs: a scale a token."""
+    """Number format to which a layer's input is rounded at run time, with one scale a token."""
 
     none = "none"
     int8 = "int8"
@@ -23,14 +23,14 @@ class Activation(Enum):
 
 @dataclass(frozen=True)
 class Scheme:
-    """Of one weight matrix (out, in).
+    """Quantization of one weight matrix (outputs, inputs).
 
     Attributes:
-        number: Of what the codes are.
-        bits: Of a code.
-        group_size: Consecutive inputs that share a scale; None: all of a row.
-        symmetric: Zero is in the middle of the codes; otherwise a zero point a group says where.
-        activation: Of the layer's input.
+        number: Number format of the codes.
+        bits: Bits of a code.
+        group_size: Number of consecutive inputs that share a scale; None: all inputs of a row.
+        symmetric: True if code 0 stands for the value 0; otherwise each group has a zero point.
+        activation: Number format to which the layer's input is rounded.
     """
 
     number: Number = Number.int
@@ -40,17 +40,17 @@ class Scheme:
     activation: Activation = Activation.none
 
     def groups(self, num_inputs: int) -> int:
-        """Scales of a row."""
+        """Returns the number of scales of a row."""
         return 1 if self.group_size is None else num_inputs // self.group_size
 
     def bytes_of(self, num_outputs: int, num_inputs: int, scale_bytes: int) -> float:
-        """Size of a packed matrix, its scales and zero points counted."""
+        """Returns the bytes of a packed matrix, including scales and zero points."""
         scales = num_outputs * self.groups(num_inputs)
         zero_points = 0.0 if self.symmetric else scales * self.bits / 8
         return num_outputs * num_inputs * self.bits / 8 + scales * scale_bytes + zero_points
 
     def describe(self) -> dict[str, object]:
-        """JSON types only."""
+        """Returns the scheme as JSON types."""
         return {
             "number": self.number.value,
             "bits": self.bits,
@@ -61,7 +61,7 @@ class Scheme:
 
     @classmethod
     def parse(cls, described: dict[str, object]) -> Scheme:
-        """What `describe` wrote."""
+        """Returns the scheme that `describe` wrote."""
         bits, group_size = described["bits"], described["group_size"]
         assert isinstance(bits, int) and isinstance(group_size, int | None)
         return cls(

@@ -1,4 +1,4 @@
-"""The type of numbers that an artifact is computed in where it is served."""
+"""The number type in which a server loads an artifact and computes."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ AUTO = "auto"
 
 
 def served_dtype(config: Mapping[str, Any], has_gpu: bool, asked: str = AUTO) -> str:
-    """Names the type that a model is loaded and computed in.
+    """Returns the number type in which a model is loaded and computed.
 
-    On a GPU it is the one that `config.json` names. On a CPU it is float32, for artifacts of every
-    format: most CPUs are slower in bfloat16, and lose digits for nothing.
+    A GPU uses the type that `config.json` names. A CPU uses float32 for artifacts of every format:
+    most CPUs are slower in bfloat16, which is also less exact.
 
     Args:
-        config: What the artifact's `config.json` says.
-        has_gpu: Whether it is served on one.
-        asked: `engine.dtype`; `auto` leaves it to this rule.
+        config: Content of the artifact's `config.json`.
+        has_gpu: True if the artifact is served on a GPU.
+        asked: Value of `engine.dtype`; `auto` applies this rule.
 
     Returns:
-        `float32`, `bfloat16` or `float16`, as torch calls them.
+        `float32`, `bfloat16` or `float16`, by torch's names.
     """
     if asked != AUTO:
         return asked
     if not has_gpu:
         return "float32"
+    # Models with several parts name the type in the part for text only.
     text = config.get("text_config") or {}
     for described in (config, text):
         if (named := described.get("dtype") or described.get("torch_dtype")) is not None:

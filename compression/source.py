@@ -1,4 +1,4 @@
-"""What is compressed: a Hugging Face folder, checked before any work."""
+"""The model to compress: a Hugging Face folder that is checked before any work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from core.errors import ConfigError, DamagedError
 from core.folder import LINEAGE, sha256_of
 from trainer.data.tokenizer import fingerprint, load_tokenizer
 
-_PIECE = 2**22  # elements
+_PIECE = 2**22  # elements of a tensor that are checked at once
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -28,9 +28,9 @@ class Source:
     """A folder of a dense causal language model.
 
     Attributes:
-        folder: Where.
-        lineage: What its `lineage.json` says; None where it is not an export of ours.
-        digests: SHA-256 of each of its files that decide what the model computes.
+        folder: The folder.
+        lineage: Content of its `lineage.json`; None if it is not an export of ours.
+        digests: SHA-256 of each file that decides what the model computes.
     """
 
     folder: Path
@@ -42,7 +42,7 @@ class Source:
         """Reads and checks a folder.
 
         Raises:
-            ConfigError: It is no model's folder, or one of a model that is quantized already.
+            ConfigError: The folder holds no model, or one that is quantized already.
             DamagedError: Its files are not those that its lineage lists.
         """
         config_file = folder / "config.json"
@@ -66,6 +66,7 @@ class Source:
             if packed is not None:
                 fix = "compress the model that it was made from"
             raise ConfigError("model", folder, rule, fix)
+        # The index counts as well: it decides which file a weight is read from.
         files = [p for pattern in (*_WEIGHTS, "config.json") for p in folder.glob(pattern)]
         digests = {path.name: sha256_of(path) for path in sorted(files)}
         _check_numbers(folder)
@@ -81,35 +82,36 @@ class Source:
 
     @property
     def tokenizer_fingerprint(self) -> str:
-        """Of its own tokenizer."""
+        """Fingerprint of the model's tokenizer."""
         return fingerprint(load_tokenizer(str(self.folder)))
 
 
 def _check_numbers(folder: Path) -> None:
-    """Raises ConfigError for weights that are NaN or infinite, of which no work comes to good."""
+    """Raises ConfigError for weights that are NaN or infinite, which make any result worthless."""
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
-                    # A sum is no number where one of its terms is none; pieces take little memory.
+                    # A sum is not finite if one of its terms is not; pieces take little memory. In
+                    # double, so that the sum of finite weights does not overflow.
                     pieces = file.get_tensor(name).flatten().split(_PIECE)
                     if not all(piece.double().sum().isfinite() for piece in pieces):
                         rule = f"{name} is NaN or infinite in places"
                         raise ConfigError("model", folder, rule, "export an earlier checkpoint")
         except SafetensorError:
-            return  # a file that is cut off: whoever reads it says so
+            return  # a truncated file: the reader of the weights reports it
 
 
 def choose_layers(stream: BlockStream, include: list[str], exclude: list[str]) -> dict[str, int]:
-    """Linear layers of decoder blocks, by full name, with the number of their block.
+    """Returns the linear layers to compress by full name, with the number of their block.
 
     Args:
-        stream: Of the model.
-        include: Patterns of names (`*.mlp.*`); a layer that matches one is chosen ...
-        exclude: ... unless it matches one of these.
+        stream: Stream of the model.
+        include: Patterns of names, such as `*.mlp.*`; a layer that matches one is chosen ...
+        exclude: ... unless it matches one of these patterns.
 
     Raises:
-        ConfigError: A pattern matches nothing, or nothing is left, or what is chosen is not built
+        ConfigError: A pattern matches nothing, no layer is left, or a chosen module is not built
             of linear layers.
     """
     found = {name: i for i in range(len(stream.blocks)) for name in stream.layers(i)}
@@ -142,7 +144,7 @@ def choose_layers(stream: BlockStream, include: list[str], exclude: list[str]) -
     if foreign is not None:
         kind = type(others[foreign][1]).__name__
         last = {name.rpartition(".")[2] for name in others if is_chosen(name)}
-        rule = f"{foreign} is a {kind}, whose matrices are no linear layers: no recipe changes them"
+        rule = f"{foreign} is a {kind} without linear layers, which no recipe can change"
         leave = ",".join(f"'*.{name}'" for name in sorted(last))
         fix = f"leave them as they are with layers.exclude=[{leave}]"
         raise ConfigError("layers.include", include, rule, fix)
@@ -153,13 +155,13 @@ def choose_layers(stream: BlockStream, include: list[str], exclude: list[str]) -
 
 
 def check_shapes(stream: BlockStream, layers: dict[str, int], key: str, step: BlockStep) -> None:
-    """Raises ConfigError for a layer whose inputs a step cannot part into its groups.
+    """Raises ConfigError for a layer whose inputs cannot be divided into the groups of a step.
 
     Args:
-        stream: Of the model.
-        layers: Those that the step is for.
-        key: The step's.
-        step: Its settings.
+        stream: Stream of the model.
+        layers: Layers that the step changes.
+        key: Key of the step, for errors.
+        step: Settings of the step.
     """
     if isinstance(step, PruneConfig):
         if step.pattern is Pattern.unstructured:
@@ -173,6 +175,7 @@ def check_shapes(stream: BlockStream, layers: dict[str, int], key: str, step: Bl
     odd = next((name for name, width in widths.items() if width % size), None)
     if odd is None:
         return
+    # Offers the largest size that fits all chosen layers, if there is one.
     fit = [s for s in (256, 128, 64, 32, 16, 8) if not any(w % s for w in widths.values())]
     pattern = "*." + odd.rpartition(".")[2]
     fix = f"leave it out with layers.exclude=['{pattern}']"

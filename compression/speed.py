@@ -1,4 +1,4 @@
-"""Tokens a second on this machine, of several models in turn, so that noise meets all alike."""
+"""Measures tokens/s of several models on this machine, in alternation, so that noise is shared."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 
 
 class Timing(NamedTuple):
-    """Of one prompt, and what was generated after it, greedily, one sequence.
+    """Speed of one prompt and of the tokens generated after it (greedy, one sequence).
 
     Attributes:
-        prefill_tokens_per_s: Of the prompt.
-        decode_tokens_per_s: Of new tokens.
+        prefill_tokens_per_s: Speed of the prompt.
+        decode_tokens_per_s: Speed of new tokens.
         decode_cpu_ms_per_token: CPU time of all threads for a new token.
     """
 
@@ -29,8 +29,8 @@ class Runner(Protocol):
     """A model that can be timed.
 
     Attributes:
-        memory_bytes: Of its weights and buffers, as they are held while it runs.
-        dtype: In which it computes, as torch calls it; None where its engine decides.
+        memory_bytes: Memory of the weights and buffers while the model runs.
+        dtype: Type in which the model computes, by torch's name; None if its engine decides.
     """
 
     @property
@@ -40,13 +40,13 @@ class Runner(Protocol):
     def memory_bytes(self) -> int: ...
 
     def once(self, prompt_tokens: int, new_tokens: int, seed: int) -> Timing:
-        """Times a prompt of tokens drawn at random, and what follows it."""
+        """Times a random prompt and the tokens generated after it."""
         ...
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one model; medians over rounds, by the names of `Timing`, its memory and its type."""
+    """Speed of one model: medians of `Timing` over rounds, with its memory and type."""
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
@@ -55,38 +55,43 @@ class Speed:
     dtype: str | None
 
     def describe(self) -> dict[str, Any]:
-        """JSON types only."""
+        """Returns the figures as JSON types."""
         numbers = {key: value for key, value in asdict(self).items() if key != "dtype"}
         return {key: round(value, 3) for key, value in numbers.items()} | {"dtype": self.dtype}
 
 
 class TorchRunner:
-    """A model of transformers, in this process."""
+    """Times a model of transformers in this process."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
 
     @property
     def dtype(self) -> str | None:
-        """See `Runner`."""
+        """Type in which the model computes, see `Runner`."""
         return str(self._model.dtype).removeprefix("torch.")
 
     @property
     def memory_bytes(self) -> int:
-        """See `Runner`; some layers unpack their weights when they first run, so ask after that."""
+        """Memory of the weights, see `Runner`.
+
+        Some layers unpack their weights on the first forward: read it after that.
+        """
         model = self._model
         return sum(map(_held_bytes, [*model.parameters(), *model.buffers()]))
 
     @torch.no_grad()
     def once(self, prompt_tokens: int, new_tokens: int, seed: int) -> Timing:
-        """See `Runner`."""
+        """Times one prompt and new tokens, see `Runner`."""
         model = self._model
         vocab_size = model.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(seed)
         prompt = torch.randint(vocab_size, (1, prompt_tokens), generator=generator)
         began = time.perf_counter()
+        # Only the last position's logits: a server computes no others, and they would take long.
         output = model(prompt, use_cache=True, logits_to_keep=1)
         prefill_s = time.perf_counter() - began
+        # `process_time` counts all threads: a model that keeps more cores busy shows that here.
         began, cpu_began = time.perf_counter(), time.process_time()
         for _ in range(new_tokens):
             token = output.logits[:, -1].argmax(-1, keepdim=True)
@@ -96,8 +101,9 @@ class TorchRunner:
 
     @torch.no_grad()
     def layer_ms(self, names: Iterable[str]) -> dict[str, float]:
-        """Wall-clock milliseconds of each layer for one token, one after another, each once."""
+        """Returns the wall-clock milliseconds of each layer for one token, each run once."""
         found = {}
+        # In order, so that a layer's weights have left the caches before its next round.
         for name in names:
             layer = self._model.get_submodule(name)
             x = torch.ones(1, 1, layer.in_features, dtype=self._model.dtype)
@@ -108,7 +114,7 @@ class TorchRunner:
 
 
 def _held_bytes(tensor: Any) -> int:
-    """Of a tensor, or of the tensors that one of torchao's is made of."""
+    """Returns the bytes of a tensor, or of the tensors inside one of torchao's."""
     if hasattr(tensor, "__tensor_flatten__"):
         return sum(_held_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     size: int = tensor.numel() * tensor.itemsize
@@ -118,13 +124,13 @@ def _held_bytes(tensor: Any) -> int:
 def measure(
     runners: Mapping[str, Runner], prompt_tokens: int, new_tokens: int, rounds: int
 ) -> dict[str, Speed]:
-    """Times models against each other.
+    """Times models in alternation and returns their speeds.
 
     Args:
-        runners: By name.
-        prompt_tokens: Of the prompt.
-        new_tokens: To generate.
-        rounds: How often; a first one is not counted.
+        runners: Models by name.
+        prompt_tokens: Number of tokens of the prompt.
+        new_tokens: Number of tokens to generate.
+        rounds: Number of rounds that count, after a warm-up round.
     """
     timings: dict[str, list[Timing]] = {name: [] for name in runners}
     for seed in range(rounds + 1):
@@ -132,6 +138,7 @@ def measure(
             timings[name].append(runner.once(prompt_tokens, new_tokens, seed))
     speeds = {}
     for name, runner in runners.items():
+        # Memory is read last, when every layer has unpacked what it unpacks.
         prefill, decode, cpu = map(statistics.median, zip(*timings[name][1:], strict=True))
         speeds[name] = Speed(prefill, decode, cpu, runner.memory_bytes, runner.dtype)
     return speeds

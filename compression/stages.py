@@ -1,6 +1,6 @@
-"""The steps of a recipe in order: those of blocks together, those of the whole model by themselves.
+"""Runs the steps of a recipe in order, in stages: runs of block steps, and single model steps.
 
-Each stage but the last leaves an ordinary Hugging Face folder, from which the next begins.
+Each stage but the last leaves an ordinary Hugging Face folder, from which the next one starts.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ from core.folder import staged_folder
 
 
 class Stages:
-    """A recipe on its way.
+    """Runs the stages of one recipe.
 
     Attributes:
-        notes: What each step of the whole model did, for the report.
+        notes: Report of each step that needs the whole model.
 
     Args:
-        config: Of the compression.
-        parent: What it begins with.
-        samples: To calibrate with, and to judge by.
-        packers: Of the targets.
-        work: Folder for what is done; a stage that is there is not done again.
-        stop_requested: Polled.
+        config: Settings of the compression.
+        parent: Folder of the model to start from.
+        samples: Samples for calibration and evaluation.
+        packers: Packers by target.
+        work: Folder for finished stages, which are not run again.
+        stop_requested: Function that is polled.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class Stages:
         self._has_zeros = False
 
     def run(self) -> tuple[Path, Result]:
-        """All stages; the last dense model, and what its blocks became.
+        """Runs all stages; returns the last dense model, and the result of its blocks.
 
         Raises:
-            ConfigError: A size that an earlier step left does not go with a later one.
-            Interrupted: Told to stop; the same call goes on.
+            ConfigError: A size that an earlier step left does not fit a later step.
+            Interrupted: A stop was requested; the same call goes on from there.
         """
         model = self._parent
         stages = list(_stages(self._config.recipe))
@@ -88,13 +88,15 @@ class Stages:
             if isinstance(step, HealConfig):
                 model = self._heal(model, name, step, folder)
             elif isinstance(step, QatConfig):
-                # Closer than bfloat16 is float32 to the float16 that gguf has.
+                # The trainer has no float16 for scales, which gguf stores: float32 is closer to it
+                # than bfloat16.
                 is_bf16 = self._config.scale_dtype == "bfloat16"
                 training = step.training("bfloat16" if is_bf16 else "float32")
                 model = self._trained(model, training, folder)
             elif isinstance(step, StructuredPruneConfig):
                 model = self._prune(model, name, step, folder)
             else:
+                # float32 between stages, so that only the last stage rounds to the artifact's type.
                 result = self._compress(model, steps, folder, torch.float32)
                 dense = folder.with_name(f"{folder.name}-dense")
                 if not dense.exists():
@@ -107,7 +109,7 @@ class Stages:
     def _compress(
         self, model: Path, steps: Mapping[str, Step], folder: Path, dtype: torch.dtype
     ) -> Result:
-        """Steps that work on one block after another."""
+        """Runs steps that work on one block after another."""
         stream = BlockStream(model)
         layers = choose_layers(stream, self._config.layers.include, self._config.layers.exclude)
         methods = {}
@@ -128,7 +130,7 @@ class Stages:
         return result
 
     def _trained(self, model: Path, step: HealConfig, folder: Path) -> Path:
-        """A model that was trained towards the parent."""
+        """Returns a model that was trained towards the parent."""
         folder.mkdir(exist_ok=True)
         return heal(
             model,
@@ -144,7 +146,10 @@ class Stages:
     def _mixed(
         self, model: Path, name: str, step: MixedConfig, layers: Mapping[str, int]
     ) -> Method:
-        """GPTQ with the bits that each layer's KL is worth; measured once, and kept."""
+        """Returns GPTQ with bits chosen by measured KL.
+
+        The measurement is kept in the work folder.
+        """
         stream, told = BlockStream(model), self._work / f"{name}.json"
         scale_dtype: torch.dtype = getattr(torch, self._config.scale_dtype)
         cost = None
@@ -179,7 +184,10 @@ class Stages:
         layers: Mapping[str, int],
         shapes: Mapping[str, tuple[int, int]],
     ) -> DecodeCost:
-        """What bits cost in time; measured once, and kept, so that a stop changes no choice."""
+        """Returns the decoding time of bits, which is measured once.
+
+        It is kept in the work folder, so that a resumed command makes the same choice.
+        """
         told = self._work / f"{name}-decode.json"
         if not told.exists():
             (packer,) = self._packers.values()
@@ -204,9 +212,10 @@ class Stages:
         return DecodeCost.parse(json.loads(told.read_text()))
 
     def _prune(self, model: Path, name: str, step: StructuredPruneConfig, folder: Path) -> Path:
-        """The smaller model."""
+        """Returns the folder of the pruned, smaller model."""
         dense = folder.with_name(f"{folder.name}-dense")
         told = folder.with_name(f"{folder.name}.json")
+        # The report is written last: without it the folder may be of an interrupted call.
         if not told.exists():
             shutil.rmtree(dense, ignore_errors=True)
             with progress.bar(name) as advance:
@@ -225,7 +234,7 @@ class Stages:
         return dense
 
     def _heal(self, model: Path, name: str, step: HealConfig, folder: Path) -> Path:
-        """The healed model, or the one that was to be healed where that is the better."""
+        """Returns the folder of the healed model, or of the one before if that is better."""
         healed = self._trained(model, step, folder)
         found = {}
         for which, path in (("before", model), ("after", healed)):
@@ -247,19 +256,20 @@ class Stages:
 
 
 def _stages(recipe: Mapping[str, Step]) -> Iterator[dict[str, Step]]:
-    """Steps of blocks in a row make a stage; the last stage is of blocks, even if it does nothing.
+    """Yields the stages of a recipe: block steps in a row, and each model step by itself.
 
-    A model step is a stage of its own.
+    The last stage consists of block steps, even of none, since it writes the result.
     """
     is_of_model = False
     for is_of_model, group in groupby(recipe.items(), lambda item: isinstance(item[1], ModelStep)):
         if is_of_model:
             for name, step in group:
                 yield {name: step}
-                if isinstance(step, QatConfig):  # the last: it quantizes
+                if isinstance(step, QatConfig):  # the last step, since it quantizes
                     yield {name: step.rounding()}
                     return
         else:
             yield dict(group)
     if is_of_model:
+        # Nothing is quantized: an empty stage still rounds the blocks to the artifact's type.
         yield {}

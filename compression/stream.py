@@ -1,8 +1,8 @@
-"""A model of which one decoder block is in memory at a time.
+"""A model with one decoder block in memory at a time.
 
-The whole model is on the meta device. What is outside the blocks runs as transformers wrote it
-(masks, rotary embeddings, soft-capping), for every architecture alike; the blocks but one pass on
-what they are given.
+The whole model is on the meta device. Code outside the blocks runs as transformers wrote it (masks,
+rotary embeddings, soft-capping), in every architecture; all blocks but one return their input
+unchanged.
 
 Shapes: B sequences of T tokens, H hidden size, V vocabulary.
 """
@@ -30,22 +30,25 @@ _CPU = torch.device("cpu")
 
 
 class BlockStream:
-    """Reads the safetensors of a Hugging Face folder, a block at a time; float32, on the CPU.
+    """Reads the safetensors of a Hugging Face folder, a block at a time, as float32 on the CPU.
 
     Attributes:
-        model: On the meta device, but for the small parts outside blocks, embedding and head.
-        blocks: Its decoder blocks.
-        names: Theirs, as `model.layers.0`.
-        wraps: Whether a block returns a tuple. It is seen when one runs; a stream that is for its
-            head alone has to be told.
+        model: The model, on the meta device except for small modules outside blocks, embedding,
+            head.
+        blocks: Decoder blocks of the model.
+        names: Full names of the blocks, such as `model.layers.0`.
+        wraps: True if blocks return tuples. It is set when a block runs; a stream that only runs
+            the
+            head has to be told.
 
     Args:
-        folder: config.json and safetensors.
-        overwrite: Given each part's name and the part once it is read: puts a compressed model's
-            weights there.
+        folder: Folder with config.json and safetensors.
+        overwrite: Function that is given the name of each part and the part itself after it was
+            read, to replace its weights by those of a compressed model.
 
     Raises:
-        ConfigError: No causal language model with decoder blocks, or its weights do not fit.
+        ConfigError: The folder has no causal language model with decoder blocks, or its weights do
+            not fit the model.
     """
 
     def __init__(self, folder: Path, overwrite: Overwrite = lambda name, part: None) -> None:
@@ -53,8 +56,7 @@ class BlockStream:
         config = PathModelConfig(path=str(folder), attn_implementation=None)
         self.model: Any = build_meta_model(config, tokenizer_size=1).eval()
         of_module = {module: name for name, module in self.model.named_modules()}
-        # What some models (BERT) name beside their layers, such as their embeddings, is no layer:
-        # those are numbered.
+        # Only numbered modules are layers: some models (BERT) also list their embeddings there.
         self.blocks = [
             block
             for block in decoder_blocks(self.model)
@@ -70,6 +72,7 @@ class BlockStream:
         self._embedding = self.model.get_input_embeddings()
         self._head = self.model.get_output_embeddings()
         self.is_tied = self._embedding.weight is self._head.weight
+        # Norms, rotary embeddings and the like are small: they stay loaded.
         for module in self.rest():
             if module not in (self._embedding, self._head):
                 self._load(module)
@@ -79,7 +82,7 @@ class BlockStream:
             block.forward = self._pass_on
 
     def rest(self) -> Iterator[nn.Module]:
-        """The modules outside the blocks that have weights or buffers of their own."""
+        """Yields the modules outside the blocks that have weights or buffers of their own."""
         inside = {module for block in self.blocks for module in block.modules()}
         for module in self.model.modules():
             own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
@@ -87,26 +90,27 @@ class BlockStream:
                 yield module
 
     def layers(self, index: int) -> dict[str, nn.Linear]:
-        """The linear layers of a block by full name, each expert's among them, loaded or not."""
+        """Returns the linear layers of a block by full name, with each expert's, loaded or not."""
         return linear_layers(self.names[index], self.blocks[index])
 
     def chosen(self, layers: Mapping[str, int]) -> dict[str, nn.Linear]:
-        """Some layers, given with the number of their block."""
+        """Returns layers by full name, given with the number of their block."""
         found = {index: self.layers(index) for index in set(layers.values())}
         return {name: found[index][name] for name, index in layers.items()}
 
     def needing_weights(self, layers: Collection[str], are_absent: bool) -> list[str]:
-        """Layers, or modules around them, whose code takes weights past the layers' own forward.
+        """Returns layers, or modules around them, whose weights are used outside a layer's forward.
 
-        One block of each kind is read, run, and initialised as transformers does when it loads
-        one. Experts are not judged: few tokens reach few.
+        One block of each kind is read, run, and initialised as transformers does on loading.
+        Experts are not checked, since few tokens reach few of them.
 
         Args:
-            layers: Full names of those that will have codes.
-            are_absent: Whether these layers have nothing called `weight` then.
+            layers: Full names of layers that will hold codes.
+            are_absent: True if such layers have no attribute `weight` after loading.
         """
         config = self.model.config
-        vars(config)["_is_quantized"] = True  # some models ask, and then call their layers
+        # Some models check this flag, and then call their layers instead of using their weights.
+        vars(config)["_is_quantized"] = True
         kinds, found = set(), []
         for index, (prefix, block) in enumerate(zip(self.names, self.blocks, strict=True)):
             wanted = [n for n in self.layers(index) if n in layers and ".experts." not in n]
@@ -120,6 +124,7 @@ class BlockStream:
             for layer in chosen.values():
                 layer.register_forward_hook(partial(_note, called))
             self.run(index, torch.ones(1, 4, config.get_text_config().hidden_size))
+            # A layer that was not called was bypassed: the block multiplied by its weight itself.
             found += [name for name, layer in chosen.items() if layer not in called]
             for layer in chosen.values():
                 del layer.weight
@@ -133,41 +138,43 @@ class BlockStream:
         return found
 
     def name_of(self, module: nn.Module) -> str:
-        """As `model.layers.0.mlp.up_proj`."""
+        """Returns the full name of a module, such as `model.layers.0.mlp.up_proj`."""
         return self._of_module[module]
 
     def load(self, index: int) -> nn.Module:
-        """Reads a block; `release` it before the next, for the sake of memory.
+        """Reads a block and returns it; `release` it before the next one to save memory.
 
-        Experts that transformers fuses are linear layers then.
+        Experts that transformers fuses become linear layers.
         """
         return self._load(self.blocks[index])
 
     def release(self, index: int) -> None:
-        """Forgets a block's weights; it is not read again."""
+        """Drops the weights of a block that is not needed again."""
         self.blocks[index].to("meta")
 
     def load_embedding(self) -> nn.Module:
-        """Reads the input embedding."""
+        """Reads and returns the input embedding."""
         return self._load(self._embedding)
 
     def load_head(self) -> Any:
-        """Reads the output head, or the embedding that it shares."""
+        """Reads and returns the output head; a tied one gets the weight of the embedding."""
         if not self.is_tied:
             return self._load(self._head)
         self._head.weight = self.load_embedding().weight
         return self._head
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """What the first block is given, for (B, T) token ids: (B, T, H)."""
+        """Returns the first block's input (B, T, H) for token ids (B, T)."""
         return self._run(0, None, input_ids=input_ids)
 
     def run(self, index: int, hidden: Tensor) -> Tensor:
-        """A loaded block's output for its input: (B, T, H) each."""
+        """Returns a loaded block's output (B, T, H) for its input (B, T, H)."""
         return self._run(index, hidden, inputs_embeds=_nothing_like(hidden))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """What the model makes of the last block's output (B, T, H): (B, T, V) float32."""
+        """Returns logits (B, T, V) float32 for the last block's output (B, T, H)."""
+        # All blocks pass this on in place of their input, so that it reaches the last norm and the
+        # head.
         self._inject = hidden
         result: Tensor = self.model(inputs_embeds=_nothing_like(hidden), use_cache=False).logits
         self._inject = None
@@ -175,6 +182,9 @@ class BlockStream:
 
     @torch.no_grad()
     def _run(self, index: int, hidden: Tensor | None, **inputs: Tensor) -> Tensor:
+        # The block's arguments (masks, rotary embeddings) are made by transformers' own forward. It
+        # is run up to this block with a stand-in input of the same shape, and left by an exception
+        # after it.
         block = self.blocks[index]
 
         def reach(*args: Any, **kwargs: Any) -> None:
@@ -212,7 +222,7 @@ def _note(called: set[nn.Module], module: nn.Module, *_: Any) -> None:
 
 
 class _Reached(Exception):
-    """Leaves transformers' forward with what was wanted of it."""
+    """Leaves transformers' forward with the hidden states that were wanted."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -220,5 +230,5 @@ class _Reached(Exception):
 
 
 def _nothing_like(hidden: Tensor) -> Tensor:
-    """An input of the same shape that takes no memory: its values are not looked at."""
+    """Returns a tensor of the same shape that takes no memory, as its values are not used."""
     return hidden.new_zeros(1).expand(hidden.shape)

@@ -1,4 +1,4 @@
-"""Grids that clip a little: what a few large weights lose, all the others gain in resolution."""
+"""Grids that clip the largest weights of a group, so that all others are rounded more finely."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from torch import Tensor
 from compression.grid import Grid, fit_grid
 from compression.scheme import Number, Scheme
 
-_SHRINKS = tuple(1.0 - 0.02 * step for step in range(1, 21))  # kept shares of a group's range
+_SHRINKS = tuple(1.0 - 0.02 * step for step in range(1, 21))  # shares of a group's range to try
 
 
 def clipped_grid(weight: Tensor, importance: Tensor, scheme: Scheme, dtype: torch.dtype) -> Grid:
-    """The grid on which each group's weighted rounding error is least.
+    """Returns the grid for which the weighted rounding error of each group is smallest.
 
     Args:
-        weight: (O, I).
-        importance: Of an error in each input's weight: its mean square (I).
-        scheme: Of the grid.
-        dtype: See `fit_grid`.
+        weight: Weight matrix (O, I).
+        importance: Mean square of each input (I), by which the errors of its weights are weighted.
+        scheme: Scheme of the grid.
+        dtype: Type of scales, see `fit_grid`.
     """
     best = fit_grid(weight, scheme, dtype)
+    # A float rounds relative to its size: clipping would not help the others.
     if scheme.number is Number.float8:
         return best
     groups = scheme.groups(weight.shape[1])

@@ -1,7 +1,7 @@
-"""AWQ and SmoothQuant: inputs are scaled so that weights (or activations) round well.
+"""AWQ and SmoothQuant: scale inputs so that weights (or activations) round well.
 
-An input that is divided by `s` where it is made, and multiplied by `s` in the layers that read it,
-changes nothing but how both are rounded. It is made by a norm, or by the layer before (`up_proj`).
+Dividing an input by `s` where it is made, and multiplying by `s` the weights of the layers that
+read it, changes only how both are rounded. A norm makes the input, or the layer before (`up_proj`).
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from compression.grid import fit_grid
 from compression.methods.clipping import clipped_grid
 from compression.scheme import Scheme
 
-_TOLERANCE = 1e-3  # of the block's output, relative: how exact an equalized block has to be
-_RATIOS = tuple(step / 20 for step in range(20))
-# Where an activation is a product, its linear factor can take the scale.
+_TOLERANCE = 1e-3  # largest relative change of a block's output that counts as exact
+_RATIOS = tuple(step / 20 for step in range(20))  # exponents that AWQ tries
+# If an input is a product of two activations, the factor that is linear can take the scale.
 _FACTOR_OF = {"down_proj": "up_proj", "w2": "w3"}
 
 
 @dataclass(frozen=True)
 class Awq:
-    """AWQ (Lin et al., arXiv 2306.00978): salient inputs are scaled up, ranges clipped.
+    """AWQ (Lin et al., arXiv 2306.00978): scales up salient inputs, and clips ranges.
 
-    The scale is `mean(|x|) ** ratio`; the ratio is that of the least output error, and 0 (which is
-    rounding) is among those tried.
+    The scale is `mean(|x|) ** ratio`, with the ratio of the least output error; 0 (plain rounding)
+    is among the ratios that are tried.
 
     Attributes:
-        scheme: Of the grid.
+        scheme: Scheme of the grid.
     """
 
     scheme: Scheme
     needs_data = True
 
     def apply(self, block: Block) -> None:
-        """Quantizes the block's layers."""
+        """Quantizes the block's layers in place."""
         grams: dict[str, Tensor] = {}
         ratios: dict[str, float] = {}
         for inputs in watch_inputs(block):
@@ -49,13 +49,15 @@ class Awq:
                 layers = [block.layers[name] for name in inputs.names]
                 ratio, scale = self._best_scale(layers, inputs, block.scale_dtype)
                 scale = fold(scale)
+                # The layers now receive x / scale: the mean of x x^T follows.
                 gram = gram / (scale.unsqueeze(1) * scale)
             grams |= dict.fromkeys(inputs.names, gram)
             ratios |= dict.fromkeys(inputs.names, ratio)
-        for name, layer in block.layers.items():  # only now: a scale goes into a layer before
+        # Rounded only now: a scale may have gone into a layer that is quantized as well.
+        for name, layer in block.layers.items():
             weight = layer.weight.data
             rounded = fit_grid(weight, self.scheme, block.scale_dtype).quantize(weight)
-            if name not in grams:  # saw no token
+            if name not in grams:  # an expert that no token reached
                 block.put(name, rounded, method="rounding")
                 continue
             gram = grams[name]
@@ -72,6 +74,7 @@ class Awq:
         least, best = torch.inf, (0.0, torch.ones_like(inputs.mean))
         for ratio in _RATIOS:
             scale = inputs.mean.clamp_min(1e-4) ** ratio
+            # Centred on 1, so that the norm that is divided keeps its magnitude.
             scale = scale / (scale.max() * scale.min()).sqrt()
             error = 0.0
             for layer in layers:
@@ -86,11 +89,11 @@ class Awq:
 
 @dataclass(frozen=True)
 class SmoothQuant:
-    """SmoothQuant (Xiao et al., arXiv 2211.10438): outliers move from activations into weights.
+    """SmoothQuant (Xiao et al., arXiv 2211.10438): moves outliers from activations into weights.
 
     Attributes:
-        scheme: Of the grid, with quantized activations.
-        migration: Alpha of the paper: 0 leaves all to the activations, 1 to the weights.
+        scheme: Scheme of the grid, with quantized activations.
+        migration: Alpha of the paper; 0 leaves all to the activations, 1 moves all to the weights.
     """
 
     scheme: Scheme
@@ -98,11 +101,13 @@ class SmoothQuant:
     needs_data = True
 
     def apply(self, block: Block) -> None:
-        """Quantizes the block's layers."""
+        """Quantizes the block's layers in place."""
         for inputs in watch_inputs(block):
             fold = _fold(block, inputs)
             if fold is None:
                 continue
+            # The largest weight of each input, over all layers that share it: they share the scale
+            # too.
             weights = torch.stack(
                 [block.layers[name].weight.data.abs().amax(0) for name in inputs.names]
             ).amax(0)
@@ -113,15 +118,19 @@ class SmoothQuant:
             block.put(name, fit_grid(weight, self.scheme, block.scale_dtype).quantize(weight))
 
 
-# Takes a scale (I) and returns that which could be had: what divides a norm's weight is rounded.
+# Takes a scale (I) and returns the one that was applied: a norm's weight is stored rounded, so that
+# its quotient may differ a little from the wanted one.
 Fold = Callable[[Tensor], Tensor]
 
 
 def _fold(block: Block, inputs: Inputs) -> Fold | None:
-    """How to divide an input by a scale and multiply its layers by it; None: it cannot be done.
+    """Returns a function that divides an input by a scale and multiplies its layers by it, or None.
 
-    Who made it is found by looking, not by name; that dividing it there is exact is tried out on
-    a batch (a norm that adds one to its weight, or a factor that is used elsewhere, is not).
+    None means that it cannot be done.
+
+    The maker of the input is found by its output, not by its name. A trial on a batch shows whether
+    dividing it there is exact: it is not for a norm that adds one to its weight, or for a factor
+    that is used elsewhere as well.
     """
     source, is_known = _source(block, inputs)
     if source is None:
@@ -130,7 +139,9 @@ def _fold(block: Block, inputs: Inputs) -> Fold | None:
 
     def fold(scale: Tensor) -> Tensor:
         weight = source.weight.data
-        if weight.ndim == 1:  # as the artifact holds it, so that the layers make up for it exactly
+        if weight.ndim == 1:
+            # A norm stays dense: it is divided as the artifact stores it, and the layers are
+            # multiplied by what it was really divided by.
             divided = (weight / scale).to(block.dtype).float()
             scale = torch.where(divided == 0, scale, weight / divided)
             source.weight.data = divided
@@ -146,9 +157,9 @@ def _fold(block: Block, inputs: Inputs) -> Fold | None:
 
 
 def _source(block: Block, inputs: Inputs) -> tuple[Any, bool]:
-    """The norm or linear layer that makes an input, and whether dividing it there is exact.
+    """Returns the module that makes an input, and whether dividing it there is known to be exact.
 
-    That is known of experts, of which a batch to try it on may reach none.
+    That is known for experts only, which the batch of a trial may not reach.
     """
     modules = dict(block.module.named_modules())
     if inputs.feeder is not None:
@@ -168,6 +179,7 @@ def _source(block: Block, inputs: Inputs) -> tuple[Any, bool]:
 
 
 @torch.no_grad()
+# Compares the block's output before and after a random scale, then puts the weights back.
 def _is_exact(block: Block, fold: Fold, num_inputs: int) -> bool:
     batch = next(iter(block.inputs()))
     before = block.run(batch)

@@ -1,7 +1,7 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323): rounding errors are made up for by later weights.
+"""GPTQ (Frantar et al., arXiv 2210.17323): later weights compensate for rounding errors.
 
-The columns of largest input go first, on grids that were fitted to the groups beforehand ("static
-groups" of the authors' code), so that the artifact needs no permutation.
+The columns of the largest inputs are rounded first, on grids that were fitted to the groups before
+("static groups" of the authors' code), so that the artifact needs no permutation.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from compression.grid import Grid, code_range, fit_grid
 from compression.methods.clipping import clipped_grid
 from compression.scheme import Scheme
 
-_BLOCK = 128  # columns whose errors are passed on at once
-_MORE_DAMPING = 10.0
+_BLOCK = 128  # columns after which errors are passed on to all later columns at once
+_MORE_DAMPING = 10.0  # factor on the damping if a Gram matrix cannot be inverted
 
 
 @dataclass(frozen=True)
 class Gptq:
-    """Second-order rounding of each layer by itself; a layer that it makes worse is rounded.
+    """Second-order rounding of each layer by itself; plain rounding if that has the lower error.
 
     Attributes:
-        scheme: Of the grid.
-        damping: Share of the mean diagonal that is added to the Gram matrix's.
-        schemes: Of layers that have another one, by full name.
+        scheme: Scheme of the grid.
+        damping: Share of the mean diagonal that is added to the Gram matrix's diagonal.
+        schemes: Schemes of layers that differ from `scheme`, by full name.
     """
 
     scheme: Scheme
@@ -37,7 +37,7 @@ class Gptq:
     needs_data = True
 
     def apply(self, block: Block) -> None:
-        """Quantizes the block's layers."""
+        """Quantizes the block's layers in place."""
         for inputs in watch_inputs(block):
             for name in inputs.names:
                 weight, scheme = block.layers[name].weight.data, self._scheme_of(name)
@@ -47,12 +47,15 @@ class Gptq:
                 grid = clipped_grid(weight, inputs.gram.diagonal(), scheme, block.scale_dtype)
                 codes = gptq_codes(weight, inputs.gram, grid, self.damping)
                 if codes is not None:
+                    # The grid was clipped for plain rounding, and the damping is a guess: both can
+                    # lose.
                     found = grid.of(codes)
                     found_error = output_error(found.dequantize() - weight, inputs.gram)
                     if found_error < error:
                         best, method, error = found, "gptq", found_error
                 block.put(name, best, method=method, error=error, rounding_error=rounding_error)
-        for name in block.layers.keys() - block.quantized.keys():  # saw no token
+        # Experts that no token reached have no Gram matrix.
+        for name in block.layers.keys() - block.quantized.keys():
             weight = block.layers[name].weight.data
             grid = fit_grid(weight, self._scheme_of(name), block.scale_dtype)
             block.put(name, grid.quantize(weight), method="rounding")
@@ -62,18 +65,18 @@ class Gptq:
 
 
 def gptq_codes(weight: Tensor, gram: Tensor, grid: Grid, damping: float) -> Tensor | None:
-    """Codes whose layer output is close to that of a weight.
+    """Returns codes for which a layer's output is close to that of its weight.
 
-    A weight of exactly zero stays zero, so that a pruned model stays pruned.
+    A weight of exactly zero keeps the value zero, so that a pruned model stays pruned.
 
     Args:
-        weight: (O, I) float32; is not changed.
-        gram: Mean of x x^T (I, I).
-        grid: Of the codes.
-        damping: See `Gptq`.
+        weight: Weight matrix (O, I) float32; it is not changed.
+        gram: Mean of x x^T over the layer's inputs (I, I).
+        grid: Grid of the codes.
+        damping: Damping, see `Gptq`.
 
     Returns:
-        (O, I) int8; None where the Gram matrix cannot be inverted, whatever the damping.
+        Codes (O, I) int8; None if the Gram matrix cannot be inverted with any damping.
     """
     order = gram.diagonal().argsort(descending=True, stable=True)
     inverse = inverse_factor(gram[order][:, order], damping)
@@ -84,7 +87,7 @@ def gptq_codes(weight: Tensor, gram: Tensor, grid: Grid, damping: float) -> Tens
     scales = scales[:, order]
     zero_points = torch.zeros_like(scales) if zero_points is None else zero_points[:, order]
     low, high = code_range(grid.scheme.bits)
-    left = weight[:, order].clone()  # weights, with the errors so far made up for
+    left = weight[:, order].clone()  # weights after the compensation so far
     is_zero = left == 0
     codes = torch.empty_like(left)
     for start in range(0, num_inputs, _BLOCK):
@@ -95,18 +98,24 @@ def gptq_codes(weight: Tensor, gram: Tensor, grid: Grid, damping: float) -> Tens
             code = (column / scales[:, i] + zero_points[:, i]).round_().clamp_(low, high)
             codes[:, i] = code
             error = left[:, i] - (code - zero_points[:, i]) * scales[:, i]
+            # Row i of the factor says how later columns compensate for the error of column i.
             error /= inverse[i, i]
             left[:, i:stop] -= error.unsqueeze(1) * inverse[i, i:stop]
             errors[:, i - start] = error
+        # Columns beyond the block are updated once a block: one product instead of many (the
+        # paper's lazy batch updates).
         left[:, stop:] -= errors @ inverse[start:stop, stop:]
     return codes[:, order.argsort()].to(torch.int8)
 
 
 def inverse_factor(gram: Tensor, damping: float) -> Tensor | None:
-    """Upper Cholesky factor of the inverse of a damped Gram matrix (I, I); None: there is none."""
+    """Returns the upper Cholesky factor of the inverse of a damped Gram matrix (I, I).
+
+    None: the matrix cannot be inverted even with a hundred times the damping.
+    """
     gram = gram.clone()
     dead = gram.diagonal() == 0
-    gram.diagonal()[dead] = 1.0  # an input that is always zero: any code will do
+    gram.diagonal()[dead] = 1.0  # an input that is always zero: its weights do not matter
     mean = gram.diagonal().mean()
     for _ in range(3):
         damped = gram.clone()

@@ -1,4 +1,4 @@
-"""Weights that become zero: by magnitude, Wanda or SparseGPT. The model keeps its shape."""
+"""Sets weights to zero by magnitude, Wanda or SparseGPT; the model keeps its shape."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from compression.block import Block, watch_inputs
 from compression.methods.gptq import inverse_factor
 from compression.recipe import Criterion, Pattern
 
-_BLOCK = 128  # columns that SparseGPT decides on at once
+_BLOCK = 128  # columns for which SparseGPT chooses zeros at once
 
 
 @dataclass(frozen=True)
 class Prune:
-    """Zeroes a share of each layer's weights.
+    """Sets a share of each layer's weights to zero.
 
     Attributes:
-        criterion: Which ones.
-        sparsity: Share of the weights.
-        pattern: Where they may be.
-        damping: As in GPTQ; for SparseGPT.
+        criterion: Rule by which weights are chosen.
+        sparsity: Share of the weights that become zero.
+        pattern: Positions at which zeros may be.
+        damping: Damping of the Gram matrix as in GPTQ, for SparseGPT.
     """
 
     criterion: Criterion
@@ -32,11 +32,11 @@ class Prune:
 
     @property
     def needs_data(self) -> bool:
-        """Whether it has to see inputs."""
+        """True if the criterion needs the layers' inputs."""
         return self.criterion is not Criterion.magnitude
 
     def apply(self, block: Block) -> None:
-        """Prunes the block's layers."""
+        """Prunes the block's layers in place."""
         if self.criterion is Criterion.magnitude:
             for name in block.layers:
                 self._by_magnitude(block, name)
@@ -50,10 +50,12 @@ class Prune:
                 if self.criterion is Criterion.sparsegpt:
                     block.layers[name].weight.data = self._sparsegpt(weight, inputs.gram)
                     block.notes.setdefault(name, {})["sparsity"] = self.sparsity
+                # Wanda: magnitude times the norm of the input, compared within each output.
                 else:
                     self._keep(block, name, ~self._is_least(weight.abs() * norm, per_row=True))
 
-        for name in unseen:  # an expert that no token reached
+        # An expert that no token reached has no inputs to judge by.
+        for name in unseen:
             self._by_magnitude(block, name)
 
     def _by_magnitude(self, block: Block, name: str) -> None:
@@ -65,7 +67,7 @@ class Prune:
         block.notes.setdefault(name, {})["sparsity"] = self.sparsity
 
     def _is_least(self, score: Tensor, per_row: bool) -> Tensor:
-        """Which weights go, by their score (O, I): in each row, or in the whole matrix."""
+        """Returns which weights have the lowest scores (O, I), in each row or in the matrix."""
         if self.pattern is not Pattern.unstructured:
             kept, size = self.pattern.kept_of
             grouped = score.unflatten(1, (-1, size))
@@ -77,9 +79,10 @@ class Prune:
         return is_least.view_as(score)
 
     def _sparsegpt(self, weight: Tensor, gram: Tensor) -> Tensor:
-        """SparseGPT (Frantar and Alistarh, arXiv 2301.00774): later weights make up for lost ones.
+        """Prunes a matrix by SparseGPT (Frantar and Alistarh, arXiv 2301.00774).
 
-        Where the Gram matrix cannot be inverted, Wanda's choice.
+        Later weights compensate for those that become zero. Wanda's choice is taken if the Gram
+        matrix cannot be inverted.
         """
         inverse = inverse_factor(gram, self.damping)
         if inverse is None:
@@ -95,7 +98,8 @@ class Prune:
             for i in range(start, stop):
                 if self.pattern is not Pattern.unstructured:
                     _, size = self.pattern.kept_of
-                    if (i - start) % size == 0:  # with what was made up for so far
+                    # A pattern chooses run by run, on weights after the compensation so far.
+                    if (i - start) % size == 0:
                         part = slice(i - start, i - start + size)
                         score = (left[:, i : i + size] / diagonal[part]).square()
                         goes[:, part] = self._is_least(score, per_row=True)
@@ -107,6 +111,7 @@ class Prune:
         return left
 
     def _goes(self, weight: Tensor, diagonal: Tensor) -> Tensor:
+        # Chosen here for the whole block at once, unless a pattern chooses run by run.
         if self.pattern is not Pattern.unstructured:
             return torch.zeros_like(weight, dtype=torch.bool)
         score = (weight / diagonal).square().flatten()

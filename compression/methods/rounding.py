@@ -1,4 +1,4 @@
-"""Round to nearest: no data, no search. What every other method is compared with."""
+"""Round to nearest: needs neither data nor a search; the baseline of all other methods."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from compression.scheme import Scheme
 
 @dataclass(frozen=True)
 class RoundToNearest:
-    """Each weight becomes the nearest value of a grid that spans its group.
+    """Replaces each weight by the nearest value of a grid that spans its group.
 
     Attributes:
-        scheme: Of the grid.
+        scheme: Scheme of the grid.
     """
 
     scheme: Scheme
     needs_data = False
 
     def apply(self, block: Block) -> None:
-        """Quantizes the block's layers."""
+        """Quantizes the block's layers in place."""
         for name, layer in block.layers.items():
             weight = layer.weight.data
             block.put(name, fit_grid(weight, self.scheme, block.scale_dtype).quantize(weight))

@@ -1,4 +1,4 @@
-"""Reads the blocks that stay once more and writes what is left of them.
+"""Reads the blocks that stay once more, and writes their remaining parts.
 
 Shapes: N samples of T tokens, H hidden size of the parent, C that of the child.
 """
@@ -18,6 +18,7 @@ from compression.stream import BlockStream
 from compression.structured.plan import Plan, kept_of_block
 from compression.structured.refit import Flow
 
+# Norm of a block -> the score of the residual stream in front of it.
 _POWER = {"input_layernorm": "input_power", "post_attention_layernorm": "attention_power"}
 
 
@@ -30,25 +31,28 @@ def cut(
     channels: Tensor,
     done: Callable[[int], None],
 ) -> None:
-    """Writes the child's tensors, a block in memory at a time.
+    """Writes the child's tensors, with one block in memory at a time.
 
     Args:
-        plan: With everything measured.
-        result: Where to; blocks that are there already are kept.
+        plan: Plan of the pruning, after the measurement.
+        result: Result to write; blocks that it already holds are kept.
         calibration: Token ids (N, T) int64.
-        blocks: Those that stay, in order.
-        channels: Hidden ones that stay (C).
-        done: Told how many blocks were written.
+        blocks: Numbers of the blocks that stay, in order.
+        channels: Hidden channels that stay (C).
+        done: Function that is called with the number of blocks that were written.
     """
     stream = BlockStream(plan.source)
     flow = Flow(plan, stream, calibration, channels) if plan.refits else None
     first = result.num_done()
-    place = blocks[first - 1] + 1 if first else 0  # the parent's next block
+    place = blocks[first - 1] + 1 if first else 0  # number of the parent's next block
+    # Without the hidden states of the stopped call, its blocks cannot be continued: all are cut
+    # again.
     if flow is not None and first < len(blocks) and not flow.resume(place, first):
         first = place = 0
         flow.start()
     done(first)
     for index in range(first, len(blocks)):
+        # A block that is removed still changes the parent's residual stream, which refits aim at.
         for passed in range(place, blocks[index]):
             if flow is not None:
                 stream.load(passed)
@@ -56,12 +60,14 @@ def cut(
                 stream.release(passed)
         place = blocks[index]
         block = stream.load(place)
+        # The parent's output is kept before the block is cut, since cutting changes it in place.
         if flow is not None:
             flow.see_parent(place, block)
         _cut_block(plan, block, place, channels)
         if flow is not None:
             flow.refit(place, block)
-        for parameter in block.parameters():  # what follows sees the block as it is written
+        # Later blocks are fitted to the block as the child will have it, rounded to its type.
+        for parameter in block.parameters():
             parameter.data = parameter.data.to(result.dtype).float()
         if flow is not None:
             flow.run_child(place, index)
@@ -108,13 +114,13 @@ def _cut(tensor: Tensor, axes: tuple[str, ...], kept: dict[str, Tensor]) -> Tens
 
 
 def _scale(plan: Plan, norm: Any, power: Tensor, channels: Tensor) -> None:
-    """Makes up for what a norm divides by: the mean square of fewer channels.
+    """Corrects a norm for channels that were removed: it divides by the mean square of fewer.
 
     Args:
-        plan: Says whether to.
-        norm: That was cut.
-        power: Of each channel of the parent (H), see `Scores`.
-        channels: That stay (C).
+        plan: Plan of the pruning, which says whether to correct.
+        norm: Norm that was cut.
+        power: Mean square of each of the parent's channels (H), see `Scores`.
+        channels: Channels that stay (C).
     """
     if plan.refits and len(channels) < len(power):
         norm.weight.mul_(power[channels].mean().sqrt())

@@ -1,7 +1,7 @@
-"""The models that can be made smaller: the Llama family, known by its structure, not by a name.
+"""The models that can be made smaller: the Llama family, recognized by structure, not by name.
 
-That is llama, mistral, qwen2, qwen3 and whatever else has these parameters and no others, plain
-linear layers, and RMSNorms without an offset.
+These are llama, mistral, qwen2, qwen3 and all other models with these parameters and no others,
+plain linear layers, and RMSNorms without an offset.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from compression.stream import BlockStream
 from core.errors import ConfigError
 
+# Names of the dimensions of a parameter.
 Axes = tuple[str, ...]
 
 _BLOCK: dict[str, Axes] = {
@@ -40,15 +41,15 @@ _FIX = "choose a model built as llama, mistral, qwen2 or qwen3 are, or prune wit
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of such a model.
+    """Sizes of a model of the family.
 
-    Attributes:
-        blocks: Decoder blocks.
-        heads: Key-value heads.
-        queries: Query heads that share a key-value head.
-        head_dim: Of a head.
-        mlp: Width between up and down.
-        hidden: Channels of the residual stream.
+    blocks: Number of decoder blocks.
+        heads: Number of key-value heads.
+        queries: Number of query heads that share a key-value head.
+        head_dim: Width of a head.
+        mlp: Width between up and down projection.
+        hidden: Number of channels of the residual stream.
+        vocab: Number of rows of the embedding.
         vocab: Rows of the embedding.
     """
 
@@ -61,13 +62,13 @@ class Shape:
     vocab: int
 
     def size(self, axis: str) -> int:
-        """Of a dimension of a parameter."""
+        """Returns the size of a named dimension of a parameter."""
         key = self.heads * self.head_dim
         named = {"key": key, "query": key * self.queries}
         return named[axis] if axis in named else int(getattr(self, axis))
 
     def config(self) -> dict[str, int]:
-        """What config.json calls it."""
+        """Returns the sizes under their names in config.json."""
         return {
             "num_hidden_layers": self.blocks,
             "num_attention_heads": self.heads * self.queries,
@@ -80,12 +81,12 @@ class Shape:
 
 @dataclass(frozen=True)
 class Family:
-    """What a model of the family is made of.
+    """Structure of a model of the family.
 
     Attributes:
-        shape: Its sizes.
-        block: The dimensions of each parameter of a block.
-        rest: The dimensions of each parameter outside the blocks; a tied head is none.
+        shape: Sizes of the model.
+        block: Dimensions of each parameter of a block.
+        rest: Dimensions of each parameter outside the blocks, without a tied head.
     """
 
     shape: Shape
@@ -93,7 +94,7 @@ class Family:
     rest: dict[str, Axes]
 
     def num_params(self, shape: Shape) -> int:
-        """Parameters of such a model of some other sizes; a tied head counts once."""
+        """Returns the number of parameters of a model of other sizes; a tied head counts once."""
 
         def count(parameters: dict[str, Axes]) -> int:
             return sum(math.prod(map(shape.size, axes)) for axes in parameters.values())
@@ -102,20 +103,21 @@ class Family:
 
 
 def recognize(stream: BlockStream) -> Family:
-    """The family's view of a model.
+    """Returns the structure of a model of the family.
 
     Args:
-        stream: Of which no block was read yet.
+        stream: Stream of the model, with no block read yet.
 
     Raises:
-        ConfigError: It is built otherwise.
+        ConfigError: The model does not belong to the family.
     """
     config = stream.model.config
     if config.get_text_config() is not config:
-        raise _strange(stream, "its language model is a part of another")
+        raise _strange(stream, "its language model is a part of another model")
     block = _block_parameters(stream)
     heads = config.num_key_value_heads or config.num_attention_heads
     queries = config.num_attention_heads // heads
+    # Before a config knows `head_dim`, heads share the hidden size.
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shape = Shape(
         blocks=len(stream.blocks),
@@ -132,21 +134,22 @@ def recognize(stream: BlockStream) -> Family:
 
 
 def check_buildable(stream: BlockStream, family: Family, shape: Shape, key: str) -> None:
-    """Raises ConfigError where transformers makes no such smaller model of its config.
+    """Raises ConfigError if transformers cannot build the smaller model from its config.
 
     Args:
-        stream: Of the parent.
-        family: Of the parent.
-        shape: Of the smaller model.
-        key: The step's, for errors.
+        stream: Stream of the parent.
+        family: Structure of the parent.
+        shape: Sizes of the smaller model.
+        key: Key of the step, for errors.
     """
     config = stream.model.config
-    # Lists with an entry a layer are cut to the blocks that stay; here any will do.
+    # Lists with an entry for each layer will be cut to the blocks that stay. These are not known
+    # yet, and the entries do not matter here.
     lists = {key: value[: shape.blocks] for key, value in per_layer(config).items()}
     try:
         smaller = type(config).from_dict(config.to_dict() | shape.config() | lists)
     except StrictDataclassError as e:
-        rule = f"transformers refuses that: {str(e).strip().splitlines()[-1].strip().rstrip('.')}"
+        rule = f"transformers refuses it: {str(e).strip().splitlines()[-1].strip().rstrip('.')}"
         fix = "choose other sizes, e.g. by shares of heads and hidden together"
         raise ConfigError(f"{key}.heads", shape.heads, rule, fix) from e
     with torch.device("meta"):
@@ -155,7 +158,7 @@ def check_buildable(stream: BlockStream, family: Family, shape: Shape, key: str)
 
 
 def per_layer(config: Any) -> dict[str, list[Any]]:
-    """The settings of a transformers config that have an entry for each layer."""
+    """Returns the settings of a transformers config that have an entry for each layer."""
     return {
         key: value
         for key, value in config.to_dict().items()
@@ -168,13 +171,13 @@ def _block_parameters(stream: BlockStream) -> dict[str, Axes]:
     for missing in _BLOCK.keys() - first:
         raise _strange(stream, f"its blocks have no {missing}")
     for name in sorted(first - _BLOCK.keys() - _OPTIONAL.keys()):
-        raise _strange(stream, f"its blocks have a {name}, of which nothing is known here")
+        raise _strange(stream, f"its blocks have a parameter {name}, which is not supported")
     for block in stream.blocks:
         if {name for name, _ in block.named_parameters()} != first:
             raise _strange(stream, "its blocks differ from each other")
         for module in block.modules():
             if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
-                raise _strange(stream, f"{type(module).__name__} is no plain linear layer")
+                raise _strange(stream, f"{type(module).__name__} is not a plain linear layer")
     return {name: axes for name, axes in (_BLOCK | _OPTIONAL).items() if name in first}
 
 
@@ -194,24 +197,26 @@ def _rest_parameters(stream: BlockStream) -> dict[str, Axes]:
                 found[name] = ("hidden",)
                 _check_norm(stream, module)
             else:
-                raise _strange(stream, f"it has a {name}, of which nothing is known here")
+                raise _strange(stream, f"it has a parameter {name}, which is not supported")
     return found
 
 
 def _check_norm(stream: BlockStream, norm: nn.Module) -> None:
-    """Raises ConfigError for one that is not x / rms(x) * weight, as all in the blocks have to be.
+    """Raises ConfigError unless a norm is x / rms(x) * weight, of the same type as in the blocks.
 
-    Only then does a channel that is always zero leave the others alone (but for their count).
+    Only then can a channel that is always zero be removed without a change of the others, except
+    for their number.
     """
     if type(norm) is not type(stream.blocks[0].get_submodule("input_layernorm")):
-        raise _strange(stream, "its last norm is not as those in the blocks")
+        raise _strange(stream, "its last norm differs from those in the blocks")
     weight: Any = norm.weight
+    # Far from zero mean, so that a norm that subtracts the mean (LayerNorm) shows.
     x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)) * 100 + 50
     wanted = x * x.square().mean(-1, keepdim=True).rsqrt() * weight
     with torch.no_grad():
         found: Tensor = norm(x)
     if not torch.allclose(found, wanted, rtol=1e-3, atol=1e-4):
-        raise _strange(stream, f"{type(norm).__name__} is no plain RMSNorm")
+        raise _strange(stream, f"{type(norm).__name__} is not a plain RMSNorm")
 
 
 def _check_sizes(stream: BlockStream, model: Any, family: Family, shape: Shape) -> None:
@@ -224,7 +229,7 @@ def _check_sizes(stream: BlockStream, model: Any, family: Family, shape: Shape) 
         wanted = tuple(map(shape.size, axes))
         if name not in named or tuple(named[name].shape) != wanted:
             found = tuple(named[name].shape) if name in named else "absent"
-            raise _strange(stream, f"{name} is {found}, not {wanted} as its config says")
+            raise _strange(stream, f"{name} is {found}, its config says {wanted}")
 
 
 def _strange(stream: BlockStream, rule: str) -> ConfigError:

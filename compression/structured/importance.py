@@ -1,9 +1,10 @@
-"""What each part of a model does for it, from what flows through the parent.
+"""Scores the importance of each part of a model, from the activations of the parent.
 
-Heads and hidden channels: Minitron (Muralidharan et al., arXiv 2407.14679; 2408.11796): mean
+Heads and hidden channels: Minitron (Muralidharan et al., arXiv 2407.14679; 2408.11796), the mean
 magnitude of activations over a sequence, then the l2 norm over sequences. MLP channels: the l2 norm
-over both, so that a channel that speaks up for few tokens counts for more; less perplexity is lost.
-Blocks: ShortGPT (Men et al., arXiv 2403.03853): how far a block turns the residual stream.
+over both, so that a channel that is large for few tokens counts more, which costs less perplexity.
+Blocks: ShortGPT (Men et al., arXiv 2403.03853), the angle by which a block turns the residual
+stream.
 
 Shapes: B sequences of T tokens, H hidden size, I intermediate size, K key-value heads.
 """
@@ -20,11 +21,11 @@ from compression.structured.family import Shape
 
 
 class Scores:
-    """Watches a loaded block of the parent while it runs.
+    """Scores of one block, gathered by hooks while the loaded block of the parent runs.
 
     Args:
-        block: Of a model that `recognize` took.
-        shape: Of the model.
+        block: Block of a model that `recognize` accepted.
+        shape: Sizes of the model.
     """
 
     def __init__(self, block: Any, shape: Shape) -> None:
@@ -44,24 +45,25 @@ class Scores:
             ]
 
     def see(self, before: Tensor, after: Tensor) -> None:
-        """The block's input and output (B, T, H), after it ran."""
+        """Adds the block's input and output (B, T, H), after it ran."""
         self._num_tokens += before.shape[0] * before.shape[1]
         self._add("output_power", _power(after))
         self._add("depth", (1 - F.cosine_similarity(before, after, dim=-1)).sum())
 
     def finish(self) -> dict[str, Tensor]:
-        """Takes the hooks off.
+        """Removes the hooks and returns the scores.
 
         Returns:
-            By name, float32:
-            `mlp` (I), `heads` (K), `hidden` (H): larger is more important; `hidden` of both norms'
-            outputs, to be added over blocks.
+            Scores by name, float32:
+            `mlp` (I), `heads` (K), `hidden` (H): larger is more important; `hidden` is summed over
+            the outputs of both norms, and is to be summed over blocks.
             `depth` (): 1 - cosine similarity of the block's input and output.
             `input_power`, `attention_power`, `output_power` (H): mean square of a channel of the
-            residual stream, over that of its token: what a norm loses with the channel.
+            residual stream, relative to its token's: the share of a norm that goes with it.
         """
         for handle in self._handles:
             handle.remove()
+        # Query heads that share a key-value head stay or go together: their scores are added.
         sums = self._sums
         heads = sums["heads"].sqrt().unflatten(0, (self._shape.heads, -1)).sum(1)
         return {
@@ -95,7 +97,7 @@ class Scores:
 
 
 def _magnitude(x: Tensor) -> Tensor:
-    """(B, T, C) -> (C): the square of what a channel scores."""
+    """Returns the square of each channel's score: (B, T, C) -> (C)."""
     return x.abs().mean(1).square().sum(0)
 
 
@@ -104,6 +106,6 @@ def _square(x: Tensor) -> Tensor:
 
 
 def _power(x: Tensor) -> Tensor:
-    """(B, T, C) -> (C): channels' shares of the mean square, summed over tokens."""
+    """Returns each channel's share of the mean square, summed over tokens: (B, T, C) -> (C)."""
     square = x.square()
     return (square / square.mean(-1, keepdim=True).clamp_min(1e-12)).sum((0, 1))

@@ -1,4 +1,4 @@
-"""Runs the parent, a block at a time, and notes what each part of it does.
+"""Runs the parent, one block at a time, and measures the importance of its parts.
 
 Shapes: N samples of T tokens.
 """
@@ -26,10 +26,10 @@ def measure(
     """Writes `plan.measured` of each block that has none yet.
 
     Args:
-        plan: What for.
-        stream: Of the parent, of which nothing was read yet.
+        plan: Plan of the pruning.
+        stream: Stream of the parent, with nothing read yet.
         calibration: Token ids (N, T) int64.
-        done: Told how many blocks were measured.
+        done: Function that is called with the number of blocks that were measured.
     """
     parent = plan.family.shape
     first = 0
@@ -39,6 +39,7 @@ def measure(
     if first == parent.blocks:
         return
     hidden = Hidden(plan.hidden(first), (*calibration.shape, parent.hidden))
+    # A stopped call left the input of its next block; without it all blocks run again.
     if not hidden.path.exists():
         first = 0
         stream.load_embedding()
@@ -56,6 +57,7 @@ def measure(
             return output
 
         following = hidden.map(run, plan.hidden(index + 1))
+        # Hidden states of the next block are on disk by now: a resumed call finds both files.
         plan.save(index, scores.finish())
         hidden.path.unlink()
         hidden = following
@@ -67,7 +69,7 @@ def measure(
 def _check_adds(
     plan: Plan, block: nn.Module, run: Callable[[Tensor], Tensor], batch: Tensor
 ) -> None:
-    """Raises ConfigError where a block does not just add what its two halves make (granite)."""
+    """Raises ConfigError if a block scales what its two halves add to the stream (granite)."""
     seen: dict[str, Tensor] = {}
     handles = []
     for name in ("self_attn.o_proj", "mlp.down_proj"):
@@ -80,6 +82,6 @@ def _check_adds(
     for handle in handles:
         handle.remove()
     if not torch.allclose(after, batch + sum(seen.values()), rtol=1e-3, atol=1e-4):
-        rule = "its blocks scale what they add to the residual stream, which no refit knows of"
+        rule = "its blocks scale what they add to the residual stream, which a refit cannot handle"
         fix = "set refit=false of the step"
         raise ConfigError("model", plan.source, rule, fix)

@@ -1,8 +1,8 @@
-"""Makes a model itself smaller: fewer heads, MLP and hidden channels, blocks.
+"""Makes a model itself smaller: fewer heads, MLP and hidden channels, and blocks.
 
-First the parent runs, a block at a time, and what each part does is measured (`measure.py`). Then
-the blocks that stay are read again, cut (`cut.py`), and what is left makes up for the rest
-(`refit.py`). Memory holds a block and a Gram matrix.
+The parent runs one block at a time, and the importance of its parts is measured (`measure.py`).
+Then the blocks that stay are read again and cut (`cut.py`), and the remaining layers are fitted to
+the parent (`refit.py`). Memory holds one block and one Gram matrix.
 
 Shapes: N samples of T tokens.
 """
@@ -48,26 +48,26 @@ def prune_structured(
     stop_requested: Callable[[], bool] = lambda: False,
     key: str = KEY,
 ) -> dict[str, Any]:
-    """Writes a smaller model, which AutoModelForCausalLM loads as it stands.
+    """Writes a smaller model, which AutoModelForCausalLM loads without changes.
 
     Args:
-        source: A dense Hugging Face folder; the child's weights are of its type.
-        out: Folder to write; it is there only when it is whole.
-        config: What goes.
+        source: A dense Hugging Face folder; the child's weights have its type.
+        out: Folder to write, which exists only when it is complete.
+        config: Sizes to remove.
         calibration: Token ids (N, T) int64.
-        work: An empty folder, or that of the same call that was stopped.
-        advance: Told of each block that was measured, and each that was written.
-        stop_requested: Asked between blocks.
-        key: The step's, for errors.
+        work: An empty folder, or the folder of the same call that was stopped.
+        advance: Called with the number of blocks that were measured or written, and their total.
+        stop_requested: Function that is called between blocks.
+        key: Key of the step, for errors.
 
     Returns:
-        What it removed; JSON types only.
+        Report of what was removed, of JSON types.
 
     Raises:
-        ConfigError: The model is of another family, has no such sizes, or `out` is there.
-        Interrupted: Told to stop; the same call goes on.
+        ConfigError: The model is of another family, the sizes do not fit, or `out` exists.
+        Interrupted: A stop was requested; the same call goes on from there.
     """
-    # 1. What can be refused is refused before any work
+    # 1. Refuse what can be refused before any work
     plan, stream = _plan(source, out, config, work, key)
     claim(work, _made_from(plan, calibration))
     parent, child = plan.family.shape, plan.shape
@@ -78,7 +78,7 @@ def prune_structured(
         if blocks < total and stop_requested():
             raise Interrupted(f"stopped after {blocks} of {total} blocks; the same call goes on")
 
-    # 2. Look at the parent, choose what all blocks share, cut one after another
+    # 2. Measure the parent, choose what all blocks share, cut one block after another
     measure(plan, stream, calibration, done)
     del stream
     every = range(parent.blocks)
@@ -96,7 +96,7 @@ def prune_structured(
         lambda count: done(parent.blocks + count),
     )
 
-    # 3. An ordinary folder, at once
+    # 3. Write an ordinary folder in one step
     with staged_folder(out) as staging:
         huggingface.pack(result, source, staging)
         _write_config(plan, staging / "config.json", blocks)
@@ -104,12 +104,12 @@ def prune_structured(
 
 
 def check(source: Path, config: StructuredPruneConfig, key: str = KEY) -> None:
-    """Raises ConfigError for what `prune_structured` would refuse, without any work.
+    """Raises ConfigError for settings that `prune_structured` would refuse, without any work.
 
     Args:
         source: A dense Hugging Face folder.
-        config: What is to go.
-        key: The step's, for errors.
+        config: Sizes to remove.
+        key: Key of the step, for errors.
     """
     _plan(source, None, config, source, key)
 
@@ -128,11 +128,11 @@ def _plan(
 
 
 def _write_config(plan: Plan, path: Path, blocks: list[int]) -> None:
-    """Edits a copy of the parent's config.json."""
+    """Adapts a copy of the parent's config.json to the child."""
     config = json.loads(path.read_text(encoding="utf-8")) | plan.shape.config()
     if len(blocks) < plan.family.shape.blocks:
         config |= {name: [value[i] for i in blocks] for name, value in plan.per_layer.items()}
-        if "max_window_layers" in config:  # of qwen2: so many blocks see everything
+        if "max_window_layers" in config:  # qwen2: number of first blocks with full attention
             config["max_window_layers"] = sum(i < config["max_window_layers"] for i in blocks)
     path.write_text(json.dumps(config, indent=2) + "\n")
 
@@ -155,6 +155,7 @@ def _describe(plan: Plan, blocks: list[int], depth: Tensor) -> dict[str, Any]:
 
 
 def _made_from(plan: Plan, calibration: Tensor) -> dict[str, Any]:
+    # A call with other sizes shares nothing with the files of this one.
     return {
         "parent": Source.open(plan.source).digests,
         "config": asdict(plan.config),
@@ -164,7 +165,7 @@ def _made_from(plan: Plan, calibration: Tensor) -> dict[str, Any]:
 
 
 def _dtype(source: Path) -> torch.dtype:
-    """In which the parent's weights are loaded."""
+    """Returns the type in which the parent's weights are loaded."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
     assert isinstance(dtype, torch.dtype)

@@ -1,4 +1,4 @@
-"""Which sizes a smaller model gets."""
+"""Computes the sizes of the smaller model."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from compression.recipe import StructuredPruneConfig
 from compression.structured.family import Family, Shape
 from core.errors import ConfigError
 
-_TRIED = 1000  # shares of a width that the dial looks at
-_OFF = 0.02  # of the parameters, by which it may miss
+_TRIED = 1000  # number of shares of a width that `params` tries
+_OFF = 0.02  # largest deviation from `params`, as a share of the parameters
 
 
 def target_shape(config: StructuredPruneConfig, family: Family, key: str) -> Shape:
-    """The sizes that a config asks for.
+    """Returns the sizes that a config asks for.
 
     Args:
-        config: Checked.
-        family: Of the parent.
-        key: The step's, for errors.
+        config: Settings that were checked.
+        family: Structure of the parent.
+        key: Key of the step, for errors.
 
     Raises:
-        ConfigError: The parent has no such sizes.
+        ConfigError: The parent does not allow these sizes.
     """
     shape, step = family.shape, config.multiple_of
     if config.params is not None:
         return _by_params(config.params, family, step, key)
     heads = _size(config.heads, shape.heads, 1, f"{key}.heads")
-    # transformers wants a Llama's hidden size to be a multiple of its heads, whatever head_dim is
+    # transformers requires the hidden size of a Llama to be a multiple of its number of heads,
+    # whatever head_dim is.
     hidden_step = math.lcm(step, heads * shape.queries)
     return replace(
         shape,
@@ -44,12 +45,12 @@ def _size(value: float, size: int, step: int, key: str) -> int:
         return size
     if value >= 1:
         if value > size:
-            raise ConfigError(key, value, f"the model has {size}", "give what is to stay of them")
+            raise ConfigError(key, value, f"the model has {size}", "give the number that stays")
         return int(value)
     kept = _less(size, value, step)
     if kept == size:
-        rule = f"of {size}, in steps of {step}, that removes none"
-        raise ConfigError(key, value, rule, "ask for more, or lower multiple_of")
+        rule = f"removes nothing of {size} in steps of {step}"
+        raise ConfigError(key, value, rule, "raise it, or lower multiple_of")
     return kept
 
 
@@ -63,17 +64,17 @@ def _by_params(params: float, family: Family, step: int, key: str) -> Shape:
     candidates = [_dial(shape, share / _TRIED, step) for share in range(_TRIED)]
     best = min(candidates, key=lambda candidate: abs(removed(candidate) - params))
     if abs(removed(best) - params) > _OFF:
-        rule = f"widths in steps of {step} come no nearer than {removed(best):.3f}"
-        fix = "ask for that, lower multiple_of, or give heads, mlp, hidden and depth"
+        rule = f"the closest share in steps of {step} is {removed(best):.3f}"
+        fix = "set that, lower multiple_of, or give heads, mlp, hidden and depth"
         raise ConfigError(f"{key}.params", params, rule, fix)
     return best
 
 
 def _dial(shape: Shape, share: float, step: int) -> Shape:
-    """Less MLP width, and from its half on fewer hidden channels, too; heads and depth stay.
+    """Returns sizes with less MLP width and, above half of it, fewer hidden channels.
 
-    Width rather than depth, and no heads, is what Minitron found best (arXiv 2408.11796); of the
-    widths, MLP before hidden channels costs least before any training.
+    Minitron (arXiv 2408.11796) found it best to reduce width rather than depth, and to keep heads.
+    Of the widths, MLP channels before hidden channels cost least before any training.
     """
     hidden_step = math.lcm(step, shape.heads * shape.queries)
     return replace(
@@ -84,5 +85,5 @@ def _dial(shape: Shape, share: float, step: int) -> Shape:
 
 
 def _less(size: int, share: float, step: int) -> int:
-    """A size without a share of it, in steps; at least one step is left."""
+    """Returns a size without a share of it, in steps; at least one step is left."""
     return size if share <= 0 else min(size, max(step, round(size * (1 - share) / step) * step))

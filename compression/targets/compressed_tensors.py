@@ -1,4 +1,4 @@
-"""compressed-tensors: the format that transformers and vLLM both load as it stands.
+"""compressed-tensors: the format that transformers and vLLM load without changes.
 
 Codes are stored as they were chosen; the library packs them and describes them in config.json.
 """
@@ -32,7 +32,7 @@ from core.errors import ConfigError, MissingExtraError
 
 _INSTALL = "pip install 'spotforge[compression]'"
 
-# The library shows bars of its own, TQDM_DISABLE or not, wherever it loads or first runs a model.
+# The library shows progress bars whenever it loads or first runs a model, even with TQDM_DISABLE.
 _SHOWS_BARS = (
     "compressed_tensors.quantization.lifecycle.apply",
     "compressed_tensors.offload.dispatch",
@@ -43,13 +43,13 @@ layer_bytes, check_layer_times = stored_bytes, times_layers
 
 
 def check_parent(parent: Path, layers: Collection[str], schemes: set[Scheme], key: str) -> None:
-    """Raises ConfigError for layers that transformers does not load as they are packed.
+    """Raises ConfigError for layers that transformers does not load in the packed form.
 
     Args:
         parent: Folder of the model.
-        layers: Names of those that will be in codes.
-        schemes: Of the codes.
-        key: For errors.
+        layers: Names of the layers that will have codes.
+        schemes: Schemes of the codes.
+        key: Key of the setting, for errors.
     """
     names = StoredNames(parent)
     is_packed = any(map(_is_packed, schemes))
@@ -62,30 +62,30 @@ def check_parent(parent: Path, layers: Collection[str], schemes: set[Scheme], ke
     fix = "use target=huggingface, or leave them out: layers.exclude=['*.experts.*']"
     kept = next((n for n in names.linears if names.is_expert(n) and n not in layers), None)
     if kept is not None:
-        rule = f"transformers reads codes of all experts, or of none, and {kept} is left out"
+        rule = f"transformers reads codes of all experts or of none, and {kept} is left out"
         raise ConfigError(key, "compressed_tensors", rule, fix)
     if not all(map(_is_packed, schemes)):
-        rule = "transformers unpacks experts when it loads them, and rounds no input of theirs"
-        fix = "choose a recipe of weights alone, or layers.exclude=['*.experts.*']"
+        rule = "transformers unpacks experts on loading, and does not round their inputs"
+        fix = "choose a recipe that quantizes weights only, or layers.exclude=['*.experts.*']"
         raise ConfigError(key, "compressed_tensors", rule, fix)
     if len(schemes) > 1:
         rule = "transformers reads the codes of all experts by one scheme"
         raise ConfigError(key, "compressed_tensors", rule, fix)
     fused = next((layer for layer in experts if names.matrix(layer) is None), None)
     if fused is not None:
-        rule = f"the files of such a model hold no matrix of {fused} by itself"
+        rule = f"files of this architecture store no separate matrix for {fused}"
         raise ConfigError(key, "compressed_tensors", rule, fix)
 
 
 def load(folder: Path, dtype: torch.dtype | str = "auto", attention: str | None = None) -> Any:
-    """A model of transformers; see `load_folder`."""
+    """Returns a model of transformers; see `load_folder`."""
     for name in _SHOWS_BARS:
         vars(importlib.import_module(name))["tqdm"] = _no_bar
     return load_folder(folder, dtype, attention)
 
 
 def runner(folder: Path, dtype: torch.dtype | None = None) -> TorchRunner:
-    """The same, to be timed."""
+    """Returns the loaded model, to be timed."""
     return TorchRunner(load(folder, dtype or "auto"))
 
 
@@ -94,21 +94,21 @@ def _no_bar(iterable: Iterable[Any], **_: Any) -> Iterable[Any]:
 
 
 def check(schemes: set[Scheme], key: str) -> None:
-    """Raises ConfigError for what the format, or who reads it, does not have."""
+    """Raises ConfigError for schemes that the format, or its readers, do not support."""
     try:
         import compressed_tensors  # noqa: F401
     except ImportError as e:
         rule = "compressed-tensors is not installed"
         raise MissingExtraError(key, "compressed_tensors", rule, _INSTALL) from e
     if not schemes:
-        rule = "a result without codes has nothing for it to pack"
+        rule = "the result has no codes to pack"
         raise ConfigError(key, "compressed_tensors", rule, "use target=huggingface")
     for scheme in schemes:
         if not scheme.symmetric:
-            rule = "transformers does not load zero points that compressed-tensors 0.20 has packed"
+            rule = "transformers cannot load zero points that compressed-tensors 0.20 packed"
             raise ConfigError(key, "compressed_tensors", rule, "set symmetric=true")
         if scheme.activation is not Activation.none and scheme.group_size is not None:
-            rule = "engines that round inputs take one scale a row, no groups"
+            rule = "engines that round inputs take one scale a row, and no groups"
             raise ConfigError(key, "compressed_tensors", rule, "set group_size=null")
         if scheme.activation is Activation.int8 and scheme.bits != 8:
             rule = "engines that round inputs to int8 take weights of 8 bits"
@@ -119,7 +119,7 @@ def check(schemes: set[Scheme], key: str) -> None:
 
 
 def pack(result: Result, source: Path, out: Path) -> None:
-    """Writes the folder `out`."""
+    """Writes the result to the folder `out`."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     def packed(values: Values) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -137,7 +137,8 @@ def pack(result: Result, source: Path, out: Path) -> None:
             stored[f"{name}_shape"] = torch.tensor(value.codes.shape)
         return stored, {}
 
-    # Its loader would take dense experts under their names on disk for codes, and drop them.
+    # The library's loader would take dense experts under their names on disk for codes, and drop
+    # them.
     config = _quantization_config(result, source)
     write_folder(result, source, out, packed, config, keeps_fused=True)
 
@@ -172,6 +173,8 @@ def _quantization_config(result: Result, source: Path) -> dict[str, Any]:
                 num_bits=8, type=kind, symmetric=True, strategy="token", dynamic=True
             )
         groups[f"group_{index}"] = QuantizationScheme(
+            # Lists layers by name only if they differ: engines match the class `Linear` faster and
+            # safely.
             targets=["Linear"] if is_uniform else names,
             weights=weights,
             input_activations=inputs,

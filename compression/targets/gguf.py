@@ -1,7 +1,7 @@
-"""GGUF: one file, for llama.cpp and what is built on it. Codes are stored as they were chosen.
+"""GGUF: one file for llama.cpp and programs built on it. Codes are stored as they were chosen.
 
-A block of 32 weights of a row has a scale in float16: `Q4_0` for 4 bits, `Q8_0` for 8. A scale of
-more weights is repeated. What is not quantized stays in the result's type, vectors in float32.
+A block of 32 weights of a row has one scale in float16: `Q4_0` for 4 bits, `Q8_0` for 8. A scale of
+more weights is repeated. Unquantized matrices keep the result's type, vectors become float32.
 Layouts and names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and llama.cpp's
 convert_hf_to_gguf.py.
 
@@ -28,13 +28,13 @@ from compression.targets.vocabulary import read_vocabulary
 from core.errors import ConfigError, MissingExtraError
 
 _FILE = "model.gguf"
-_BLOCK = 32  # weights that share a scale
+_BLOCK = 32  # number of weights that share a scale
 _BLOCK_TYPES = {4: "Q4_0", 8: "Q8_0"}
 _INSTALL = "pip install 'spotforge[compression]'"
-# transformers' name -> llama.cpp's, of architectures that both have alike.
+# transformers' name -> llama.cpp's name, for architectures that both compute in the same way.
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
-# Settings of these architectures that the file says, or that its tensors show.
+# Settings of these architectures that are written to the file, or visible in its tensors.
 _WRITTEN = {
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps"),
@@ -45,6 +45,7 @@ _ROPE_WRITTEN = {
     *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor"),
     *("high_freq_factor", "original_max_position_embeddings"),
 }
+# Settings that do not change any logits.
 _OF_NO_LOGIT = {
     *("architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "use_cache"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "initializer_range"),
@@ -63,20 +64,20 @@ Array = np.ndarray[Any, Any]
 
 
 def check(schemes: set[Scheme], key: str) -> None:
-    """Raises ConfigError for codes that no block of GGUF holds exactly."""
+    """Raises ConfigError for codes that no block type of GGUF holds exactly."""
     try:
         import gguf  # noqa: F401
     except ImportError as e:
         raise MissingExtraError(key, "gguf", "gguf is not installed", _INSTALL) from e
     for scheme in schemes:
         if scheme.number is Number.float8 or scheme.activation is not Activation.none:
-            rule = "GGUF has no float8, and llama.cpp itself decides how inputs are rounded"
+            rule = "GGUF has no float8, and llama.cpp decides itself how inputs are rounded"
             raise ConfigError(key, "gguf", rule, "set number=int activation=none")
         if scheme.bits not in _BLOCK_TYPES:
-            rule = f"GGUF's blocks with a scale alone hold 4 or 8 bits, not {scheme.bits}"
+            rule = f"GGUF blocks with a scale and no minimum hold 4 or 8 bits, not {scheme.bits}"
             raise ConfigError(key, "gguf", rule, "set bits=4 or bits=8")
         if not scheme.symmetric:
-            rule = "GGUF holds zero_point * scale in float16, which would be rounded a second time"
+            rule = "GGUF stores zero_point * scale in float16, which would round it a second time"
             raise ConfigError(key, "gguf", rule, "set symmetric=true")
         if scheme.group_size is not None and scheme.group_size % _BLOCK:
             rule = f"GGUF has a scale for every {_BLOCK} weights, not for {scheme.group_size}"
@@ -86,19 +87,19 @@ def check(schemes: set[Scheme], key: str) -> None:
 def check_parent(parent: Path, layers: Collection[str], schemes: set[Scheme], key: str) -> None:
     """Raises ConfigError for a model that llama.cpp would run differently, or not at all.
 
-    Every setting of its config that is not transformers' default has to be one that is written, or
-    one that changes no logits.
+    Every setting of its config that differs from transformers' default must be one that is written,
+    or one that changes no logits.
 
     Args:
-        parent: Its folder.
-        layers: Names of those that will be in codes.
-        schemes: Of the codes.
-        key: For errors.
+        parent: Folder of the model.
+        layers: Names of the layers that will have codes.
+        schemes: Schemes of the codes.
+        key: Key of the setting, for errors.
     """
     config: Any = AutoConfig.from_pretrained(parent)
     if config.model_type not in _ARCHITECTURES:
         known = ", ".join(_ARCHITECTURES)
-        rule = f"{config.model_type} is none of the architectures that are written: {known}"
+        rule = f"{config.model_type} is not one of the supported architectures: {known}"
         raise ConfigError(key, "gguf", rule, "use target=compressed_tensors")
     fields = {
         "hidden_act": (config.hidden_act, ("silu",)),
@@ -106,6 +107,7 @@ def check_parent(parent: Path, layers: Collection[str], schemes: set[Scheme], ke
         "partial_rotary_factor": (config.rope_parameters.get("partial_rotary_factor", 1.0), (1.0,)),
     }
     if config.model_type == "qwen3":
+        # llama.cpp's qwen3 reads no biases of q, k and v.
         fields["attention_bias"] = (config.attention_bias, (False,))
     usual = type(config)().to_dict()
     described = config.to_dict()
@@ -121,17 +123,17 @@ def check_parent(parent: Path, layers: Collection[str], schemes: set[Scheme], ke
     }
     for name, (value, allowed) in fields.items():
         if value not in allowed:
-            rule = f"llama.cpp's {config.model_type} has no {name}={value}"
+            rule = f"llama.cpp's {config.model_type} does not support {name}={value}"
             raise ConfigError(key, "gguf", rule, "use target=compressed_tensors")
     window = _window(config)
     if window is not None and window < config.max_position_embeddings:
         rule = (
             f"each token of this model sees the last {window} of up to "
-            f"{config.max_position_embeddings}, in llama.cpp all of them"
+            f"{config.max_position_embeddings} tokens, in llama.cpp it sees all of them"
         )
         fix = (
             "use target=compressed_tensors, or compress a copy whose config.json says "
-            f"max_position_embeddings={window}: as far as there both are the same"
+            f"max_position_embeddings={window}: up to there both compute the same"
         )
         raise ConfigError(key, "gguf", rule, fix)
     heads = config.num_attention_heads * _head_dim(config)
@@ -140,18 +142,19 @@ def check_parent(parent: Path, layers: Collection[str], schemes: set[Scheme], ke
         kind = name.rpartition(".")[2]
         width = widths.get(kind, config.hidden_size)
         if width % _BLOCK:
-            rule = f"the {width} inputs of {name} are no multiple of {_BLOCK}"
+            rule = f"the {width} inputs of {name} are not a multiple of {_BLOCK}"
             raise ConfigError(key, "gguf", rule, f"leave it out: layers.exclude=['*.{kind}']")
     read_vocabulary(parent, config.vocab_size, key)
 
 
 def pack(result: Result, source: Path, out: Path) -> None:
-    """Writes the folder `out`: the file, and the config and tokenizer for who reads them apart."""
+    """Writes the folder `out`: the GGUF file, with config and tokenizer as separate files."""
     import gguf
 
     config: Any = AutoConfig.from_pretrained(source)
     described = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    if _ARCHITECTURES[config.model_type] == "llama":  # no longer than its window, a Mistral is one
+    # A Mistral is a Llama within its window; `check_parent` refuses longer contexts.
+    if _ARCHITECTURES[config.model_type] == "llama":
         described |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
         described.pop("sliding_window", None)
     copy_assets(source, out, described, result.dtype)
@@ -160,6 +163,7 @@ def pack(result: Result, source: Path, out: Path) -> None:
     writer.add_name(source.name)
     writer.add_context_length(config.max_position_embeddings)
     _add_shape(writer, config)
+    # llama.cpp shows this as the type of the file: that of most layers.
     bits = [scheme.bits for scheme in result.schemes().values()]
     kind = f"MOSTLY_{_BLOCK_TYPES[max(bits, key=bits.count)]}" if bits else "GUESSED"
     writer.add_file_type(gguf.LlamaFileType[kind])
@@ -171,31 +175,32 @@ def pack(result: Result, source: Path, out: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for _, _, data in _tensors(result, config):  # a second time, so that memory holds but one
+    # Tensors are made a second time, so that memory holds only one of them.
+    for _, _, data in _tensors(result, config):
         writer.write_tensor_data(data)
     writer.close()
 
 
 def load(folder: Path) -> Any:
-    """The artifact in transformers: dequantized, float32."""
-    config = AutoConfig.from_pretrained(folder)  # the file's own lacks the width of heads
+    """Returns the artifact as a model of transformers: dequantized, float32."""
+    config = AutoConfig.from_pretrained(folder)  # the config in the GGUF file lacks head_dim
     return AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=_FILE, config=config, dtype=torch.float32
     ).eval()
 
 
 def runner(folder: Path, dtype: torch.dtype | None = None) -> None:
-    """None: transformers loads it, but it is llama.cpp that runs it."""
+    """Returns None: transformers can load the file, but llama.cpp is what runs it."""
 
 
 def check_layer_times(key: str) -> None:
-    """Raises ConfigError: the kernels are llama.cpp's."""
-    rule = "llama.cpp runs it, and says no time of a single layer"
+    """Raises ConfigError, since the kernels are llama.cpp's."""
+    rule = "llama.cpp runs the model, and reports no time of a single layer"
     raise ConfigError(key, "gguf", rule, "set a budget of bits or MB, or another target")
 
 
 def layer_bytes(folder: Path, layers: set[str]) -> int:
-    """Of all that is stored for some layers' weights, scales counted."""
+    """Returns the bytes that store the weights of some layers, including scales."""
     import gguf
 
     names = _Names(AutoConfig.from_pretrained(folder))
@@ -205,14 +210,15 @@ def layer_bytes(folder: Path, layers: set[str]) -> int:
 
 
 def pack_blocks(value: Quantized) -> Array:
-    """Codes and scales as `Q4_0` or `Q8_0`: bytes (O, I / 32 * bytes of a block)."""
+    """Returns codes and scales as `Q4_0` or `Q8_0`: bytes (O, I / 32 * bytes of a block)."""
     num_outputs, num_inputs = value.codes.shape
     num_blocks = num_inputs // _BLOCK
     scales = value.scales.repeat_interleave(num_blocks // value.scales.shape[1], 1)
     halves = scales.numpy().astype("<f2")
-    assert np.array_equal(halves.astype(np.float32), scales.numpy()), "a scale is no float16"
+    assert np.array_equal(halves.astype(np.float32), scales.numpy()), "a scale is not a float16"
     codes = value.codes.view(num_outputs, num_blocks, _BLOCK).numpy()
-    if value.scheme.bits == 4:  # the first half of a block in low bits, the second in high ones
+    # Q4_0 stores the first half of a block in the low bits, the second half in the high bits.
+    if value.scheme.bits == 4:
         nibbles = (codes + 8).astype(np.uint8)
         codes = nibbles[..., : _BLOCK // 2] | nibbles[..., _BLOCK // 2 :] << 4
     parts = halves[..., np.newaxis].view(np.uint8), codes.view(np.uint8)
@@ -220,7 +226,7 @@ def pack_blocks(value: Quantized) -> Array:
 
 
 class _Names:
-    """Of tensors in GGUF."""
+    """Names of tensors in GGUF."""
 
     def __init__(self, config: Any) -> None:
         import gguf
@@ -230,14 +236,14 @@ class _Names:
         self._map = gguf.get_tensor_name_map(number, config.num_hidden_layers)
 
     def of(self, name: str) -> str:
-        """As `blk.0.attn_q.weight`."""
+        """Returns llama.cpp's name of a tensor, such as `blk.0.attn_q.weight`."""
         found = self._map.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
         return str(found)
 
 
 def _tensors(result: Result, config: Any) -> Iterator[tuple[str, str, Array]]:
-    """Name, type and bytes of each tensor."""
+    """Yields name, type and bytes of each tensor."""
     names = _Names(config)
     for path in result.files():
         for name, value in result.read(path):
@@ -255,10 +261,10 @@ def _tensors(result: Result, config: Any) -> Iterator[tuple[str, str, Array]]:
 
 
 def _row_order(name: str, config: Any) -> Any:
-    """How the rows of a tensor are laid out.
+    """Returns the order in which llama.cpp stores the rows of a tensor.
 
-    llama.cpp's `llama` rotates neighbours, transformers the halves of a head: rows of queries and
-    keys are interleaved.
+    llama.cpp's `llama` rotates neighbouring rows of a head, transformers rotates its two halves:
+    the rows of queries and keys are interleaved.
     """
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     layer = name.split(".")[-2]
@@ -269,7 +275,7 @@ def _row_order(name: str, config: Any) -> Any:
 
 
 def _rope_factors(config: Any) -> Tensor | None:
-    """What Llama 3.1 divides its rotary frequencies by (head_dim / 2); None where it is 1."""
+    """Returns Llama 3.1's divisors of rotary frequencies (head_dim / 2); None if all are 1."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     if config.rope_parameters["rope_type"] == "default":
@@ -321,7 +327,7 @@ def _add_vocabulary(writer: Any, source: Path, vocab_size: int) -> None:
 
 
 def _window(config: Any) -> int | None:
-    """Tokens that some layer looks back at; None: all."""
+    """Returns the number of tokens that some layer attends to; None: all of them."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and "sliding_attention" not in kinds:
         return None

@@ -1,4 +1,4 @@
-"""Dense weights: an ordinary Hugging Face folder. For pruned models, and where no kernel is."""
+"""Dense weights in an ordinary Hugging Face folder, for pruned models and to drop all codes."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ runner, check_layer_times = torch_runner, times_layers
 
 
 def check(schemes: set[Scheme], key: str) -> None:
-    """Takes weights of any kind, as what they compute with; raises ConfigError for inputs."""
+    """Raises ConfigError for schemes that round inputs; weights of any kind are dequantized."""
     odd = next((s.activation for s in schemes if s.activation is not Activation.none), None)
     if odd is not None:
-        rule = f"dense weights do not round their inputs to {odd.value}, as was measured"
+        rule = f"dense weights do not round their inputs to {odd.value}, as the evaluation did"
         raise ConfigError(key, "huggingface", rule, "use target=compressed_tensors")
 
 
 def pack(result: Result, source: Path, out: Path) -> None:
-    """Writes the folder `out`."""
+    """Writes the result to the folder `out`."""
 
     def dense(values: Values) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors = {

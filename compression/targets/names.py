@@ -1,7 +1,7 @@
-"""What a model's tensors are called on disk, and how they lie there: as transformers saves them.
+"""Names and shapes of a model's tensors on disk, as transformers saves them.
 
 transformers converts names and shapes when it loads a model, and back when it saves one: its own
-reverse conversion is what is asked here, so that an artifact is written as it would write it.
+reverse conversion is used here, so that an artifact is written as transformers would write it.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from transformers.core_model_loading import revert_weight_conversion
 from compression.experts import can_split, fuse, is_fused
 from compression.layers import linear_layers
 
-_SHAPE = (2, 3)  # of a probe: a matrix that came to lie otherwise has another one
+_SHAPE = (2, 3)  # shape of a probe: one that was merged or transposed has another shape
 
 
 class StoredNames:
-    """Of a model.
+    """Names of one model's tensors on disk.
 
     Attributes:
-        linears: Its linear layers, on the meta device; see `linear_layers`.
-        head: Its output head, which may be tied and then lies in no file.
+        linears: Linear layers of the model, on the meta device; see `linear_layers`.
+        head: Name of the output head; a tied head is in no file.
 
     Args:
-        folder: Its config.json says what it is built of.
+        folder: Folder of the model, of which config.json is read.
     """
 
     def __init__(self, folder: Path) -> None:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        vars(config).pop("quantization_config", None)  # an artifact is named as its parent is
+        vars(config).pop("quantization_config", None)  # an artifact has the names of its parent
         with torch.device("meta"):
             self._model: Any = AutoModelForCausalLM.from_config(config)
         self.linears = linear_layers("", self._model)
@@ -45,37 +45,38 @@ class StoredNames:
         self._fused = {name for name, m in modules if is_fused(m) and can_split(m)}
 
     def stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Dense tensors as they lie on disk.
+        """Returns dense tensors by name and shape as on disk.
 
         Args:
-            tensors: By their names in memory, or those of `linear_layers`; of a layer's experts
-                all, or none.
+            tensors: Tensors by their names in memory, or by those of `linear_layers`; all matrices
+                of a layer's experts, or none of them.
         """
         fused = fuse(tensors, self._fused)
         found: dict[str, Tensor] = revert_weight_conversion(self._model, fused)
         return found
 
     def fused(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same by their names in memory, which transformers loads, too."""
+        """Returns dense tensors by their names in memory, which transformers loads as well."""
         return fuse(tensors, self._fused)
 
     def is_expert(self, layer: str) -> bool:
-        """Whether a layer of `linear_layers` is a part of a fused parameter in memory."""
+        """Returns whether a layer of `linear_layers` is part of a fused parameter in memory."""
         return any(layer.startswith(f"{module}.") for module in self._fused)
 
     def matrix(self, layer: str) -> str | None:
-        """Name on disk of a layer whose matrix lies there by itself, and as it is in memory."""
+        """Returns the name on disk of a layer's matrix; None if it is fused or changed there."""
         return self._places[0].get(layer)
 
     def holders(self, layers: Collection[str]) -> set[str]:
-        """Names on disk, without `.weight`, of what holds the matrices of some layers."""
+        """Returns the names on disk, without `.weight`, of tensors with some layers' matrices."""
         return {self._places[1][layer] for layer in layers}
 
     @cached_property
     def _places(self) -> tuple[dict[str, str], dict[str, str]]:
-        """Of each layer: what is its matrix alone, and what holds it. Told by probes.
+        """Names on disk of each layer's own matrix, and of the tensor that holds it.
 
-        Each layer's matrix is one number everywhere; which of them are where is seen on disk.
+        They are found by probes: the matrix of each layer is filled with the layer's number, and
+        the numbers in a stored tensor tell which matrices it holds.
         """
         layers = list(self.linears)
         probes = {

@@ -1,6 +1,6 @@
-"""OpenVINO: an IR folder for CPUs, with the codes that were chosen; made and run by its own Python.
+"""OpenVINO: an IR folder for CPUs with the chosen codes, made and run in its own environment.
 
-What is not quantized is stored as float16, which holds what bfloat16 does but for the very small.
+Unquantized weights are stored as float16, which represents bfloat16 except for tiny magnitudes.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _WEIGHTS = "openvino_model.bin"
 
 
 def check(schemes: set[Scheme], key: str) -> None:
-    """Raises ConfigError for what an IR does not hold, or where there is no OpenVINO."""
+    """Raises ConfigError for schemes that an IR cannot hold, or if OpenVINO is not available."""
     for scheme in schemes:
         if scheme.number is Number.float8 or scheme.activation is not Activation.none:
-            rule = "OpenVINO itself decides how inputs are rounded, and has no float8 on a CPU"
+            rule = "OpenVINO decides itself how inputs are rounded, and has no float8 on a CPU"
             raise ConfigError(key, "openvino", rule, "set number=int activation=none")
         if scheme.bits not in (4, 8):
             rule = f"an IR holds 4 or 8 bits, not {scheme.bits}"
@@ -40,15 +40,15 @@ def check(schemes: set[Scheme], key: str) -> None:
 
 
 def check_parent(parent: Path, layers: Collection[str], schemes: set[Scheme], key: str) -> None:
-    """Raises ConfigError for layers that are no constant of their own in an IR.
+    """Raises ConfigError for layers that have no constant of their own in an IR.
 
-    The program knows its architectures.
+    The export program checks the architecture.
     """
     refuse_experts(layers, StoredNames(parent), key, "openvino")
 
 
 def pack(result: Result, source: Path, out: Path) -> None:
-    """Writes the folder `out`."""
+    """Writes the result to the folder `out`."""
     codes = {
         name: _integers(value)
         for path in result.files()
@@ -56,28 +56,28 @@ def pack(result: Result, source: Path, out: Path) -> None:
         if isinstance(value, Quantized)
     }
     with tempfile.TemporaryDirectory(dir=out.parent) as name:
-        dense = Path(name) / "dense"  # the program reads shapes and all else from it
+        dense = Path(name) / "dense"  # the export reads shapes and everything without codes from it
         huggingface.pack(result, source, dense)
         OpenVino().export(dense, out, WeightFormat("fp16"), codes)
 
 
 def load(folder: Path) -> Any:
-    """The artifact: token ids (N, T) in, logits out; a process a call."""
+    """Returns the artifact as a model: token ids (N, T) in, logits out; each call is a process."""
     return _Ir(folder)
 
 
 def check_layer_times(key: str) -> None:
-    """Raises ConfigError: what is timed is a whole model."""
-    rule = "OpenVINO compiles a model as a whole, in a process of its own: no layer is timed alone"
+    """Raises ConfigError, since OpenVINO can only time a whole model."""
+    rule = "OpenVINO compiles a model as a whole, in another process: no layer is timed alone"
     raise ConfigError(key, "openvino", rule, "set a budget of bits or MB, or another target")
 
 
 def layer_bytes(folder: Path, layers: set[str]) -> int | None:
-    """Not known: an IR's file does not say what is whose."""
+    """Returns None: an IR file does not say which bytes belong to which layer."""
 
 
 class _Ir:
-    """An IR folder that is called as transformers' models are, and timed."""
+    """An IR folder that can be called as transformers' models are, and timed."""
 
     dtype = None  # OpenVINO decides
 
@@ -86,12 +86,12 @@ class _Ir:
         self.memory_bytes = (folder / _WEIGHTS).stat().st_size
 
     def __call__(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
-        # Inputs rounded at run time are OpenVINO's choice, not the artifact's.
+        # Rounding inputs at run time is OpenVINO's choice, not a property of the artifact.
         logits = self._program.logits(self._folder, input_ids.numpy(), dynamic_quantization=False)
         return SimpleNamespace(logits=torch.from_numpy(logits))
 
     def once(self, prompt_tokens: int, new_tokens: int, seed: int) -> Timing:
-        """See `Runner`."""
+        """Times one prompt and new tokens, see `Runner`."""
         found = self._program.speed(
             self._folder,
             prompt_tokens,
@@ -104,7 +104,7 @@ class _Ir:
 
 
 def runner(folder: Path, dtype: torch.dtype | None = None) -> _Ir | None:
-    """The same, to be timed; in which type, OpenVINO decides."""
+    """Returns the artifact, to be timed; None for a given type, which OpenVINO chooses itself."""
     return _Ir(folder) if dtype is None else None
 
 

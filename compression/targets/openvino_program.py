@@ -1,6 +1,6 @@
-"""OpenVINO: a Hugging Face folder as an IR folder, its logits and its speed on a CPU.
+"""Runs OpenVINO as a program: exports a Hugging Face folder to IR, computes logits, times a CPU.
 
-Its pins clash with ours, so it is a program of an environment of its own, whose Python
+OpenVINO's pins clash with ours, so that it has an environment of its own, whose Python
 SPOTFORGE_OPENVINO_PYTHON names; `openvino_worker.py` runs there.
 """
 
@@ -30,17 +30,18 @@ _EXPORT_FILES = ("config.json", "openvino_model.xml", "openvino_model.bin")
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How weights are stored; integers are rounded to nearest by nncf, without data.
+    """Format in which weights are stored; nncf rounds integers to nearest, without data.
 
     Attributes:
-        dtype: int8: a scale a row. int4: the inner layers, with int8 embedding and head.
-        group_size: Input features that share a scale, for int4; -1: all of a row; None: 64.
-        is_symmetric: No zero points; for int4 and int8.
-        ratio: Share of the inner layers' weights in int4; the rest is int8.
-        all_layers: int4 also for the embedding and the head.
+        dtype: Number format. int8 has one scale a row; int4 is for the inner layers, with int8 for
+            the embedding and the head.
+        group_size: Number of inputs that share a scale, for int4; -1: all of a row; None: 64.
+        is_symmetric: True to store no zero points, for int4 and int8.
+        ratio: Share of the inner layers' weights in int4; the rest are int8.
+        all_layers: True to store the embedding and the head in int4 as well.
 
     Raises:
-        ConfigError: A setting cannot be, or would have no effect.
+        ConfigError: A setting is not allowed, or would have no effect.
     """
 
     dtype: Literal["int4", "int8", "fp16", "fp32"] = "int8"
@@ -51,32 +52,38 @@ class WeightFormat:
 
     def __post_init__(self) -> None:
         if self.dtype not in ("int4", "int8", "fp16", "fp32"):
-            raise ConfigError("dtype", self.dtype, "is none", "choose int4, int8, fp16 or fp32")
+            raise ConfigError(
+                "dtype", self.dtype, "is not supported", "choose int4, int8, fp16 or fp32"
+            )
         only_int4 = ("group_size", None), ("ratio", 1.0), ("all_layers", False)
         for key, default in only_int4:
             if self.dtype != "int4" and (value := getattr(self, key)) != default:
                 raise ConfigError(
-                    key, value, f"{self.dtype} has none", "leave it out, or take int4"
+                    key, value, f"has no effect for {self.dtype}", "leave it out, or use int4"
                 )
         if self.is_symmetric and self.dtype.startswith("fp"):
-            raise ConfigError("is_symmetric", True, f"{self.dtype} has no codes", "leave it out")
+            raise ConfigError(
+                "is_symmetric", True, f"has no effect for {self.dtype}", "leave it out"
+            )
         if not 0 <= self.ratio <= 1:
-            raise ConfigError("ratio", self.ratio, "is no share", "give 0 to 1")
+            raise ConfigError(
+                "ratio", self.ratio, "must be from 0 to 1", "give 1 for int4 everywhere"
+            )
         if self.group_size is not None and self.group_size != -1 and self.group_size < 2:
             raise ConfigError(
-                "group_size", self.group_size, "is no group", "give 32, 64, 128 or -1"
+                "group_size", self.group_size, "must be -1, or 2 or more", "give 32, 64, 128 or -1"
             )
 
 
 @dataclass(frozen=True)
 class IntegerWeight:
-    """A linear layer's weight as (codes - zero_points) * scales, which reaches the IR as it is.
+    """A linear layer's weight as (codes - zero_points) * scales, which the IR stores unchanged.
 
     Attributes:
-        bits: 4 or 8.
-        codes: (out, in) int8, from -8 to 7 where `bits` is 4.
-        scales: (out, groups) float32; each group is `in / groups` neighbouring columns.
-        zero_points: (out, groups) int8, in the range of the codes; None: all 0.
+        bits: Bits of a code, 4 or 8.
+        codes: Codes (out, in) int8, from -8 to 7 if `bits` is 4.
+        scales: Scales (out, groups) float32; each group has `in / groups` consecutive columns.
+        zero_points: Zero points (out, groups) int8, in the range of the codes; None: all 0.
 
     Raises:
         ConfigError: Shapes, types or ranges do not fit.
@@ -92,35 +99,37 @@ class IntegerWeight:
             if not holds:
                 raise ConfigError(key, value, rule, "see IntegerWeight")
 
-        check(self.bits in (4, 8), "bits", self.bits, "is neither 4 nor 8")
-        check(self.codes.ndim == 2, "codes", self.codes.shape, "is not (out, in)")
+        check(self.bits in (4, 8), "bits", self.bits, "must be 4 or 8")
+        check(self.codes.ndim == 2, "codes", self.codes.shape, "must have the shape (out, in)")
         rows, columns = self.codes.shape
         shape = self.scales.shape
         fits = len(shape) == 2 and shape[0] == rows and shape[1] and columns % shape[1] == 0
-        check(bool(fits), "scales", shape, f"is not ({rows}, a divisor of {columns})")
-        check(self.scales.dtype == np.float32, "scales", self.scales.dtype, "is not float32")
+        check(bool(fits), "scales", shape, f"must be ({rows}, a divisor of {columns})")
+        check(self.scales.dtype == np.float32, "scales", self.scales.dtype, "must be float32")
         half = 1 << (self.bits - 1)
         for key, array in (("codes", self.codes), ("zero_points", self.zero_points)):
             if array is None:
                 continue
-            check(array.dtype == np.int8, key, array.dtype, "is not int8")
+            check(array.dtype == np.int8, key, array.dtype, "must be int8")
             low, high = int(array.min()), int(array.max())
-            check(-half <= low and high < half, key, f"{low} to {high}", f"not {self.bits} bits")
+            check(
+                -half <= low and high < half, key, f"{low} to {high}", f"exceeds {self.bits} bits"
+            )
         if self.zero_points is not None:
             found = self.zero_points.shape
-            check(found == shape, "zero_points", found, f"is not of the scales' shape {shape}")
+            check(found == shape, "zero_points", found, f"must have the scales' shape {shape}")
 
 
 @dataclass(frozen=True)
 class Exported:
-    """An IR folder.
+    """An exported IR folder.
 
     Attributes:
-        folder: Where it is.
-        num_parameters: How many weights are stored as u4, i4, u8, i8, f16, f32.
-        size_bytes: Of all files.
-        elapsed_s: How long it took.
-        peak_rss_bytes: Memory that the export held at most.
+        folder: The folder.
+        num_parameters: Number of weights that are stored as each of u4, i4, u8, i8, f16, f32.
+        size_bytes: Size of all files.
+        elapsed_s: Duration of the export.
+        peak_rss_bytes: Largest memory of the export.
     """
 
     folder: Path
@@ -132,13 +141,13 @@ class Exported:
 
 @dataclass(frozen=True)
 class Speed:
-    """Greedy decoding at batch 1; medians over the repeats.
+    """Speed of greedy decoding at batch 1; medians over the repeats.
 
     Attributes:
-        prefill_tokens_per_s: Tokens of the prompt.
-        decode_tokens_per_s: New tokens.
+        prefill_tokens_per_s: Speed of the prompt.
+        decode_tokens_per_s: Speed of new tokens.
         cpu_ms_per_token: CPU time of all threads for a new token.
-        peak_rss_bytes: Memory of the whole program, at most.
+        peak_rss_bytes: Largest memory of the whole program.
     """
 
     prefill_tokens_per_s: float
@@ -151,12 +160,12 @@ class OpenVino:
     """Runs the worker in OpenVINO's environment.
 
     Args:
-        python: The environment's Python; None: what SPOTFORGE_OPENVINO_PYTHON says.
-        key: The setting that names it, for errors.
+        python: Python of the environment; None: the value of SPOTFORGE_OPENVINO_PYTHON.
+        key: Setting that names it, for errors.
 
     Raises:
-        MissingExtraError: Nothing names one.
-        ConfigError: It is no program.
+        MissingExtraError: No environment is named.
+        ConfigError: The Python is not a program.
     """
 
     def __init__(self, python: str | None = None, key: str = PYTHON) -> None:
@@ -174,25 +183,25 @@ class OpenVino:
         return self._python
 
     def openvino_version(self, timeout_s: float = 60) -> str:
-        """Of OpenVINO alone, without importing it, which is quick.
+        """Returns the version of OpenVINO without importing it, which is quick.
 
         Raises:
-            MissingExtraError: It is not there.
+            MissingExtraError: The environment lacks OpenVINO.
         """
         code = "import importlib.metadata as m; print(m.version('openvino'))"
         try:
             done = run([self._python, "-I", "-c", code], timeout_s=timeout_s)
-        except OSError as e:  # a TimeoutError is one
+        except OSError as e:  # includes TimeoutError
             raise ConfigError(self._key, self._python, f"does not run ({e})", _FIX) from e
         if done.code != 0 or not done.out.strip():
             raise MissingExtraError(self._key, self._python, "lacks openvino", _FIX)
         return done.out.strip()
 
     def versions(self, timeout_s: float = 300) -> dict[str, str]:
-        """Versions of what the environment holds; all of it can be imported.
+        """Returns the versions of the environment's packages, after importing them.
 
         Raises:
-            MissingExtraError: Something cannot.
+            MissingExtraError: A package cannot be imported.
         """
         return self._run("versions", timeout_s)
 
@@ -204,19 +213,19 @@ class OpenVino:
         codes: Mapping[str, IntegerWeight] | None = None,
         timeout_s: float = 3600,
     ) -> Exported:
-        """Writes the IR with a KV cache inside, tokenizer and detokenizer, all of it or nothing.
+        """Writes an IR with a KV cache inside, tokenizer and detokenizer; the whole or nothing.
 
         Args:
             source: A dense Hugging Face folder of a causal language model.
-            out: Folder to write; absent or empty.
-            weights: How weights are stored; None: int8.
-            codes: Weights that are stored as given, by their name in the Hugging Face model
-                (model.layers.0.mlp.up_proj.weight); `weights` is for the others.
-            timeout_s: When to give up.
+            out: Folder to write; it must be absent or empty.
+            weights: Format of the weights; None: int8.
+            codes: Weights to store as given, by their name in the Hugging Face model
+                (model.layers.0.mlp.up_proj.weight); `weights` applies to all others.
+            timeout_s: Limit of the duration.
 
         Raises:
-            ConfigError: The source is unfit, or `out` is taken.
-            SpotforgeError: The export failed, ran out of memory or of time.
+            ConfigError: The source cannot be exported, or `out` is not empty.
+            SpotforgeError: The export failed, or exceeded the memory or the time.
         """
         source, out = source.expanduser().absolute(), out.expanduser().absolute()
         _check_source(source)
@@ -260,31 +269,32 @@ class OpenVino:
         dynamic_quantization: bool = True,
         timeout_s: float = 3600,
     ) -> NDArray[np.float32]:
-        """Logits of whole sequences, computed in float32.
+        """Returns the logits of whole sequences, computed in float32.
 
         Args:
-            folder: An export.
-            token_ids: (N, T), without padding.
-            num_threads: CPU threads; 0: all cores.
-            dynamic_quantization: Activations, too, may be rounded to int8, 32 at a time, where
-                the CPU is faster so: OpenVINO's default. False: what is lost is the weights'.
-            timeout_s: When to give up.
+            folder: An exported folder.
+            token_ids: Token ids (N, T), without padding.
+            num_threads: Number of CPU threads; 0: all cores.
+            dynamic_quantization: OpenVINO's default: activations may be rounded to int8, 32 at a
+                time, where the CPU is faster so. False: only the weights are rounded.
+            timeout_s: Limit of the duration.
 
         Returns:
-            (N, T, V)
+            Logits (N, T, V).
 
         Raises:
-            ConfigError: The folder is no whole export, or a token is not of its vocabulary.
-            SpotforgeError: The worker failed, ran out of memory or of time.
+            ConfigError: The folder is not a complete export, or a token id is outside the
+                vocabulary.
+            SpotforgeError: The worker failed, or exceeded the memory or the time.
         """
         folder = folder.expanduser().absolute()
         vocab_size = _check_export(folder)["vocab_size"]
         if token_ids.ndim != 2 or not token_ids.size:
-            raise ConfigError("token_ids", token_ids.shape, "is not (N, T)", "give whole rows")
+            raise ConfigError("token_ids", token_ids.shape, "must be (N, T)", "give whole rows")
         low, high = int(token_ids.min()), int(token_ids.max())
         if low < 0 or high >= vocab_size:
             fix = "use the model's own tokenizer"
-            raise ConfigError("token_ids", f"{low} to {high}", f"it has {vocab_size} tokens", fix)
+            raise ConfigError("token_ids", f"{low} to {high}", f"exceeds {vocab_size} tokens", fix)
         with tempfile.TemporaryDirectory() as work:
             given, scored = Path(work) / "token_ids.npy", Path(work) / "logits.npy"
             np.save(given, token_ids, allow_pickle=False)
@@ -311,31 +321,31 @@ class OpenVino:
         seed: int = 0,
         timeout_s: float = 3600,
     ) -> Speed:
-        """Times greedy decoding after a warm-up, with a new random prompt each time.
+        """Times greedy decoding after a warm-up, with a new random prompt for each repeat.
 
         Args:
-            folder: An export.
-            num_prompt_tokens: Length of the prompt.
-            num_new_tokens: How many are decoded, an end of text or not.
-            repeats: How often.
-            num_threads: See `logits`.
-            dynamic_quantization: See `logits`.
-            seed: Of the prompts.
-            timeout_s: When to give up.
+            folder: An exported folder.
+            num_prompt_tokens: Number of tokens of the prompt.
+            num_new_tokens: Number of tokens to decode, without a stop at the end of a text.
+            repeats: Number of timed repeats.
+            num_threads: Number of CPU threads, see `logits`.
+            dynamic_quantization: Rounding of activations, see `logits`.
+            seed: Seed of the prompts.
+            timeout_s: Limit of the duration.
 
         Raises:
-            ConfigError: The folder is no whole export, or a number does not fit.
-            SpotforgeError: The worker failed, ran out of memory or of time.
+            ConfigError: The folder is not a complete export, or a number does not fit.
+            SpotforgeError: The worker failed, or exceeded the memory or the time.
         """
         folder = folder.expanduser().absolute()
         config = _check_export(folder)
         lengths = {"num_prompt_tokens": num_prompt_tokens, "num_new_tokens": num_new_tokens}
         for key, value in {**lengths, "repeats": repeats}.items():
             if value < 1:
-                raise ConfigError(key, value, "there is nothing to time", "give 1 or more")
+                raise ConfigError(key, value, "must be above 0", "give 1 or more")
         longest = config.get("max_position_embeddings")
         if longest is not None and num_prompt_tokens + num_new_tokens > longest:
-            rule = f"prompt and new tokens are over {longest} positions"
+            rule = f"prompt and new tokens exceed the model's {longest} positions"
             raise ConfigError("num_new_tokens", num_new_tokens, rule, "give shorter ones")
         done = self._run(
             "speed",
@@ -351,16 +361,19 @@ class OpenVino:
         return Speed(**done)
 
     def _run(self, verb: str, timeout_s: float, **arguments: object) -> dict[str, Any]:
-        """What the worker answers.
+        """Runs a verb of the worker and returns its answer.
 
         Raises:
-            ConfigError: It refused, or its Python is none.
-            MissingExtraError: Its Python lacks a library.
-            SpotforgeError: It failed, was killed, or took too long.
+            ConfigError: The worker refused, or the Python cannot run it.
+            MissingExtraError: The Python lacks a library.
+            SpotforgeError: The worker failed, was killed, or took too long.
         """
         what = f"OpenVINO's {verb}"
-        offline = {"HF_HUB_OFFLINE": "1", "CI": "true"}  # CI: nncf reports no usage
+        # `CI` keeps nncf from reporting usage over the network.
+        offline = {"HF_HUB_OFFLINE": "1", "CI": "true"}
         try:
+            # -I: neither the user's folder nor PYTHONPATH, whose packages are of another
+            # environment.
             command = [self._python, "-I", str(_WORKER), verb, json.dumps(arguments)]
             done = run(command, os.environ | offline, timeout_s)
         except TimeoutError:
@@ -371,8 +384,9 @@ class OpenVino:
             raise ConfigError(self._key, self._python, e.strerror or str(e), _FIX) from e
         if done.code < 0:
             is_killed = done.code == -signal.SIGKILL
-            why = "most likely for want of memory" if is_killed else done.last_line
+            why = "most likely out of memory" if is_killed else done.last_line
             raise SpotforgeError(f"{what} {describe_exit(done.code)}: {why}")
+        # The worker prints one JSON object, also for errors: anything else is not the worker.
         try:
             answer = json.loads(done.out)
             error = answer.pop("error", {})
@@ -390,7 +404,7 @@ class OpenVino:
 
 
 def _arrays(codes: Mapping[str, IntegerWeight]) -> dict[str, NDArray[Any]]:
-    """Codes as the worker reads them."""
+    """Returns codes as the arrays that the worker reads."""
     arrays: dict[str, NDArray[Any]] = {}
     for name, weight in codes.items():
         arrays[f"{name}/bits"] = np.array(weight.bits)
@@ -401,11 +415,11 @@ def _arrays(codes: Mapping[str, IntegerWeight]) -> dict[str, NDArray[Any]]:
 
 
 def _check_source(source: Path) -> None:
-    """Raises ConfigError unless it is a dense Hugging Face folder."""
+    """Raises ConfigError unless a folder is a dense Hugging Face model with a tokenizer."""
     config = _read_config("source", source, "export a checkpoint: python -m trainer.export")
     if "quantization_config" in config:
         rule = "its weights are quantized already"
-        raise ConfigError("source", source, rule, "give the dense folder, and its codes apart")
+        raise ConfigError("source", source, rule, "give the dense folder, and the codes separately")
     if not any(source.glob("*.safetensors")):
         raise ConfigError("source", source, "there are no *.safetensors", "give a whole folder")
     if not (source / "tokenizer_config.json").exists():
@@ -414,7 +428,7 @@ def _check_source(source: Path) -> None:
 
 
 def _check_export(folder: Path) -> dict[str, Any]:
-    """The model's configuration; raises ConfigError unless the folder is a whole export."""
+    """Returns the model's configuration; raises ConfigError unless the folder is complete."""
     for name in _EXPORT_FILES:
         if not (folder / name).is_file():
             raise ConfigError("folder", folder, f"there is no {name}", "export the model again")
@@ -427,5 +441,5 @@ def _read_config(key: str, folder: Path, fix: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(key, folder, "there is no config.json", fix) from None
     except ValueError:
-        raise ConfigError(key, folder, "its config.json is damaged", fix) from None
+        raise ConfigError(key, folder, "its config.json is not valid JSON", fix) from None
     return config

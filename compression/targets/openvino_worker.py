@@ -1,8 +1,8 @@
-"""Runs in OpenVINO's own environment, for `openvino_program.py`: one verb a process.
+"""Runs one verb in OpenVINO's own environment, for `openvino_program.py`.
 
     python -I openvino_worker.py VERB '{"argument": value}'
 
-prints one line of JSON: the result, or `{"error": {...}}` with the exit code 2 (refused) or 1.
+It prints one line of JSON: the result, or `{"error": {...}}` with exit code 2 (refused) or 1.
 `-I` keeps this folder out of `sys.path`, where our `openvino.py` would hide the library.
 """
 
@@ -25,11 +25,11 @@ _TYPES = ("f32", "f16", "u8", "i8", "u4", "i4")
 
 
 class Refused(Exception):
-    """What a user can mend: key, value, rule, fix."""
+    """A fault that the user can fix; its arguments are key, value, rule and fix."""
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that this file needs; importing is what shows that they work."""
+    """Returns the versions of the packages that this file needs, after importing them."""
     import nncf  # noqa: F401
     import openvino  # noqa: F401
     import openvino_tokenizers  # noqa: F401
@@ -51,17 +51,17 @@ def export(
     """Writes a dense Hugging Face folder as OpenVINO's IR, with its tokenizer and a KV cache.
 
     Args:
-        source: The folder.
+        source: The folder to export.
         out: Folder to write; it is empty.
-        dtype: Of the weights: int4, int8, fp16, fp32.
-        group_size: Input features that share a scale (int4); -1: all of a row.
-        is_symmetric: Without zero points.
+        dtype: Format of the weights: int4, int8, fp16 or fp32.
+        group_size: Number of inputs that share a scale (int4); -1: all of a row.
+        is_symmetric: True to store no zero points.
         ratio: Share of the inner layers that get int4; int8 for the rest.
-        all_layers: int4 also for the embedding and the head.
-        codes: npz of codes that are written as they are; see `_write_codes`.
+        all_layers: True to store the embedding and the head in int4 as well.
+        codes: File (npz) of codes to store unchanged, see `_write_codes`; None: there are none.
 
     Returns:
-        `num_parameters` by type as stored, `peak_rss_bytes`.
+        `num_parameters` by stored type, and `peak_rss_bytes`.
     """
     import nncf
     import openvino
@@ -69,13 +69,13 @@ def export(
     from optimum.intel import OVConfig
 
     _check_architecture(source)
-    # Said outright, as otherwise models of a billion parameters become int8 by themselves.
+    # Set explicitly, since optimum makes models of over a billion parameters int8 by default.
     full = OVConfig(dtype="fp32")
     main_export(
         source, out, task=_TASK, ov_config=full, convert_tokenizer=True, local_files_only=True
     )
     if missing := [name for name in _TOKENIZERS if not (Path(out) / name).exists()]:
-        rule = f"its tokenizer does not convert: there is no {missing[0]}"
+        rule = f"its tokenizer cannot be converted: {missing[0]} is missing"
         raise Refused("source", source, rule, "use a fast tokenizer (tokenizer.json)")
 
     path = Path(out) / _MODEL
@@ -97,7 +97,8 @@ def export(
     except nncf.InvalidGroupSizeError as e:
         odd = " ".join(str(e).partition("Failed nodes:")[2].split("\n")[1].split())
         raise Refused("group_size", group_size, f"does not divide {odd}", "take another") from e
-    small = path.with_name("small.xml")  # the weights are still mapped from the file at `path`
+    # A file of its own: the weights are still memory-mapped from the file at `path`.
+    small = path.with_name("small.xml")
     openvino.save_model(model, small, compress_to_fp16=dtype == "fp16")
     stored = openvino.Core().read_model(small)
     num_parameters = _num_parameters(stored)
@@ -109,14 +110,14 @@ def export(
 def logits(
     folder: str, token_ids: str, out: str, num_threads: int, dynamic_quantization: bool
 ) -> dict[str, Any]:
-    """Scores sequences.
+    """Writes the logits of sequences to a file.
 
     Args:
-        folder: An export.
-        token_ids: npy of (N, T) integers.
-        out: npy to write: (N, T, V) float32.
-        num_threads: CPU threads.
-        dynamic_quantization: See `_compile`.
+        folder: An exported folder.
+        token_ids: File (npy) of integers (N, T).
+        out: File (npy) to write: (N, T, V) float32.
+        num_threads: Number of CPU threads; 0: all cores.
+        dynamic_quantization: Rounding of activations, see `_compile`.
 
     Returns:
         `peak_rss_bytes`.
@@ -125,6 +126,7 @@ def logits(
 
     ids = np.load(token_ids)
     request = _compile(folder, num_threads, dynamic_quantization).create_infer_request()
+    # A memory-mapped file, since the logits of all sequences may not fit into memory.
     scores = None
     for i, row in enumerate(ids):
         request.reset_state()
@@ -146,7 +148,7 @@ def speed(
     dynamic_quantization: bool,
     seed: int,
 ) -> dict[str, Any]:
-    """Times greedy decoding at batch 1, with a new random prompt each time, after a warm-up.
+    """Times greedy decoding at batch 1 after a warm-up, with a new random prompt for each repeat.
 
     Returns:
         Medians: `prefill_tokens_per_s`, `decode_tokens_per_s`, `cpu_ms_per_token` (of decoding);
@@ -158,6 +160,7 @@ def speed(
     request = compiled.create_infer_request()
     rng = np.random.default_rng(seed)
     prefill, decode, cpu_ms = [], [], []
+    # The first round is the warm-up, and is not counted.
     for _ in range(1 + repeats):
         prompt = rng.integers(vocab_size, size=num_prompt_tokens)
         request.reset_state()
@@ -190,20 +193,20 @@ def _check_architecture(source: str) -> None:
         tasks = {}
     if _TASK not in tasks:
         version = importlib.metadata.version("optimum-intel")
-        rule = f"optimum-intel {version} exports no text generation of it"
+        rule = f"optimum-intel {version} cannot export text generation for it"
         raise Refused("model_type", kind, rule, "choose another target for this architecture")
 
 
 def _write_codes(model: Any, path: str) -> None:
-    """Replaces weights by integer codes, which the CPU multiplies with as they are.
+    """Replaces weights by integer codes, with which the CPU multiplies directly.
 
-    (constant - zero point) * scale is what its matrix product takes as a compressed weight; nncf
-    writes the same: nncf/quantization/algorithms/weight_compression/openvino_backend.py
+    OpenVINO takes (constant - zero point) * scale in front of a matrix product as a compressed
+    weight. nncf writes the same, in its weight_compression/openvino_backend.py.
 
     Args:
-        model: As exported in fp32; changed in place.
-        path: npz of `NAME/codes` (out, in) and `NAME/zero_points` (out, groups) int8, both from
-            -8 to 7 where `NAME/bits` is 4, and `NAME/scales` (out, groups) float32.
+        model: Model exported in fp32; it is changed in place.
+        path: File (npz) of `NAME/codes` (out, in) and `NAME/zero_points` (out, groups) int8, both
+            from -8 to 7 if `NAME/bits` is 4, and `NAME/scales` (out, groups) float32.
     """
     import numpy as np
 
@@ -215,7 +218,7 @@ def _write_codes(model: Any, path: str) -> None:
             constant = constants.get(f"self.{name}")
             codes = arrays[f"{name}/codes"]
             if constant is None or tuple(constant.shape) != codes.shape:
-                has = "none of that name" if constant is None else f"{tuple(constant.shape)}"
+                has = "no such weight" if constant is None else f"{tuple(constant.shape)}"
                 raise Refused("codes", name, f"{codes.shape}; the model has {has}", "leave it out")
             zero_points = arrays.get(f"{name}/zero_points")
             bits, scales = int(arrays[f"{name}/bits"]), arrays[f"{name}/scales"]
@@ -225,9 +228,9 @@ def _write_codes(model: Any, path: str) -> None:
 
 
 def _compressed(name: str, bits: int, codes: Any, scales: Any, zero_points: Any | None) -> Any:
-    """The subgraph of one weight: (out, in) float32.
+    """Returns the subgraph of one weight: (out, in) float32.
 
-    Zero points make it unsigned: for i4, the CPU knows none.
+    With zero points, codes are stored as unsigned: the CPU supports none for i4.
     """
     from openvino import Type, opset13
 
@@ -251,7 +254,7 @@ def _compressed(name: str, bits: int, codes: Any, scales: Any, zero_points: Any 
 
 
 def _num_parameters(model: Any) -> dict[str, int]:
-    """How many weights are stored in each type, scales and zero points apart."""
+    """Returns the number of weights stored in each type, without scales and zero points."""
     count: Counter[str] = Counter()
     for op in model.get_ops():
         if op.get_type_name() == "Constant":
@@ -265,21 +268,22 @@ def _num_parameters(model: Any) -> dict[str, int]:
 def _compile(
     folder: str, num_threads: int, dynamic_quantization: bool, last_only: bool = False
 ) -> Any:
-    """A compiled model that computes in float32 on every CPU.
+    """Returns a compiled model that computes in float32 on every CPU.
 
-    By itself OpenVINO takes bfloat16 where there is AMX, so that logits differ between machines.
+    By default OpenVINO computes in bfloat16 if the CPU has AMX, so that logits differ by machine.
 
     Args:
-        folder: An export.
-        num_threads: CPU threads.
-        dynamic_quantization: Activations may be rounded to int8, 32 at a time, where the CPU is
-            faster so and the weights are integers: OpenVINO's default.
-        last_only: Logits of the last position only, as serving wants them.
+        folder: An exported folder.
+        num_threads: Number of CPU threads; 0: all cores.
+        dynamic_quantization: OpenVINO's default: activations may be rounded to int8, 32 at a time,
+            if the weights are integers and the CPU is faster so.
+        last_only: True to compute logits of the last position only, as a server does.
     """
     import openvino
 
     core = openvino.Core()
     model = core.read_model(Path(folder) / _MODEL)
+    # Gathers the last position in front of the head, which is then not multiplied for the others.
     if last_only:
         head = model.output("logits").get_node().input_value(0).get_node()
         if head.get_type_name() == "MatMul":
@@ -295,7 +299,7 @@ def _compile(
 
 
 def _step(request: Any, token_ids: Any, num_past_tokens: int) -> Any:
-    """Logits (T, V) of `token_ids` (T,), behind `num_past_tokens` that are in the cache."""
+    """Returns logits (T, V) of `token_ids` (T,) after `num_past_tokens` tokens in the cache."""
     import numpy as np
 
     total = num_past_tokens + len(token_ids)
@@ -304,13 +308,17 @@ def _step(request: Any, token_ids: Any, num_past_tokens: int) -> Any:
         "attention_mask": np.ones((1, total), np.int64),
         "position_ids": np.arange(num_past_tokens, total)[None],
         "beam_idx": np.zeros(1, np.int32),
+        # Not every architecture has all of these inputs.
     }
     known = {name for port in request.model_inputs for name in port.get_names()}
     return request.infer({name: inputs[name] for name in known})["logits"][0]
 
 
 def _peak_rss_bytes() -> int:
-    """Of this program; `getrusage` would count what its parent held when it started it."""
+    """Returns the largest memory of this program.
+
+    `getrusage` would include what the parent held when it started this program.
+    """
     [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
     return int(line.split()[1]) * 1024
 
@@ -319,9 +327,10 @@ _VERBS = {verb.__name__: verb for verb in (versions, export, logits, speed)}
 
 
 def main(verb: str, arguments: str) -> int:
-    """Runs one verb; returns the exit code."""
+    """Runs one verb, prints its answer and returns the exit code."""
+    # stdout is for the answer alone: what libraries print goes to stderr.
     answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print, too
+    os.dup2(2, 1)
     code = 0
     result: dict[str, Any]
     try:

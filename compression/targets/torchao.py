@@ -32,13 +32,13 @@ runner, check_layer_times = torch_runner, times_layers
 
 
 def check_parent(parent: Path, layers: Collection[str], schemes: set[Scheme], key: str) -> None:
-    """Raises ConfigError for layers that torchao's tensors do not multiply in.
+    """Raises ConfigError for layers that cannot multiply by torchao's tensors.
 
     Args:
         parent: Folder of the model.
-        layers: Names of those that will be in codes.
-        schemes: Of the codes.
-        key: For errors.
+        layers: Names of the layers that will have codes.
+        schemes: Schemes of the codes.
+        key: Key of the setting, for errors.
     """
     names = StoredNames(parent)
     refuse_experts(layers, names, key, "torchao")
@@ -47,17 +47,17 @@ def check_parent(parent: Path, layers: Collection[str], schemes: set[Scheme], ke
 
 
 def check(schemes: set[Scheme], key: str) -> None:
-    """Raises ConfigError for what torchao cannot store or run on every device."""
+    """Raises ConfigError for schemes that torchao cannot store, or cannot run on every device."""
     try:
         import torchao  # noqa: F401
     except ImportError as e:
         fix = "pip install 'spotforge[compression]'"
         raise MissingExtraError(key, "torchao", "torchao is not installed", fix) from e
     if not schemes:
-        rule = "a result without codes has nothing for it to pack"
+        rule = "the result has no codes to pack"
         raise ConfigError(key, "torchao", rule, "use target=huggingface")
     if len(schemes) > 1:
-        rule = "its config in a Hugging Face folder names one scheme"
+        rule = "torchao's config in a Hugging Face folder names only one scheme"
         raise ConfigError(key, "torchao", rule, "use target=compressed_tensors")
     (scheme,) = schemes
     if scheme.activation is Activation.float8 and not torch.cuda.is_available():
@@ -69,7 +69,7 @@ def check(schemes: set[Scheme], key: str) -> None:
 
 
 def pack(result: Result, source: Path, out: Path) -> None:
-    """Writes the folder `out`."""
+    """Writes the result to the folder `out`."""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
     scheme = next(iter(result.schemes().values()))
@@ -87,7 +87,7 @@ def pack(result: Result, source: Path, out: Path) -> None:
 
 
 def _config(scheme: Scheme) -> Any:
-    """The torchao config by which quantizing the dense model would give these tensors' kind."""
+    """Returns the torchao config that would make tensors of this kind from the dense model."""
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,
         Float8WeightOnlyConfig,
@@ -106,9 +106,9 @@ def _config(scheme: Scheme) -> Any:
 
 
 def _wrapper(scheme: Scheme, result: Result) -> Callable[[Quantized], Tensor]:
-    """A function from codes to torchao's tensor.
+    """Returns a function from codes to torchao's tensor.
 
-    torchao quantizes a matrix of its own by the config; then its codes and scales are replaced.
+    torchao quantizes the matrix by its own config; then its codes and scales are replaced by ours.
     """
     from torch import nn
     from torchao.quantization import quantize_
@@ -119,6 +119,7 @@ def _wrapper(scheme: Scheme, result: Result) -> Callable[[Quantized], Tensor]:
         layer.weight.data = value.dequantize().to(result.dtype)
         quantize_(layer, _config(scheme))
         tensor: Any = layer.weight.data
+        # The constructors of these tensors change between versions; their attributes have not.
         tensor.qdata.copy_(value.codes)
         tensor.scale.copy_(value.scales.view_as(tensor.scale).to(tensor.scale.dtype))
         packed: Tensor = tensor

@@ -1,8 +1,8 @@
-"""A Hugging Face tokenizer in the terms of llama.cpp, which knows two kinds of BPE.
+"""Converts a Hugging Face tokenizer to llama.cpp's format, which has two kinds of BPE.
 
-`gpt2`: byte-level BPE with merges, whose splitting of text into words has a name (`pre`).
-`llama`: SentencePiece's BPE, which has no merges but a score a token: of two neighbours whose
-concatenation is a token, those of the highest score become one.
+`gpt2`: byte-level BPE with merges; `pre` names the rule that splits text into words.
+`llama`: SentencePiece's BPE, with a score for each token instead of merges: of all neighbours whose
+concatenation is a token, the pair with the highest score is joined.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLIT_LLAMA = _CONTRACTIONS + r"\p{N}{1,3}" + _REST
 SPLIT_QWEN = _CONTRACTIONS + r"\p{N}" + _REST
-# How text is split, as tokenizer.json says it -> the name of the same in llama.cpp.
+# Rule that splits text, as in tokenizer.json -> its name in llama.cpp.
 _PRE_TOKENIZERS = {
     ("ByteLevel",): "gpt-2",
     ("Digits", "ByteLevel"): "smollm",
     (SPLIT_LLAMA, "bytes"): "llama-bpe",
     (SPLIT_QWEN, "bytes"): "qwen2",
 }
-_SPACE = "▁"  # SentencePiece's
+_SPACE = "▁"  # SentencePiece's character for a space
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What `tokenizer.ggml.*` of a GGUF file says.
+    """Content of the fields `tokenizer.ggml.*` of a GGUF file.
 
-    Attributes:
-        model: `gpt2` or `llama`.
-        pre: How text is split before merging.
-        tokens: By id.
-        types: Of each token.
-        merges: Pairs with a space between, the first to merge first; for `gpt2`.
-        scores: Of each token; for `llama`.
+    model: Kind of BPE, `gpt2` or `llama`.
+        pre: Name of the rule that splits text before merging.
+        tokens: Text of each token, by id.
+        types: llama.cpp's type of each token, by id.
+        merges: Pairs with a space between, in order of merging; for `gpt2`.
+        scores: Score of each token, by id; for `llama`.
         special: Ids by llama.cpp's name: bos, eos, unknown, padding.
-        adds: Whether a text is given each of bos and eos.
+        adds: True for each of bos and eos that is put around a text.
+        chat_template: Chat template in Jinja; None: there is none.
         chat_template: Jinja.
     """
 
@@ -62,25 +62,25 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, vocab_size: int, key: str) -> Vocabulary:
-    """Of a model's folder.
+    """Returns the vocabulary of a model's tokenizer.
 
-    Unicode normalization (NFC, as Qwen has it) is not in GGUF: text is expected to be normalized.
+    GGUF has no field for Unicode normalization (NFC, as in Qwen): text must be normalized already.
 
     Args:
-        folder: With a tokenizer.json.
-        vocab_size: Rows of the embedding; ids without a token become unused ones.
-        key: For errors.
+        folder: Folder with a tokenizer.json.
+        vocab_size: Number of rows of the embedding; ids without a token become unused tokens.
+        key: Key of the setting, for errors.
 
     Raises:
-        ConfigError: llama.cpp would make other tokens of some texts.
+        ConfigError: llama.cpp would split some texts into other tokens.
     """
     tokenizer = load_tokenizer(str(folder))
     backend: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     model = backend["model"]
     if model["type"] != "BPE":
-        raise _refused(key, f"its tokenizer is {model['type']}, of which GGUF takes BPE")
+        raise _refused(key, f"its tokenizer is of type {model['type']}, GGUF supports BPE only")
     if any(a["lstrip"] or a["rstrip"] or a["single_word"] for a in backend["added_tokens"]):
-        raise _refused(key, "a special token of its tokenizer swallows the space beside it")
+        raise _refused(key, "a special token of its tokenizer removes the space beside it")
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     if max(by_id) >= vocab_size:
         raise _refused(key, f"its tokenizer has {max(by_id) + 1} tokens, its model {vocab_size}")
@@ -108,7 +108,7 @@ def read_vocabulary(folder: Path, vocab_size: int, key: str) -> Vocabulary:
     pre = _pre_tokenizer(backend)
     if pre is None or model["ignore_merges"] != (pre == "llama-bpe"):
         known = ", ".join(_PRE_TOKENIZERS.values())
-        raise _refused(key, f"how its tokenizer splits text is none of {known}")
+        raise _refused(key, f"the rule by which its tokenizer splits text is not one of {known}")
     return Vocabulary("gpt2", pre, types=types, merges=[" ".join(m) for m in merges], **common)
 
 
@@ -117,7 +117,10 @@ def _refused(key: str, rule: str) -> ConfigError:
 
 
 def _adds(backend: Tokenizer, special: dict[str, int | None], key: str) -> dict[str, bool]:
-    """Whether bos and eos are put around a text: seen, not read."""
+    """Returns whether the tokenizer puts bos and eos around a text.
+
+    It is tried out, since the rules of a post-processor can be written in many ways.
+    """
     plain = backend.encode("a", add_special_tokens=False).ids
     ids = backend.encode("a").ids
     for bos in (False, True):
@@ -125,11 +128,11 @@ def _adds(backend: Tokenizer, special: dict[str, int | None], key: str) -> dict[
             around = [special["bos"]] * bos + plain + [special["eos"]] * eos
             if ids == around:
                 return {"bos": bos, "eos": eos}
-    raise _refused(key, f"its tokenizer puts {ids} for {plain}, which is not bos and eos around it")
+    raise _refused(key, f"its tokenizer makes {ids} of {plain}, more than bos and eos around it")
 
 
 def _pre_tokenizer(backend: dict[str, Any]) -> str | None:
-    """llama.cpp's name for how text is split; None where it has none."""
+    """Returns llama.cpp's name for the rule that splits text; None if it has none."""
     if backend["normalizer"] not in (None, {"type": "NFC"}):
         return None
     pre = backend["pre_tokenizer"] or {"type": None}
@@ -155,10 +158,10 @@ def _sentencepiece(
     common: dict[str, Any],
     key: str,
 ) -> Vocabulary:
-    """With scores that merge in the order of the merges.
+    """Returns a vocabulary with scores that merge in the order of the merges.
 
-    That takes every pair that makes a token to be among the merges, and those that make the same
-    token to follow each other.
+    Scores can do so only if every pair that makes a token is among the merges, and all pairs that
+    make the same token follow each other.
     """
     steps = (backend["normalizer"] or {}).get("normalizers", [])
     expected = [
@@ -169,7 +172,7 @@ def _sentencepiece(
         raise _refused(key, "its tokenizer does not treat spaces as SentencePiece does")
     ids = {token: index for index, token in enumerate(common["tokens"])}
     if not all(byte in ids for byte in _BYTES):
-        raise _refused(key, "its tokenizer has not a token for every byte")
+        raise _refused(key, "its tokenizer lacks a token for some bytes")
     types = types.copy()
     for byte in _BYTES:
         types[ids[byte]] = BYTE
@@ -183,6 +186,7 @@ def _sentencepiece(
     pairs = {(t[:i], t[i:]) for t in normal for i in range(1, len(t))}
     if runs != len(made) or {p for p in pairs if normal.issuperset(p)} != set(merges):
         raise _refused(key, "its merges are not those of a SentencePiece vocabulary")
+    # One score a token: the earlier it is made, the higher.
     scores = [0.0] * len(types)
     for rank, token in enumerate(made):
         scores[ids[token]] = -float(rank)

@@ -35,7 +35,7 @@ def test_the_target_follows_from_the_recipe_unless_it_is_named():
     assert settings("recipe=prune_wanda").targets == [Target.huggingface]
     both = settings("target=[gguf,compressed_tensors,gguf]", "dtype=float32").targets
     assert both == [Target.gguf, Target.compressed_tensors]
-    with pytest.raises(ConfigError, match="target=nope: is no target; there are: huggingface"):
+    with pytest.raises(ConfigError, match="target=nope: .*huggingface"):
         settings("target=nope")
 
 

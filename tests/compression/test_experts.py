@@ -233,14 +233,14 @@ def test_experts_that_few_tokens_reach_are_told_of_and_treated_as_the_others(fol
             {},
             compressed_tensors,
             Scheme(activation=Activation.int8),
-            "rounds no input of theirs; choose a recipe of weights alone",
+            "inputs; .*layers.exclude",
         ),
         (
             "granitemoe",
             {},
             compressed_tensors,
             Scheme(),
-            "hold no matrix of model.layers.0.block_sparse_moe.experts.0.gate_proj by itself",
+            "model.layers.0.block_sparse_moe.experts.0.gate_proj",
         ),
         (
             "falcon",
@@ -254,7 +254,7 @@ def test_experts_that_few_tokens_reach_are_told_of_and_treated_as_the_others(fol
             dict(num_hidden_layers=1, state_size=8),
             torchao,
             Scheme(),
-            r"own code takes weights of backbone.layers.0.mixer.dt_proj.*exclude=\['\*.dt_proj\*'",
+            r"backbone.layers.0.mixer.dt_proj.*exclude=\['\*.dt_proj\*'",
         ),
     ],
 )
@@ -269,7 +269,7 @@ def test_what_no_target_loads_again_is_refused(model_type, fields, target, schem
 def test_some_experts_alone_are_refused(folder_of):
     folder = folder_of("mixtral")
     layers = choose_layers(BlockStream(folder), ["*"], ["*.experts.1.down_proj"])
-    with pytest.raises(ConfigError, match="of all experts, or of none, and .*1.down_proj is left"):
+    with pytest.raises(ConfigError, match="target=compressed_tensors: .*experts.1.down_proj"):
         compressed_tensors.check_parent(folder, layers, {Scheme()}, "target")
     rest = choose_layers(BlockStream(folder), ["*"], ["*.experts.*"])
     compressed_tensors.check_parent(folder, rest, {Scheme()}, "target")
@@ -282,7 +282,7 @@ def test_some_experts_alone_are_refused(folder_of):
         (
             "gpt_oss",
             dict(num_local_experts=4, num_hidden_layers=1, head_dim=16),
-            r"is a GptOssExperts, .*layers.exclude=\['\*.experts'\]",
+            r"is a GptOssExperts .*layers.exclude=\['\*.experts'\]",
         ),
     ],
 )

