@@ -20,7 +20,7 @@ WORK = ".work"
 CANDIDATES = ".candidates"  # folder in which recipe=auto makes the artifacts that it compares
 AUTO = "auto.json"
 REJECTED = "rejected.json"  # the report of a result that did not pass the gate
-_LOCK = ".lock"
+LOCK = ".lock"
 _WEIGHTS = ("*.safetensors", "*.gguf", "openvino_model.bin")
 
 
@@ -72,7 +72,7 @@ def check_replaceable(out: Path, recipe: str | None, parent: Path) -> None:
     if not out.is_dir():
         raise ConfigError("out", out, "is a file", "name a folder")
     for path in out.iterdir():
-        if path.name in (WORK, CANDIDATES, AUTO, REJECTED, _LOCK):
+        if path.name in (WORK, CANDIDATES, AUTO, REJECTED, LOCK):
             continue
         if not (path / REPORT).is_file():
             rule = f"contains {path.name}, which is not an artifact of a compression"
@@ -131,7 +131,7 @@ def held(out: Path) -> Iterator[None]:
         raise _unwritable(out, e) from e
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked(out / _LOCK, timeout_s=0))
+            stack.enter_context(locked(out / LOCK, timeout_s=0))
         except LockHeldError as e:
             rule, fix = "another command works in it", "wait for that one, or choose another folder"
             raise ConfigError("out", out, rule, fix) from e
@@ -141,7 +141,7 @@ def held(out: Path) -> Iterator[None]:
             yield
         finally:
             # Removed before it is released: who waits on the removed file opens a new one.
-            (out / _LOCK).unlink(missing_ok=True)
+            (out / LOCK).unlink(missing_ok=True)
 
 
 def _unwritable(out: Path, error: OSError) -> ConfigError:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from compression import progress
 from compression.artifact import (
+    LOCK,
     REJECTED,
     REPORT,
     WORK,
@@ -228,8 +229,8 @@ def _forget(work: Path, made: list[Path]) -> None:
     """Removes the work folder, and folders that were made for it if they are empty."""
     shutil.rmtree(work)
     for folder in made:
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        if {path.name for path in folder.iterdir()} <= {LOCK}:  # this command's own
+            shutil.rmtree(folder)
 
 
 def _timed(settings: EvaluationConfig, parent: Path) -> EvaluationConfig:
