@@ -399,6 +399,7 @@ class Admission:
         return self.max_running // 4 if priority is Priority.batch else 0
 
     def _fits(self, waiter: _Waiter) -> bool:
+        # `batch` keeps clear of the reserve, so that an interactive request finds a slot at once.
         return self.running + waiter.sequences + self._reserve(waiter.priority) <= self.max_running
 
     def _order(self, waiter: _Waiter) -> tuple[int, int, int]:

@@ -74,6 +74,7 @@ class Runner:
         """
         worker = uuid.uuid4().hex
         await asyncio.to_thread(self._ledger.prepare, batch_id, self._max_lines)
+        # One task renews all claims of this worker: lines may wait longer than a lease.
         renewing = asyncio.create_task(self._renew(worker))
         try:
             async with asyncio.TaskGroup() as lines:
@@ -123,6 +124,7 @@ class Runner:
                 if reply.retry_after_s is None or lost == _MAX_LOST:
                     break
             wait_s = _UNREACHABLE_S
+            # A long Retry-After is cut, to notice soon that the batch was cancelled.
             if reply is not None:
                 wait_s = min(reply.retry_after_s or 0.0, _LONGEST_WAIT_S)
             if self._is_stopping or not await asyncio.to_thread(self._ledger.is_wanted, line):

@@ -43,6 +43,7 @@ def check_file(path: Path, endpoint: str, max_lines: int) -> tuple[list[int], li
     seen: dict[str, int] = {}
     for number, offset, line in _lines(path):
         offsets.append(offset)
+        # Ends here: a file of any size must not fill the memory with offsets.
         if len(offsets) > max_lines:
             text = f"the file has more than {max_lines} lines"
             return offsets, [*problems, Problem("too_many_lines", text)]

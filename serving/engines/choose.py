@@ -210,6 +210,7 @@ async def build(
         try:
             return await _openvino(artifact, config, cache, "this host has no GPU")
         except SpotforgeError as e:
+            # `auto` goes on with the next engine; the reason is logged and shown by /readyz.
             why_not = f"OpenVINO cannot run it: {e}"
     return _torch(EngineName.transformers, artifact, config, adapters, why_not)
 
@@ -221,6 +222,7 @@ def _proof(
         return None
     weight_bytes = sum(path.stat().st_size for path in artifact.folder.glob("*.safetensors"))
     cases = cases_of(_described(artifact.folder), weight_bytes, gpus.has_gpu(), adapters)
+    # Adapters are checked with the artifact, since they change what the engine computes.
     digests = [artifact.digest, *(f"{a.name} {a.digest}" for a in adapters.values())]
     return Proof(cache, digests, cases, choice.format, choice.dtype, choice.score)
 

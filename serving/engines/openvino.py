@@ -150,6 +150,7 @@ def _check_logits(program: OpenVino, folder: Path, ir: Path, weights: WeightForm
     """
     config = json.loads((ir / "config.json").read_text(encoding="utf-8"))
     length = min(_TOKENS, config.get("max_position_embeddings") or _TOKENS)
+    # Random tokens, since neither a tokenizer nor data is needed for them.
     tokens = np.random.default_rng(0).integers(0, config["vocab_size"], (_SAMPLES, length))
     wanted = torch_logits(folder, tokens)
     found = program.logits(ir, tokens)

@@ -126,6 +126,7 @@ class Worker:
         """Serves until the gateway has ended."""
         while True:
             is_busy = bool(self._waiting) or self._pipeline.has_non_finished_requests()
+            # While busy it only looks: waiting for a line would delay the next step.
             for kind, content in self._lines.heard(0 if is_busy else lines.IDLE_S):
                 getattr(self, f"_on_{kind}")(content)
             while self._waiting and len(self._live) < self._max_running:

@@ -39,6 +39,7 @@ from serving.engine import (
 )
 
 _log = logging.getLogger("spotforge.serving")
+# One death may have been another request's fault; at the second, this one is suspected itself.
 _DEATHS_OF_A_REQUEST = 2
 _PROBE = "probe-"
 _NO_NUMBERS = "its log-probabilities are NaN or infinite: check the model's weights"
@@ -174,6 +175,7 @@ class ProcessEngine:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._launch()
+                # Not supervised yet: an engine that dies during the check has failed it.
                 if prove is not None:
                     assert self._child is not None
                     await self._child.unless_it_ends(prove(self))
@@ -189,6 +191,7 @@ class ProcessEngine:
                 isinstance(e, ChildEnded) and self._ready is not None and self._ready.done()
             )
             raise (Unproven(str(e)) if is_about_the_model else e) from None
+        # The program frees its second model now, before requests need the memory.
         self._say("proven", None)
         work = keep_up("engine", _log, self._watch_one, self._end, self._launch_again)
         self._tasks.append(asyncio.create_task(work))
@@ -314,6 +317,7 @@ class ProcessEngine:
     async def _probe(self) -> None:
         """Has the process generate one token with its log-probability."""
         assert self._child is not None
+        # With its log-probability, so that weights that are NaN show before the engine is ready.
         name = f"{_PROBE}{next(self._probes)}"
         request = TokenRequest(name, [0], 1, temperature=0, ignore_eos=True, logprobs=0)
         live = self._live[name] = _Live(request)
@@ -368,6 +372,7 @@ class ProcessEngine:
             live.tokens += tokens
             self._stats.generation_tokens += len(tokens)
             if logprobs is not None:
+                # JSON cannot carry NaN to the client, and tokens of such a model are arbitrary.
                 if not all(math.isfinite(own) for own, _ in logprobs):
                     self._say("cancel", name)
                     self._on_failed(name, EngineFailed(_NO_NUMBERS))
@@ -377,6 +382,7 @@ class ProcessEngine:
             if reason is not None:
                 del self._live[name]
             live.chunks.put_nowait(TokenChunk(tokens, logprobs, reason))
+        # The protocol also allows an end without an entry in `tokens`.
         for name, reason in finished.items():
             if (live := self._live.pop(name, None)) is not None:
                 live.chunks.put_nowait(TokenChunk([], None, reason))
@@ -409,6 +415,7 @@ class ProcessEngine:
             while True:
                 if await child.ends_within(LOOK_S):
                     return await child.last_words()
+                # Silence alone is not a hang: a long step, or a busy host, is silent too.
                 look = child.look()
                 self._is_hung = look.still_s > watch.silence_s
                 if self._is_hung:
@@ -429,6 +436,7 @@ class ProcessEngine:
                 probing.cancel()
 
     def _count_deaths(self, why: str) -> None:
+        # Embeddings are not handed over: the client repeats the request.
         for name, embeds in self._embeds.items():
             if not embeds.all.done():
                 embeds.all.set_exception(EngineError(f"{name} was lost when its engine ended"))

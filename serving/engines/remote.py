@@ -134,10 +134,13 @@ class RemoteEngine:
                 except Lost as e:
                     losses += 1
                     self.doubt()
+                    # Text without ids cannot be appended to the prompt, and a grammar would begin
+                    # again in the middle of its text.
                     may_go_on = self._client.server.tells_ids and request.schema is None
                     if losses == _LOSSES_OF_A_REQUEST or (has_begun and not may_go_on):
                         raise
                     await self._until_up(e)
+                # All tokens had come, but not the end of the stream.
                 if len(tokens) == request.max_tokens:
                     yield TokenChunk([], None, "length")
                     return
@@ -186,6 +189,7 @@ class RemoteEngine:
                         await self._doubted.wait()
             else:
                 await asyncio.sleep(min(interval_s, _RETRY_PROBE_S))
+            # Tokens of requests count as probes: a busy server gets no additional ones.
             is_fresh = time.monotonic() - self._token_s < interval_s
             if self._doubted.is_set() or not self._is_ready or not is_fresh:
                 self._doubted.clear()

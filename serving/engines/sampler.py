@@ -43,6 +43,7 @@ class Sampler(ContinuousBatchingLogitsProcessor):
 
     def install(self, processors: ContinuousBatchingLogitsProcessorList) -> None:
         """Replaces all processors of a manager that has not been started."""
+        # transformers' own processors would apply one request's settings to the whole batch.
         processors.logits_processor = LogitsProcessorList([self])
         processors.tensors_required = 1
         processors.do_processing = True
@@ -166,6 +167,7 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         for i, request in enumerate(requests):
             if request is None or request["logprobs"] is None:
                 continue
+            # Of the scores before penalty, grammar and temperature: the model's own distribution.
             logprobs = scores[i].log_softmax(-1)
             values, indices = logprobs.topk(min(request["logprobs"], logprobs.numel()))
             kept = self._logprobs.get(request["id"])

@@ -241,6 +241,7 @@ class TorchWorker(ABC):
             tokens: Tokens and log-probabilities of the step by request; this call adds to them.
             finished: Requests that ended, with their reasons; this call adds to them.
         """
+        # A failed grammar ends its text with a forced EOS, which must not pass for an answer.
         if is_ended and (error := self._sampler.error(name)) is not None:
             self._refuse(name, f"its grammar is too complex ({error})")
             return
@@ -251,6 +252,7 @@ class TorchWorker(ABC):
             new, logprobs = new[:-1], None if logprobs is None else logprobs[:-1]
         elif is_ended:
             finished.append((name, "length"))
+        # Several outputs of a request may be waiting: the step has one entry for each request.
         if name in tokens:
             before, before_logprobs = tokens[name]
             new = before + new
@@ -437,6 +439,7 @@ def _adapters(settings: Settings, model: Any) -> Any:
         return None
     from serving.engines.lora import LoraLayers
 
+    # Read again in this process, so the digests are compared with those that responses will name.
     adapters = [resolve(name, folder) for name, (folder, _) in settings.adapters.items()]
     for adapter in adapters:
         if adapter.digest != settings.adapters[adapter.name][1]:

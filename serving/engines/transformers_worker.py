@@ -50,6 +50,7 @@ class TransformersWorker(TorchWorker):
 
         settings = self._settings
         return self._model.init_continuous_batching(
+            # Greedy over the sampler's marks. EOS is set for each request, since one may ignore it.
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=_PAGE_TOKENS,
@@ -92,6 +93,7 @@ class TransformersWorker(TorchWorker):
                     self._forget(name)
                     self._lines.say("failed", {"id": name, "error": output.error})
                 else:
+                    # An output has all tokens of its request so far, not only the new ones.
                     new = output.generated_tokens[self._told[name] :]
                     self._collect(name, new, output.is_finished(), tokens, finished)
             queue = self._manager.output_router.output_queue

@@ -140,6 +140,7 @@ class VllmEngine:
     def __init__(
         self, command: Sequence[str], connect: Callable[[str], RemoteEngine], watch: Watch
     ) -> None:
+        # A short name, since the path of a Unix socket may have only about 100 bytes.
         self._folder = tempfile.mkdtemp(prefix="spotforge-vllm-")
         self._socket = f"{self._folder}/s"
         self._command = [*command, "--uds", self._socket]
@@ -214,6 +215,7 @@ class VllmEngine:
     async def _launch(self) -> None:
         """Starts a process and waits until it listens, which is after it has loaded the model."""
         self._said.clear()
+        # A killed server leaves its socket behind, which the next one could not bind.
         Path(self._socket).unlink(missing_ok=True)
         self._process = await spawn(
             self._command,
@@ -255,6 +257,7 @@ class VllmEngine:
                 self._said.append(line.decode(errors="replace").rstrip())
 
     async def _end_lost(self, why: str) -> None:
+        # Streams break when the server ends: their requests wait until the next one is up.
         self._remote.doubt()
         await self._end(grace_s=0)
 

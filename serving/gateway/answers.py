@@ -180,6 +180,7 @@ class ChatAnswer(Answer):
         if parser is None:
             return text, []
         said, calls = parser.feed(text, is_last)
+        # Without parallel calls only the first call of a choice is kept, over all its chunks.
         if not self._is_parallel:
             calls = calls[: 1 - self._calls[index]]
         first = self._calls[index]

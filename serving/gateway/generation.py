@@ -144,12 +144,14 @@ class Generation:
         sampling = self._sampling
         seed = random.getrandbits(63) if sampling.seed is None else sampling.seed
         logprobs = sampling.logprobs
+        # The drift file needs log-probabilities also where the client has not asked for any.
         if (
             logprobs is None
             and self._drift is not None
             and tells_logprobs(self.deployment, self._choice)
         ):
             logprobs = 0
+        # Every sequence has its own seed, or all choices of a prompt would be the same text.
         return [
             TokenRequest(
                 id=f"{self.id}-{i * sampling.n + j}",
@@ -220,6 +222,7 @@ class Generation:
 
     def _close(self, reasons: list[str], error: ApiError | None, is_over: bool) -> None:
         took_s = time.monotonic() - self._arrived_s
+        # Called exactly once, however the request ends: it frees the deployment and the slot.
         self.deployment.__exit__()
         self._slot.release(self.prompt_tokens * self._sampling.n + self.completion_tokens)
         metrics = self._metrics

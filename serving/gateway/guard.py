@@ -90,6 +90,7 @@ class _GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # uvicorn has entered this connection in `connections` already.
         if len(self.connections) > self.guard.max_connections:
             self._refuse_connection(503, "the server has too many connections")
             return
@@ -123,6 +124,8 @@ class _GuardedProtocol(HttpToolsProtocol):
             if self._refused or self.transport.is_closing():
                 return
             piece = data[start : start + _PIECE_BYTES]
+            # The callbacks below set it when the parser gets past something: what never does is
+            # counted, whatever it is meant to be.
             self._made_progress = False
             super().data_received(piece)
             self._pending_bytes = 0 if self._made_progress else self._pending_bytes + len(piece)

@@ -83,6 +83,7 @@ class LlamaCalls:
         self._held += text
         first = min((at for m in _LLAMA_MARKS if (at := self._held.find(m)) >= 0), default=-1)
         said = ""
+        # Text before a mark is shown, unless it may itself be the beginning of a call.
         if first > 0 and (self._is_said or not _LLAMA_BEGINS.match(self._held[:first])):
             said, self._held, first = self._held[:first], self._held[first:], 0
         keep = 0 if is_last else _partial(self._held, _LLAMA_MARKS)
@@ -172,6 +173,7 @@ def _python_calls(text: str, names: Collection[str]) -> list[Call] | None:
         if not isinstance(tree, ast.List) or not tree.elts:
             return None
         calls = [(_name(node), _arguments(node)) for node in tree.elts]
+        # Lists of other calls are ordinary text, such as an example of Python.
         if not all(name in names for name, _ in calls):
             return None
         return [{"name": name, "arguments": json.dumps(arguments)} for name, arguments in calls]

@@ -142,6 +142,7 @@ class Pool:
         for task in self._tasks:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        # Supervision has ended above, so that nothing restarts what is killed now.
         lost = [*self._waiting.values()]
         for worker in self.workers:
             lost += await worker.kill()
@@ -233,6 +234,7 @@ class Worker:
         while not await child.ends_within(LOOK_S):
             if (still_s := child.look().still_s) > self._silence_s:
                 return f"sent nothing and did nothing for {still_s:.1f} s"
+            # A template may loop for ever, using CPU all the time: that is not silence.
             asked = [work.asked_s for work in self._works.values() if work.is_waiting]
             if asked and time.monotonic() - min(asked) > _ANSWER_TIMEOUT_S:
                 return f"gave no answer for {_ANSWER_TIMEOUT_S:g} s"
