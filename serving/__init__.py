@@ -1,1 +1,1 @@
-"""An OpenAI-compatible gateway over engines that are processes of their own."""
+"""An OpenAI-compatible gateway over engines, each of which is a separate process."""

@@ -14,8 +14,10 @@ from serving.config import ServingConfig
 
 
 def _run(config: ServingConfig, job: Job) -> int:
+    # Imported here so that --help and refused settings do not wait for uvicorn and FastAPI.
     from serving.server import serve
 
+    # WARNING for libraries, whose INFO lines (one a request) would drown ours.
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     logging.getLogger("spotforge.serving").setLevel(logging.INFO)
     asyncio.run(serve(config))
@@ -23,7 +25,7 @@ def _run(config: ServingConfig, job: Job) -> int:
 
 
 def main() -> int:
-    """Entry point; returns the exit code."""
+    """Runs the command that the arguments name; returns the exit code."""
     if sys.argv[1:2] == ["key"] and not {"-h", "--help"} & set(sys.argv):
         try:
             return _key_command(sys.argv[2:])
@@ -34,7 +36,10 @@ def main() -> int:
 
 
 def _key_command(words: list[str]) -> int:
-    """`key create NAME [name=value ...]`, `key revoke NAME`, `key list`; each with `keys=FILE`."""
+    """Runs `key create NAME [name=value ...]`, `key revoke NAME` or `key list`.
+
+    Each takes `keys=FILE`.
+    """
     from serving import keys
 
     files = [word.removeprefix("keys=") for word in words if word.startswith("keys=")]
@@ -47,7 +52,7 @@ def _key_command(words: list[str]) -> int:
         case ["list"]:
             return keys.list_command(path)
     fix = "use key create NAME [name=value ...] | key revoke NAME | key list [keys=FILE]"
-    raise ConfigError("key", " ".join(words), "is no command", fix)
+    raise ConfigError("key", " ".join(words), "is not a command", fix)
 
 
 if __name__ == "__main__":

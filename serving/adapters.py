@@ -1,7 +1,7 @@
-"""LoRA adapters that are served by names of their own: PEFT's folders, checked without torch.
+"""LoRA adapters in PEFT's format, each served under its own name; checked without torch.
 
-An adapter is `adapter_config.json` and `adapter_model.safetensors`. To the output of a linear layer
-it adds scale * B A x, with A (r, in) and B (out, r). What would need more than that is refused.
+An adapter is `adapter_config.json` and `adapter_model.safetensors`. It adds scale * B A x to the
+output of a linear layer, with A (r, in) and B (out, r). An adapter that does more is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _TENSOR = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
-# Those that leave the base's weights as they are; PiSSA, OLoRA and their kin change them, too.
+# Initializations that leave the base's weights as they are. PiSSA, OLoRA and others change them,
+# so their adapter is right only on the changed base, which the folder does not contain.
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
 _READ = {
     "peft_type",
@@ -39,7 +40,8 @@ _READ = {
     "bias",
     "init_lora_weights",
 }
-# Of the training, of merging, or told by the tensors' names; any other key has to be empty.
+# These keys concern training or merging, or the tensors' names say the same. Any other key might
+# change the computation, so it has to be empty.
 _NOT_NEEDED = {
     "auto_mapping",
     "ensure_weight_tying",
@@ -60,13 +62,13 @@ _NOT_NEEDED = {
 
 @dataclass(frozen=True)
 class Layer:
-    """What an adapter adds to one linear layer.
+    """An adapter's matrices for one linear layer.
 
     Attributes:
-        rank: Columns of B, and rows of A.
-        in_features: Of the layer.
-        out_features: Of the layer.
-        scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv:2312.03732).
+        rank: Rows of A, and columns of B.
+        in_features: Input features of the layer.
+        out_features: Output features of the layer.
+        scale: Factor of B A: alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv:2312.03732).
     """
 
     rank: int
@@ -77,14 +79,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A folder that can be served on some base.
+    """An adapter whose files were checked, but not yet against its base.
 
     Attributes:
-        name: As clients call it.
-        folder: Where.
-        digest: SHA-256 over the digests of its two files.
-        base: Name or folder of the model that it says it was trained on; None: it does not say.
-        layers: By the layers' names in the base.
+        name: Name that clients use for the adapter.
+        folder: Folder with the adapter's two files.
+        digest: SHA-256 over the digests of the two files.
+        base: Name or folder of the model that the adapter was trained on, according to its config;
+            None: the config does not say.
+        layers: Matrices by the name of the layer in the base.
     """
 
     name: str
@@ -95,22 +98,22 @@ class Adapter:
 
 
 def key_of(name: str) -> str:
-    """The setting that an adapter is from."""
+    """Returns the configuration key that names an adapter."""
     return f"adapters.{name}"
 
 
 def tensor_name(layer: str, side: str) -> str:
-    """Of a matrix in the file.
+    """Returns the name that a matrix has in the weights file.
 
     Args:
-        layer: Its name in the base.
+        layer: Name of the layer in the base.
         side: `A` or `B`.
     """
     return f"base_model.model.{layer}.lora_{side}.weight"
 
 
 def identity(artifact: Artifact, adapter: Adapter | None) -> tuple[str, str]:
-    """The version and the digest that answers carry: the base's, and `+` the adapter's."""
+    """Returns the version and digest in responses: the base's, then `+` and the adapter's."""
     if adapter is None:
         return artifact.version, artifact.digest
     version = f"{artifact.version}+{adapter.digest[: len(artifact.version)]}"
@@ -118,7 +121,7 @@ def identity(artifact: Artifact, adapter: Adapter | None) -> tuple[str, str]:
 
 
 def check_names(adapters: dict[str, str]) -> None:
-    """Raises ConfigError for a name that clients could not use."""
+    """Raises ConfigError for an adapter name that clients could not use."""
     for name, folder in adapters.items():
         if _NAME.fullmatch(name) is None:
             rule = "names have up to 128 of A-Z, a-z, 0-9, ., _, : and -"
@@ -126,33 +129,34 @@ def check_names(adapters: dict[str, str]) -> None:
 
 
 def resolve_all(given: dict[str, str], artifact: Artifact) -> dict[str, Adapter]:
-    """All adapters of the settings, checked as far as that goes without the base.
+    """Reads all adapters of the settings and checks them as far as possible without the base.
 
     Args:
         given: Folders by name.
-        artifact: The base; that an adapter names another one is a warning only.
+        artifact: Base of the adapters. An adapter that names another base is logged as a warning
+            only, since a base is often moved or renamed.
 
     Raises:
-        ConfigError: One cannot be served.
+        ConfigError: An adapter cannot be served.
     """
     adapters = {name: resolve(name, folder) for name, folder in given.items()}
     for adapter in adapters.values():
         base = Path(adapter.base or artifact.folder)
         if base.name not in (artifact.folder.name, artifact.folder.parent.name):
-            said = "%s: says that it was trained on %s, and is served on %s"
+            said = "%s: its config says that it was trained on %s, but it is served on %s"
             _log.warning(said, key_of(adapter.name), adapter.base, artifact.folder)
     return adapters
 
 
 def resolve(name: str, given: str) -> Adapter:
-    """Reads one adapter's folder, but for the values of its matrices.
+    """Reads an adapter's config, and the names and shapes of its matrices.
 
     Args:
-        name: As clients call it.
-        given: Its folder.
+        name: Name that clients use for the adapter.
+        given: Folder of the adapter.
 
     Raises:
-        ConfigError: It cannot be served.
+        ConfigError: The adapter cannot be served.
     """
     folder, key = Path(given).expanduser().resolve(), key_of(name)
     for file in (_CONFIG, WEIGHTS):
@@ -174,9 +178,9 @@ def _read_config(key: str, given: str, path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
-        raise ConfigError(key, given, f"its {_CONFIG} is no JSON", "save it again") from e
+        raise ConfigError(key, given, f"its {_CONFIG} is not JSON", "save it again") from e
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise ConfigError(key, given, "is no LoRA adapter of PEFT", "give one")
+        raise ConfigError(key, given, "is not a LoRA adapter of PEFT", "give one that PEFT saved")
     wanted: dict[str, tuple[object, ...]] = {
         "task_type": (None, "CAUSAL_LM"),
         "bias": (None, "none"),
@@ -188,7 +192,7 @@ def _read_config(key: str, given: str, path: Path) -> dict[str, Any]:
         else:
             is_served = setting in _READ | _NOT_NEEDED or not value
         if not is_served:
-            rule = f"{setting}={json.dumps(value)[:64]} of its {_CONFIG} is not supported"
+            rule = f"{setting}={json.dumps(value)[:64]} in its {_CONFIG} is not supported"
             raise ConfigError(key, given, rule, fix)
     return config
 
@@ -208,7 +212,7 @@ def _layers(
     for name, shape in shapes.items():
         found = _TENSOR.fullmatch(name)
         if found is None or len(shape) != 2 or ".experts." in name:
-            rule = f"its {name} {list(shape)} is no matrix A or B of a linear layer"
+            rule = f"its {name} {list(shape)} is not a matrix A or B of a linear layer"
             fix = "merge it into its base (merge_and_unload), and serve that"
             raise ConfigError(key, given, rule, fix)
         sides.setdefault(found["layer"], {})[found["side"]] = shape
@@ -237,7 +241,10 @@ def _rank_and_scale(key: str, given: str, config: dict[str, Any], layer: str) ->
 
 
 def _of_pattern(patterns: dict[str, Any] | None, layer: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that the layer's name, or the end of it, matches."""
+    """Returns the value of the first pattern that matches the layer's name or its end.
+
+    This is PEFT's rule (`peft.utils.other.get_pattern_key`).
+    """
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", layer):
             return value

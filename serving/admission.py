@@ -1,12 +1,12 @@
-"""Who may run, and when: more than the engines can do is refused at once, with a time to come back.
+"""Admission control: requests beyond the engines' capacity are refused at once, with a retry time.
 
-A request needs a slot for each of its sequences. Where slots are free it starts; else it waits in a
-short queue or is refused. When slots free, the key with the fewest running sequences goes first (of
-equals the one that was served longest ago), within a key the oldest request. Where that one needs
-more slots than are free, nothing behind it starts: a request of many sequences is not starved by
-small ones, and the slots that it waits for stand idle meanwhile.
+A request needs a slot for each of its sequences. If enough slots are free it starts; otherwise it
+waits in a short queue or is refused. When slots become free, the key with the fewest running
+sequences goes first (among equals the key that was served longest ago), and within a key the oldest
+request. If that request needs more slots than are free, nothing behind it starts: small requests do
+not starve a request of many sequences; the price is that the slots it waits for stay idle.
 
-Everything happens in one event loop and nothing awaits while it counts, so there are no locks.
+Everything runs in one event loop and no count is held across an `await`, so there are no locks.
 """
 
 import asyncio
@@ -19,20 +19,21 @@ from enum import IntEnum
 
 from core.errors import ConfigError, SpotforgeError
 
+# Of the moving average of how long a slot is held: about the last ten requests count.
 _WEIGHT_OF_LAST_HOLD = 0.1
 
 
 @dataclass
 class Limits:
-    """What all keys share.
+    """Limits over all keys together.
 
     Attributes:
         max_running: Sequences that the engine steps at once.
-        max_queued_requests: Requests that may wait; null: a quarter of the running ones, at least
-            1. A key with none waiting may add one beyond this and `max_queued_tokens`, up to twice
-            as much in all, so that a greedy key does not shut the others out.
-        max_queued_tokens: Prompt tokens that may wait.
-        request_timeout_s: Deadline of a request that names none.
+        max_queued_requests: Requests that may wait; None: a quarter of `max_running`, at least 1. A
+            key without a waiting request may add one beyond this limit and `max_queued_tokens`, up
+            to twice the limit in all, so that a greedy key does not shut the others out.
+        max_queued_tokens: Prompt tokens of the requests that may wait.
+        request_timeout_s: Deadline in seconds of a request that sets none.
     """
 
     max_running: int = 8
@@ -47,19 +48,20 @@ class Limits:
             if value is not None and value < least:
                 raise ConfigError(f"limits.{name}", value, "is too small", f"use {least} or more")
         if not 0 < self.request_timeout_s < math.inf:
-            value, rule = self.request_timeout_s, "is no time that a request can take"
+            value, rule = self.request_timeout_s, "must be above 0 and finite"
             raise ConfigError("limits.request_timeout_s", value, rule, "use 120")
 
 
 @dataclass(frozen=True)
 class KeyLimits:
-    """What one key may take; None: no limit.
+    """Limits of one key; None: no limit.
 
     Attributes:
         max_concurrent: Sequences that run or wait at once.
-        requests_per_minute: Requests; as many may come at once after a minute of rest.
-        tokens_per_minute: Tokens of prompts and answers, at once as well. `max_tokens` of each
-            sequence are reserved, and what was not used is given back.
+        requests_per_minute: Requests per minute; after a minute without requests, a whole minute's
+            allowance may come at once.
+        tokens_per_minute: Tokens of prompts and answers per minute, with the same burst. A request
+            reserves `max_tokens` for each sequence and gives back what it did not use.
     """
 
     max_concurrent: int | None = None
@@ -70,14 +72,15 @@ class KeyLimits:
         for name, value in vars(self).items():
             if value is not None and not 0 < value < math.inf:  # written so that NaN fails too
                 fix = "use a number above 0, or leave it out"
-                raise ConfigError(name, value, "is no limit", fix)
+                raise ConfigError(name, value, "must be above 0 and finite", fix)
 
 
 class Priority(IntEnum):
-    """Who goes first.
+    """Order between requests: lower values go first.
 
-    `batch` starts only while no `interactive` request waits, and leaves a quarter of slots free. In
-    the queue it takes no place from `interactive`, which may therefore be as long once more.
+    `batch` starts only while no `interactive` request waits, and leaves a quarter of the slots
+    free. Waiting `batch` requests do not count against the queue limit of `interactive`, so the
+    whole queue may be twice as long.
     """
 
     interactive = 0
@@ -85,12 +88,13 @@ class Priority(IntEnum):
 
 
 class Rejected(SpotforgeError):
-    """A request was refused without having waited.
+    """A request is refused without having waited.
 
     Attributes:
         reason: queue_full, queue_tokens, key_concurrency, key_requests, key_tokens, deadline,
             draining or too_many_sequences.
-        retry_after_s: Estimate of when it would be taken, whole and at least 1; None: never.
+        retry_after_s: Estimate of the seconds until it would be accepted, whole and at least 1;
+            None: it would never be accepted.
     """
 
     def __init__(self, reason: str, retry_after_s: float | None, message: str) -> None:
@@ -100,18 +104,22 @@ class Rejected(SpotforgeError):
 
 
 class DeadlineExpired(SpotforgeError):
-    """The deadline of a request passed while it waited."""
+    """The deadline of a request passed while it waited in the queue."""
 
 
 class _Bucket:
-    """What was taken of an allowance lately; it is forgotten at the allowance's rate."""
+    """Amount of a per-minute allowance that is in use; it decays at the allowance's rate.
+
+    The rate is an argument of `wait_s` and not fixed here, since a key's limits may change while
+    the server runs.
+    """
 
     def __init__(self) -> None:
         self._taken = 0.0
         self._at_s = 0.0
 
     def wait_s(self, amount: float, per_minute: float | None, now_s: float) -> float:
-        """Until `amount` is there: 0 now, inf never."""
+        """Returns the seconds until `amount` is available: 0 now, inf never."""
         elapsed_s, self._at_s = now_s - self._at_s, now_s
         if per_minute is None:
             self._taken = 0.0
@@ -122,13 +130,14 @@ class _Bucket:
         return max(0.0, self._taken + amount - per_minute) * 60 / per_minute
 
     def take(self, amount: float) -> None:
-        """Takes; a negative amount gives back."""
+        """Takes an amount; a negative amount gives back."""
+        # Not below 0: tokens that are given back after they have decayed must not become a credit.
         self._taken = max(0.0, self._taken + amount)
 
 
 @dataclass
 class _Key:
-    """What one key does and did."""
+    """State of one key."""
 
     last_served: int
     running: int = 0
@@ -147,16 +156,16 @@ class _Waiter:
 
 
 class Slot:
-    """The right to run, until `release` or the end of `async with`."""
+    """Right to run the sequences of one request, until `release` or the end of `async with`."""
 
     def __init__(self, release: Callable[[int | None], None]) -> None:
         self._release: Callable[[int | None], None] | None = release
 
     def release(self, used_tokens: int | None = None) -> None:
-        """Lets the next one run; only the first call counts.
+        """Frees the slots and starts what waits; only the first call has an effect.
 
         Args:
-            used_tokens: Of the prompt and all answers; None: all that were reserved.
+            used_tokens: Tokens of the prompt and all answers; None: all that were reserved.
         """
         release, self._release = self._release, None
         if release is not None:
@@ -170,17 +179,18 @@ class Slot:
 
 
 class Admission:
-    """Hands out slots.
+    """Gives slots to requests, or refuses them.
 
     Args:
-        limits: What all keys share.
-        clock: Seconds, of the event loop's clock.
+        limits: Limits over all keys together.
+        clock: Monotonic clock in seconds.
 
     Attributes:
-        max_running: Slots now.
+        max_running: Number of slots; 0 while no engine is up.
         running: Sequences that hold a slot.
         admitted: Requests that were given their slots.
-        refused: Requests that were not, by reason; `expired` are those that waited in vain.
+        refused: Requests that were refused, by reason; `expired` counts those whose deadline passed
+            in the queue.
     """
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
@@ -190,10 +200,12 @@ class Admission:
         self.refused: Counter[str] = Counter()
         self._limits = limits
         self._clock = clock
-        # A new key counts as served just now: a stream of new ones must not starve who waits.
+        # A new key counts as served just now, so that a stream of new keys does not starve those
+        # that wait.
         self._keys = defaultdict[str, _Key](lambda: _Key(last_served=self.admitted))
         self._queue: list[_Waiter] = []
-        self._usual_running = limits.max_running  # while no engine is up: the last that was
+        # While no engine is up: the slots of the last one, to estimate waits with.
+        self._usual_running = limits.max_running
         self._hold_s: float | None = None
         self._draining = False
         self._idle = asyncio.Event()
@@ -201,12 +213,12 @@ class Admission:
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
+        """Number of requests in the queue."""
         return len(self._queue)
 
     @property
     def waiting_tokens(self) -> int:
-        """Tokens of their prompts."""
+        """Number of prompt tokens of the requests in the queue."""
         return sum(waiter.prompt_tokens for waiter in self._queue)
 
     async def acquire(
@@ -224,18 +236,18 @@ class Admission:
         Cancelling the wait takes the request out of the queue at once.
 
         Args:
-            key_id: Whose request it is.
-            prompt_tokens: Length of the prompt.
-            max_tokens: New tokens at most, of each sequence.
-            deadline_s: From now; None: `request_timeout_s`.
-            sequences: Slots that it needs.
-            priority: Who goes first.
-            key_limits: Of the key, as they are now; None: none.
+            key_id: Id of the key that the request belongs to.
+            prompt_tokens: Tokens of the prompt.
+            max_tokens: New tokens of each sequence, at most.
+            deadline_s: Seconds from now until the request expires; None: `request_timeout_s`.
+            sequences: Slots that the request needs.
+            priority: Priority in the queue.
+            key_limits: Limits of the key as they are now; None: no limits.
 
         Raises:
-            Rejected: It will not run; raised without waiting, and nothing was taken of the key's
-                allowances.
-            DeadlineExpired: The deadline passed in the queue. Its tokens are given back.
+            Rejected: The request cannot run; raised without waiting, and nothing is charged to the
+                key's allowances.
+            DeadlineExpired: The deadline passed in the queue. The request's tokens are given back.
         """
         deadline_s = self._limits.request_timeout_s if deadline_s is None else deadline_s
         tokens = prompt_tokens + sequences * max_tokens
@@ -249,18 +261,24 @@ class Admission:
         if rejected is not None:
             self.refused[rejected.reason] += 1
             raise rejected
+        # Charged before the wait, not at the start: requests that wait count, or a key could queue
+        # far more than a minute's allowance.
         self._keys[key_id].requests.take(1)
         self._keys[key_id].tokens.take(tokens)
         self._idle.clear()
+        # Every request goes through the queue, even with slots free, so that only `_start_next`
+        # decides on the order.
         self._queue.append(waiter)
         self._start_next()
         return granted.result() if granted.done() else await self._wait(waiter, deadline_s)
 
     def resize(self, max_running: int) -> None:
-        """Engines came or went; what runs goes on. What needs more slots than there are is refused.
+        """Changes the number of slots; running requests go on.
+
+        Waiting requests that need more slots than there are now are refused.
 
         Args:
-            max_running: Slots from now on; 0: no engine is up, and what waits goes on waiting.
+            max_running: Slots from now on; 0: no engine is up, and waiting requests go on waiting.
         """
         self.max_running = max_running
         self._usual_running = max_running or self._usual_running
@@ -273,11 +291,11 @@ class Admission:
         self._start_next()
 
     def drain(self) -> None:
-        """Refuses new requests from now on; those that wait will still run."""
+        """Refuses new requests from now on; waiting ones still run."""
         self._draining = True
 
     async def idle(self) -> None:
-        """Returns once nothing runs or waits."""
+        """Waits until no request runs or waits."""
         await self._idle.wait()
 
     async def _wait(self, waiter: _Waiter, deadline_s: float) -> Slot:
@@ -297,13 +315,15 @@ class Admission:
                 self._remove(waiter)
                 self._start_next()
             elif waiter.granted.done() and waiter.granted.exception() is None:
-                waiter.granted.result().release(0)  # cancelled between its turn and its next step
+                # The slot was granted, but the task was cancelled before it could resume: nobody
+                # else holds the slot, so it is released here.
+                waiter.granted.result().release(0)
             raise
         finally:
             timer.cancel()
 
     def _unfit(self, waiter: _Waiter, queued: bool = False) -> Rejected | None:
-        """Why the request cannot run however free the engines are."""
+        """Returns why the request could not run even on idle engines; None: it could."""
         if self._draining and not queued:
             return Rejected("draining", self._hold_s or 0, "the server is shutting down")
         most = self.max_running - self._reserve(waiter.priority)
@@ -334,12 +354,14 @@ class Admission:
         return None
 
     def _over_queue_limit(self, waiter: _Waiter, deadline_s: float) -> Rejected | None:
-        """Why the request may not wait, if it has to."""
+        """Returns why the request may not wait in the queue; None: it may, or starts at once."""
+        # A `batch` request that waits takes no place in the queue from an `interactive` one.
         queue = [other for other in self._queue if other.priority <= waiter.priority]
         if not queue and self._fits(waiter):
             return None
         most = self._limits.max_queued_requests
         most = max(1, self._usual_running // 4) if most is None else most
+        # The first waiting request of a key gets in beyond the limit; see `Limits`.
         factor = 2 if queue and all(other.key_id != waiter.key_id for other in queue) else 1
         if len(queue) >= most * factor:
             text = f"{len(queue)} requests are waiting already"
@@ -356,9 +378,10 @@ class Admission:
         return None
 
     def _predicted_wait_s(self, waiter: _Waiter) -> float:
-        """Slots that have to free first, over the rate at which they do. 0 while that is unknown.
+        """Returns the slots that must become free first, over the rate at which slots do.
 
-        Keys take turns, so of another key no more goes ahead than this one has in the queue.
+        Keys take turns, so another key gets no more sequences ahead of this request than its own
+        key has in the queue. Returns 0 until a first request has ended, since the rate is unknown.
         """
         mine = self._queued(waiter.key_id, waiter.priority) + waiter.sequences
         others = {w.key_id for w in self._queue} - {waiter.key_id}
@@ -368,7 +391,7 @@ class Admission:
         return max(0, slots) * (self._hold_s or 0) / self._usual_running
 
     def _queued(self, key_id: str, priority: Priority | None = None) -> int:
-        """Sequences of a key that wait."""
+        """Returns the number of a key's sequences that wait."""
         of_key = [waiter for waiter in self._queue if waiter.key_id == key_id]
         return sum(w.sequences for w in of_key if priority in (None, w.priority))
 
@@ -376,6 +399,7 @@ class Admission:
         return self.max_running // 4 if priority is Priority.batch else 0
 
     def _fits(self, waiter: _Waiter) -> bool:
+        # `batch` keeps clear of the reserve, so that an interactive request finds a slot at once.
         return self.running + waiter.sequences + self._reserve(waiter.priority) <= self.max_running
 
     def _order(self, waiter: _Waiter) -> tuple[int, int, int]:
@@ -383,11 +407,12 @@ class Admission:
         return waiter.priority, key.running, key.last_served
 
     def _start_next(self) -> None:
-        """Starts what may start, in order, up to the first that has to wait."""
+        """Starts waiting requests in order, up to the first for which there are too few slots."""
+        # A cancelled task removes its request only when it runs next, which may be after this.
         for waiter in [w for w in self._queue if w.granted.cancelled()]:
-            self._remove(waiter)  # its task was cancelled and has not run since
+            self._remove(waiter)
         while self._queue:
-            waiter = min(self._queue, key=self._order)  # the oldest of equals
+            waiter = min(self._queue, key=self._order)  # `min` returns the oldest of equals
             if not self._fits(waiter):
                 return
             self._start(waiter)
@@ -414,7 +439,7 @@ class Admission:
         waiter.granted.set_result(Slot(release))
 
     def _remove(self, waiter: _Waiter) -> None:
-        """Takes a request out of the queue that has not run."""
+        """Takes a request that has not run out of the queue, and gives back its tokens."""
         self._queue.remove(waiter)
         self._keys[waiter.key_id].tokens.take(-waiter.reserved_tokens)
         self._note_idle()

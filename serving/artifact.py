@@ -1,4 +1,4 @@
-"""What is served: a folder of an export or a compression, checked before an engine sees it."""
+"""Artifacts: folders of an export or a compression, checked before an engine loads them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from core.errors import ConfigError, DamagedError
 from core.folder import LINEAGE, RUNS, digest_of, manifest_of, read_json
 
 KEY = "artifact"
-_EXPORT = "export"  # folder of it in a run's
-_ABOUT_IT = {LINEAGE, "compression.json"}  # files that say where it comes from
+_EXPORT = "export"  # folder of the export in a run's folder
+# Files that say where an artifact comes from. They are left out of its digest, so that the same
+# weights have the same digest wherever they were made.
+_ABOUT_IT = {LINEAGE, "compression.json"}
 
 
 class Format(Enum):
-    """How the weights lie there, which decides what can run them."""
+    """Format of the weights, which decides which engines can run them."""
 
     huggingface = "huggingface"
     torchao = "torchao"
@@ -32,11 +34,11 @@ class Artifact:
     """A folder that can be served.
 
     Attributes:
-        name: As it was asked for.
-        folder: Where.
-        format: Of its weights.
-        digest: SHA-256 over the names and digests of its files; changes with any of them.
-        lineage: What its `lineage.json` says; None where it is not one of ours.
+        name: Name or path by which the artifact was asked for.
+        folder: Folder of the artifact, without links.
+        format: Format of the weights.
+        digest: SHA-256 over the names and digests of the files that make up the model.
+        lineage: Content of `lineage.json`; None: the folder was not made by spotforge.
     """
 
     name: str
@@ -47,15 +49,16 @@ class Artifact:
 
     @property
     def version(self) -> str:
-        """The digest's beginning, for people and labels."""
+        """First 12 digits of the digest, for people and labels."""
         return self.digest[:12]
 
     @property
     def known_as(self) -> str:
-        """What it is called where nobody says.
+        """Name of the model for clients where `model_name` is not set.
 
-        The run, for its export and what was compressed of it; what else was compressed of a folder
-        is called as that is, unless its own folder was given another name than its target's.
+        The name is the run's, for a run's export and what was compressed from it. Another
+        compression has the name of the folder it was made from, unless its own folder was given a
+        name other than its target's.
         """
         parent = (self.lineage or {}).get("parent")
         path = parent.get("path") if isinstance(parent, dict) else None
@@ -70,25 +73,25 @@ class Artifact:
 
     @property
     def tokenizer_fingerprint(self) -> str | None:
-        """Of the tokenizer that it was trained with; None where nobody says."""
+        """Fingerprint of the tokenizer that the model was trained with; None: not recorded."""
         return None if self.lineage is None else self.lineage.get("tokenizer_fingerprint")
 
 
 def resolve(name: str, root: Path | None = None) -> Artifact:
-    """Finds an artifact and checks its files: the one place where names become folders.
+    """Finds an artifact and checks its files; the only place where names become folders.
 
     Args:
-        name: A folder, or a run (`runs/demo`, `demo`), whose export is meant.
-        root: Folder that it must lie in, for names that come over the network.
+        name: A folder, or a run (`runs/demo`, `demo`) whose export is served.
+        root: Folder that the artifact must lie in, for names that come over the network.
 
     Raises:
-        ConfigError: There is none, or it is none that can be served.
-        DamagedError: Its files are not those that its lineage lists, or hold no whole weights.
+        ConfigError: There is no such artifact, or no engine can serve it.
+        DamagedError: Files differ from those that the lineage lists, or weights are missing.
     """
     folder = _find(name, root)
     for path in sorted(folder.rglob("*")):
-        if not path.is_file() and not path.is_dir():  # whoever opens a pipe waits for ever
-            rule = f"{path.relative_to(folder)} is no file, or a link to none"
+        if not path.is_file() and not path.is_dir():  # opening a pipe would block for ever
+            rule = f"{path.relative_to(folder)} is neither a file nor a folder, or a broken link"
             raise DamagedError(KEY, folder, rule, "copy all of it again")
     files = {name: entry["sha256"] for name, entry in manifest_of(folder).items()}
     lineage = read_object(folder / LINEAGE) if LINEAGE in files else None
@@ -101,7 +104,7 @@ def resolve(name: str, root: Path | None = None) -> Artifact:
 
 def _find(name: str, root: Path | None) -> Path:
     if "\0" in name or not name:
-        raise ConfigError(KEY, repr(name), "is no name", "give a folder")
+        raise ConfigError(KEY, repr(name), "is not the name of a folder", "give a folder")
     given = Path(name).expanduser()
     candidates = [given, RUNS / given]
     if root is not None:
@@ -111,6 +114,7 @@ def _find(name: str, root: Path | None) -> Path:
         if not (folder / "config.json").is_file():
             continue
         folder = folder.resolve()
+        # Compared after links and `..` are resolved, so that a name cannot lead out of the root.
         if root is not None and not folder.is_relative_to(root.resolve()):
             continue
         return folder
@@ -126,7 +130,7 @@ def _check_files(folder: Path, files: dict[str, str], lineage: dict[str, Any]) -
     fingerprint = lineage.get("tokenizer_fingerprint")
     is_one = isinstance(listing, dict) and all(isinstance(x, dict) for x in listing.values())
     if not is_one or not isinstance(fingerprint, str | None):
-        raise DamagedError(KEY, folder, "lineage.json is none of ours", fix)
+        raise DamagedError(KEY, folder, "lineage.json does not have the expected fields", fix)
     for file, listed in listing.items():
         if files.get(file) != listed.get("sha256"):
             state = "not there" if file not in files else "not as lineage.json lists it"
@@ -134,7 +138,7 @@ def _check_files(folder: Path, files: dict[str, str], lineage: dict[str, Any]) -
 
 
 def _check_weights(folder: Path) -> None:
-    """Reads the heads of weight files: what no engine loads is refused before one starts."""
+    """Reads the headers of the weight files, to refuse broken ones before an engine starts."""
     present: set[str] = set()
     shards = {path.name for path in folder.glob("*.safetensors")}
     for path in (folder / name for name in sorted(shards)):
@@ -142,17 +146,17 @@ def _check_weights(folder: Path) -> None:
             with safe_open(path, framework="numpy") as file:
                 present.update(file.keys())
         except SafetensorError as e:
-            rule = f"{path.name} is cut off, or no such file: {e}"
+            rule = f"{path.name} is cut off or not a safetensors file: {e}"
             raise DamagedError(KEY, folder, rule, "export it again") from e
     for path in folder.glob("*.safetensors.index.json"):
         weight_map = read_object(path).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise DamagedError(KEY, folder, f"{path.name} maps no weights", "export it again")
+            raise DamagedError(KEY, folder, f"{path.name} has no weight_map", "export it again")
         if others := sorted(set(map(str, weight_map.values())) - shards):
-            rule = f"{path.name} names files that are not there, as {others[0]}"
+            rule = f"{path.name} names files that are missing, such as {others[0]}"
             raise DamagedError(KEY, folder, rule, "export it again, or copy all of it")
         if lacks := sorted(weight_map.keys() - present):
-            rule = f"{len(lacks)} tensors of {path.name} are in no file there, as {lacks[0]}"
+            rule = f"{len(lacks)} tensors of {path.name} are missing, such as {lacks[0]}"
             raise DamagedError(KEY, folder, rule, "export it again, or copy all of it")
 
 
@@ -165,13 +169,13 @@ def _format_of(folder: Path) -> Format:
     config = read_object(folder / "config.json")
     quantization = config.get("quantization_config") or {}
     if not isinstance(quantization, dict):
-        raise DamagedError(KEY, folder, "quantization_config is no JSON object", "export it again")
+        raise DamagedError(KEY, folder, "quantization_config must be an object", "export it again")
     method = quantization.get("quant_method")
     if method is None:
         if not has_safetensors:
             rule, fix = "has no weights (*.safetensors)", "export it again, or copy all of it"
             if older := sorted(path.name for path in folder.glob("*.bin")):
-                rule = f"has weights in another form than safetensors ({older[0]})"
+                rule = f"has weights in a format other than safetensors ({older[0]})"
                 fix = "load it with transformers and save it again"
             raise ConfigError(KEY, folder, rule, fix)
         return Format.huggingface
@@ -184,7 +188,7 @@ def _format_of(folder: Path) -> Format:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Returns a JSON object of an artifact's file.
+    """Returns the JSON object in an artifact's file.
 
     Raises:
         DamagedError: The file is not JSON, or not an object.

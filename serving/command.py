@@ -1,4 +1,4 @@
-"""What `python -m serving` is set by, for all who compose it. Imports no torch."""
+"""The command `python -m serving`: its settings, examples and notes. Imports no torch."""
 
 from core.settings.command import Command
 from serving.config import ServingConfig
@@ -11,8 +11,8 @@ python -m serving key create NAME [requests_per_minute=60 ...]    also: key list
 """
 
 _NOTES = """
-SIGTERM lets what runs end; a second one ends it at once.
-Exit codes: 0 stopped when told to; 2 refused; 1 failed.
+SIGTERM lets running requests end; a second one stops at once.
+Exit codes: 0 stopped when told to; 2 settings or artifact refused; 1 failed.
 """
 
 SERVING = Command(

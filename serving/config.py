@@ -1,4 +1,4 @@
-"""The settings of `python -m serving`. Imports no torch: the gateway has no use for it."""
+"""The settings of `python -m serving`. Imports no torch, which the gateway does not use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _check_model_name(key: str, name: str) -> None:
 
 
 class EngineName(Enum):
-    """What generates. `auto` picks by artifact and host, and says why."""
+    """Name of an engine. `auto` picks one by artifact and host, and logs why."""
 
     auto = "auto"
     transformers = "transformers"
@@ -38,7 +38,7 @@ class EngineName(Enum):
 
 
 class EngineDtype(Enum):
-    """What numbers a model is computed in. `auto`: float32 on a CPU, its own on a GPU."""
+    """Type that a model is computed in. `auto`: float32 on a CPU, the model's own on a GPU."""
 
     auto = "auto"
     float32 = "float32"
@@ -48,30 +48,29 @@ class EngineDtype(Enum):
 
 @dataclass
 class EngineConfig:
-    """How tokens are made.
+    """Settings of the engine.
 
     Attributes:
         name: Engine that generates.
-        url: Address of the server that `remote` asks, with OpenAI's API.
-        remote_model: Name of the model at that server; null: it has only one.
-        api_key_env: Environment variable with that server's API key; null: it wants none.
-        max_context: Tokens of prompt and answer together; null: what the model can.
+        url: Address of the server with OpenAI's API that the engine `remote` asks.
+        remote_model: Name of the model at that server; null: the server has only one.
+        api_key_env: Environment variable with that server's API key; null: it asks for no key.
+        max_context: Tokens of prompt and answer together, at most; null: the model's limit.
         max_running: Sequences in a step, at most.
         max_batch_tokens: Tokens in a step, at most; a longer prompt takes several steps. null: on a
-            CPU three times `max_running`, at least 96 (six times, at least 192, by transformers),
-            so that a step with prompts holds up those that generate for about as long as three
-            without; on a GPU 2048.
-        kv_cache_mb: Room for keys and values; null: for all running sequences at 512 tokens, and
-            for one of the whole context.
+            CPU three times `max_running`, at least 96 (transformers: six times, at least 192), so
+            that a step with prompts takes about as long as three steps without; on a GPU 2048.
+        kv_cache_mb: Size of the KV cache in megabytes; null: enough for all running sequences at
+            512 tokens, and for one sequence of the whole context.
         num_threads: Threads on a CPU; null: the engine's own choice.
-        dtype: Type of the numbers that are computed with, for artifacts of every format.
-        openvino_bits: Bits of the weights where openvino is prepared from dense ones: 8, 4 or 32.
-        start_timeout_s: Seconds for loading, one token, and the proof that its numbers are right.
-        silence_s: Seconds after which an engine that says and does nothing is killed and started
-            again.
-        step_timeout_s: Seconds after which an engine that says nothing is killed, however busy it
-            is.
-        probe_interval_s: Seconds without a token after which one is asked for.
+        dtype: Type that the model is computed in, for artifacts of every format.
+        openvino_bits: Bits of the weights where openvino converts dense ones: 8, 4 or 32.
+        start_timeout_s: Seconds for loading, the first token, and the check of the engine's scores.
+        silence_s: Seconds after which an engine that sends nothing and uses no CPU is killed and
+            started again.
+        step_timeout_s: Seconds after which an engine that sends nothing is killed, even if it is
+            busy.
+        probe_interval_s: Seconds without a token after which the gateway asks for one as a probe.
     """
 
     name: EngineName = EngineName.auto
@@ -95,6 +94,7 @@ class EngineConfig:
         is_remote = self.name is EngineName.remote
         if is_remote and self.url is None:
             raise ConfigError(f"{key}.url", None, "must be given", "give http://HOST:PORT")
+        # `num_threads` and the KV cache belong to whoever runs the remote server.
         of_remote, of_local = ("url", "remote_model", "api_key_env"), ("kv_cache_mb", "num_threads")
         for name in of_local if is_remote else of_remote:
             if (value := getattr(self, name)) is not None:
@@ -110,10 +110,11 @@ class EngineConfig:
 
 
 class GenerationConfig(Enum):
-    """What a request gets that does not say how tokens are chosen.
+    """Source of the sampling settings that a request leaves out.
 
-    `auto`: what the model's `generation_config.json` says of temperature, top_p, top_k, min_p and
-    repetition_penalty; `vllm`: 1, 1, 0, 0 and 1, whatever it says. Its EOS tokens count in both.
+    `auto` takes temperature, top_p, top_k, min_p and repetition_penalty from the model's
+    `generation_config.json`; `vllm` takes 1, 1, 0, 0 and 1 and ignores that file. The file's EOS
+    tokens count with both.
     """
 
     auto = "auto"
@@ -121,7 +122,7 @@ class GenerationConfig(Enum):
 
 
 class Topology(Enum):
-    """Where text becomes tokens and back: in the gateway, or in processes that scale apart."""
+    """Place of tokenization: in the gateway, or in processes whose number is set separately."""
 
     local = "local"
     split = "split"
@@ -129,11 +130,11 @@ class Topology(Enum):
 
 @dataclass
 class TextConfig:
-    """The text stages, where they are processes.
+    """Settings of the text stages with `topology=split`.
 
     Attributes:
-        encoders: Processes that make tokens of text; null: 1.
-        decoders: Processes that make text of tokens; null: 1.
+        encoders: Processes that turn text into tokens; null: 1.
+        decoders: Processes that turn tokens into text; null: 1.
     """
 
     encoders: int | None = _above_0(None)
@@ -142,11 +143,12 @@ class TextConfig:
 
 @dataclass
 class AdmissionConfig:
-    """Who gets in.
+    """Limits on the requests that wait or run.
 
     Attributes:
-        max_queued_requests: Requests that wait for a place in the engine, at most; null: a quarter
-            of those running. 0: none waits, so that no time to a first token has a wait in it.
+        max_queued_requests: Requests that wait for a slot in the engine, at most; null: a quarter
+            of `engine.max_running`. 0: no request waits, so that the time to the first token never
+            includes a wait.
         max_queued_tokens: Prompt tokens of the requests that wait, at most.
         request_timeout_s: Seconds from arrival to the last token; a client may ask for less.
     """
@@ -158,12 +160,12 @@ class AdmissionConfig:
 
 @dataclass
 class LogConfig:
-    """What is written down, as JSON lines; null: nothing.
+    """Log files of JSON lines; null: the file is not written.
 
     Attributes:
-        requests: File with a line for each request that was let in: id, key, artifact, counts and
-            times, but no text.
-        text: Write prompts and answers into it, too.
+        requests: File with a line for each admitted request: id, key, artifact, counts and times,
+            but no text.
+        text: Write prompts and answers into `requests`, too.
         drift: File with a line for each sampled request: lengths, buckets of token ids,
             log-probability.
         drift_share: Share of the requests that are sampled, 0 to 1.
@@ -175,7 +177,7 @@ class LogConfig:
     drift_share: float = setting(0.1, least=0, most=1)
 
     def cross_check(self, key: str) -> None:
-        """Raises ConfigError for texts that nothing would write down."""
+        """Raises ConfigError if texts are to be logged but there is no log of requests."""
         if self.text and self.requests is None:
             rule, fix = "has no effect without a log of requests", f"set {key}.requests=FILE"
             raise ConfigError(f"{key}.text", True, rule, fix)
@@ -183,15 +185,16 @@ class LogConfig:
 
 @dataclass
 class BatchesConfig:
-    """Files and batches.
+    """Settings of the endpoints for files and batches.
 
     Attributes:
-        dir: Folder for files and batches; null: there are none.
-        broker: URL of Redis or RabbitMQ, where workers wait; null: the gateway works on them.
+        dir: Folder for files and batches; null: the endpoints do not exist.
+        broker: URL of the Redis or RabbitMQ that workers take lines from; null: the gateway
+            processes the lines itself.
         max_file_mb: Megabytes of an upload, at most.
-        concurrency: Lines that the gateway works on at once; null: 8.
+        concurrency: Lines that the gateway processes at once; null: 8.
         max_lines: Lines of a batch, at most; null: 50,000.
-        lease_s: Seconds after a crash until lines that were begun are begun again; null: 30.
+        lease_s: Seconds after a crash until the lines it interrupted are started again; null: 30.
     """
 
     dir: str | None = None
@@ -202,7 +205,7 @@ class BatchesConfig:
     lease_s: float | None = _above_0(None)
 
     def cross_check(self, key: str) -> None:
-        """Raises ConfigError for settings that would have no effect, or no queue."""
+        """Raises ConfigError for settings that would have no effect, or an unknown broker."""
         if self.dir is None:
             for name in ("broker", "concurrency", "max_lines", "lease_s"):
                 if (value := getattr(self, name)) is not None:
@@ -210,7 +213,7 @@ class BatchesConfig:
                     raise ConfigError(f"{key}.{name}", value, rule, f"set {key}.dir=DIR")
         if self.broker is not None:
             if self.broker.partition("://")[0] not in BROKERS:
-                rule = "is no URL of Redis or RabbitMQ"
+                rule = "is not a URL of Redis or RabbitMQ"
                 raise ConfigError(f"{key}.broker", self.broker, rule, "give redis://HOST:PORT/0")
             for name in ("concurrency", "max_lines", "lease_s"):
                 if (value := getattr(self, name)) is not None:
@@ -220,13 +223,13 @@ class BatchesConfig:
 
 @dataclass
 class RolloutConfig:
-    """How a new artifact takes over.
+    """Rules by which a new artifact replaces the one that is served.
 
     Attributes:
         canary_requests: Requests that a canary answers before it is judged.
-        canary_max_error_rate: Share of errors above the champion's at which a canary is rolled
+        canary_max_error_rate: Share of errors above the champion's beyond which a canary is rolled
             back.
-        canary_max_slowdown: Time to a token, relative to the champion's, at which a canary is
+        canary_max_slowdown: Time per token, relative to the champion's, beyond which a canary is
             rolled back.
     """
 
@@ -237,23 +240,23 @@ class RolloutConfig:
 
 @dataclass
 class ServingConfig:
-    """All settings.
+    """Settings of `python -m serving`.
 
     Attributes:
-        artifact: Folder of an export or a compression, or a run, whose export is served.
+        artifact: Folder of an export or a compression, or a run whose export is served.
         model_name: Name of the model for clients; null: the name of the run, or of the folder that
-            was served, or compressed.
-        adapters: Folders of LoRA adapters, by the names that clients call them.
+            is served or was compressed.
+        adapters: Folders of LoRA adapters, by the names that clients use for them.
         host: Address to listen on.
-        port: TCP port to listen on; 0: any that is free.
-        admin_port: TCP port of the admin endpoints; null: there are none.
+        port: TCP port to listen on; 0: any free port.
+        admin_port: TCP port of the admin endpoints; null: the endpoints do not exist.
         admin_host: Address that the admin endpoints listen on.
         artifact_root: Folder that artifacts for a swap must lie in; null: the working directory.
-        keys: File of API keys; null: anybody who can connect may ask.
-        cache: Folder for what engines prepare; null: SPOTFORGE_CACHE/serving.
-        drain_timeout_s: Seconds for requests that run when the server is told to stop.
+        keys: File of API keys; null: requests need no key.
+        cache: Folder for converted models and tokenizers; null: SPOTFORGE_CACHE/serving.
+        drain_timeout_s: Seconds that running requests have left when the server is told to stop.
         topology: Place of the text stages: in the gateway, or in processes.
-        generation_config: Source of how tokens are chosen where a request does not say.
+        generation_config: Source of the sampling settings that a request leaves out.
     """
 
     artifact: str = MISSING
@@ -278,12 +281,12 @@ class ServingConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
     def cross_check(self, key: str) -> None:
-        """Raises ConfigError for settings that would have no effect, or would let anybody in."""
+        """Raises ConfigError for settings without effect, or open admin endpoints without keys."""
         if self.admin_port is None and self.artifact_root is not None:
             rule, fix = "has no effect without the admin endpoints", "set admin_port=8001"
             raise ConfigError("artifact_root", self.artifact_root, rule, fix)
         if self.keys is None and self.admin_host not in ("127.0.0.1", "::1", "localhost"):
-            rule = "whoever can connect there could stop the server or swap what it serves"
+            rule = "anybody who reaches that address could stop the server or swap its artifact"
             raise ConfigError("admin_host", self.admin_host, rule, "set keys=FILE, or 127.0.0.1")
         if self.topology is Topology.local:
             for name in ("encoders", "decoders"):

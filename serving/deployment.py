@@ -1,4 +1,4 @@
-"""One artifact that is up: its engine and its text stages."""
+"""A deployment: one artifact with its running engine and text stages."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from serving.text.tokenizer import load
 
 
 class Deployment:
-    """An artifact with all that answers for it.
+    """An artifact with its running engine and text stages.
 
     Attributes:
-        artifact: What is served.
-        engine: What generates.
-        text: The stages around it.
-        adapters: That the engine has, by name.
-        defaults: How tokens are chosen where a request does not say.
-        why: Which engine it is, and for what reason.
+        artifact: Artifact that is served.
+        engine: Engine that generates tokens.
+        text: Stages that turn text into tokens and back.
+        adapters: Adapters that the engine has loaded, by name.
+        defaults: Sampling settings where a request leaves them out.
+        why: Name of the engine, and the reason it was picked.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class Deployment:
 
     @classmethod
     async def start(cls, artifact: Artifact, config: ServingConfig, cache: Path) -> Deployment:
-        """Starts all of it; returns once the engine has proven that it computes what it should.
+        """Starts engine and text stages; returns once the engine's scores were checked.
 
         Raises:
-            SpotforgeError: It does not start; nothing is left running.
+            SpotforgeError: The engine or a text stage does not start; nothing is left running.
         """
         adapters = await asyncio.to_thread(resolve_all, config.adapters, artifact)
         defaults = sampling_defaults(artifact.folder, config)
@@ -61,6 +61,8 @@ class Deployment:
             started, text = await asyncio.gather(starting, texts)
             check_defaults(defaults, started.info)
         except BaseException:
+            # One failed, or this task was cancelled: the other one may be up already, or may come
+            # up while it is cancelled, so both are awaited and whatever is up is closed.
             starting.cancel()
             texts.cancel()
             await asyncio.gather(starting, texts, return_exceptions=True)
@@ -73,21 +75,21 @@ class Deployment:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it would answer a request now."""
+        """True if engine and text stages would answer a request now."""
         return self.engine.is_ready and self.text.is_ready
 
     async def generate(
         self, request: TokenRequest, stop: Sequence[str], shown: Sequence[str] = ()
     ) -> AsyncIterator[TextChunk]:
-        """The text of one sequence, until it ends or meets a stop string.
+        """Yields the text of one sequence, until it ends or meets a stop string.
 
         Args:
-            request: For the engine.
-            stop: Texts that end it.
-            shown: Special tokens that are part of its text.
+            request: Sequence that the engine generates.
+            stop: Texts that end the sequence.
+            shown: Special tokens that are part of the text.
 
         Raises:
-            EngineRefused: The engine did not take it.
+            EngineRefused: The engine did not accept the request.
             EngineError: The request is lost.
         """
         decoder = self.text.decoder(stop, request.prompt, shown)
@@ -99,11 +101,13 @@ class Deployment:
                 if text.finish_reason is not None:
                     return
         finally:
+            # A client that goes away, or a stop string, ends the loop early: closing the iterator
+            # cancels the sequence in the engine now, and not when it is garbage collected.
             decoder.close()
             await chunks.aclose()  # type: ignore[attr-defined]
 
     def __enter__(self) -> Deployment:
-        """Used by a request: it is not closed before that ends."""
+        """Keeps the deployment open while a request uses it."""
         self._users += 1
         self._unused.clear()
         return self
@@ -114,28 +118,32 @@ class Deployment:
             self._unused.set()
 
     async def retire(self) -> None:
-        """Closes it when the last request that uses it has ended."""
+        """Closes the deployment when the last request that uses it has ended."""
         await self._unused.wait()
         await self.close()
 
     async def close(self) -> None:
-        """Now; what it still works on is lost."""
+        """Closes engine and text stages now; requests that still run are lost."""
         await self.engine.close()
         await self.text.close()
 
 
 def sampling_defaults(folder: Path, config: ServingConfig) -> Choice:
-    """As the model's author has them, if that is asked for; raises ConfigError: they cannot be."""
+    """Returns the sampling settings that the model's author recommends, unless they are not wanted.
+
+    Raises:
+        ConfigError: The author's settings are not valid.
+    """
     is_authors = config.generation_config is GenerationConfig.auto
     return defaults_of(folder) if is_authors else Choice()
 
 
 def check_defaults(defaults: Choice, info: EngineInfo) -> None:
-    """Raises ConfigError for one that an engine has not."""
+    """Raises ConfigError for a default that the engine does not support."""
     for name in defaults.extras():
         if name not in info.features:
-            rule = f"the model says {name}={getattr(defaults, name)}, and {info.engine} has none"
-            fix = "set generation_config=vllm, or take another engine"
+            rule = f"the model says {name}={getattr(defaults, name)}, which {info.engine} lacks"
+            fix = "set generation_config=vllm, or use another engine"
             raise ConfigError("generation_config", "auto", rule, fix)
 
 

@@ -1,37 +1,38 @@
-"""The contract between the gateway and what generates tokens.
+"""The contract between the gateway and an engine, which generates tokens.
 
-An engine takes token ids and gives token ids; text is the business of the stages around it. Every
-engine is a process of its own (or a server elsewhere), since their libraries clash with ours.
+An engine takes and returns token ids; the text stages around it handle text. Every engine is a
+separate process (or a server elsewhere), since its libraries may conflict with the gateway's.
 
-What an engine program is told and says is one JSON object a line, on its standard input and output:
+An engine program reads and writes one JSON object a line on its standard input and output:
 
     gateway -> engine
         {"submit": {...}}                     the fields of `TokenRequest`
         {"cancel": "ID"}
         {"embed": {"id": "ID", "inputs": [[1, 2], ...], "adapter": "NAME" or null}}
         {"score": {"id": "ID", "tokens": [1, 2, ...], "start": 5, "of": [[7, 8], ...],
-                   "adapter": "NAME" or null, "turned": [[3, 0], ...]}}  of its own weights, by a
-                                 plain forward; `turned` is of the ties that it told
+                   "adapter": "NAME" or null, "turned": [[3, 0], ...]}}  asks for scores of its own
+                                 weights by a plain forward; `turned`: ties to decide the other way
         {"proven": null}                      no more scores will be asked for
-        end of file                           the gateway is gone: exit
+        end of file                           the gateway has ended: exit
     engine -> gateway
         {"ready": {...}}                      once, the fields of `EngineInfo`
         {"step": {"tokens": [["ID", [5, 9], LOGPROBS or null], ...],
                   "finished": [["ID", "stop" or "length"], ...],
                   "running": 3, "kv_cache_usage": 0.2}}
         {"failed": {"id": "ID", "error": "one line"}}
-        {"refused": {"id": "ID", "error": "one line"}}   its schema, which the client can change
-        {"embedding": {"id": "ID", "vector": [0.1, ...]}}   of one input, in their order
+        {"refused": {"id": "ID", "error": "one line"}}   the request's schema is not supported
+        {"embedding": {"id": "ID", "vector": [0.1, ...]}}   one line for each input, in their order
         {"scored": {"id": "ID", "scores": [[-0.1, -0.2, -3.0], ...], "ties": [[3, 0], ...]}}
-                                 log-probabilities in each place from `start` on: the likeliest
-                                 token's, and those of `of`; choices that rounding decides
+                                 log-probabilities at each position from `start` on: the likeliest
+                                 token's, and those of `of`; and choices that rounding decides
         {"idle": {"kv_cache_usage": 0.0}}     twice a second while there is nothing to do
         {"misconfigured": ["key", "value", "rule", "fix"]}    before it exits: a setting is wrong
         {"unfit": "one line"}                 before it exits: this engine cannot run such a model
-        {"fatal": "one line"}                 before it exits by itself
+        {"fatal": "one line"}                 before it exits because of an error
 
-LOGPROBS is a list, for each token [its log-probability, [[token, log-probability], ...]]: of the
-model's own distribution, before what a request asks for. A line of any kind is a heartbeat.
+LOGPROBS is a list with an entry for each token: [its log-probability, [[token, log-probability],
+...]]. They are of the model's own distribution, before temperature and the other sampling settings
+of the request. A line of any kind is a heartbeat.
 """
 
 from __future__ import annotations
@@ -42,25 +43,26 @@ from typing import Any, NamedTuple, Protocol
 
 from core.errors import SpotforgeError
 
-# A choice that rounding decides, such as the last expert that a mixture's router takes for a token:
-# which of a forward's choices, and which row of scores.
+# A choice that rounding decides, such as the last expert that a router selects for a token: the
+# index of the choice in the forward pass, and the row of its scores.
 Tie = tuple[int, int]
 
 
 class EngineError(SpotforgeError):
-    """An engine could not do what it was asked to; the request is lost, the gateway is not."""
+    """An engine could not complete a request; the request is lost, the gateway goes on."""
 
 
 class EngineFailed(EngineError):
-    """An engine failed at a request, and would again: asking once more is in vain."""
+    """An engine failed at a request and would fail again, so it is not repeated."""
 
 
 class EngineRefused(EngineError):
-    """An engine did not take a request, as with a schema that it cannot hold a text to.
+    """An engine did not accept a request, for instance because it does not support its schema.
 
     Args:
-        message: What it said.
-        retry_after_s: It is busy: come back then. None: asking again is in vain.
+        message: Reason in one line.
+        retry_after_s: Seconds until a busy engine should be asked again; None: the engine would
+            refuse the same request again.
     """
 
     def __init__(self, message: str, retry_after_s: int | None = None) -> None:
@@ -69,32 +71,35 @@ class EngineRefused(EngineError):
 
 
 class Unproven(SpotforgeError):
-    """An engine does not compute what a plain forward of the same model does, or does not run it.
+    """An engine cannot run a model, or its scores differ from a plain forward of the same model.
 
-    Another engine may.
+    Another engine may run the model correctly.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
-    """What an engine is asked for: one sequence.
+    """A request for one sequence.
 
     Attributes:
-        id: Unique among all that the engine has.
+        id: Id that is unique among the engine's requests.
         prompt: Token ids, at least one.
-        max_tokens: New tokens at most, at least 1.
-        temperature: 0: the likeliest token.
-        top_p: In (0, 1].
-        top_k: Only so many of the likeliest tokens; 0: all.
-        min_p: The least share of the likeliest token's probability, in [0, 1].
-        repetition_penalty: Of tokens that are there already, as transformers has it; 1: none.
-        seed: The same seed, prompt and model give the same tokens, whatever else is in the batch.
-        logprobs: How many alternatives to tell beside each token's own; None: nothing at all.
-        ignore_eos: Go on to `max_tokens`.
-        offset: How many of the prompt's last tokens were generated already, by an engine that was
-            lost: the seed's stream goes on from there.
-        schema: JSON schema that the text is to satisfy; None: any text.
-        adapter: LoRA adapter that is added to the model; None: the model alone.
+        max_tokens: New tokens, at most; at least 1.
+        temperature: Divisor of the logits; 0: always the likeliest token.
+        top_p: Probability mass of the likeliest tokens that are drawn from, in (0, 1].
+        top_k: Number of the likeliest tokens that are drawn from; 0: all.
+        min_p: Least probability relative to the likeliest token's, in [0, 1].
+        repetition_penalty: Factor on the logits of tokens that already occur, as transformers
+            defines it; 1: no penalty.
+        seed: Seed of the draws. The same seed, prompt and model give the same tokens, whatever else
+            is in the batch.
+        logprobs: Number of alternatives to return with each token's own log-probability; None: no
+            log-probabilities.
+        ignore_eos: True: generate up to `max_tokens` even after an EOS.
+        offset: Number of the prompt's last tokens that were generated before the engine was lost;
+            the seed's random stream goes on from there.
+        schema: JSON schema that the text must satisfy; None: any text.
+        adapter: Name of the LoRA adapter that is added to the model; None: the model alone.
     """
 
     id: str
@@ -117,8 +122,8 @@ class TokenLogprob(NamedTuple):
     """Natural logarithms of probabilities under the model's own distribution.
 
     Attributes:
-        logprob: Of the token that was taken.
-        top: The likeliest tokens and theirs, most likely first.
+        logprob: Log-probability of the generated token.
+        top: Likeliest tokens with their log-probabilities, most likely first.
     """
 
     logprob: float
@@ -126,14 +131,14 @@ class TokenLogprob(NamedTuple):
 
 
 class TokenChunk(NamedTuple):
-    """What an engine made of one request since the last chunk.
+    """Tokens that an engine generated for one request since the last chunk.
 
     Attributes:
-        tokens: Token ids; the one that ended the text is not among them.
-        logprobs: One for each token; None where none were asked for.
-        finish_reason: `stop` (the model ended it) or `length`; None: there is more to come.
-        text: What was generated, where the engine gives text in place of ids; `tokens` is empty.
-        text_tokens: How many tokens that text is.
+        tokens: Token ids, without the EOS that ended the text.
+        logprobs: Log-probabilities, one entry a token; None: they were not asked for.
+        finish_reason: `stop` (the model ended the text) or `length`; None: more chunks follow.
+        text: Generated text, where the engine returns text and not ids; `tokens` is empty then.
+        text_tokens: Number of tokens in `text`.
     """
 
     tokens: list[int]
@@ -144,24 +149,25 @@ class TokenChunk(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """That were generated."""
+        """Number of tokens that were generated."""
         return len(self.tokens) + self.text_tokens
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What an engine says of itself once it is up.
+    """Properties that an engine reports once it is up.
 
     Attributes:
-        engine: Name and version, as `transformers 5.23.0`.
+        engine: Name and version, such as `transformers 5.23.0`.
         max_context: Tokens of prompt and answer together, at most.
-        max_running: Sequences that it steps at once.
-        max_logprobs: Alternatives that it can tell; -1: it tells no log-probabilities.
-        features: Of `embeddings`, `json_schema`, `top_k`, `min_p`, `repetition_penalty`, and
-            `logprobs_when_sampling`: they are the model's own however tokens are chosen, not only
-            where sampling changes nothing.
-        built_with: What its numbers depend on, too, as `torch 2.13.0+cpu on cpu`.
-        restored_buffers: Names of buffers that loading had left without their values.
+        max_running: Sequences that the engine steps at once.
+        max_logprobs: Alternatives that the engine can return for each token; -1: the engine returns
+            no log-probabilities.
+        features: Subset of `embeddings`, `json_schema`, `top_k`, `min_p`, `repetition_penalty` and
+            `logprobs_when_sampling`. With the last, log-probabilities are the model's own however
+            tokens are sampled; without it, only where sampling leaves the distribution unchanged.
+        built_with: Other versions that the numbers depend on, such as `torch 2.13.0+cpu on cpu`.
+        restored_buffers: Names of buffers that loading left uninitialized and that were computed.
     """
 
     engine: str
@@ -175,14 +181,14 @@ class EngineInfo:
 
 @dataclass
 class EngineStats:
-    """What an engine did and does; the counts are since the gateway started.
+    """State of an engine, and its counts since the gateway started.
 
     Attributes:
         running: Sequences in the engine now.
-        kv_cache_usage: Share of the cache that is in use, 0 to 1.
-        prompt_tokens: That were handed to it.
-        generation_tokens: That came back.
-        restarts: Times that it was started again, since it died or hung.
+        kv_cache_usage: Share of the KV cache that is in use, 0 to 1.
+        prompt_tokens: Prompt tokens that were submitted.
+        generation_tokens: Tokens that were generated.
+        restarts: Times that the engine was started again because it died or hung.
     """
 
     running: int = 0
@@ -193,36 +199,38 @@ class EngineStats:
 
 
 class Engine(Protocol):
-    """What the gateway knows of engines."""
+    """Interface of an engine, as the gateway uses it."""
 
     @property
     def info(self) -> EngineInfo:
-        """Of the engine that is up, or was last."""
+        """Properties of the engine that is up, or was up last."""
         ...
 
     @property
     def is_ready(self) -> bool:
-        """Whether it made a token when it was last asked, and is alive since."""
+        """True if the engine answered the last probe with a token and is alive since."""
         ...
 
     async def start(self, prove: Prove | None = None) -> EngineInfo:
-        """Starts it, has it make one token, and has that proven.
+        """Starts the engine, has it generate one token, and checks its scores.
 
         Args:
-            prove: Called once the engine takes requests; None: nothing is asked of its numbers.
+            prove: Check of the scores, called once the engine takes requests; None: no check.
 
         Raises:
-            SpotforgeError: It did not come up; nothing of it is left running. A ConfigError where
-                a setting is why; Unproven where another engine may do better.
+            SpotforgeError: The engine did not come up; no process of it is left. The error is a
+                ConfigError if a setting is the cause, and Unproven if another engine may work.
         """
         ...
 
     def submit(self, request: TokenRequest) -> AsyncIterator[TokenChunk]:
-        """Generates; the last chunk has a `finish_reason`. Leaving the loop early cancels.
+        """Generates a sequence; the last chunk has a `finish_reason`.
+
+        Closing the iterator early cancels the request.
 
         Raises:
-            EngineRefused: Its schema cannot be held to.
-            EngineFailed: It cannot be done.
+            EngineRefused: The engine does not accept the request.
+            EngineFailed: The request fails and would fail again.
             EngineError: The request is lost.
         """
         ...
@@ -230,21 +238,21 @@ class Engine(Protocol):
     async def embed(
         self, id: str, inputs: list[list[int]], adapter: str | None = None
     ) -> list[list[float]]:
-        """A vector of unit length for each list of token ids.
+        """Returns a vector of unit length for each list of token ids.
 
         Raises:
-            EngineError: The engine cannot.
+            EngineError: The engine could not compute them.
         """
         ...
 
     def stats(self) -> EngineStats:
-        """Now."""
+        """Returns the state and counts of the engine as they are now."""
         ...
 
     async def close(self) -> None:
-        """Stops it; what it still has is lost. Drain first."""
+        """Stops the engine; requests that it still has are lost, so drain first."""
         ...
 
 
-# Asks an engine for what it computes; raises Unproven where that is wrong.
+# Compares an engine's scores with a plain forward; raises Unproven if they differ.
 Prove = Callable[[Engine], Awaitable[None]]

@@ -1,11 +1,11 @@
-"""API keys, in a JSON file that holds no key: only the digest of each.
+"""API keys, in a JSON file that contains only their digests.
 
     [{"id": "alice", "sha256": "...", "created": "2026-11-25T10:00:00+00:00",
       "limits": {"requests_per_minute": 60}, "admin": false}, ...]
 
-A key is 32 random bytes, so a fast hash is right: slow ones make guessing a person's password
-dear, and there is no guessing 256 random bits. A key is looked up by its digest; how long that
-takes tells nothing that helps to find a key.
+A key is 32 random bytes, so a fast hash is enough: slow hashes protect passwords that can be
+guessed, and 256 random bits cannot. A key is looked up by its digest, so the time that the lookup
+takes reveals nothing that helps to find a key.
 """
 
 import dataclasses
@@ -26,21 +26,21 @@ from core.folder import locked, write_file
 from serving.admission import KeyLimits
 
 _PREFIX = "sf-"
-_FIX = "mend it, or create keys anew: python -m serving key create NAME"
+_FIX = "repair the file, or create new keys: python -m serving key create NAME"
 _LIMITS = [limit.name for limit in dataclasses.fields(KeyLimits)]
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Key:
-    """What is known of a key.
+    """An entry of the file of keys.
 
     Attributes:
-        id: Name that stands in logs and metrics.
-        sha256: Digest of the key in hexadecimal.
-        created: ISO 8601.
-        limits: What it may take.
-        admin: May do what concerns other keys.
+        id: Name of the key in logs and metrics.
+        sha256: SHA-256 of the key in hexadecimal.
+        created: Time of creation as ISO 8601.
+        limits: Limits on what the key may use.
+        admin: True: the key may use the admin endpoints and see other keys' data.
     """
 
     id: str
@@ -51,15 +51,15 @@ class Key:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.id, str) and re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.id)):
-            rule = "is no name for a key"
+            rule = "is not a valid name for a key"
             raise ConfigError("key", repr(self.id), rule, "use 1 to 64 of A-Z a-z 0-9 . _ -")
 
 
 class Keys:
-    """The keys of a file, as it is now: it is read again when it has changed.
+    """The keys of a file, which is read again whenever it has changed.
 
-    Where it cannot be read again the keys stay as they were, and the log says so: a slip in an
-    editor shuts nobody out. A key is revoked when the file can be read.
+    If the file cannot be read again, the keys stay as they were and the log says so, so that a slip
+    in an editor does not lock every client out. A revocation takes effect once the file is valid.
     """
 
     def __init__(self, path: Path) -> None:
@@ -72,18 +72,18 @@ class Keys:
         """Reads the file.
 
         Raises:
-            ConfigError: It cannot be read, or is not what `create` writes.
+            ConfigError: The file cannot be read, or is not in the format that `create` writes.
         """
         return cls(path)
 
     def find(self, authorization: str | None) -> Key | None:
-        """The key that a request carries.
+        """Returns the key of a request.
 
         Args:
-            authorization: Its `Authorization` header: `Bearer sf-...`.
+            authorization: `Authorization` header of the request: `Bearer sf-...`.
 
         Returns:
-            None where it carries none that is valid.
+            The key; None: the request has no valid key.
         """
         self._read_again()
         scheme, _, token = (authorization or "").partition(" ")
@@ -92,11 +92,12 @@ class Keys:
         return self._by_digest.get(_digest(token.strip()))
 
     def named(self, id: str) -> Key | None:
-        """The key of that name, for what is done in its name later; None: it was revoked."""
+        """Returns the key with an id, for its batches that run later; None: it was revoked."""
         self._read_again()
         return next((key for key in self._by_digest.values() if key.id == id), None)
 
     def _read_again(self) -> None:
+        # One `stat` a request is cheap, and a revoked key must not work until some timer fires.
         version = _version(self._path)
         if version == self._version:
             return
@@ -108,13 +109,13 @@ class Keys:
 
 
 def create(path: Path, id: str, limits: KeyLimits | None = None, admin: bool = False) -> str:
-    """Adds a key to the file, which is made if need be.
+    """Adds a key to the file, which is created if it does not exist.
 
     Returns:
-        The key. It is kept nowhere.
+        The key, which is stored nowhere else.
 
     Raises:
-        ConfigError: There is one of that name, or the file is damaged or cannot be written.
+        ConfigError: The name is taken, or the file is damaged or cannot be written.
     """
     token = _PREFIX + secrets.token_urlsafe(32)
     created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -128,10 +129,10 @@ def create(path: Path, id: str, limits: KeyLimits | None = None, admin: bool = F
 
 
 def revoke(path: Path, id: str) -> None:
-    """Takes a key out of the file; servers that run see it with their next request.
+    """Removes a key from the file; running servers refuse it from their next request on.
 
     Raises:
-        ConfigError: There is none of that name, or the file is damaged or cannot be written.
+        ConfigError: There is no key with that name, or the file is damaged or cannot be written.
     """
     with _editing(path):
         keys = read_keys(path)
@@ -142,10 +143,10 @@ def revoke(path: Path, id: str) -> None:
 
 
 def read_keys(path: Path) -> list[Key]:
-    """The keys of a file.
+    """Returns the keys of a file.
 
     Raises:
-        ConfigError: It cannot be read, or is not what `create` writes.
+        ConfigError: The file cannot be read, or is not in the format that `create` writes.
     """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
@@ -163,28 +164,28 @@ def read_keys(path: Path) -> list[Key]:
 
 
 def create_command(path: Path, id: str, words: Sequence[str]) -> int:
-    """`key create NAME [requests_per_minute=60 ...] [admin=true]`: prints the key, only now.
+    """Runs `key create NAME [requests_per_minute=60 ...] [admin=true]`, which prints the new key.
 
     Args:
-        path: Of the file.
-        id: Of the key.
+        path: File of keys.
+        id: Name of the key.
         words: Limits and `admin`, as `name=value`.
 
     Returns:
         The exit code.
 
     Raises:
-        ConfigError: As `create`, or a word means nothing.
+        ConfigError: A word is not a valid setting, or `create` raised it.
     """
     values: dict[str, Any] = {}
     for word in words:
         name, _, text = word.partition("=")
         if name not in (*_LIMITS, "admin"):
-            raise ConfigError("key", word, "is no setting", f"use {', '.join(_LIMITS)} or admin")
+            raise ConfigError("key", word, "is not a setting", f"use {', '.join(_LIMITS)} or admin")
         try:
             values[name] = json.loads(text)
         except ValueError as e:
-            raise ConfigError(name, text, "is no value", "use a number, or true for admin") from e
+            raise ConfigError(name, text, "is not JSON", "use a number, or true for admin") from e
     admin = values.pop("admin", False)
     if not isinstance(admin, bool):
         raise ConfigError("admin", admin, "is neither true nor false", "use admin=true")
@@ -193,13 +194,13 @@ def create_command(path: Path, id: str, words: Sequence[str]) -> int:
 
 
 def revoke_command(path: Path, id: str) -> int:
-    """`key revoke NAME`.
+    """Runs `key revoke NAME`.
 
     Returns:
         The exit code.
 
     Raises:
-        ConfigError: As `revoke`.
+        ConfigError: See `revoke`.
     """
     revoke(path, id)
     print(f"{id} is revoked")
@@ -207,13 +208,13 @@ def revoke_command(path: Path, id: str) -> int:
 
 
 def list_command(path: Path) -> int:
-    """`key list`: a line for each key.
+    """Runs `key list`, which prints a line for each key.
 
     Returns:
         The exit code.
 
     Raises:
-        ConfigError: As `read_keys`.
+        ConfigError: See `read_keys`.
     """
     for key in read_keys(path):
         words = [f"{name}={value:g}" for name, value in _given(key.limits).items()]
@@ -223,6 +224,7 @@ def list_command(path: Path) -> int:
 
 
 def _digest(token: str) -> str:
+    # Any header gets an answer, also one with characters that UTF-8 cannot encode.
     return hashlib.sha256(token.encode(errors="replace")).hexdigest()
 
 
@@ -231,7 +233,11 @@ def _by_digest(path: Path) -> dict[str, Key]:
 
 
 def _version(path: Path) -> tuple[int, int, int] | None:
-    """What changes with the file; None: there is none."""
+    """Returns a value that changes whenever the file does; None: there is no file.
+
+    The inode is part of it since `write_file` replaces the file, possibly within one tick of the
+    file system's clock and with the same size.
+    """
     try:
         status = path.stat()
     except OSError:
@@ -245,12 +251,12 @@ def _given(limits: KeyLimits) -> dict[str, float]:
 
 def _limits(values: Any) -> KeyLimits:
     if not isinstance(values, dict) or not values.keys() <= set(_LIMITS):
-        raise ConfigError("limits", values, "are no limits", f"use {', '.join(_LIMITS)}")
+        raise ConfigError("limits", values, "has an unknown limit", f"use {', '.join(_LIMITS)}")
     for name, value in values.items():
         whole = name == "max_concurrent"
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
             fix = "use a whole number" if whole else "use a number"
-            raise ConfigError(name, json.dumps(value), "is no limit", fix)
+            raise ConfigError(name, json.dumps(value), "has the wrong type", fix)
     return KeyLimits(**values)
 
 
@@ -260,17 +266,17 @@ def _parse(path: Path, number: int, entry: Any) -> Key:
         key = Key(limits=limits, **entry)
     except (ConfigError, TypeError, AttributeError) as e:
         text = " ".join(str(e).split()).replace("Key.__init__() ", "")
-        raise ConfigError("keys", path, f"entry {number} is no key ({text})", _FIX) from e
+        raise ConfigError("keys", path, f"entry {number} is not a key ({text})", _FIX) from e
     digest_is_one = isinstance(key.sha256, str) and re.fullmatch("[0-9a-f]{64}", key.sha256)
     if not (digest_is_one and isinstance(key.created, str) and isinstance(key.admin, bool)):
-        rule = f"entry {number} has a sha256, created or admin of the wrong kind"
+        rule = f"entry {number} has a sha256, created or admin of the wrong type"
         raise ConfigError("keys", path, rule, _FIX)
     return key
 
 
 @contextmanager
 def _editing(path: Path) -> Iterator[None]:
-    """Of two commands at once neither undoes the other."""
+    """Holds the lock of a file of keys, so that two commands at once do not undo each other."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(path.name + ".lock"), mode=0o600):
@@ -280,6 +286,6 @@ def _editing(path: Path) -> Iterator[None]:
 
 
 def _write(path: Path, keys: Sequence[Key]) -> None:
-    """Replaces the file in one step; only its owner may read it."""
+    """Replaces the file in one step, readable only by its owner."""
     entries = [dataclasses.asdict(key) | {"limits": _given(key.limits)} for key in keys]
     write_file(path, json.dumps(entries, indent=2) + "\n", mode=0o600)

@@ -1,6 +1,7 @@
-"""One schema of metrics for all engines, with vLLM's meanings.
+"""Prometheus metrics, the same for all engines, with the meanings that vLLM gives them.
 
-Labels are the model's name, the artifact's version and the key's id: nothing a client makes up.
+Labels are the model's name, the artifact's version and the key's id. None of their values comes
+from a client, who could otherwise create any number of time series.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ _TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5,
 
 
 class Metrics:
-    """Everything that `/metrics` shows."""
+    """The metrics that `/metrics` shows."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -34,11 +35,11 @@ class Metrics:
             "spotforge_num_requests_waiting", "Requests in the queue.", registry=registry
         )
         self.kv_cache_usage = gauge("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.")
-        self.restarts = gauge("engine_restarts", "Times the engine was started again.")
+        self.restarts = gauge("engine_restarts", "Times that the engine was started again.")
         self.text_restarts = gauge(
-            "text_restarts", "Times a process of a text stage was started again."
+            "text_restarts", "Times that a process of a text stage was started again."
         )
-        self.ready = gauge("engine_ready", "1 where the engine makes tokens.")
+        self.ready = gauge("engine_ready", "1 if the engine generates tokens.")
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
         self.generation_tokens = counter("generation_tokens", "Tokens generated.")
         self.success = counter(
@@ -48,7 +49,7 @@ class Metrics:
         self.cancelled = counter("request_cancelled", "Requests whose client went away.")
         self.rejections = counter(
             "admission_rejections",
-            "Requests that were not let in, or whose schema was refused.",
+            "Requests that were not admitted, or whose schema was refused.",
             ("model", "key", "reason"),
         )
         self.first_token = histogram("time_to_first_token_seconds", "From arrival to a token.")
@@ -59,5 +60,5 @@ class Metrics:
         self.queue = histogram("request_queue_time_seconds", "From arrival to the engine.")
 
     def render(self) -> bytes:
-        """The text that Prometheus reads."""
+        """Returns all metrics in the text format of Prometheus."""
         return bytes(generate_latest(self.registry))

@@ -1,4 +1,4 @@
-"""What clients ask for by name: a model (its champion, at times with a canary), or an adapter."""
+"""Names that clients ask for: a model (a champion, at times with a canary), or an adapter."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from serving.deployment import Deployment
 
 @dataclass
 class Outcomes:
-    """What became of the requests that a deployment answered, since it was put beside another.
+    """Outcomes of the requests that a deployment answered since a trial began.
 
     Attributes:
         ended: Requests that ended well.
-        failed: That the engine lost, or that ended with an error.
-        first_token_s: Times to the first token, in seconds.
-        token_s: Mean seconds a token after it, of each request.
+        failed: Requests that the engine lost, or that ended with an error.
+        first_token_s: Seconds to the first token, one value a request.
+        token_s: Mean seconds between the following tokens, one value a request.
     """
 
     ended: int = 0
@@ -27,21 +27,21 @@ class Outcomes:
 
     @property
     def count(self) -> int:
-        """All of them."""
+        """Number of all requests."""
         return self.ended + self.failed
 
 
 class Model:
-    """An artifact, and those that take over from it.
+    """A model as clients see it, whose deployment may be replaced while it is served.
 
     Attributes:
-        name: As clients call it.
-        champion: Answers whatever the canary does not.
-        canary: A new artifact on trial; None most of the time.
-        share: Of the requests that the canary gets, 0 to 1.
-        outcomes: Of champion and canary, since the trial began.
+        name: Name that clients use for the model.
+        champion: Deployment that answers all requests that the canary does not get.
+        canary: Deployment on trial; None: no trial is running.
+        share: Share of the requests that the canary gets, 0 to 1.
+        outcomes: Outcomes of champion and canary since the trial began, by version.
         created: Seconds since 1970.
-        adapter: None; of an `AdaptedModel`, its name.
+        adapter: Always None; an `AdaptedModel` has the name of its adapter here.
     """
 
     adapter = None
@@ -54,18 +54,20 @@ class Model:
         self._random = random.Random()
 
     def pick(self) -> Deployment:
-        """Who answers the next request."""
+        """Returns the deployment that answers the next request."""
+        # A canary whose engine is down gets no requests: the trial must not cost clients errors.
         canary = self.canary
         if canary is not None and canary.is_ready and self._random.random() < self.share:
             return canary
         return self.champion
 
     def identity(self, deployment: Deployment) -> tuple[str, str]:
-        """Version and digest of what answers, where it is this deployment."""
+        """Returns the version and digest in responses of a deployment."""
         return identity(deployment.artifact, None)
 
     def note(self, version: str, is_good: bool, first_token_s: float, token_s: float) -> None:
-        """Counts a request for the trial that goes on; of no trial, it is nothing."""
+        """Counts the outcome of a request for the trial that is running, if it is part of one."""
+        # A request may end after its trial did, or after its deployment was replaced.
         outcomes = self.outcomes.get(version)
         if outcomes is None:
             return
@@ -78,11 +80,11 @@ class Model:
 
 
 class AdaptedModel:
-    """A model with one of its adapters: an answer is by whoever answers for the model just now.
+    """A model with one of its adapters, answered by the model's current deployment.
 
     Attributes:
-        name: Of the adapter, as clients call it.
-        parent: The model.
+        name: Name of the adapter, which clients use as the model's name.
+        parent: Model that the adapter is added to.
         created: Seconds since 1970.
     """
 
@@ -91,22 +93,22 @@ class AdaptedModel:
 
     @property
     def adapter(self) -> str:
-        """Its name in the engine."""
+        """Name of the adapter in the engine."""
         return self.name
 
     @property
     def champion(self) -> Deployment:
-        """The model's."""
+        """Champion of the model."""
         return self.parent.champion
 
     def pick(self) -> Deployment:
-        """Who answers the next request."""
+        """Returns the deployment that answers the next request."""
         return self.parent.pick()
 
     def identity(self, deployment: Deployment) -> tuple[str, str]:
-        """Version and digest of what answers, where it is this deployment."""
+        """Returns the version and digest in responses of a deployment with this adapter."""
         return identity(deployment.artifact, deployment.adapters[self.name])
 
     def note(self, version: str, is_good: bool, first_token_s: float, token_s: float) -> None:
-        """Counts a request for the model's trial."""
+        """Counts the outcome of a request for the model's trial."""
         self.parent.note(version, is_good, first_token_s, token_s)

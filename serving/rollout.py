@@ -1,9 +1,9 @@
-"""A new artifact takes over without a failed request, or does not take over at all.
+"""Rollouts: a new artifact replaces the served one without a failed request, or not at all.
 
-The new one starts beside the old one and has to prove that it computes what it should. Then it
-replaces it; or, as a canary, it first answers a share of the requests and is compared with the
-champion on those that came meanwhile. Requests that the old one has begun it ends; then it is
-stopped.
+The new deployment starts beside the old one, and its engine's scores are checked. Then it replaces
+the old one; or, as a canary, it first answers a share of the requests and is compared with the
+champion on the requests of that time. The old deployment finishes the requests that it has begun
+and is stopped then.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _LOOKS_EVERY_S = 0.25
 
 
 class Busy(SpotforgeError):
-    """Another rollout goes on."""
+    """Another rollout is running."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """What a rollout did.
+    """A step of a rollout.
 
     Attributes:
         time: Seconds since 1970.
-        what: `swapped`, `canary`, `promoted`, `rolled_back` or `refused`.
-        old: Version of the champion before.
+        what: One of `swapped`, `canary`, `promoted`, `rolled_back` and `refused`.
+        old: Version of the champion before the step.
         new: Version of the artifact that was to replace it.
-        why: One line.
+        why: Reason in one line.
     """
 
     time: float
@@ -51,17 +51,18 @@ class Event:
 
 
 class Rollout:
-    """Of one model.
+    """Rollouts of one model, one at a time.
 
     Args:
-        model: Whose champion is replaced.
+        model: Model whose champion is replaced.
         config: Settings of the server.
-        cache: For what engines prepare.
+        cache: Folder for converted models and tokenizers.
         root: Folder that artifacts must lie in.
-        resize: Told how many sequences the new champion steps at once.
+        resize: Function that is called with the number of sequences that a new champion steps at
+            once.
 
     Attributes:
-        history: What happened, oldest first.
+        history: Steps of all rollouts, oldest first.
     """
 
     def __init__(
@@ -77,32 +78,33 @@ class Rollout:
         self.history: list[Event] = []
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._previous: str | None = None  # name of the artifact that was champion before
+        self._previous: str | None = None  # name of the last champion's artifact
 
     async def swap(self, name: str, share: float | None = None) -> Event:
         """Starts an artifact and makes it champion, or canary.
 
         Args:
-            name: Of the artifact.
-            share: Of the requests, for a canary; None: all, at once.
+            name: Name of the artifact.
+            share: Share of the requests that the artifact gets as a canary; None: it becomes the
+                champion at once.
 
         Raises:
             ConfigError: There is no such artifact, or no engine can run it.
-            SpotforgeError: It does not start; the champion goes on.
-            Busy: Another rollout goes on.
+            SpotforgeError: The artifact does not start; the champion goes on.
+            Busy: Another rollout is running.
         """
-        return await self._start(name, self._root, share, "swapped", "it proved itself")
+        return await self._start(name, self._root, share, "swapped", "its start-up check passed")
 
     async def _start(
         self, name: str, root: Path | None, share: float | None, what: str, why: str
     ) -> Event:
         if self._config.engine.name is EngineName.remote:
-            rule = "a remote engine runs what its server has, whatever is swapped here"
-            raise ConfigError("artifact", name, rule, "start that server with it, and this anew")
+            rule = "cannot be swapped with engine.name=remote: the remote server has the model"
+            raise ConfigError("artifact", name, rule, "restart that server with it, and this one")
         if self._lock.locked() or self._model.canary is not None:
-            raise Busy("another rollout goes on: wait for it, or roll it back")
+            raise Busy("another rollout is running: wait for it, or roll it back")
         async with self._lock:
-            # Gigabytes are digested: streams go on meanwhile.
+            # In a thread, since gigabytes are digested and streams must go on meanwhile.
             artifact = await asyncio.to_thread(resolve, name, root)
             try:
                 new = await Deployment.start(artifact, self._config, self._cache)
@@ -120,23 +122,25 @@ class Rollout:
             return self._note("canary", new.artifact.version, f"gets {share:.1%} of the requests")
 
     async def roll_back(self) -> Event:
-        """Ends the trial that goes on; without one, serves the artifact from before again, once.
+        """Ends the running trial; without one, serves the previous artifact again, once.
 
         Raises:
-            ConfigError: There was none before, or it was rolled back to already.
+            ConfigError: There is no previous artifact, or it is served again already.
         """
         if self._model.canary is not None:
-            return self._end_trial("it was asked for")
+            return self._end_trial("a rollback was asked for")
         if self._previous is None:
-            rule = "there is no artifact from before, or it is served again already"
+            rule = "has no previous artifact, or serves it again already"
             raise ConfigError("model", self._model.name, rule, "use swap")
-        # It may lie outside the root: whoever started the server named it.
-        event = await self._start(self._previous, None, None, "rolled_back", "it was asked for")
-        self._previous = None  # asked for twice, it would be the swap again
+        # The root does not apply: the first champion may lie outside, named at the server's start.
+        event = await self._start(
+            self._previous, None, None, "rolled_back", "a rollback was asked for"
+        )
+        self._previous = None  # or a second rollback would undo the first
         return event
 
     async def close(self) -> None:
-        """Stops a canary, and what old champions still do."""
+        """Stops a canary, and the retirement of old champions."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -144,10 +148,10 @@ class Rollout:
             await self._model.canary.close()
 
     async def _judge(self, canary: Deployment) -> None:
-        """Promotes the canary, or rolls it back, once enough is known."""
+        """Promotes the canary, or rolls it back, once enough requests have ended."""
         while self._model.canary is canary:
             await asyncio.sleep(_LOOKS_EVERY_S)
-            if self._model.canary is not canary:
+            if self._model.canary is not canary:  # rolled back by hand during the sleep
                 return
             if canary.engine.stats().restarts:
                 self._end_trial("its engine died or hung")
@@ -167,7 +171,7 @@ class Rollout:
                 self._end_trial(why)
 
     def _promote(self, new: Deployment, what: str, why: str) -> Event:
-        event = self._note(what, new.artifact.version, why)
+        event = self._note(what, new.artifact.version, why)  # before the champion changes
         old, self._model.champion = self._model.champion, new
         self._model.canary, self._model.outcomes = None, {}
         self._previous = old.artifact.name
@@ -194,21 +198,23 @@ class Rollout:
 
 
 def judge(champion: Outcomes, canary: Outcomes, config: RolloutConfig) -> tuple[bool, str] | None:
-    """Whether a canary is as good as the champion, and why; None: not known yet.
+    """Returns whether a canary is as good as the champion, and why; None: not known yet.
 
-    Errors are compared as rates, times as medians of what both answered meanwhile. One error alone
-    decides nothing.
+    Errors are compared as rates, times as medians over the requests of the trial. A single error
+    does not decide.
     """
     allowed = config.canary_max_error_rate
     if champion.count:
         allowed += champion.failed / champion.count
     needed = config.canary_requests
-    if canary.failed >= 2 and canary.failed > allowed * needed:  # however good the rest would be
+    # Even if no further request failed, the rate would be too high: decided before all have ended.
+    if canary.failed >= 2 and canary.failed > allowed * needed:
         return False, f"{canary.failed} of {canary.count} requests failed"
     if canary.count < needed:
         return None
     if canary.failed > allowed * canary.count and canary.failed >= 2:
         return False, f"{canary.failed} of {canary.count} requests failed"
+    # A median of fewer requests says too little about the champion to hold the canary against it.
     if len(champion.token_s) < min(needed, 10):
         return True, f"{canary.count} requests, {canary.failed} failed; the champion had too few"
     for what, ours, theirs in (
@@ -217,5 +223,5 @@ def judge(champion: Outcomes, canary: Outcomes, config: RolloutConfig) -> tuple[
     ):
         new, old = statistics.median(ours), statistics.median(theirs)
         if new > config.canary_max_slowdown * old:
-            return False, f"{1000 * new:.1f} ms {what}, where the champion takes {1000 * old:.1f}"
-    return True, f"{canary.count} requests, {canary.failed} failed, and it is as fast"
+            return False, f"{1000 * new:.1f} ms {what}; the champion takes {1000 * old:.1f} ms"
+    return True, f"{canary.count} requests, {canary.failed} failed, at the champion's speed"

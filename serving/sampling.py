@@ -1,4 +1,4 @@
-"""How a token is chosen among the likely ones, and what a model's author says of it."""
+"""Sampling settings, and the defaults that a model's author gives for them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from core.errors import ConfigError
 from serving.artifact import read_object
 
-_RANGES = {  # least and most
+_RANGES = {  # least and greatest value
     "temperature": (0.0, math.inf),
     "top_p": (0.0, 1.0),
     "top_k": (-1, 2**31 - 1),
@@ -23,15 +23,15 @@ _RANGES = {  # least and most
 
 @dataclass(frozen=True)
 class Choice:
-    """Settings that are applied in the order of transformers' logits processors.
+    """Sampling settings, applied in the order of transformers' logits processors.
 
     Attributes:
-        repetition_penalty: Logits of tokens that prompt or answer have are divided by it where they
-            are positive, and multiplied by it where not; 1: nothing happens.
-        temperature: 0: the likeliest token.
-        top_k: Only so many of the likeliest tokens; 0: all.
-        top_p: The likeliest tokens that together have it, in (0, 1].
-        min_p: Tokens with at least this share of the likeliest one's probability, in [0, 1].
+        repetition_penalty: Divisor of the positive logits, and factor of the negative ones, of
+            tokens that occur in prompt or answer; 1: no penalty.
+        temperature: Divisor of the logits; 0: always the likeliest token.
+        top_k: Number of the likeliest tokens that are drawn from; 0: all.
+        top_p: Probability mass of the likeliest tokens that are drawn from, in (0, 1].
+        min_p: Least probability relative to the likeliest token's, in [0, 1].
     """
 
     repetition_penalty: float = 1.0
@@ -41,19 +41,19 @@ class Choice:
     min_p: float = 0.0
 
     def but(self, asked: Mapping[str, float | None]) -> Choice:
-        """With what a request asks for; None: it asks for nothing."""
+        """Returns a copy with the values that are not None replaced."""
         given: dict[str, Any] = {name: x for name, x in asked.items() if x is not None}
         return dataclasses.replace(self, **given)
 
     def extras(self) -> list[str]:
-        """The settings that change something and that not every engine has."""
+        """Returns the names of settings that are in effect and that not every engine supports."""
         neutral = Choice()
         names = ("top_k", "min_p", "repetition_penalty")
         return [name for name in names if getattr(self, name) != getattr(neutral, name)]
 
     @property
     def is_models_own(self) -> bool:
-        """Whether the token is the likeliest of the model's own distribution, or drawn from it."""
+        """True if tokens are the likeliest of, or drawn from, the model's own distribution."""
         if self.repetition_penalty != 1:
             return False
         is_whole = self.temperature == 1 and self.top_p == 1 and not self.top_k and not self.min_p
@@ -61,13 +61,13 @@ class Choice:
 
 
 def defaults_of(folder: Path) -> Choice:
-    """What a model's `generation_config.json` says, where a request does not.
+    """Returns the sampling settings of a model's `generation_config.json`.
 
     Args:
-        folder: Of the artifact.
+        folder: Folder of the artifact.
 
     Raises:
-        ConfigError: It says what cannot be.
+        ConfigError: A value is outside of its range.
     """
     path = folder / "generation_config.json"
     found = read_object(path) if path.is_file() else {}
@@ -78,8 +78,8 @@ def defaults_of(folder: Path) -> Choice:
         kinds = int if name == "top_k" else (int, float)
         is_one = isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most
         if not is_one or value == math.inf or (name == "top_p" and value == 0):
-            rule = f"{path} says {name}={value!r}, which cannot be"
-            fix = "mend it, or set generation_config=vllm"
+            rule = f"{path} says {name}={value!r}, which is out of range"
+            fix = "correct the file, or set generation_config=vllm"
             raise ConfigError("generation_config", "auto", rule, fix)
-        asked[name] = max(value, 0)
+        asked[name] = max(value, 0)  # top_k=-1 means the same as 0: all tokens
     return Choice().but(asked)

@@ -1,4 +1,4 @@
-"""The process: it starts what is served, listens, and ends without cutting anybody off."""
+"""The server process: starts the deployment, listens, and drains before it ends."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _log = logging.getLogger("spotforge.serving")
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers, which would end streams: ours drain first."""
+    """A uvicorn server without signal handlers, since uvicorn's would cut streams off."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -44,11 +44,14 @@ class _Server(uvicorn.Server):
 
 
 async def serve(config: ServingConfig) -> None:
-    """Serves until SIGTERM or SIGINT, then lets what runs end. A second signal ends it at once.
+    """Serves until SIGTERM or SIGINT, then lets running requests end.
+
+    A second signal ends the process at once.
 
     Raises:
-        SpotforgeError: It does not start.
+        SpotforgeError: The server does not start.
     """
+    # All that can be refused without an engine is checked first: an engine may take minutes.
     artifact = resolve(config.artifact)
     keys = None if config.keys is None else Keys.load(Path(config.keys).expanduser())
     gateway = Gateway(config, keys, Telemetry(config.log))
@@ -56,18 +59,18 @@ async def serve(config: ServingConfig) -> None:
     guard = _guard(config)
     name = config.model_name or artifact.known_as
     if name in config.adapters:
-        rule = "the base has that name"
+        rule = "the base model has that name"
         raise ConfigError(key_of(name), config.adapters[name], rule, "choose another")
     listener = _listen("port", config.host, config.port)
     if keys is None and config.host not in ("127.0.0.1", "::1", "localhost"):
-        _log.warning("whoever can connect to %s may ask: keys=FILE lets nobody else", config.host)
+        _log.warning("anybody who reaches %s can send requests; set keys=FILE", config.host)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, stopping)
     cache, rollouts = cache_folder(config), dict[str, Rollout]()
     _make_folder(cache)
-    # It listens at once, so that /livez and /readyz answer while the engine starts.
+    # The server listens at once, so that /livez and /readyz answer while the engine starts.
     app = make_app(gateway, batches)
     apps = {listener: app}
     if config.admin_port is not None:
@@ -87,6 +90,7 @@ async def serve(config: ServingConfig) -> None:
             resize = gateway.admission.resize
             rollouts[name] = Rollout(model, config, cache, root, resize)
             gateway.admission.resize(champion.engine.info.max_running)
+            # Batches start only now, when there is a model that can answer their lines.
             if batches is not None:
                 await batches.queue.start(BodyGuard(app, guard))
             host, port = listener.getsockname()[:2]
@@ -95,10 +99,13 @@ async def serve(config: ServingConfig) -> None:
                 host, port = list(apps)[1].getsockname()[:2]
                 print(f"administration at http://{host}:{port}", flush=True)
             await stopped
+            # Batches stop first: what they would still submit has time after the restart.
             if batches is not None:
                 batches.queue.stop()
             await _drain(gateway, config.drain_timeout_s)
     finally:
+        # Servers end before engines, so that no request meets a closed engine; the database is
+        # closed last, since servers use it until they end.
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         if batches is not None:
@@ -116,7 +123,7 @@ async def serve(config: ServingConfig) -> None:
 
 def _on_signal(stopping: asyncio.Event) -> None:
     if stopping.is_set():
-        os._exit(1)  # told twice: the engines die with this process
+        os._exit(1)  # the second signal; engines and text processes die with this process
     stopping.set()
 
 
@@ -128,7 +135,7 @@ async def _drain(gateway: Gateway, timeout_s: float) -> None:
         async with asyncio.timeout(timeout_s):
             await gateway.admission.idle()
     except TimeoutError:
-        _log.error("%d sequences are cut off", gateway.admission.running)
+        _log.error("drain_timeout_s is over: %d sequences are cut off", gateway.admission.running)
 
 
 def _admin_app(gateway: Gateway, rollouts: dict[str, Rollout], stop: Callable[[], None]) -> FastAPI:
@@ -139,7 +146,7 @@ def _admin_app(gateway: Gateway, rollouts: dict[str, Rollout], stop: Callable[[]
 
 
 def _guard(config: ServingConfig) -> Guard:
-    """With room for uploads, and for the form around them."""
+    """Returns the HTTP limits of the settings, with room for uploads and the form around them."""
     upload_bytes = config.batches.max_file_mb * 2**20 + 2**16
     limits = {"/v1/files": upload_bytes, **config.guard.max_body_bytes_of}
     return dataclasses.replace(config.guard, max_body_bytes_of=limits)
@@ -173,9 +180,9 @@ def _listen(key: str, host: str, port: int) -> socket.socket:
         listener.close()
         why = e.strerror or str(e)
         if isinstance(e, socket.gaierror) or e.errno == errno.EADDRNOTAVAIL:
-            key = key.replace("port", "host")
+            key = key.replace("port", "host")  # the address is wrong, not the port
             raise ConfigError(key, host, why, "give an address of this machine") from e
-        raise ConfigError(key, port, why, "choose another; 0 is any") from e
+        raise ConfigError(key, port, why, "choose another port, or 0 for any") from e
     listener.listen(2048)
     return listener
 
@@ -189,7 +196,7 @@ def _make_folder(cache: Path) -> None:
 
 
 def cache_folder(config: ServingConfig) -> Path:
-    """For what engines prepare."""
+    """Returns the folder for converted models and tokenizers."""
     if config.cache is not None:
         return Path(config.cache).expanduser()
     home = os.environ.get("SPOTFORGE_CACHE", "~/.cache/spotforge")

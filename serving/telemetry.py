@@ -1,8 +1,7 @@
-"""What is written down of requests, as JSON lines, without their text unless that is asked for.
+"""Logs of requests as JSON lines, without their text unless `log.text` is set.
 
 The log of requests maps a response's id to the artifact that made it. The drift file has what a
-monitor compares over time: lengths, how often each bucket of token ids came, and how likely the
-model found what it said.
+monitor compares over time: lengths, counts of token ids by bucket, and mean log-probabilities.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from core.errors import ConfigError
 from serving.config import LogConfig
 from serving.text.stages import Chat, TextChunk
 
-NUM_BUCKETS = 64  # of token ids: id modulo this
+NUM_BUCKETS = 64  # the bucket of a token id is the id modulo this
 
 
 class DriftFeatures:
-    """Of one request.
+    """Features of one request for the drift file.
 
     Attributes:
-        prompt_tokens: Of all prompts.
-        completion_tokens: Of all choices.
-        prompt_buckets: How many tokens of the prompts fall in each bucket.
-        logprob_sum: Of the tokens that came with a log-probability.
-        logprob_count: How many did.
+        prompt_tokens: Tokens of all prompts.
+        completion_tokens: Tokens of all choices.
+        prompt_buckets: Number of prompt tokens in each bucket.
+        logprob_sum: Sum of the log-probabilities of generated tokens, where they are known.
+        logprob_count: Number of tokens in that sum.
     """
 
     def __init__(self, prompts: list[list[int]]) -> None:
@@ -42,7 +41,7 @@ class DriftFeatures:
         self.logprob_sum, self.logprob_count = 0.0, 0
 
     def add(self, chunk: TextChunk) -> None:
-        """What was generated."""
+        """Adds a chunk of generated tokens."""
         self.completion_tokens += chunk.num_tokens
         for told in chunk.logprobs or ():
             self.logprob_sum += told.token.logprob
@@ -50,11 +49,11 @@ class DriftFeatures:
 
 
 class Transcript:
-    """What was said in one request.
+    """Text of one request.
 
     Attributes:
-        prompts: As they came.
-        completions: Of each choice, so far.
+        prompts: Prompts as the client sent them.
+        completions: Text of each choice so far.
     """
 
     def __init__(self, prompts: Sequence[str | list[int] | Chat], num_choices: int) -> None:
@@ -64,15 +63,15 @@ class Transcript:
         self.completions = [""] * num_choices
 
     def add(self, index: int, chunk: TextChunk) -> None:
-        """More of a choice."""
+        """Appends a chunk to the text of a choice."""
         self.completions[index] += chunk.text
 
 
 class Telemetry:
-    """Writes the two files.
+    """Writer of the log of requests and the drift file.
 
     Args:
-        config: Which, and of how many requests.
+        config: Settings: which files, and the share of sampled requests.
 
     Raises:
         ConfigError: A file cannot be written.
@@ -84,7 +83,7 @@ class Telemetry:
         self._share, self._keeps_text = config.drift_share, config.text
 
     def sample(self, prompts: list[list[int]]) -> DriftFeatures | None:
-        """Where a request's features go; None: it is not among those that are looked at."""
+        """Returns an object that collects a request's features; None: it is not sampled."""
         if self._drift is None or random.random() >= self._share:
             return None
         return DriftFeatures(prompts)
@@ -92,18 +91,18 @@ class Telemetry:
     def transcript(
         self, prompts: Sequence[str | list[int] | Chat], num_choices: int
     ) -> Transcript | None:
-        """Where a request's text goes; None: nobody asked for it."""
+        """Returns an object that collects a request's text; None: text is not logged."""
         return Transcript(prompts, num_choices) if self._keeps_text else None
 
     def request(self, transcript: Transcript | None, **fields: Any) -> None:
-        """A line for a request that has ended."""
+        """Writes a line for a request that has ended."""
         if transcript is not None:
             fields |= vars(transcript)
         if self._requests is not None:
             _write(self._requests, fields)
 
     def drift(self, id: str, artifact: str, features: DriftFeatures) -> None:
-        """A line for a sampled request that ended well."""
+        """Writes a line for a sampled request that ended well."""
         if self._drift is None:
             return
         count = features.logprob_count
@@ -126,7 +125,7 @@ def _open(key: str, name: str | None) -> IO[str] | None:
     path = Path(name).expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # It says who asked when, and with log.text what: nobody else's to read.
+        # Readable by the owner only: it says who asked when, and with log.text what.
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         return open(descriptor, "a", encoding="utf-8", buffering=1)
     except OSError as e:

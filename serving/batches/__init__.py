@@ -1,1 +1,1 @@
-"""Batches: a file of requests in, a file of answers out, each request answered once."""
+"""Batches: a file of requests is turned into a file of answers, each request answered once."""

@@ -1,4 +1,4 @@
-"""Batches as clients see them: made, read, listed, cancelled."""
+"""Batches as clients see them: creates, describes, lists and cancels them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from serving.batches.pages import Page, page
 from serving.gateway.errors import ApiError
 
 WINDOW_S = 24 * 3600
-OPEN = "('validating', 'in_progress')"  # work goes on
+OPEN = "('validating', 'in_progress')"  # statuses in which lines may still be started
 
 
 class Batches:
-    """The batches of a folder."""
+    """The batches of a folder.
+
+    Args:
+        database: Database of the folder.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -25,7 +29,11 @@ class Batches:
     def create(
         self, owner: str, input_file_id: str, endpoint: str, metadata: dict[str, str] | None
     ) -> dict[str, Any]:
-        """A new batch, whose file is read later; raises ApiError 404 where there is no file."""
+        """Creates a batch, whose file is checked later.
+
+        Raises:
+            ApiError: 404: there is no such file.
+        """
         id, now_s = new_id("batch_"), int(time.time())
         with self._database.transaction() as transaction:
             file = transaction.execute(
@@ -52,19 +60,27 @@ class Batches:
         return self.get(owner, id)
 
     def get(self, owner: str, id: str) -> dict[str, Any]:
-        """As OpenAI describes a batch; raises ApiError 404."""
+        """Returns a batch in OpenAI's shape; raises ApiError 404 if there is no such batch."""
         rows = self._database.read("SELECT * FROM batches WHERE id = ? AND owner = ?", id, owner)
         if not rows:
             raise ApiError(404, f"there is no batch {id[:64]!r}", "batch_id")
         return _described(rows[0])
 
     def list_page(self, owner: str, after: str | None, limit: int) -> Page:
-        """A page of the key's batches, the newest first; raises ApiError 404."""
+        """Returns a page of a key's batches, newest first.
+
+        Raises:
+            ApiError: 404: there is no batch `after`.
+        """
         where = "owner = ?"
         return page(self._database, "batches", where, [owner], after, limit, "desc", _described)
 
     def cancel(self, owner: str, id: str) -> dict[str, Any]:
-        """Begins nothing more of it; raises ApiError: 404, or 409 where it has ended."""
+        """Cancels a batch, so that no more of its lines are started.
+
+        Raises:
+            ApiError: 404: there is no such batch; 409: the batch has ended.
+        """
         with self._database.transaction() as transaction:
             is_open = f"id = ? AND owner = ? AND status IN {OPEN}"
             set_status(transaction, "cancelling", is_open, id, owner)
@@ -74,12 +90,12 @@ class Batches:
         return batch
 
     def forget(self, id: str) -> None:
-        """Of a batch that could not be queued."""
+        """Deletes a batch that could not be queued."""
         with self._database.transaction() as transaction:
             transaction.execute("DELETE FROM batches WHERE id = ?", (id,))
 
     def unfinished(self) -> list[str]:
-        """Ids of all that a queue is to work on, the oldest first."""
+        """Returns the ids of all batches that have not ended, oldest first."""
         query = "SELECT id FROM batches WHERE status IN ('validating', 'in_progress', 'cancelling',"
         return [row["id"] for row in self._database.read(query + " 'finalizing') ORDER BY seq")]
 
@@ -87,7 +103,10 @@ class Batches:
 def set_status(
     transaction: sqlite3.Connection, status: str, where: str, *values: str | float
 ) -> bool:
-    """Gives a batch a status, and notes when; False where none is as `where` says."""
+    """Sets a batch's status and its time; returns False if no batch matches `where`.
+
+    The condition and the change are one statement, so of several processes only one succeeds.
+    """
     query = (
         "UPDATE batches SET status = ?, times = json_set(times, ?, CAST(? AS INTEGER))"
         f" WHERE {where}"
@@ -98,6 +117,7 @@ def set_status(
 
 def _described(row: sqlite3.Row) -> dict[str, Any]:
     times = json.loads(row["times"])
+    # The ids are set when a batch is sealed, but the files exist only when it has ended.
     has_ended = row["status"] in ("completed", "expired", "cancelled")
     errors = None if row["errors"] is None else json.loads(row["errors"])
     return {

@@ -1,8 +1,8 @@
-"""Batches on Celery: the only file that imports it.
+"""Batches on Celery; no other file imports it.
 
-A message names a batch; everything else is in the folder, which the workers share with the
-gateway. So a message that comes twice, or again while the first is still worked on, costs nothing:
-workers share the lines. One that is lost is sent again when the gateway starts.
+A message contains the id of a batch; everything else is in the folder, which the workers share with
+the gateway. So a message may come twice, also while the first one is being worked on: workers share
+the lines. A message that was lost is sent again when the gateway starts.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _log = logging.getLogger("spotforge.serving")
 
 
 class CeleryQueue:
-    """Sends batches to workers.
+    """Queue that sends batches to workers.
 
     Args:
-        batches: Of the folder.
+        batches: Batches of the folder.
         broker: URL of Redis or RabbitMQ.
     """
 
@@ -47,7 +47,7 @@ class CeleryQueue:
         self._resending: asyncio.Task[None] | None = None
 
     async def start(self, app: ASGIApp) -> None:
-        """See `Queue`. A broker that is not there yet does not keep the gateway from starting."""
+        """See `Queue`. The gateway starts even if the broker cannot be reached yet."""
         self._resending = asyncio.create_task(self._resend())
 
     async def _resend(self) -> None:
@@ -65,10 +65,10 @@ class CeleryQueue:
         await asyncio.to_thread(self._send, batch_id)
 
     def stop(self) -> None:
-        """Workers go on."""
+        """Does nothing, since the workers go on."""
 
     async def close(self) -> None:
-        """Likewise."""
+        """Closes the connection to the broker; the workers go on."""
         if self._resending is not None:
             self._resending.cancel()
             await asyncio.gather(self._resending, return_exceptions=True)
@@ -78,18 +78,19 @@ class CeleryQueue:
         try:
             self._app.send_task(_TASK, [batch_id], queue=_QUEUE, retry=False)
         except (OperationalError, BrokerError, OSError) as e:
-            raise ConnectionError(f"the broker takes nothing: {e}") from e
+            raise ConnectionError(f"the broker cannot be reached: {e}") from e
 
 
 def work(config: WorkerConfig, key: str | None) -> None:
-    """Works until it is told to stop.
+    """Works on batches until the process is told to stop.
 
     Args:
-        config: Settings.
-        key: Of the gateway; None: it asks for none.
+        config: Settings of the worker.
+        key: API key for the gateway; None: the gateway needs no key.
     """
     timeout_s = config.visibility_timeout_s
-    # One that was not acknowledged in time goes to another worker, at once and not after minutes.
+    # A message that was not acknowledged in time goes to another worker. By default Celery may look
+    # for such messages only minutes later.
     options = {
         "visibility_timeout": timeout_s,
         "unacked_restore_interval": max(1.0, min(10.0, timeout_s / 4)),
@@ -100,10 +101,12 @@ def work(config: WorkerConfig, key: str | None) -> None:
     def run_batch(batch_id: str) -> None:
         try:
             asyncio.run(_run(config, key, batch_id))
-        except Exception:  # a full disk, a folder that went away, or is another gateway's
-            _log.exception("%s: tried again later", batch_id)
+        except Exception:  # a full disk, or a folder that is missing or another gateway's
+            _log.exception("%s: failed, and is tried again later", batch_id)
             raise
 
+    # Acknowledged after the work and not before, so that a batch outlives its worker; any error is
+    # retried without a limit, since the batch has a deadline of its own.
     app.task(
         name=_TASK,
         acks_late=True,
@@ -141,7 +144,7 @@ def _celery(broker: str, redis_options: dict[str, Any]) -> Celery:
     app.conf.update(
         task_serializer="json",
         accept_content=["json"],
-        worker_prefetch_multiplier=1,
+        worker_prefetch_multiplier=1,  # a worker takes no batch that it cannot start at once
         broker_connection_retry_on_startup=True,
         broker_connection_timeout=_CONNECT_TIMEOUT_S,
         broker_transport_options=redis_options if broker.startswith("redis") else {},

@@ -1,8 +1,8 @@
-"""The folder of files and batches: an SQLite database for what is known, files for contents.
+"""The folder of files and batches: an SQLite database for their state, and files for contents.
 
-Workers in other processes open the same folder, so they run on the gateway's host: SQLite's
-write-ahead log needs shared memory. Whatever must not happen twice is one conditional UPDATE in a
-transaction; no process has to live for it to hold.
+Worker processes open the same folder, so they run on the gateway's host: SQLite's write-ahead log
+needs shared memory. Anything that must happen only once is one conditional UPDATE in a transaction,
+which holds whichever process dies.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CREATE TABLE IF NOT EXISTS batches (
     error_file_id TEXT,
     created_at INTEGER NOT NULL,
     expires_at INTEGER NOT NULL,
-    times TEXT NOT NULL DEFAULT '{}',      -- when each status came, as in_progress_at
+    times TEXT NOT NULL DEFAULT '{}',      -- time of each status, such as in_progress_at
     metadata TEXT,
     errors TEXT,
     total INTEGER NOT NULL DEFAULT 0,
@@ -46,9 +46,9 @@ CREATE TABLE IF NOT EXISTS batches (
 );
 CREATE TABLE IF NOT EXISTS lines (
     batch_id TEXT NOT NULL,
-    number INTEGER NOT NULL,               -- from 1, as the input file has them
+    number INTEGER NOT NULL,               -- of the line in the input file, from 1
     offset INTEGER NOT NULL,               -- in the input file
-    worker TEXT,                           -- who works on it, until claimed_until
+    worker TEXT,                           -- has claimed the line until claimed_until
     claimed_until REAL NOT NULL DEFAULT 0,
     result TEXT,                           -- NULL: not done
     is_error INTEGER NOT NULL DEFAULT 0,
@@ -57,17 +57,17 @@ CREATE TABLE IF NOT EXISTS lines (
 CREATE INDEX IF NOT EXISTS undone ON lines (batch_id, number) WHERE result IS NULL;
 """
 DATABASE = "batches.sqlite3"
-_BUSY_TIMEOUT_S = 60.0  # another process writes; 50,000 new lines take about a second
+_BUSY_TIMEOUT_S = 60.0  # while another process writes; 50,000 new lines take about a second
 
 
 class Database:
-    """One connection, for all threads of a process.
+    """A connection that is shared by all threads of a process.
 
     Args:
-        folder: Made if need be.
+        folder: Folder of the database, which is created if it does not exist.
 
     Attributes:
-        folder: Where all of it lies.
+        folder: Folder of the database and of the contents.
 
     Raises:
         ConfigError: The folder cannot be used.
@@ -82,10 +82,12 @@ class Database:
             self._connection = sqlite3.connect(
                 folder / DATABASE,
                 timeout=_BUSY_TIMEOUT_S,
-                isolation_level=None,
+                isolation_level=None,  # transactions are begun and ended explicitly below
                 check_same_thread=False,
             )
             self._connection.row_factory = sqlite3.Row
+            # Readers do not block the writer; and a commit is on disk when it returns, which WAL
+            # by itself does not guarantee after a power failure.
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")
             self._connection.executescript(_SCHEMA)
@@ -94,8 +96,10 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All or nothing of what is done within, and nothing of others in between."""
+        """Runs a write transaction: atomic, and isolated from other threads and processes."""
         with self._lock:
+            # IMMEDIATE takes the write lock now: a transaction that reads first and then writes
+            # could otherwise fail as busy without waiting.
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
@@ -105,15 +109,15 @@ class Database:
             self._connection.execute("COMMIT")
 
     def read(self, query: str, *values: object) -> list[sqlite3.Row]:
-        """The rows of one SELECT."""
+        """Returns the rows of a SELECT."""
         with self._lock:
             return self._connection.execute(query, values).fetchall()
 
     def path(self, file_id: str) -> Path:
-        """Of a file's content; the id is one of the database, never what a client sent."""
+        """Returns the path of a file's content; the id must be from the database, not a client."""
         return self.folder / "files" / file_id
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Closes the connection."""
         with self._lock:
             self._connection.close()

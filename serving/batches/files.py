@@ -1,4 +1,4 @@
-"""Files that clients upload and batches write; a key sees its own."""
+"""Files that clients upload and batches write; a key sees only its own files."""
 
 from __future__ import annotations
 
@@ -18,23 +18,27 @@ _UNFINISHED = "('validating', 'in_progress', 'cancelling', 'finalizing')"
 
 
 def new_id(prefix: str) -> str:
-    """An id that nobody can guess."""
+    """Returns a random id that cannot be guessed."""
     return prefix + secrets.token_hex(16)
 
 
 class Files:
-    """The files of a folder."""
+    """The files of a folder.
+
+    Args:
+        database: Database of the folder.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def add(self, owner: str, filename: str, content: IO[bytes]) -> dict[str, Any]:
-        """Takes an upload for batches; whoever sees its id sees all of it, after a crash as well.
+        """Stores an upload for batches; a file in the database is complete, also after a crash.
 
         Args:
             owner: Id of the key.
-            filename: As the client calls it; it names nothing here.
-            content: Read from where it stands.
+            filename: Client's name of the file, which is only shown and never a path here.
+            content: Content, which is read from its current position.
         """
         id = new_id("file-")
         path = self._database.path(id)
@@ -49,27 +53,31 @@ class Files:
         return self.get(owner, id)
 
     def get(self, owner: str, id: str) -> dict[str, Any]:
-        """As OpenAI describes a file; raises ApiError 404."""
+        """Returns a file in OpenAI's shape; raises ApiError 404 if there is no such file."""
         rows = self._database.read("SELECT * FROM files WHERE id = ? AND owner = ?", id, owner)
         if not rows:
             raise _absent(id)
         return _described(rows[0])
 
     def path(self, owner: str, id: str) -> Path:
-        """Of the content; raises ApiError 404."""
+        """Returns the path of a file's content; raises ApiError 404 if there is no such file."""
         return self._database.path(self.get(owner, id)["id"])
 
     def list_page(
         self, owner: str, purpose: str | None, after: str | None, limit: int, order: str
     ) -> Page:
-        """A page of the key's files; raises ApiError 404 where there is no file `after`."""
+        """Returns a page of a key's files; raises ApiError 404 if there is no file `after`."""
         where, values = "owner = ?", [owner]
         if purpose is not None:
             where, values = where + " AND purpose = ?", [owner, purpose]
         return page(self._database, "files", where, values, after, limit, order, _described)
 
     def delete(self, owner: str, id: str) -> None:
-        """Raises ApiError: 404, or 409 while a batch still reads it."""
+        """Deletes a file.
+
+        Raises:
+            ApiError: 404: there is no such file; 409: a batch still reads the file.
+        """
         with self._database.transaction() as transaction:
             used = transaction.execute(
                 "SELECT id FROM batches WHERE input_file_id = ? AND owner = ?"
@@ -82,13 +90,14 @@ class Files:
             row = transaction.execute(query, (id, owner)).fetchone()
             if row is None:
                 raise _absent(id)
+        # After the commit: a crash in between leaves a file without an entry, never the reverse.
         self._database.path(row["id"]).unlink(missing_ok=True)
 
 
 def insert(
     transaction: sqlite3.Connection, id: str, owner: str, purpose: str, filename: str, size: int
 ) -> None:
-    """Makes a file known whose content lies there."""
+    """Enters a file whose content is in the folder already."""
     transaction.execute(
         "INSERT INTO files (id, owner, purpose, filename, bytes, created_at)"
         " VALUES (?, ?, ?, ?, ?, ?)",

@@ -1,8 +1,8 @@
-"""Which lines of a batch are done: what makes each answer count exactly once.
+"""The ledger of a batch's lines, which makes each answer count exactly once.
 
-A worker claims a line for a while, asks, and commits the answer. Claims only spare work: one that
-runs out, since its worker was killed or is slow, is given to another, and then two may ask the
-same. The commit decides: a line takes the first answer and no other.
+A worker claims a line for a limited time, sends it, and commits the answer. Claims only avoid
+duplicate work: if one expires because its worker was killed or is slow, another worker gets the
+line, and both may send it. The commit decides: a line keeps the first answer and no other.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from serving.batches.validate import check_file, parse
 
 @dataclass(frozen=True)
 class Line:
-    """One request of a batch.
+    """A request of a batch.
 
     Attributes:
-        batch_id: Whose.
-        number: From 1.
-        custom_id: The client's name for it.
-        owner: Id of the key that made the batch.
-        url: Endpoint.
-        body: Of the request.
+        batch_id: Id of the batch.
+        number: Number of the line in the input file, from 1.
+        custom_id: Client's name for the request.
+        owner: Id of the key that created the batch.
+        url: Endpoint of the request.
+        body: Body of the request.
     """
 
     batch_id: str
@@ -46,32 +46,34 @@ class Line:
 
 
 class Nothing(Enum):
-    """Why there is no line to take."""
+    """Reason why there is no line to take."""
 
-    CLAIMED = "others work on what is left"
-    LEFT = "all lines are done, or no more are to be"
+    CLAIMED = "other workers have claimed all remaining lines"
+    LEFT = "all lines are done, or no more are to be started"
 
 
 class Ledger:
     """The lines of all batches of a folder.
 
     Args:
-        database: Of the folder.
-        lease_s: A claim holds so long unless it is renewed.
+        database: Database of the folder.
+        lease_s: Seconds after which a claim expires unless it is renewed.
     """
 
     def __init__(self, database: Database, lease_s: float) -> None:
         self._database, self.lease_s = database, lease_s
 
     def prepare(self, batch_id: str, max_lines: int) -> None:
-        """Checks the input file and enters its lines, unless that was done: else it is failed.
+        """Checks the input file and enters its lines, unless that was done before.
+
+        A batch with an invalid file gets the status `failed`.
 
         Raises:
             LookupError: There is no such batch.
         """
         batch = self._batch(batch_id)
         if batch is None:
-            raise LookupError(f"{batch_id} is no batch of {self._database.folder}")
+            raise LookupError(f"{batch_id} is not a batch of {self._database.folder}")
         if batch["status"] != "validating":
             return
         path = self._database.path(batch["input_file_id"])
@@ -79,7 +81,7 @@ class Ledger:
         with self._database.transaction() as transaction:
             status = "failed" if problems else "in_progress"
             if not set_status(transaction, status, "id = ? AND status = 'validating'", batch_id):
-                return  # somebody else was faster, or it was cancelled
+                return  # another worker was faster, or the batch was cancelled
             if problems:
                 errors = json.dumps([problem._asdict() for problem in problems])
                 query = "UPDATE batches SET errors = ? WHERE id = ?"
@@ -93,9 +95,9 @@ class Ledger:
             )
 
     def take(self, batch_id: str, worker: str) -> Line | Nothing:
-        """The next line that nobody works on, which is claimed; where none is left, all is sealed.
+        """Claims and returns the next line that no worker has; seals the batch if none is left.
 
-        A sealed batch takes no more answers: what is written of it cannot change.
+        A sealed batch accepts no more answers, so that its result files cannot change.
         """
         now_s = time.time()
         with self._database.transaction() as transaction:
@@ -118,6 +120,7 @@ class Ledger:
                     " WHERE batch_id = ? AND result IS NULL"
                 )
                 undone, claimed_until = transaction.execute(query, (batch_id,)).fetchone()
+                # Also an expired or cancelled batch waits for answers that are on their way.
                 if undone and claimed_until > now_s:
                     return Nothing.CLAIMED
                 cancelled = batch["status"] == "cancelling"
@@ -138,7 +141,7 @@ class Ledger:
         )
 
     def is_wanted(self, line: Line) -> bool:
-        """Whether it pays to ask again: it is not done, and its batch goes on."""
+        """Returns whether a line should be sent again: it is not done, and its batch goes on."""
         query = (
             "SELECT 1 FROM lines JOIN batches ON batches.id = batch_id WHERE batch_id = ?"
             f" AND number = ? AND result IS NULL AND status IN {OPEN} AND expires_at > ?"
@@ -146,10 +149,10 @@ class Ledger:
         return bool(self._database.read(query, line.batch_id, line.number, time.time()))
 
     def commit(self, line: Line, response: dict[str, Any]) -> bool:
-        """Enters the answer to a line; False where it has one, and this is thrown away.
+        """Enters the answer to a line; returns False, and drops it, if there is one already.
 
         Args:
-            line: Which.
+            line: Line that is answered.
             response: Status, request id and body.
         """
         is_error = response["status_code"] != 200
@@ -169,15 +172,15 @@ class Ledger:
         return True
 
     def renew(self, worker: str) -> None:
-        """A worker still works on what it claimed."""
+        """Extends the claims of a worker that still works on its lines."""
         self._claim(worker, time.time() + self.lease_s)
 
     def release(self, worker: str) -> None:
-        """A worker ends; what it claimed is another's to take."""
+        """Ends the claims of a worker, so that others can take its lines at once."""
         self._claim(worker, 0.0)
 
     def give_up(self, line: Line, worker: str) -> None:
-        """The same, for one line."""
+        """Ends the claim of a worker on one line."""
         with self._database.transaction() as transaction:
             transaction.execute(
                 "UPDATE lines SET claimed_until = 0"
@@ -186,9 +189,9 @@ class Ledger:
             )
 
     def finish(self, batch_id: str) -> None:
-        """Writes the files of a sealed batch, unless that was done, and gives it its last status.
+        """Writes the result files of a sealed batch and sets its last status, unless that was done.
 
-        Whoever writes them writes the same, to the same places, so that it may be begun again.
+        Every worker would write the same to the same paths, so a crash in the middle does no harm.
         """
         batch = self._batch(batch_id)
         if batch is None or batch["status"] != "finalizing":
@@ -206,6 +209,7 @@ class Ledger:
                         query = f"UPDATE batches SET {column} = NULL WHERE id = ?"
                         transaction.execute(query, (batch_id,))
                         continue
+                    # The file is in place before the commit makes it visible.
                     id = batch[column]
                     path.rename(self._database.path(id))
                     sync(self._database.folder)
@@ -217,7 +221,7 @@ class Ledger:
             errors.unlink(missing_ok=True)
 
     def _write(self, batch: sqlite3.Row, output: Path, errors: Path) -> tuple[int, int]:
-        """The two files, each in the order of the input; returns their sizes in bytes."""
+        """Writes the two result files in the order of the input; returns their sizes in bytes."""
         with output.open("wb") as output_file, errors.open("wb") as error_file:
             number, rows = 0, self._rows(batch["id"], 0)
             while rows:
@@ -269,6 +273,7 @@ class Ledger:
 
 
 def _seal(transaction: sqlite3.Connection, batch_id: str, outcome: str) -> None:
+    # The ids of the result files are fixed here, so that every worker writes to the same paths.
     set_status(transaction, "finalizing", "id = ?", batch_id)
     transaction.execute(
         "UPDATE batches SET outcome = ?, output_file_id = ?, error_file_id = ? WHERE id = ?",
@@ -283,6 +288,6 @@ def _result(
     response: dict[str, Any] | None,
     error: dict[str, str] | None,
 ) -> str:
-    """A line of an output file."""
+    """Returns a line of a result file."""
     id = f"batch_req_{batch_id.removeprefix('batch_')}_{number}"
     return json.dumps({"id": id, "custom_id": custom_id, "response": response, "error": error})

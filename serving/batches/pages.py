@@ -1,4 +1,4 @@
-"""Lists as OpenAI pages them: `limit` items after the one that was the last."""
+"""Pages of lists in OpenAI's shape: `limit` items after the last one of the previous page."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def page(
     order: str,
     describe: Callable[[sqlite3.Row], dict[str, Any]],
 ) -> Page:
-    """One page of a table.
+    """Returns a page of a table.
 
     Args:
-        database: Whose.
-        table: Which.
-        where: SQL of what belongs to the list.
-        values: Of its placeholders.
-        after: Id of the last item of the page before; None: the first page.
-        limit: Items at most.
-        order: `asc` or `desc`, by age.
-        describe: A row as the client sees it.
+        database: Database with the table.
+        table: Name of the table.
+        where: SQL condition for the rows of the list.
+        values: Values of the condition's placeholders.
+        after: Id of the last item of the previous page; None: the first page.
+        limit: Items of the page, at most.
+        order: `asc` or `desc`, by the time of creation.
+        describe: Function that returns a row as the client sees it.
 
     Raises:
-        ApiError: 404, there is nothing of the id `after` in the list.
+        ApiError: 404: there is no item `after` in the list.
     """
     bound = ""
     if after is not None:
@@ -43,11 +43,12 @@ def page(
         rows = database.read(query, *values, after)
         if not rows:
             raise ApiError(404, f"there is no {after[:64]!r} in the list", "after")
+        # `seq` and not the time, which several items may share.
         bound = f"AND seq {'>' if order == 'asc' else '<'} {rows[0]['seq']}"
     rows = database.read(
         f"SELECT * FROM {table} WHERE {where} {bound} ORDER BY seq {order} LIMIT ?",
         *values,
-        limit + 1,
+        limit + 1,  # the additional row tells whether there are more pages
     )
     data = [describe(row) for row in rows[:limit]]
     return {

@@ -1,4 +1,4 @@
-"""Who works on batches: this process, or workers elsewhere."""
+"""Queues of batches: the interface, and the queue that works in the gateway's process."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ from serving.batches.ledger import Ledger
 from serving.batches.runner import Runner
 
 _RETRY_S = 5.0
-_LAST_COMMITS_S = 1.0  # for answers that came just now
+_LAST_COMMITS_S = 1.0  # time to commit answers that have just come
 _log = logging.getLogger("spotforge.serving")
 
 
 class Queue(Protocol):
-    """Where batches wait for somebody to work on them. One that is put twice does no harm."""
+    """Queue of batches; putting a batch twice does no harm."""
 
     async def start(self, app: ASGIApp) -> None:
-        """Puts all that are unfinished: a crash may have lost them.
+        """Puts all unfinished batches, since a crash may have lost them.
 
         Args:
-            app: The gateway, which is ready.
+            app: App of the gateway, which is ready.
         """
         ...
 
     async def put(self, batch_id: str) -> None:
-        """Hands over a batch.
+        """Queues a batch.
 
         Raises:
-            ConnectionError: Nobody takes it.
+            ConnectionError: The broker cannot be reached.
         """
         ...
 
     def stop(self) -> None:
-        """Begins nothing more."""
+        """Stops starting lines."""
         ...
 
     async def close(self) -> None:
-        """Ends what runs here; the next start goes on with it."""
+        """Ends the work in this process; the next start goes on with it."""
         ...
 
 
 class EmbeddedQueue:
-    """Works on batches in the gateway's process.
+    """Queue that works on batches in the gateway's process.
 
     Args:
-        batches: Of the folder.
-        ledger: Likewise.
-        concurrency: Lines at once.
-        max_lines: Of a batch.
+        batches: Batches of the folder.
+        ledger: Lines of the batches.
+        concurrency: Lines that are processed at once.
+        max_lines: Lines of a batch, at most.
     """
 
     def __init__(self, batches: Batches, ledger: Ledger, concurrency: int, max_lines: int) -> None:
@@ -64,7 +64,7 @@ class EmbeddedQueue:
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     async def start(self, app: ASGIApp) -> None:
-        """See `Queue`. Until then batches wait."""
+        """See `Queue`. Batches that were put before wait until this is called."""
         ask = partial(ask_app, app)
         self._runner = Runner(self._ledger, ask, self._concurrency, self._max_lines)
         for batch_id in await asyncio.to_thread(self._batches.unfinished):
@@ -96,6 +96,6 @@ async def _run(runner: Runner, batch_id: str) -> None:
     while True:
         try:
             return await runner.run(batch_id)
-        except Exception:  # a full disk, a folder that went away: nothing is lost by waiting
-            _log.exception("%s: tried again in %g s", batch_id, _RETRY_S)
+        except Exception:  # e.g. a full disk or a missing folder: waiting loses nothing
+            _log.exception("%s: failed, and is tried again in %g s", batch_id, _RETRY_S)
             await asyncio.sleep(_RETRY_S)

@@ -1,4 +1,4 @@
-"""Works on one batch until nothing is left of it; any number of workers may do so at once."""
+"""Runs a batch until no lines are left; any number of workers may run the same batch."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 
 from serving.batches.ledger import Ledger, Line, Nothing
 
-_UNREACHABLE_S = 1.0  # before a gateway that was not there is asked again
-_LOOK_AGAIN_S = 0.2  # whether others have done what they work on
-_LONGEST_WAIT_S = 30.0  # before it is seen whether a line is still wanted
-_MAX_LOST = 3  # a request that kills the engine must not do so for a day
+_UNREACHABLE_S = 1.0  # between two tries to reach the gateway
+_LOOK_AGAIN_S = 0.2  # between two looks for lines that other workers have given up
+_LONGEST_WAIT_S = 30.0  # between two checks whether a line is still wanted
+_MAX_LOST = 3  # tries of a request that loses the engine, which it must not do for a whole day
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the gateway said to a request.
+    """The gateway's reply to a request.
 
     Attributes:
         status: HTTP status.
-        request_id: Of the gateway; may be empty.
-        body: JSON.
-        retry_after_s: Where it pays to come back.
+        request_id: Gateway's id of the request; may be empty.
+        body: Body as JSON.
+        retry_after_s: Seconds after which a retry makes sense; None: it never does.
     """
 
     status: int
@@ -34,7 +34,7 @@ class Reply:
 
     @property
     def is_lost(self) -> bool:
-        """Whether it was let in, and then the engine failed."""
+        """True if the request was admitted and then lost by the engine."""
         error = self.body.get("error") if isinstance(self.body, dict) else None
         return isinstance(error, dict) and error.get("code") == "engine"
 
@@ -44,13 +44,13 @@ Ask = Callable[[Line], Awaitable[Reply | None]]
 
 
 class Runner:
-    """Asks what the lines of batches ask.
+    """Runs the lines of batches.
 
     Args:
-        ledger: What is done.
-        ask: Sends a line to the gateway.
-        concurrency: Lines at once, of all batches together.
-        max_lines: A file of more is refused.
+        ledger: Ledger of the lines.
+        ask: Function that sends a line to the gateway.
+        concurrency: Lines that are processed at once, of all batches together.
+        max_lines: Lines of a batch, at most.
     """
 
     def __init__(self, ledger: Ledger, ask: Ask, concurrency: int, max_lines: int) -> None:
@@ -59,19 +59,22 @@ class Runner:
         self._is_stopping = False
 
     def stop(self) -> None:
-        """Begins no more lines; `run` returns when those that it works on have ended."""
+        """Stops starting lines; `run` returns when the started ones have ended."""
         self._is_stopping = True
 
     async def run(self, batch_id: str) -> None:
-        """Until the batch has ended, or `stop`. What it had begun when cancelled is not committed.
+        """Runs a batch until it has ended, or `stop` is called.
+
+        If the task is cancelled, answers of started lines are not committed.
 
         Raises:
             LookupError: There is no such batch.
             OSError: The folder cannot be read or written.
-            sqlite3.Error: Likewise.
+            sqlite3.Error: The database cannot be read or written.
         """
         worker = uuid.uuid4().hex
         await asyncio.to_thread(self._ledger.prepare, batch_id, self._max_lines)
+        # One task renews all claims of this worker: lines may wait longer than a lease.
         renewing = asyncio.create_task(self._renew(worker))
         try:
             async with asyncio.TaskGroup() as lines:
@@ -85,6 +88,7 @@ class Runner:
 
     async def _begin_lines(self, batch_id: str, worker: str, lines: asyncio.TaskGroup) -> None:
         while not self._is_stopping:
+            # The place is acquired before the line, or lines would be claimed and then wait.
             await self._free.acquire()
             taken: Line | Nothing = Nothing.CLAIMED
             try:
@@ -108,9 +112,9 @@ class Runner:
             self._free.release()
 
     async def _answer(self, line: Line) -> bool:
-        """Asks until there is an answer that asking again would not better, and commits it.
+        """Sends a line until the reply is final, and commits it.
 
-        False where nobody waits for one any more.
+        Returns False if the answer is no longer wanted.
         """
         lost = 0
         while True:
@@ -120,6 +124,7 @@ class Runner:
                 if reply.retry_after_s is None or lost == _MAX_LOST:
                     break
             wait_s = _UNREACHABLE_S
+            # A long Retry-After is cut, to notice soon that the batch was cancelled.
             if reply is not None:
                 wait_s = min(reply.retry_after_s or 0.0, _LONGEST_WAIT_S)
             if self._is_stopping or not await asyncio.to_thread(self._ledger.is_wanted, line):
@@ -135,5 +140,5 @@ class Runner:
 
     async def _renew(self, worker: str) -> None:
         while True:
-            await asyncio.sleep(self._ledger.lease_s / 3)
+            await asyncio.sleep(self._ledger.lease_s / 3)  # two renewals may come late
             await asyncio.to_thread(self._ledger.renew, worker)

@@ -1,4 +1,4 @@
-"""What a gateway has of batches."""
+"""Opens the gateway's folder of batches and its queue."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from serving.config import BatchesConfig
 
 @dataclass(frozen=True)
 class BatchService:
-    """The folder, and who works on what is in it."""
+    """The database of files and batches, and the queue that works on them."""
 
     database: Database
     queue: Queue
 
 
 def open_batches(config: BatchesConfig) -> BatchService | None:
-    """None where the settings name no folder.
+    """Opens the folder and its queue; returns None if the settings name no folder.
 
     Raises:
         ConfigError: The folder cannot be used, or Celery is not installed.

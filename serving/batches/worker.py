@@ -24,22 +24,20 @@ _above_0 = partial(setting, above=0, below=math.inf, fix="give more")
 
 @dataclass
 class WorkerConfig:
-    """Settings, as `key=value`.
+    """Settings of a worker, as `key=value`.
 
     Attributes:
-        dir: The gateway's `batches.dir`.
-        broker: The gateway's `batches.broker`.
-        gateway: The gateway's address.
-        name: Name of this worker, where a host has several.
-        batches: Batches that it works on at once, each in a process.
-        concurrency: Lines of each batch at once.
+        dir: Value of the gateway's `batches.dir`.
+        broker: Value of the gateway's `batches.broker`.
+        gateway: Address of the gateway.
+        name: Name of this worker, unique on its host.
+        batches: Batches that the worker runs at once, each in a process.
+        concurrency: Lines of each batch that are processed at once.
         max_lines: Lines of a batch, at most.
-        request_timeout_s: Seconds for the answer to a line; the gateway's own limit is to be
-            shorter.
-        visibility_timeout_s: Seconds after which Redis gives a batch to another worker, too: how
-            late a batch goes on whose worker's host is gone.
-        lease_s: Seconds after which a line goes to another worker when its own has not been heard
-            of.
+        request_timeout_s: Seconds for the answer to a line; must be more than the gateway's limit.
+        visibility_timeout_s: Seconds after which Redis gives a batch to another worker as well, and
+            so the delay after the loss of a worker's host.
+        lease_s: Seconds without a sign of life after which a line goes to another worker.
     """
 
     dir: str = MISSING
@@ -54,17 +52,17 @@ class WorkerConfig:
     lease_s: float = _above_0(30.0)
 
     def folder(self) -> Path:
-        """Of files and batches."""
+        """Returns the folder of files and batches."""
         return Path(self.dir).expanduser()
 
     def cross_check(self, key: str) -> None:
-        """Raises ConfigError for addresses that are none, and a folder without batches."""
+        """Raises ConfigError for invalid addresses, and for a folder without batches."""
         for name, kinds in (("broker", BROKERS), ("gateway", ("http", "https"))):
             if getattr(self, name).partition("://")[0] not in kinds:
-                rule = f"is no URL of {' | '.join(kinds)}"
+                rule = f"must be a URL of {' | '.join(kinds)}"
                 raise ConfigError(name, getattr(self, name), rule, f"give {kinds[0]}://HOST:PORT")
         if not (self.folder() / DATABASE).is_file():
-            rule = "holds no batches: no gateway keeps its own there"
+            rule = "is not a gateway's folder of batches: it has no database"
             raise ConfigError("dir", self.dir, rule, "give the gateway's batches.dir")
 
 
@@ -79,14 +77,15 @@ WORKER = Command(
 """,
     notes=f"""
 The API key for the gateway is in {_KEY}.
-SIGTERM gives what it works on to another worker. Exit code 2: refused.
+SIGTERM leaves the running lines to another worker. Exit code 2: settings refused.
 """,
 )
 
 
 def _run(config: WorkerConfig, job: Job) -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
-    # Else Celery would end a batch first, which takes up to a day. So another worker gets it.
+    # By default Celery finishes a batch before it ends, which may take a day. With a cold shutdown
+    # another worker gets it.
     os.environ.setdefault("REMAP_SIGTERM", "SIGQUIT")
     try:
         from serving.batches.celery_queue import work
@@ -98,7 +97,7 @@ def _run(config: WorkerConfig, job: Job) -> int:
 
 
 def main() -> int:
-    """Entry point; returns the exit code."""
+    """Runs the worker; returns the exit code."""
     return WORKER.main(_run)
 
 

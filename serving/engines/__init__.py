@@ -1,1 +1,1 @@
-"""Engines: how each is prepared and started, and the programs that run as their own processes."""
+"""Engines: preparing, starting and watching them, and the programs that run as processes."""

@@ -1,4 +1,4 @@
-"""Which engine runs an artifact on this host, and why."""
+"""Selects and starts the engine that runs an artifact on this host."""
 
 from __future__ import annotations
 
@@ -27,31 +27,33 @@ from serving.engines.remote import RemoteEngine, connect
 
 _log = logging.getLogger("spotforge.serving")
 
-_TOKENS_OF_A_SEQUENCE = 512  # what the default KV cache has room for, for all that run
+_TOKENS_OF_A_SEQUENCE = 512  # that the default KV cache has room for, in each running sequence
 _GPU_BATCH_TOKENS = 2048
-_OPENVINO_ITEMSIZE = 2  # its KV cache is in float16
-_CONTEXT_WITHOUT_LIMIT = 8192  # where neither the model nor anybody else names one
-_OTHER_NAMES = {  # that older models have for the same
+_OPENVINO_ITEMSIZE = 2  # OpenVINO's KV cache is in float16
+_CONTEXT_WITHOUT_LIMIT = 8192  # if neither the model nor the settings give a limit
+_OTHER_NAMES = {  # older models' names for the same keys of config.json
     "max_position_embeddings": ("n_positions", "n_ctx", "max_seq_len"),
     "num_attention_heads": ("n_head", "n_heads", "num_heads"),
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
     "hidden_size": ("n_embd", "d_model"),
 }
-_LEAST_RUNNING = 32  # fewer that run at once are no reason to cut prompts into crumbs
+# Counted at least for the tokens of a step: with few running sequences, prompts would be cut into
+# steps too small to be efficient.
+_LEAST_RUNNING = 32
 _ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
-_OPENVINO_TYPES = {"float32": "f32", "bfloat16": "bf16"}  # as it calls them
+_OPENVINO_TYPES = {"float32": "f32", "bfloat16": "bf16"}  # OpenVINO's names
 _TORCH_FORMATS = {Format.huggingface, Format.torchao, Format.compressed_tensors}
-_OF_TORCH = {  # their programs
+_OF_TORCH = {  # the modules of engine programs that run a model of transformers
     EngineName.transformers: "serving.engines.transformers_worker",
     EngineName.plain: "serving.engines.plain_worker",
 }
-# What `auto` takes where one does not prove that it computes what the model does.
+# The engine that `auto` tries next if an engine's scores are wrong or it cannot run the model.
 _INSTEAD = {
     EngineName.vllm: EngineName.transformers,
     EngineName.openvino: EngineName.transformers,
     EngineName.transformers: EngineName.plain,
 }
-_FIX = "leave engine.name out: it finds one that does, if there is one"
+_FIX = "leave engine.name out, so that an engine that does is selected if there is one"
 _FORMATS = {
     8: WeightFormat("int8"),
     4: WeightFormat("int4"),
@@ -60,15 +62,15 @@ _FORMATS = {
 
 
 class Choice(NamedTuple):
-    """An engine that is not started yet.
+    """A selected engine that is not started yet.
 
     Attributes:
         engine: The engine.
-        name: Which one it is.
-        why: It is this one.
-        dtype: That it computes in; None: it does not tell.
-        score: A plain forward of the same weights; None: there are none here.
-        format: Key of the bounds that it has to be within of that.
+        name: Name of the engine.
+        why: Reason for the selection.
+        dtype: Type that the engine computes in; None: unknown.
+        score: Plain forward of the same weights; None: the weights are not on this host.
+        format: Key of `BOUNDS` for the allowed difference from the plain forward.
     """
 
     engine: Engine
@@ -84,8 +86,8 @@ class Started(NamedTuple):
 
     Attributes:
         engine: The engine.
-        info: What it says of itself.
-        why: It is this one, and what else there is to say of it.
+        info: Properties that the engine reports.
+        why: Name of the engine, the reason for the selection, and remarks.
     """
 
     engine: Engine
@@ -96,22 +98,23 @@ class Started(NamedTuple):
 async def start(
     artifact: Artifact, config: EngineConfig, cache: Path, adapters: dict[str, Adapter]
 ) -> Started:
-    """Starts an engine, and has it prove that it computes what the model does.
+    """Starts an engine and checks its scores against a plain forward of the model.
 
-    Where `auto` took one that does not, transformers is next, and then the plain engine.
+    If `auto` selected an engine whose scores are wrong, transformers is tried next, and then the
+    plain engine.
 
     Args:
-        artifact: What it is to run.
-        config: Settings.
-        cache: Folder for what is prepared, and for proofs.
-        adapters: By name.
+        artifact: Artifact that the engine runs.
+        config: Settings of the engine.
+        cache: Folder for converted models and the results of checks.
+        adapters: Adapters that the engine loads, by name.
 
     Raises:
-        ConfigError: No engine here can run the artifact, or not the one that was asked for.
-        SpotforgeError: It does not start; nothing is left running.
+        ConfigError: No engine here can run the artifact, or the one that was asked for cannot.
+        SpotforgeError: The engine does not start; no process of it is left.
     """
     if config.name is not EngineName.remote and "vocab_size" not in _described(artifact.folder):
-        rule = "is not served: its config.json says no vocab_size, so that it is no language model"
+        rule = "is not served: its config.json has no vocab_size, so it is not a language model"
         raise ConfigError("artifact", artifact.name, rule, "serve a causal language model")
     choice = await build(artifact, config, cache, adapters)
     failed: list[str] = []
@@ -125,18 +128,18 @@ async def start(
                 fix = "serve another model" if choice.name is EngineName.plain else _FIX
                 rule = f"is not served: {'; '.join([*failed, said])}"
                 raise ConfigError("artifact", artifact.name, rule, fix) from e
-            _log.warning("%s: not served by %s", artifact.name, said)
+            _log.warning("%s: another engine is tried, since %s", artifact.name, said)
             failed.append(said)
             asked = dataclasses.replace(config, name=other)
             choice = await build(artifact, asked, cache, adapters)
             continue
         why = f"{choice.name.value}, since {'; '.join(failed) or choice.why}"
         if prove is None:
-            why += "; what it computes is not proven, as it is not run here"
+            why += "; its scores are not checked, since the model is not on this host"
         if info.restored_buffers:
             names = ", ".join(info.restored_buffers)
-            why += f"; loading had left {names} without their values, which were computed anew"
-        dtype = "a type that it does not tell" if choice.dtype is None else choice.dtype
+            why += f"; loading left {names} uninitialized, and they were computed"
+        dtype = "an unknown type" if choice.dtype is None else choice.dtype
         _log.info("%s (%s): %s in %s: %s", artifact.name, artifact.version, info.engine, dtype, why)
         return Started(choice.engine, info, why)
 
@@ -146,35 +149,38 @@ async def _start_one(engine: Engine, artifact: Artifact, prove: Proof | None) ->
         return await engine.start(prove)
     except BaseException as e:
         await engine.close()
+        # These name the key or the engine already; any other error gets the artifact's name.
         if not isinstance(e, SpotforgeError) or isinstance(e, ConfigError | Unproven):
             raise
-        why = f"its engine does not start: {e}"
+        why = f"the engine does not start: {e}"
         raise SpotforgeError(f"artifact={artifact.name}: {why}") from e
 
 
 async def build(
     artifact: Artifact, config: EngineConfig, cache: Path, adapters: dict[str, Adapter]
 ) -> Choice:
-    """An engine that is not started yet, and why it is this one.
+    """Selects an engine for an artifact and builds it, but does not start it.
 
-    `auto` takes transformers for adapters; vLLM on a host with a GPU where SPOTFORGE_VLLM_PYTHON
-    names one; OpenVINO for its own IRs, and for dense weights on a host without a GPU where
-    SPOTFORGE_OPENVINO_PYTHON names one; transformers for all else, and where an IR cannot be made.
+    `auto` selects transformers for adapters; vLLM on a host with a GPU if SPOTFORGE_VLLM_PYTHON is
+    set; OpenVINO for its own IRs, and for dense weights on a host without a GPU if
+    SPOTFORGE_OPENVINO_PYTHON is set; transformers otherwise, and if the conversion to an IR fails.
 
     Args:
-        artifact: What it is to run.
-        config: Settings.
-        cache: Folder for what is prepared.
-        adapters: By name.
+        artifact: Artifact that the engine runs.
+        config: Settings of the engine.
+        cache: Folder for converted models.
+        adapters: Adapters that the engine loads, by name.
 
     Raises:
-        ConfigError: No engine here can run the artifact, or not the one that was asked for.
+        ConfigError: No engine here can run the artifact, or the one that was asked for cannot.
     """
+    # What was asked for by name comes first, and fails rather than falls back; the order of the
+    # rest is that of `auto`.
     if adapters and config.name not in (EngineName.auto, *_OF_TORCH):
-        rule = f"the {config.name.value} engine has no adapters"
+        rule = f"the {config.name.value} engine does not support adapters"
         raise ConfigError("adapters", ", ".join(adapters), rule, "serve an export by transformers")
     asked = "it was asked for"
-    if config.name is EngineName.remote:  # the artifact is only read for its texts
+    if config.name is EngineName.remote:  # of the artifact, only the tokenizer is used
         engine = connect(config, kv_cache(artifact.folder, config, 4)[0])
         return Choice(engine, config.name, asked)
     if config.name is EngineName.vllm:
@@ -183,25 +189,29 @@ async def build(
         rule, fix = "no engine here runs GGUF", "serve the export, or run it in llama.cpp"
         raise ConfigError("artifact", artifact.name, rule, fix)
     if adapters and artifact.format is Format.openvino:
-        rule, fix = "the openvino engine has no adapters", "serve an export by transformers"
+        rule, fix = (
+            "the openvino engine does not support adapters",
+            "serve an export by transformers",
+        )
         raise ConfigError("adapters", ", ".join(adapters), rule, fix)
     if config.name in _OF_TORCH:
         return _torch(config.name, artifact, config, adapters, asked)
     if config.name is EngineName.openvino:
         return await _openvino(artifact, config, cache, asked)
     if adapters:
-        why = "it alone has batches with adapters"
+        why = "only transformers runs adapters in batches"
         return _torch(EngineName.transformers, artifact, config, adapters, why)
     if artifact.format is Format.openvino:
         return await _openvino(artifact, config, cache, "the artifact is an IR")
     if gpus.has_gpu() and os.environ.get(vllm.PYTHON) and vllm.why_not(artifact) is None:
-        return _vllm(artifact, config, f"this host has a GPU, and {vllm.PYTHON} names a vLLM")
+        return _vllm(artifact, config, f"this host has a GPU, and {vllm.PYTHON} is set")
     why_not = _why_not_openvino(artifact)
     if why_not is None:
         try:
             return await _openvino(artifact, config, cache, "this host has no GPU")
         except SpotforgeError as e:
-            why_not = f"OpenVINO does not do: {e}"
+            # `auto` goes on with the next engine; the reason is logged and shown by /readyz.
+            why_not = f"OpenVINO cannot run it: {e}"
     return _torch(EngineName.transformers, artifact, config, adapters, why_not)
 
 
@@ -212,6 +222,7 @@ def _proof(
         return None
     weight_bytes = sum(path.stat().st_size for path in artifact.folder.glob("*.safetensors"))
     cases = cases_of(_described(artifact.folder), weight_bytes, gpus.has_gpu(), adapters)
+    # Adapters are checked with the artifact, since they change what the engine computes.
     digests = [artifact.digest, *(f"{a.name} {a.digest}" for a in adapters.values())]
     return Proof(cache, digests, cases, choice.format, choice.dtype, choice.score)
 
@@ -221,13 +232,13 @@ def _is_torch(artifact: Artifact) -> bool:
 
 
 def _why_not_openvino(artifact: Artifact) -> str | None:
-    """None: it is worth the try."""
+    """Returns why `auto` does not try OpenVINO; None: it does."""
     if artifact.format is not Format.huggingface:
-        return f"it alone runs {artifact.format.value}"
+        return f"only transformers runs {artifact.format.value}"
     if gpus.has_gpu():
-        return f"this host has a GPU, and {vllm.PYTHON} names no vLLM, which would be faster"
+        return f"this host has a GPU, and {vllm.PYTHON} is not set (vLLM would be faster)"
     if not os.environ.get(PYTHON):
-        return f"{PYTHON} names no OpenVINO, which would be faster"
+        return f"{PYTHON} is not set (OpenVINO would be faster)"
     return None
 
 
@@ -238,14 +249,14 @@ async def _openvino(artifact: Artifact, config: EngineConfig, cache: Path, why: 
     dtype = _dtype(artifact, config)
     if dtype not in _OPENVINO_TYPES:
         rule = f"OpenVINO computes in {' or '.join(_OPENVINO_TYPES)} on a CPU"
-        raise ConfigError("engine.dtype", dtype, rule, "choose one")
+        raise ConfigError("engine.dtype", dtype, rule, "choose one of them")
     weights = _FORMATS[config.openvino_bits]
-    prepare = openvino.prepare  # minutes, the first time
+    prepare = openvino.prepare  # takes minutes the first time
     ir = await asyncio.to_thread(prepare, artifact.folder, artifact.digest, cache, weights)
     max_context, kv_cache_tokens = kv_cache(artifact.folder, config, _OPENVINO_ITEMSIZE)
     token_bytes = _bytes_of_a_token(_described(artifact.folder), _OPENVINO_ITEMSIZE)
     if token_bytes is None:
-        rule = "the model's config.json does not say what a token takes in its cache"
+        rule = "the model's config.json lacks what the size of its KV cache is computed from"
         raise ConfigError("engine.name", "openvino", rule, "leave it out")
     arguments = openvino.command(
         ir,
@@ -256,7 +267,8 @@ async def _openvino(artifact: Artifact, config: EngineConfig, cache: Path, why: 
         num_threads=config.num_threads,
         inference_precision=_OPENVINO_TYPES[dtype],
     )
-    # An IR that was packed may be in fewer bits than those that are asked for here.
+    # `openvino_bits` says nothing about an IR that was made elsewhere: its weights may have fewer
+    # bits, so it gets the wider bound.
     is_whole = artifact.format is Format.huggingface and config.openvino_bits == 32
     format = ("bfloat16" if dtype == "bfloat16" else "float16") if is_whole else "int8"
     engine = ProcessEngine(arguments, watch_of(config))
@@ -282,7 +294,7 @@ def _vllm(artifact: Artifact, config: EngineConfig, why: str) -> Choice:
     engine = vllm.VllmEngine(command, client, watch_of(config))
     format = dtype if artifact.format is Format.huggingface else "int8"
     program = _torch_program(EngineName.plain, artifact, config, {}, dtype)
-    # vLLM has taken the GPU's memory.
+    # The plain forward runs on the CPU, since vLLM has reserved the GPU's memory.
     plain = ProcessEngine(program, watch_of(config), {"CUDA_VISIBLE_DEVICES": ""})
     return Choice(engine, EngineName.vllm, why, dtype, scores.of_another(plain), format)
 
@@ -316,7 +328,9 @@ def _torch_program(
         "target": None if artifact.format is Format.huggingface else artifact.format.value,
         "max_context": max_context,
         "max_running": config.max_running,
-        "max_batch_tokens": _max_batch_tokens(config, 6),  # its smallest step is long already
+        # Twice as many as for the other engines: a step has a high fixed cost, so that more
+        # prompt tokens lengthen it less.
+        "max_batch_tokens": _max_batch_tokens(config, 6),
         "kv_cache_tokens": kv_cache_tokens,
         "num_threads": config.num_threads,
         "dtype": dtype,
@@ -326,13 +340,16 @@ def _torch_program(
 
 
 def _dtype(artifact: Artifact, config: EngineConfig) -> str:
-    """That the artifact is computed in, by whichever engine."""
+    """Returns the type that the artifact is computed in, whichever engine runs it."""
     described = read_object(artifact.folder / "config.json")
     return served_dtype(described, gpus.has_gpu(), config.dtype.value)
 
 
 def _max_batch_tokens(config: EngineConfig, times_running: int) -> int:
-    """Where nobody says, on a CPU: so many that a step with prompts takes up to three without."""
+    """Returns `max_batch_tokens`, or its default.
+
+    The default on a CPU lets a step with prompts take about as long as three steps without.
+    """
     if config.max_batch_tokens is not None:
         return config.max_batch_tokens
     if gpus.has_gpu():
@@ -341,12 +358,12 @@ def _max_batch_tokens(config: EngineConfig, times_running: int) -> int:
 
 
 def kv_cache(folder: Path, config: EngineConfig, itemsize: int) -> tuple[int, int]:
-    """The context, and the tokens that the KV cache has room for.
+    """Returns the length of the context, and the tokens that the KV cache has room for.
 
     Args:
-        folder: Of the artifact.
-        config: Settings.
-        itemsize: Bytes of a number in it.
+        folder: Folder of the artifact.
+        config: Settings of the engine.
+        itemsize: Bytes of a number in the cache.
 
     Raises:
         ConfigError: The cache is smaller than one context, or the context larger than the model's.
@@ -355,7 +372,7 @@ def kv_cache(folder: Path, config: EngineConfig, itemsize: int) -> tuple[int, in
     trained = int(described.get("max_position_embeddings") or 0) or None
     max_context = config.max_context or trained or _CONTEXT_WITHOUT_LIMIT
     if trained is not None and max_context > trained:
-        rule = f"the model knows {trained} positions"
+        rule = f"the model has only {trained} positions"
         raise ConfigError("engine.max_context", max_context, rule, "give less")
     if config.kv_cache_mb is None:
         tokens = max(max_context, config.max_running * _TOKENS_OF_A_SEQUENCE)
@@ -366,11 +383,11 @@ def kv_cache(folder: Path, config: EngineConfig, itemsize: int) -> tuple[int, in
     _check_room("engine.kv_cache_mb", config.kv_cache_mb, config.kv_cache_mb * 10**6, "give less")
     token_bytes = _bytes_of_a_token(described, itemsize)
     if token_bytes is None:
-        rule = "the model's config.json does not say what a token takes"
+        rule = "the model's config.json lacks what the size of a token is computed from"
         raise ConfigError("engine.kv_cache_mb", config.kv_cache_mb, rule, "leave it out")
     tokens = config.kv_cache_mb * 10**6 // token_bytes
     if tokens < max_context:
-        rule = f"has room for {tokens} tokens, which is less than one context ({max_context})"
+        rule = f"has room for {tokens} tokens, fewer than one context ({max_context})"
         fix = f"give more, or engine.max_context={tokens}"
         raise ConfigError("engine.kv_cache_mb", config.kv_cache_mb, rule, fix)
     return max_context, tokens
@@ -379,12 +396,12 @@ def kv_cache(folder: Path, config: EngineConfig, itemsize: int) -> tuple[int, in
 def _check_room(key: str, value: int, needed: int, fix: str) -> None:
     there = _host_bytes()
     if not gpus.has_gpu() and needed > there:
-        rule = f"its KV cache takes {needed / 1e9:.4g} GB, and this host has {there / 1e9:.4g}"
+        rule = f"its KV cache takes {needed / 1e9:.4g} GB, but this host has {there / 1e9:.4g} GB"
         raise ConfigError(key, value, rule, fix)
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    """What `config.json` says of the language model, by the names that most models have."""
+    """Returns the language model's part of `config.json`, with older names of keys replaced."""
     told = read_object(folder / "config.json")
     described: dict[str, Any] = told.get("text_config") or told
     renamed = {
@@ -401,7 +418,7 @@ def _host_bytes() -> int:
 
 
 def _bytes_of_a_token(described: dict[str, Any], itemsize: int) -> int | None:
-    """Keys and values of all layers; None where the model does not tell."""
+    """Returns the bytes of a token's keys and values in all layers; None: unknown."""
     if not {"num_attention_heads", "hidden_size", "num_hidden_layers"} <= described.keys():
         return None
     heads = int(described["num_attention_heads"])

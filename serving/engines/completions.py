@@ -1,8 +1,8 @@
-"""A client of `/v1/completions`: token ids go out, and token ids or text come back.
+"""A client of `/v1/completions` that sends token ids and receives token ids or text.
 
-Two dialects. vLLM tells the ids of what it generates where `return_token_ids` asks for them, and
-writes tokens beside log-probabilities as `token_id:5`. Everybody else tells text: one token is
-counted for each piece of it, and what is missing from the server's own `usage` with the last one.
+There are two dialects. vLLM returns the ids of generated tokens if `return_token_ids` is set, and
+writes tokens with log-probabilities as `token_id:5`. Other servers return text: each piece counts
+as one token, and the last chunk adds what the server's `usage` counts beyond that.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from core.errors import ConfigError, SpotforgeError
 from serving.engine import EngineError, EngineRefused, TokenChunk, TokenLogprob, TokenRequest
 
 _CONNECT_TIMEOUT_S = 10.0
-_RETRY_S = 1  # where a busy server does not say
+_RETRY_S = 1  # if a busy server sends no Retry-After
 _ID = "token_id:"
 _CACHE_METRIC = "vllm:kv_cache_usage_perc"
-_LONGEST_MESSAGE = 300  # characters of what a server says
+_LONGEST_MESSAGE = 300  # characters of a server's error
 
 
 class Lost(EngineError):
-    """The server lost the request: it is gone, or failed. It may be asked for again."""
+    """The server lost the request because it ended or failed; the request may be repeated."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """What a server says of itself.
+    """Properties that a server reports.
 
     Attributes:
-        name: Program and version, as far as it tells.
-        model: What it calls the model.
-        max_context: Tokens of prompt and answer together; None: it does not say.
-        tells_ids: It speaks vLLM's dialect.
+        name: Program and version, as far as they are known.
+        model: Name of the model at the server.
+        max_context: Tokens of prompt and answer together, at most; None: unknown.
+        tells_ids: True: the server speaks vLLM's dialect.
     """
 
     name: str
@@ -50,13 +50,14 @@ class Server:
 def http_client(
     url: str, silence_s: float, api_key: str | None = None, unix_socket: str | None = None
 ) -> httpx.AsyncClient:
-    """Pooled connections to one server. Proxies of the environment are not asked.
+    """Returns a client with pooled connections to one server, without the environment's proxies.
 
     Args:
-        url: Of the server, without `/v1`.
-        silence_s: That a stream may be without a byte.
-        api_key: Of that server.
-        unix_socket: Path to connect to, whatever the URL's host is.
+        url: URL of the server, without `/v1`.
+        silence_s: Seconds that a stream may go without a byte.
+        api_key: API key for the server; None: no key is sent.
+        unix_socket: Path of the socket to connect to, whatever the URL's host is; None: the URL's
+            host.
     """
     verify = ssl.create_default_context() if url.startswith("https:") else True
     return httpx.AsyncClient(
@@ -67,7 +68,7 @@ def http_client(
             verify=verify,
             uds=unix_socket,
             trust_env=False,
-            # Admission bounds the streams; a pool that did, too, would queue behind its back.
+            # Admission bounds the streams; a limit of the pool would be a second, hidden queue.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
         ),
         trust_env=False,
@@ -75,11 +76,11 @@ def http_client(
 
 
 class CompletionsClient:
-    """Of one server, and one of its models.
+    """A client of one model of one server.
 
     Args:
-        http: From `http_client`; closed with it.
-        model: What the server calls it; None: it has only one.
+        http: Client from `http_client`; `close` closes it.
+        model: Name of the model at the server; None: the server has only one.
     """
 
     def __init__(self, http: httpx.AsyncClient, model: str | None = None) -> None:
@@ -87,11 +88,11 @@ class CompletionsClient:
         self._server: Server | None = None
 
     async def connect(self) -> Server:
-        """Asks for the model, and for a token, which shows the dialect.
+        """Finds the model, and generates one token to find out the dialect.
 
         Raises:
-            ConfigError: It has several models and none was named, or not the one that was.
-            EngineError: It cannot be reached, or makes no token.
+            ConfigError: The named model is missing, or none is named and there are several.
+            EngineError: The server cannot be reached, or generates no token.
         """
         models = (await self._get("/v1/models")).get("data") or []
         card = self._card(models)
@@ -100,26 +101,26 @@ class CompletionsClient:
         name = f"remote {card['id']}"
         if is_vllm:
             name = "vllm"
-            with contextlib.suppress(EngineError, KeyError):  # a router may not tell
+            with contextlib.suppress(EngineError, KeyError):  # a router may not have /version
                 name += f" {(await self._get('/version'))['version']}"
         for tells_ids in (True, False) if is_vllm else (False,):
             self._server = Server(name, card["id"], max_context, tells_ids)
-            # Before 0.10.2 vLLM ignored the question.
+            # vLLM before 0.10.2 ignores `return_token_ids`: it is used as a server of text.
             if await self.probe() or not tells_ids:
                 break
         return self.server
 
     @property
     def server(self) -> Server:
-        """As it was when `connect` asked."""
+        """Properties of the server, as `connect` found them."""
         assert self._server is not None, "connect first"
         return self._server
 
     async def probe(self) -> bool:
-        """Has it make one token; returns whether it told the token's id.
+        """Generates one token; returns whether the server returned the token's id.
 
         Raises:
-            EngineError: It made none.
+            EngineError: The server generated no token.
         """
         asked = TokenRequest("probe", [0], 1, temperature=0, ignore_eos=self.server.tells_ids)
         tokens: list[int] = []
@@ -128,7 +129,7 @@ class CompletionsClient:
         return bool(tokens)
 
     async def kv_cache_usage(self) -> float:
-        """Share that is in use, 0 to 1; 0 where it is not vLLM, which alone says."""
+        """Returns the share of the KV cache in use, 0 to 1; 0 for servers other than vLLM."""
         if not self.server.tells_ids:
             return 0.0
         try:
@@ -139,12 +140,12 @@ class CompletionsClient:
         return float(lines[0].rpartition(" ")[2]) if lines else 0.0
 
     async def stream(self, request: TokenRequest) -> AsyncIterator[TokenChunk]:
-        """Generates; leaving the loop early closes the connection, which cancels.
+        """Generates a sequence; closing the iterator early closes the connection and cancels it.
 
         Raises:
-            Lost: The connection broke, or the server did.
-            EngineRefused: It did not take the request.
-            EngineError: It said nothing for too long, or what nobody understands.
+            Lost: The connection broke, or the server failed.
+            EngineRefused: The server did not accept the request.
+            EngineError: The server was silent for too long, or sent something invalid.
         """
         body = self._body(request)
         read = self._ids if self.server.tells_ids else self._text
@@ -155,7 +156,7 @@ class CompletionsClient:
                 async for chunk in read(request, _events(response)):
                     yield chunk
         except httpx.ReadTimeout as e:
-            raise EngineError(f"said nothing for {self._http.timeout.read:g} s") from e
+            raise EngineError(f"sent nothing for {self._http.timeout.read:g} s") from e
         except httpx.TransportError as e:
             raise Lost(_reason(e)) from e
 
@@ -173,16 +174,16 @@ class CompletionsClient:
         try:
             content = response.json()
         except ValueError as e:
-            raise EngineError(f"{path} is no JSON: is that a server with OpenAI's API?") from e
+            raise EngineError(f"{path} is not JSON: does that server have OpenAI's API?") from e
         if not isinstance(content, dict):
-            raise EngineError(f"{path} is no JSON object: is that a server with OpenAI's API?")
+            raise EngineError(f"{path} is not a JSON object: does that server have OpenAI's API?")
         return content
 
     def _card(self, models: list[dict[str, Any]]) -> dict[str, Any]:
         names = [str(model["id"]) for model in models]
         if self._asked_model is not None:
             if self._asked_model not in names:
-                rule = f"is not among what the server has: {', '.join(names) or 'nothing'}"
+                rule = f"is not one of the server's models: {', '.join(names) or 'it has none'}"
                 raise ConfigError("engine.remote_model", self._asked_model, rule, "choose one")
             return models[names.index(self._asked_model)]
         if len(models) != 1:
@@ -197,7 +198,8 @@ class CompletionsClient:
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
             "top_p": request.top_p,
-            # The seed's stream begins anew with each request: not with the same numbers.
+            # The offset changes the seed: a continued request must not draw the numbers again
+            # with which the lost one began.
             "seed": (request.seed + request.offset) % 2**63,
             "stream": True,
         }
@@ -205,7 +207,7 @@ class CompletionsClient:
             body["ignore_eos"] = True
         if not self.server.tells_ids:
             return body | {"stream_options": {"include_usage": True}}
-        # All of them, or the model's generation_config.json would set what is missing.
+        # All settings are sent, since vLLM takes missing ones from generation_config.json.
         body |= {
             "top_k": request.top_k,
             "min_p": request.min_p,
@@ -228,13 +230,13 @@ class CompletionsClient:
                 logprobs = None
                 if request.logprobs is not None:
                     logprobs = _logprobs(choice.get("logprobs") or {}, request.logprobs)
-                if reason == "stop":  # the token that ended it is the last one
+                if reason == "stop":  # the last token is the EOS that ended the text
                     tokens = tokens[:-1]
                     logprobs = logprobs if logprobs is None else logprobs[:-1]
                 yield TokenChunk(tokens, logprobs, _checked(reason))
                 if reason is not None:
                     return
-        raise Lost("the stream ended in the middle")
+        raise Lost("the stream ended before the text did")
 
     async def _text(
         self, request: TokenRequest, events: AsyncIterator[dict[str, Any]]
@@ -248,14 +250,14 @@ class CompletionsClient:
                     counted += 1
                     yield TokenChunk([], None, None, text, 1)
         if reason is None:
-            raise Lost("the stream ended in the middle")
+            raise Lost("the stream ended before the text did")
         yield TokenChunk([], None, _checked(reason), "", max(0, total - counted))
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    """What the server sends; raises EngineError for an error among it.
+    """Yields the server-sent events of a response; raises EngineError for an error event.
 
-    Not by httpx's lines: those end at U+2028 as well, which JSON may hold.
+    Lines are split here and not by httpx, which also splits at U+2028, a valid character in JSON.
     """
     rest = b""
     async for part in response.aiter_bytes():
@@ -269,10 +271,10 @@ async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
             try:
                 event = json.loads(data)
             except ValueError as e:
-                raise EngineError(f"sent what is no JSON: {_message(data)}") from e
+                raise EngineError(f"sent an event that is not JSON: {_message(data)}") from e
             if (error := event.get("error")) is not None:
                 code = error.get("code") if isinstance(error, dict) else None
-                if isinstance(code, int) and code < 500:  # a schema without a grammar, say
+                if isinstance(code, int) and code < 500:  # e.g. a schema without a grammar
                     raise EngineRefused(_message(data), None)
                 raise Lost(_message(data))
             yield event
@@ -280,14 +282,14 @@ async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
 
 def _checked(reason: str | None) -> str | None:
     if reason not in (None, "stop", "length"):
-        raise Lost(f"the server ended it: {reason}")
+        raise Lost(f"the server ended the request: {reason}")
     return reason
 
 
 def _logprobs(told: dict[str, Any], alternatives: int) -> list[TokenLogprob]:
     found = []
     for own, top in zip(told.get("token_logprobs", ()), told.get("top_logprobs", ()), strict=True):
-        # The token itself is among them, even where it is not one of the likeliest.
+        # vLLM adds the generated token, even if it is not one of the likeliest.
         likeliest = sorted(top.items(), key=lambda item: -item[1])[:alternatives]
         found.append(TokenLogprob(own, [(int(t.removeprefix(_ID)), p) for t, p in likeliest]))
     return found
@@ -304,15 +306,15 @@ def _refusal(status: int, headers: httpx.Headers, body: bytes) -> SpotforgeError
 
 
 def _message(body: bytes) -> str:
-    """What an answer says is wrong, in one line."""
+    """Returns the error message in a response body, in one line."""
     said: Any = body.decode(errors="replace")
     try:
         said = json.loads(body)
         said = said["error"]
         said = said["message"]
     except (ValueError, KeyError, TypeError):
-        pass  # as far as it is OpenAI's shape
-    return " ".join(str(said).split())[:_LONGEST_MESSAGE] or "it said nothing"
+        pass  # not OpenAI's shape: `said` is what was found as far as it is
+    return " ".join(str(said).split())[:_LONGEST_MESSAGE] or "no message"
 
 
 def _reason(error: httpx.TransportError) -> str:

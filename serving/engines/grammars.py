@@ -1,4 +1,4 @@
-"""JSON schemas as grammars over a model's tokens, by llguidance."""
+"""Compiles JSON schemas to grammars over a model's tokens, with llguidance."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from transformers import PreTrainedTokenizerFast
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-_KEPT = 32
-# A chain of references takes a few KiB a link, and a stack that ends takes the process with it.
-# Memory that is never touched costs nothing.
+_KEPT = 32  # compiled schemas in the cache
+# llguidance recurses: a chain of references takes a few KiB of stack a link, and a stack overflow
+# kills the process. Memory of a stack that is never touched is not allocated.
 _STACK_BYTES = 256 * 2**20
-# Without an end, some models never stop: a space, or a line's end with its indentation.
+# Whitespace is bounded to a space, or a newline with its indentation: with unbounded whitespace
+# some models never stop.
 _OPTIONS: JsonCompileOptions = {"whitespace_pattern": r" |\r?\n[ \t]{0,8}"}
 
 
 class Grammars:
-    """Compiles schemas, one after the other, on a thread of its own.
+    """Compiles schemas one after the other in a separate thread.
 
-    Most take a millisecond; the worst that the gateway lets through, a second.
+    Most schemas take a millisecond; the worst that the gateway accepts take a second.
 
     Args:
-        tokenizer: Of the model.
-        vocab_size: V of the model's logits, which may be padded.
+        tokenizer: Tokenizer of the model.
+        vocab_size: Size V of the model's logits, which may be padded.
         eos: Tokens that end a text, at least one.
-        tell: Called on that thread with a request's id and what became of its schema: a matcher at
-            the text's beginning, or one line that says why there is none.
+        tell: Function that is called in that thread with a request's id and the result: a matcher
+            at the beginning of the text, or the error in one line.
     """
 
     def __init__(
@@ -50,12 +51,13 @@ class Grammars:
         self._kept: OrderedDict[str, LLMatcher | str] = OrderedDict()
         self._wanted: SimpleQueue[tuple[str, dict[str, Any]]] = SimpleQueue()
         thread = threading.Thread(target=self._run, name="grammars", daemon=True)
+        # The stack size is a setting of the whole process, so it is set only for this thread.
         before = threading.stack_size(_STACK_BYTES)
         thread.start()
         threading.stack_size(before)
 
     def compile(self, name: str, schema: dict[str, Any]) -> None:
-        """Begins to; `tell` says what became of it."""
+        """Queues a schema for compilation; `tell` gets the result."""
         self._wanted.put((name, schema))
 
     def _run(self) -> None:
@@ -68,14 +70,17 @@ class Grammars:
             found = self._kept[text]
             if len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
+            # A copy, since a matcher has the state of one text.
             self._tell(name, found if isinstance(found, str) else found.deep_copy())
 
     def _compiled(self, schema: str) -> LLMatcher | str:
         try:
             grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)
             matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
-            matcher.compute_bitmask()  # the first one takes long, and shows what no text satisfies
-        except Exception as e:  # whatever it is, it is this schema's and not the engine's
+            # The first mask takes long, so it is computed here and not within a step; it also
+            # fails for a schema that no text satisfies.
+            matcher.compute_bitmask()
+        except Exception as e:  # any error concerns this schema and not the engine
             return _one_line(str(e))
         return _one_line(matcher.get_error()) if matcher.is_error() else matcher
 

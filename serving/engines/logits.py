@@ -1,4 +1,4 @@
-"""What transformers computes of a dense folder, in a process that knows nothing else of it.
+"""Computes the logits of a dense folder with transformers, in a fresh process.
 
     python -m serving.engines.logits FOLDER TOKENS.npy LOGITS.npy
 
@@ -20,9 +20,10 @@ from trainer.attention import plain_attention
 
 @torch.no_grad()
 def main(folder: Path, tokens: Path, out: Path) -> None:
-    """Entry point: (N, T) token ids in, (N, T, V) float32 out."""
+    """Reads (N, T) token ids and writes (N, T, V) float32 logits."""
     attention = plain_attention(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     model = load_folder(folder, attention=attention)
+    # One row at a time, to hold the activations of a single sequence only.
     rows = torch.from_numpy(np.load(tokens, allow_pickle=False)).unsqueeze(1)
     logits = [model(input_ids=row, use_cache=False).logits.float() for row in rows]
     np.save(out, torch.cat(logits).numpy(), allow_pickle=False)

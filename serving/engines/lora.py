@@ -1,9 +1,9 @@
-"""Many LoRA adapters on one model, each for the tokens of its own requests.
+"""Many LoRA adapters on one model, each applied to the tokens of its own requests.
 
-Continuous batching lays the tokens of all requests of a step behind one another, as (1, T). Which
-of them are whose is known right before the model is called; a hook on each adapted layer then adds
-scale * B A x to the rows of each adapter's requests, and leaves the others as they are. The base's
-weights are neither copied nor changed, so any kind of linear layer will do, quantized ones too.
+Continuous batching concatenates the tokens of all requests of a step to (1, T). Right before the
+model is called, it is known which request each token belongs to; a hook on each adapted layer then
+adds scale * B A x to the rows of each adapter's requests and leaves the others unchanged. The
+base's weights are neither copied nor changed, so any linear layer works, also a quantized one.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from serving.adapters import WEIGHTS, Adapter, key_of, tensor_name
 
 
 class _Update(NamedTuple):
-    """Of a layer, by an adapter: A transposed, (in, r), and B transposed and scaled, (r, out)."""
+    """Matrices of an adapter for a layer: A transposed, (in, r); B transposed, scaled, (r, out)."""
 
     down: Tensor
     up: Tensor
 
 
 class _Share(NamedTuple):
-    """The rows of an adapter in a step: in the layers, and where the logits are made.
+    """Rows of an adapter's requests in a step: in the layers, and in the head.
 
-    None: all rows there are.
+    None means all rows.
     """
 
     adapter: str
@@ -44,11 +44,11 @@ class LoraLayers:
     """The adapters of a model.
 
     Args:
-        model: Gets hooks.
-        adapters: All that may be asked for.
+        model: Base model, whose layers get hooks.
+        adapters: All adapters that requests may name.
 
     Raises:
-        ConfigError: One does not fit the model.
+        ConfigError: An adapter does not fit the model.
     """
 
     def __init__(self, model: Any, adapters: Iterable[Adapter]) -> None:
@@ -68,20 +68,20 @@ class LoraLayers:
         return name in self._updates
 
     def use(self, name: str | None) -> None:
-        """For all rows, until the next step.
+        """Applies an adapter to all rows, until the next step.
 
         Args:
-            name: Of the adapter; None: the base alone.
+            name: Name of the adapter; None: the base alone.
         """
         self._shares = [] if name is None else [_Share(name, None, None)]
         self._counts = None
 
     @contextlib.contextmanager
     def alone(self, name: str | None) -> Iterator[None]:
-        """For all rows of whatever is computed meanwhile: it is no step, whose tokens are told.
+        """Applies an adapter to all rows of the forwards within the context, which are not steps.
 
         Args:
-            name: Of the adapter; None: the base alone.
+            name: Name of the adapter; None: the base alone.
         """
         self.use(name)
         self._is_alone = True
@@ -91,21 +91,22 @@ class LoraLayers:
             self._is_alone = False
 
     def can_merge(self, name: str, model: nn.Module) -> bool:
-        """Whether a model's adapted layers hold numbers, to which an adapter's can be added."""
+        """Returns whether the weights of a model's adapted layers are plain floating point."""
         weights = (model.get_submodule(layer).weight for layer in self._updates[name])
         return all(type(w) is nn.Parameter and w.is_floating_point() for w in weights)
 
     @contextlib.contextmanager
     def merged(self, name: str, model: nn.Module) -> Iterator[None]:
-        """A model with W + scale * B A in place of W, as PEFT would merge it, for a while.
+        """Replaces W by W + scale * B A within the context, as PEFT would merge an adapter.
 
         Args:
-            name: Of the adapter.
-            model: The base, or a copy of it; its hooks add nothing meanwhile.
+            name: Name of the adapter.
+            model: The base, or a copy of it; the hooks add nothing within the context.
         """
         self.use(None)
         layers: dict[str, Any] = {n: model.get_submodule(n) for n in self._updates[name]}
-        # Not in place: a head's matrix may be the embedding's, too, which is left as it is.
+        # Parameters are replaced and not changed in place: a tied head shares its matrix with the
+        # embedding, which the adapter does not change.
         weights = {layer: module.weight for layer, module in layers.items()}
         try:
             for layer, (down, up) in self._updates[name].items():
@@ -121,13 +122,13 @@ class LoraLayers:
     def follow(
         self, model: nn.Module, requests: Callable[[], list[tuple[int, str | None]]]
     ) -> None:
-        """Looks, before each step, whose tokens it has.
+        """Installs a hook that finds, before each step, which request each token belongs to.
 
         Args:
-            model: Is called with the tokens of a step, (1, T), and the indices of those whose
-                logits are wanted.
-            requests: Tells the number of tokens and the adapter of each request of the step that
-                is about to be made, in the order of the tokens.
+            model: Model that is called with the tokens of a step, (1, T), and the indices of the
+                tokens whose logits are wanted.
+            requests: Function that returns the number of tokens and the adapter of each request of
+                the coming step, in the order of the tokens.
         """
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -144,12 +145,13 @@ class LoraLayers:
     ) -> None:
         owners = [name for count, name in requests for _ in range(count)]
         if len(owners) != num_tokens:
-            raise RuntimeError(f"a step of {num_tokens} tokens has requests of {len(owners)}")
+            raise RuntimeError(f"a step has {num_tokens} tokens, its requests {len(owners)}")
         self._counts = num_tokens, len(kept)
         self._shares = []
         for name in {owner for owner in owners if owner is not None}:
             rows = [row for row, owner in enumerate(owners) if owner == name]
-            # Indices beyond the requests with a new token are 0, and nobody reads those rows.
+            # `kept` is padded with zeros beyond the requests with a new token; those rows may get
+            # any adapter, since nothing reads them.
             logits_rows = [row for row, token in enumerate(kept) if owners[token] == name]
             self._shares.append(_Share(name, self._indices(rows), self._indices(logits_rows)))
 
@@ -159,13 +161,14 @@ class LoraLayers:
     def _add(
         self, layer: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
     ) -> Tensor:
-        """To a layer's output: (..., out)."""
+        """Returns a layer's output (..., out) with the adapters' updates added."""
         if not self._shares:
             return output
         x, flat = args[0].flatten(0, -2), output.flatten(0, -2)
         is_head = module is self._head
+        # Rows that do not line up with the step would get another request's adapter in silence.
         if self._counts is not None and len(x) != self._counts[is_head]:
-            raise RuntimeError(f"{layer} has {len(x)} rows, in a step of {self._counts}")
+            raise RuntimeError(f"{layer} has {len(x)} rows in a step of {self._counts}")
         for share in self._shares:
             update = self._updates[share.adapter].get(layer)
             if update is None:
@@ -193,16 +196,16 @@ def _check_fit(adapter: Adapter, modules: dict[str, nn.Module]) -> None:
         elif isinstance(module, Conv1D):
             sizes = (module.nx, module.nf)
         else:
-            rule = f"{name} of the base is no linear layer, but {type(module).__name__}"
+            rule = f"{name} of the base is not a linear layer, but {type(module).__name__}"
             raise ConfigError(key, adapter.folder, rule, fix)
         if sizes != (layer.in_features, layer.out_features):
             ours = f"{layer.in_features} -> {layer.out_features}"
-            rule = f"it has {name} {ours}, the base {sizes[0]} -> {sizes[1]}"
+            rule = f"its {name} is {ours}, the base's {sizes[0]} -> {sizes[1]}"
             raise ConfigError(key, adapter.folder, rule, fix)
 
 
 def _load(adapter: Adapter, model: Any) -> dict[str, _Update]:
-    """In float32, as PEFT computes them on a base of fewer bits, too."""
+    """Returns an adapter's matrices in float32, in which PEFT also computes them."""
     updates = {}
     with safe_open(adapter.folder / WEIGHTS, framework="pt") as file:
         for name, layer in adapter.layers.items():

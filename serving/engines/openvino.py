@@ -1,6 +1,6 @@
-"""Serving by OpenVINO GenAI: an artifact as an IR folder, made once, and the engine program.
+"""Serving by OpenVINO GenAI: converts an artifact to an IR once, and builds the engine's command.
 
-Neither torch nor OpenVINO is imported here: processes of their own load the model and the IR.
+Neither torch nor OpenVINO is imported here: separate processes load the model and the IR.
 """
 
 from __future__ import annotations
@@ -24,36 +24,37 @@ from core.process.python import environment, python
 _log = logging.getLogger("spotforge.serving")
 _WORKER = Path(__file__).with_name("openvino_worker.py")
 _KEY = "artifact"
-_PREPARED = "prepared.json"  # about an IR in the cache
+_PREPARED = "prepared.json"  # describes an IR in the cache, with its files' digests
 _SAMPLES, _TOKENS = 2, 64
-# What is a wrong graph and what is rounding: a right one has about 105, 53, 18 and 3 dB on random
-# tokens, where a trained model is far more sensitive than on text (25 dB in int8). Agreement on
-# the likeliest token would fail models that are nearly flat.
+# The bounds separate rounding from a wrong graph: a right one has about 105, 53, 18 and 3 dB on
+# random tokens, to which a trained model is far more sensitive than to text (25 dB in int8). A test
+# for the same likeliest token would fail models whose distributions are nearly flat.
 _LEAST_DB = {"fp32": 60.0, "fp16": 35.0, "int8": 10.0, "int4": 0.0}
-_LEAST_BFLOAT16_DB = 20.0  # the artifact itself computes in it, which leaves about 40 dB
+_LEAST_BFLOAT16_DB = 20.0  # an artifact in bfloat16 rounds by itself, which leaves about 40 dB
 _TIMEOUT_S = 3600
 
 
 def prepare(folder: Path, digest: str, cache: Path, weights: WeightFormat) -> Path:
-    """The IR folder of an artifact, which is exported on the first call and checked.
+    """Returns the IR folder of an artifact, which the first call exports and checks.
 
     Args:
         folder: A dense Hugging Face folder; or an artifact that `python -m compression` packed
-            for OpenVINO, which is taken as it stands, whatever `weights` says.
-        digest: Of the artifact's files.
-        cache: Where IRs are kept; calls at the same time wait for one another.
-        weights: How weights are stored.
+            for OpenVINO, which is used as it is, whatever `weights` says.
+        digest: Digest of the artifact's files.
+        cache: Folder of the IRs; concurrent calls wait for one another.
+        weights: Format of the IR's weights.
 
     Raises:
-        ConfigError: The folder cannot be prepared; MissingExtraError where there is no OpenVINO.
-        SpotforgeError: The export failed, or does not compute what the artifact does.
+        ConfigError: The folder cannot be converted; MissingExtraError if OpenVINO is missing.
+        SpotforgeError: The export failed, or its logits differ from the artifact's.
     """
     program = OpenVino()
     if (folder / "openvino_model.xml").is_file():
-        # It lists the digests that the files are held to; what else would say that they are right?
+        # compression.json and lineage.json show that `python -m compression` made the IR and
+        # compared it with its model. Nothing vouches for any other IR.
         if not all((folder / name).is_file() for name in ("compression.json", "lineage.json")):
             rule = "is an IR without the compression.json and lineage.json of python -m compression"
-            raise ConfigError(_KEY, folder, rule, "serve the Hugging Face folder it is from")
+            raise ConfigError(_KEY, folder, rule, "serve the folder that it was made from")
         return folder
     _check(folder)
     about: dict[str, Any] = {"artifact": digest, "weights": dataclasses.asdict(weights)}
@@ -64,8 +65,9 @@ def prepare(folder: Path, digest: str, cache: Path, weights: WeightFormat) -> Pa
         if out.is_dir():
             if _is_as_checked(out):
                 return out
-            _log.warning("%s: an IR is not as it was made; it is made again", out)
+            _log.warning("%s: the files of the IR have changed; it is exported again", out)
             remove(out)
+        # The folder gets its name only after the check, so that an IR in the cache is a right one.
         with staged_folder(out) as unchecked:
             program.export(folder, unchecked, weights)
             snr_db = _check_logits(program, folder, unchecked, weights)
@@ -86,20 +88,22 @@ def command(
     kv_cache_precision: str = "f16",
     inference_precision: str = "f32",
 ) -> list[str]:
-    """Arguments of the engine program.
+    """Returns the command line of the engine program.
 
     Args:
-        ir: What `prepare` returned.
-        max_context: Tokens of prompt and answer together, at most; None: what the model can.
+        ir: Folder that `prepare` returned.
+        max_context: Tokens of prompt and answer together, at most; None: the model's limit.
         max_running: Sequences in a step, at most.
-        max_batch_tokens: Tokens in a step, at most: longer prompts are cut into several steps.
-        kv_cache_bytes: Room for keys and values, of all sequences together.
-        num_threads: Of the CPU; None: all cores.
-        kv_cache_precision: f16, bf16 or f32; u8 takes half the room, and is not what was checked.
-        inference_precision: f32, which every CPU computes alike; bf16 is faster where there is AMX.
+        max_batch_tokens: Tokens in a step, at most; longer prompts are cut into several steps.
+        kv_cache_bytes: Size of the KV cache for all sequences together.
+        num_threads: Threads on the CPU; None: all cores.
+        kv_cache_precision: Type of the KV cache: f16, bf16 or f32; u8 takes half the memory, but
+            `prepare` does not check its error.
+        inference_precision: Type that is computed in: f32, which gives the same on every CPU, or
+            bf16, which is faster on a CPU with AMX.
 
     Raises:
-        ConfigError: There is no OpenVINO; MissingExtraError where none is named.
+        ConfigError: OpenVINO does not exist at the given path; MissingExtraError if none is given.
     """
     settings: dict[str, Any] = {
         "folder": str(ir.absolute()),
@@ -117,7 +121,7 @@ def command(
 
 
 def _is_as_checked(ir: Path) -> bool:
-    """Whether an IR has the files that were compared with the artifact, and these as they were."""
+    """Returns whether an IR's files are still those that were compared with the artifact."""
     try:
         prepared = json.loads((ir / _PREPARED).read_text(encoding="utf-8"))
         return bool(prepared["files"] == manifest_of(ir, lambda path: path.name != _PREPARED))
@@ -126,7 +130,7 @@ def _is_as_checked(ir: Path) -> bool:
 
 
 def _check(folder: Path) -> None:
-    """Raises ConfigError for what is no dense folder."""
+    """Raises ConfigError for a folder that is not a dense Hugging Face model."""
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(_KEY, folder, "has no config.json", "give a Hugging Face folder")
@@ -134,14 +138,19 @@ def _check(folder: Path) -> None:
     if quantization is not None:
         method = quantization.get("quant_method")
         rule = f"is quantized by {method}, which OpenVINO does not read"
-        fix = "compress its parent with target=openvino, or take the transformers engine"
+        fix = "compress its parent with target=openvino, or set engine.name=transformers"
         raise ConfigError(_KEY, folder, rule, fix)
 
 
 def _check_logits(program: OpenVino, folder: Path, ir: Path, weights: WeightFormat) -> float:
-    """The IR's signal-to-noise ratio in dB; raises SpotforgeError where it is too small."""
+    """Returns the signal-to-noise ratio of an IR's logits in dB.
+
+    Raises:
+        SpotforgeError: The ratio is too small for rounding to be the only difference.
+    """
     config = json.loads((ir / "config.json").read_text(encoding="utf-8"))
     length = min(_TOKENS, config.get("max_position_embeddings") or _TOKENS)
+    # Random tokens, since neither a tokenizer nor data is needed for them.
     tokens = np.random.default_rng(0).integers(0, config["vocab_size"], (_SAMPLES, length))
     wanted = torch_logits(folder, tokens)
     found = program.logits(ir, tokens)
@@ -149,26 +158,27 @@ def _check_logits(program: OpenVino, folder: Path, ir: Path, weights: WeightForm
     least_db = _LEAST_DB[weights.dtype]
     if config.get("dtype", config.get("torch_dtype")) in ("bfloat16", "float16"):
         least_db = min(least_db, _LEAST_BFLOAT16_DB)
-    if not snr_db >= least_db:
+    if not snr_db >= least_db:  # written so that NaN fails too
         raise SpotforgeError(
-            f"{_KEY}={folder}: its {weights.dtype} IR has logits {snr_db:.1f} dB from the "
-            f"artifact's, not {least_db:.0f}; it was not kept; take another weight format or engine"
+            f"{_KEY}={folder}: the logits of its {weights.dtype} IR have a signal-to-noise ratio "
+            f"of {snr_db:.1f} dB, below {least_db:.0f}; use other engine.openvino_bits, or "
+            "another engine"
         )
     return snr_db
 
 
 def torch_logits(folder: Path, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-    """What a fresh load of an artifact computes.
+    """Returns the logits that transformers computes with an artifact, loaded in a fresh process.
 
     Args:
-        folder: Dense, of the artifact.
-        tokens: (N, T)
+        folder: Folder of a dense artifact.
+        tokens: Token ids, (N, T).
 
     Returns:
-        (N, T, V)
+        Logits, (N, T, V).
 
     Raises:
-        SpotforgeError: It does not load.
+        SpotforgeError: The artifact does not load.
     """
     with tempfile.TemporaryDirectory() as work:
         given, scored = Path(work) / "tokens.npy", Path(work) / "logits.npy"
@@ -178,7 +188,7 @@ def torch_logits(folder: Path, tokens: NDArray[np.int64]) -> NDArray[np.float32]
         try:
             done = run(program, environment(HF_HUB_OFFLINE="1"), _TIMEOUT_S)
         except TimeoutError as e:
-            raise SpotforgeError(f"{_KEY}={folder}: its logits: {e}") from None
+            raise SpotforgeError(f"{_KEY}={folder}: computing its logits: {e}") from None
         if done.code != 0:
             rule = f"does not load in a fresh process: {done.last_line}"
             raise SpotforgeError(f"{_KEY}={folder}: {rule}")
@@ -187,7 +197,10 @@ def torch_logits(folder: Path, tokens: NDArray[np.int64]) -> NDArray[np.float32]
 
 
 def _signal_to_noise_db(wanted: NDArray[np.float32], found: NDArray[np.float32]) -> float:
-    """Of logits (N, T, V), without what is added to all of a position, which changes nothing."""
+    """Returns the signal-to-noise ratio of logits (N, T, V) in dB.
+
+    The mean at each position is subtracted first, since a constant does not change the softmax.
+    """
     a, b = (x.astype(np.float64) - x.mean(-1, keepdims=True) for x in (wanted, found))
     noise = max(float(((a - b) ** 2).mean()), 1e-30)
     return float(10 * np.log10((a**2).mean() / noise))

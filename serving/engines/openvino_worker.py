@@ -1,9 +1,10 @@
-"""OpenVINO GenAI's continuous batching as an engine program; it runs in OpenVINO's own environment.
+"""OpenVINO GenAI's continuous batching as an engine program, in OpenVINO's own environment.
 
     python -I openvino_worker.py '{"folder": "IR", ...}'
 
-speaks the lines of `serving/engine.py`. `-I` keeps this folder from the front of `sys.path`, where
-our `openvino.py` would hide the library. Of our files it loads `core/process/json_lines.py` only.
+The program speaks the protocol of `serving/engine.py`. `-I` keeps this folder out of `sys.path`,
+where our `openvino.py` would hide the library. The only other file of ours that it loads is
+`core/process/json_lines.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _LINES = Path(__file__).parents[2] / "core/process/json_lines.py"
 
 
 def _load(path: Path) -> ModuleType:
-    """Returns a module of ours, without its package."""
+    """Loads a module from its file, without its package."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -33,23 +34,24 @@ def _load(path: Path) -> ModuleType:
 
 lines = _load(_LINES)
 
-_BLOCK_TOKENS = 32  # of a KV cache's block, on a CPU
-_GREEDY_TEMPERATURE = 1e-4  # GenAI divides by it in float32, which gives NaN where it is tiny
+_BLOCK_TOKENS = 32  # tokens of a block of GenAI's KV cache on a CPU
+# Below it sampling is greedy: GenAI divides by the temperature in float32, which overflows to NaN.
+_GREEDY_TEMPERATURE = 1e-4
 _KV_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "u8": 1}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of the program.
+    """Settings of the program.
 
     Attributes:
-        folder: Of the IR, its configuration and its tokenizer.
-        max_context: Tokens of prompt and answer together, at most; None: what the model can.
+        folder: Folder of the IR, its configuration and its tokenizer.
+        max_context: Tokens of prompt and answer together, at most; None: the model's limit.
         max_running: Sequences in a step, at most.
-        max_batch_tokens: Tokens in a step, at most: longer prompts are cut into several steps.
-        kv_cache_bytes: Room for keys and values, of all sequences together.
-        num_threads: Of the CPU; None: all cores.
-        properties: More of OpenVINO's, for its CPU plugin.
+        max_batch_tokens: Tokens in a step, at most; longer prompts are cut into several steps.
+        kv_cache_bytes: Size of the KV cache for all sequences together.
+        num_threads: Threads on the CPU; None: all cores.
+        properties: Further properties for OpenVINO's CPU plugin.
     """
 
     folder: str
@@ -71,7 +73,7 @@ class _Live:
 
 
 class Worker:
-    """The program."""
+    """The engine program: reads the gateway's lines and runs GenAI's steps in one thread."""
 
     def __init__(self, settings: Settings, told: Any) -> None:
         import openvino_genai as genai
@@ -83,14 +85,15 @@ class Worker:
             _BLOCK_TOKENS * _kv_bytes_per_token(folder, settings.properties)
         )
         if num_blocks < 1:
-            raise ValueError(f"kv_cache_bytes={settings.kv_cache_bytes} hold no block of tokens")
+            raise ValueError(f"kv_cache_bytes={settings.kv_cache_bytes} is less than one block")
         self._vocab_size = config["vocab_size"]
         limits = [settings.max_context, config.get("max_position_embeddings")]
-        # What does not fit the cache would be dropped half-way.
+        # GenAI drops a sequence half-way if it does not fit the cache.
         self._max_context = min(x for x in [*limits, num_blocks * _BLOCK_TOKENS] if x is not None)
         self._eos = _eos_tokens(folder, config)
         self._max_running = settings.max_running
-        self._waiting: dict[str, dict[str, Any]] = {}  # GenAI heeds no limit but the tokens
+        # Requests beyond `max_running` wait here: GenAI itself limits only the tokens of a step.
+        self._waiting: dict[str, dict[str, Any]] = {}
         self._live: dict[str, _Live] = {}
         self._numbers = itertools.count()
         scheduler = genai.SchedulerConfig()
@@ -106,7 +109,7 @@ class Worker:
             settings.folder, scheduler, "CPU", properties
         )
         features = ["top_k", "repetition_penalty"]
-        if hasattr(genai.GenerationConfig(), "min_p"):  # newer ones have it
+        if hasattr(genai.GenerationConfig(), "min_p"):  # only newer versions have it
             features.append("min_p")
         told.say(
             "ready",
@@ -120,15 +123,16 @@ class Worker:
         )
 
     def run(self) -> None:
-        """Until the gateway is gone."""
+        """Serves until the gateway has ended."""
         while True:
             is_busy = bool(self._waiting) or self._pipeline.has_non_finished_requests()
+            # While busy it only looks: waiting for a line would delay the next step.
             for kind, content in self._lines.heard(0 if is_busy else lines.IDLE_S):
                 getattr(self, f"_on_{kind}")(content)
             while self._waiting and len(self._live) < self._max_running:
                 self._add(self._waiting.pop(next(iter(self._waiting))))
             if self._pipeline.has_non_finished_requests():
-                self._pipeline.step()  # it is what frees a cancelled sequence, too
+                self._pipeline.step()  # also needed to free cancelled sequences
                 self._tell()
             elif not is_busy:
                 self._lines.say("idle", {"kv_cache_usage": self._kv_cache_usage()})
@@ -150,7 +154,7 @@ class Worker:
             prompt = openvino.Tensor(np.array([request["prompt"]], np.int64))
             config = self._generation_config(request)
             handle = self._pipeline.add_request(next(self._numbers), prompt, config)
-        except Exception as e:  # whatever it is, it is this request's and not the engine's
+        except Exception as e:  # any error concerns this request and not the engine
             self._fail(name, _one_line(e))
             return
         eos = set() if request["ignore_eos"] else self._eos
@@ -162,32 +166,34 @@ class Worker:
             live.handle.cancel()
 
     def _on_embed(self, request: dict[str, Any]) -> None:
-        self._fail(request["id"], "OpenVINO GenAI's text generation makes no embeddings")
+        self._fail(request["id"], "OpenVINO GenAI's text generation has no embeddings")
 
     def _on_proven(self, _: Any) -> None:
-        """Nothing was kept for the proof: another process computed what this one is held to."""
+        """Does nothing, since another process computed the plain forward of the check."""
 
     def _check(self, request: dict[str, Any]) -> None:
-        """Raises ValueError for what this engine cannot do."""
+        """Raises ValueError for a request that this engine does not support."""
         prompt, logprobs = request["prompt"], request["logprobs"]
         if len(prompt) + request["max_tokens"] > self._max_context:
             total = f"{len(prompt)} + {request['max_tokens']} tokens"
-            raise ValueError(f"{total} are over the {self._max_context} of the context")
-        if min(prompt) < 0 or max(prompt) >= self._vocab_size:  # GenAI reads whatever lies there
-            raise ValueError(f"a token is not of the vocabulary of {self._vocab_size}")
-        # GenAI can, but a schema that its compiler refuses breaks the pipeline in the midst of a
-        # step, and all that is in it is lost.
+            raise ValueError(f"{total} are more than the context of {self._max_context}")
+        # GenAI does not check, and reads whatever memory is there.
+        if min(prompt) < 0 or max(prompt) >= self._vocab_size:
+            raise ValueError(f"a token is outside of the vocabulary of {self._vocab_size}")
+        # GenAI supports schemas, but one that its compiler refuses breaks the pipeline in the
+        # middle of a step, and all sequences in it are lost.
         if request["schema"] is not None:
-            raise ValueError("this engine takes no JSON schema")
+            raise ValueError("this engine does not support JSON schemas")
         if logprobs:
-            raise ValueError("this engine tells the log-probability of each token only")
-        # GenAI's are of the distribution that it draws from.
+            raise ValueError("this engine returns no alternatives with log-probabilities")
+        # GenAI returns log-probabilities of the distribution that it draws from, so they are the
+        # model's own only where no setting changes that distribution.
         cuts = (request["top_p"], request["top_k"], request["min_p"]) != (1, 0, 0)
         is_own = request["temperature"] == 0 or (request["temperature"] == 1 and not cuts)
         if logprobs is not None and not (is_own and request["repetition_penalty"] == 1):
             raise ValueError(
-                "this engine tells log-probabilities at temperature 0, or 1 with top_p 1, only, and"
-                " without top_k, min_p and repetition_penalty"
+                "this engine returns log-probabilities only at temperature 0, or 1 with top_p 1,"
+                " and only without top_k, min_p and repetition_penalty"
             )
 
     def _generation_config(self, request: dict[str, Any]) -> Any:
@@ -209,7 +215,7 @@ class Worker:
         return config
 
     def _tell(self) -> None:
-        """One line for the tokens of a step."""
+        """Sends one line with the tokens of a step."""
         tokens: list[tuple[str, list[int], Any]] = []
         finished: list[tuple[str, str]] = []
         for name, live in list(self._live.items()):
@@ -221,7 +227,7 @@ class Worker:
                 and live.handle.get_status() != self._genai.GenerationStatus.RUNNING
             ):
                 del self._live[name]
-                self._fail(name, f"OpenVINO GenAI gave it up: {live.handle.get_status().name}")
+                self._fail(name, f"OpenVINO GenAI ended it: {live.handle.get_status().name}")
         if tokens or finished:
             step = {
                 "tokens": tokens,
@@ -260,13 +266,20 @@ class Worker:
 
 
 def _seed(seed: int, offset: int) -> int:
-    """Of a request's random numbers: GenAI cannot skip those that were drawn before it was lost."""
+    """Returns the seed of a request's random numbers, from its own seed and its offset.
+
+    GenAI cannot skip the numbers that were drawn before a request was lost, so a continued request
+    gets a different stream.
+    """
     digest = hashlib.sha256(f"{seed} {offset}".encode()).digest()
     return int.from_bytes(digest[:4], "little")
 
 
 def _kv_bytes_per_token(folder: Path, properties: dict[str, Any]) -> int:
-    """Of the keys and values of all layers, from the shapes of the IR's states: (N, H, T, D)."""
+    """Returns the bytes of a token's keys and values in all layers.
+
+    They follow from the shapes of the IR's states, (N, H, T, D).
+    """
     import openvino
 
     size = _KV_BYTES[properties["KV_CACHE_PRECISION"]]
@@ -303,9 +316,9 @@ def _one_line(error: Exception) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Entry point."""
-    # Otherwise OpenVINO reports its use over the network from a fork, which outlives this process
-    # and keeps its pipes open.
+    """Runs the program until the gateway has ended."""
+    # CI turns OpenVINO's telemetry off. Otherwise a fork that outlives this process reports over
+    # the network and keeps our pipes open.
     os.environ["CI"] = "true"
     told = lines.JsonLines()
     code = 2
@@ -315,7 +328,7 @@ def main(arguments: list[str]) -> None:
         worker.run()
     except Exception as e:
         told.say("fatal", _one_line(e))
-        os._exit(code)
+        os._exit(code)  # at once, whatever OpenVINO's threads still do
 
 
 if __name__ == "__main__":

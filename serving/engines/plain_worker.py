@@ -1,10 +1,10 @@
-"""transformers' ordinary forward and cache as an engine program: one sequence at a time.
+"""transformers' ordinary forward and cache as an engine program, one sequence at a time.
 
     python -m serving.engines.plain_worker '{"folder": "runs/demo/export", ...}'
 
-It is for models that an engine with batches computes wrongly, or not at all. Every sequence has a
-cache of the kind that its model makes for itself; those that run take turns, a token each, so that
-none waits for another to end.
+The program is for models that engines with batches cannot run, or compute wrongly. Every sequence
+has a cache of the kind that its model creates itself; running sequences take turns of one token, so
+that no sequence waits for another to end.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class _Sequence:
-    """A request that is being worked on, as the sampler wants to see it.
+    """A running request; its attributes have the names that the sampler reads.
 
     Attributes:
-        request_id: Of the request.
-        initial_tokens: Its prompt.
-        max_tokens: New tokens at most.
-        steps: Yields the logits of the next token, (V,), and is sent the token.
-        generated_tokens: So far.
+        request_id: Id of the request.
+        initial_tokens: Token ids of the prompt.
+        max_tokens: New tokens, at most.
+        steps: Generator that yields the logits of the next token, (V,), and is sent the token.
+        generated_tokens: Tokens that were generated so far.
     """
 
     request_id: str
@@ -44,17 +44,17 @@ class _Sequence:
 
 
 class _Row(NamedTuple):
-    """What the sampler is told of a row of logits."""
+    """A row of logits, as the sampler expects it from transformers."""
 
     state: _Sequence
 
 
 class PlainWorker(TorchWorker):
-    """The program.
+    """The engine program with transformers' ordinary forward.
 
     Args:
-        settings: Of the program.
-        lines: To the gateway.
+        settings: Settings of the program.
+        lines: Connection to the gateway.
     """
 
     def __init__(self, settings: Settings, lines: JsonLines) -> None:
@@ -62,10 +62,10 @@ class PlainWorker(TorchWorker):
         from transformers import GenerationConfig
 
         super().__init__(settings, lines, is_plain=True)
-        # What is left of it would change how requests sample, or what kind of cache they get.
+        # The model's own settings would change how requests sample, or the kind of their cache.
         self._model.generation_config = GenerationConfig()
         self._running: deque[_Sequence] = deque()
-        # Caches grow as their sequences do: so many contexts have room.
+        # Each sequence may grow to a whole context, so only so many run at once.
         room = settings.kv_cache_tokens // self._max_context
         self._max_running = max(1, min(settings.max_running, room))
         name = f"plain transformers {transformers.__version__}"
@@ -80,14 +80,14 @@ class PlainWorker(TorchWorker):
         self._running = deque(s for s in self._running if s.request_id != name)
 
     def _advance(self) -> None:
-        """The next token of the sequence whose turn it is."""
+        """Generates one token of the sequence whose turn it is."""
         if not self._running:
             return
         sequence = self._running.popleft()
         name = sequence.request_id
         try:
             token = self._next_token(sequence)
-        except Exception as e:  # whatever it is, it is this request's and not the engine's
+        except Exception as e:  # any error concerns this request and not the engine
             self._forget(name)
             error = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
             self._lines.say("failed", {"id": name, "error": error})
@@ -115,7 +115,7 @@ class PlainWorker(TorchWorker):
             return int(self._sampler(scores, rows).argmax(dim=-1))
 
     def _check(self) -> None:
-        pass  # there is no thread that could have ended
+        pass  # this engine has no thread that could have ended
 
     def _paused(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -128,7 +128,7 @@ class PlainWorker(TorchWorker):
 def _steps_of(
     model: Any, prompt: list[int], max_tokens: int
 ) -> Generator[Tensor, int | None, None]:
-    """Prepares inputs and cache as `generate` does, and computes nothing yet."""
+    """Returns the generator of a sequence, with inputs and cache prepared as by `generate`."""
     import torch
     from transformers import GenerationConfig
 
@@ -150,10 +150,13 @@ def _steps(
     generation_config: Any,
     **kwargs: Any,
 ) -> Generator[Tensor, int | None, None]:
-    """The loop of transformers' `_sample` (generation/utils.py), without its sampling."""
+    """Yields the logits of each next token and is sent the token that was chosen.
+
+    This is the loop of transformers' `_sample` (generation/utils.py) without its sampling.
+    """
     import torch
 
-    length = None  # of what is new: the whole prompt, and then a token
+    length = None  # of the new inputs: None is the whole prompt; then 1, a token
     while True:
         inputs = model.prepare_inputs_for_generation(
             input_ids, next_sequence_length=length, is_first_iteration=length is None, **kwargs

@@ -1,8 +1,8 @@
 """An engine that is a child process: started, watched, killed when it hangs, and started again.
 
-A request outlives the process that was working on it: the next one gets its prompt with the tokens
-that were generated before, and goes on. Only what was in the engine at two deaths is given up, as
-it may be what kills it.
+A request outlives its process: the next process gets the prompt with the tokens that were generated
+so far, and goes on. A request that was in the engine at two deaths is given up, since it may be
+what kills the engine.
 """
 
 from __future__ import annotations
@@ -39,21 +39,22 @@ from serving.engine import (
 )
 
 _log = logging.getLogger("spotforge.serving")
+# One death may have been another request's fault; at the second, this one is suspected itself.
 _DEATHS_OF_A_REQUEST = 2
 _PROBE = "probe-"
-_NO_NUMBERS = "the log-probabilities that it computes are no numbers: look at the model's weights"
+_NO_NUMBERS = "its log-probabilities are NaN or infinite: check the model's weights"
 
 
 @dataclass(frozen=True)
 class Watch:
-    """When an engine counts as hung.
+    """Limits beyond which an engine counts as hung, all in seconds.
 
     Attributes:
-        start_timeout_s: For loading, one token, and the proof that it computes the right ones.
-        silence_s: Without a line, without using any CPU time and without waiting for it.
-        step_timeout_s: Without a line, however busy it is.
-        probe_interval_s: A token is asked for when none was made for this long.
-        probe_timeout_s: For that token, in an engine that has nothing else to do.
+        start_timeout_s: Time for loading, the first token, and the check of the scores.
+        silence_s: Time without a line, without using CPU time and without waiting for a CPU.
+        step_timeout_s: Time without a line, even if the engine is busy.
+        probe_interval_s: Time without a token after which one is asked for as a probe.
+        probe_timeout_s: Time for the probe's token, counted while the engine has a CPU.
     """
 
     start_timeout_s: float = 600.0
@@ -64,7 +65,7 @@ class Watch:
 
 
 def watch_of(config: EngineConfig) -> Watch:
-    """When an engine counts as hung."""
+    """Returns the limits that the settings give."""
     return Watch(
         start_timeout_s=config.start_timeout_s,
         silence_s=config.silence_s,
@@ -78,10 +79,10 @@ class _Live:
     """A request that is not finished.
 
     Attributes:
-        request: As it was first asked for.
-        chunks: What the consumer has not taken yet.
-        tokens: Generated so far.
-        deaths: Of processes that had it.
+        request: Request as it was submitted.
+        chunks: Chunks that the consumer has not taken yet.
+        tokens: Tokens that were generated so far.
+        deaths: Number of processes that died while they had the request.
     """
 
     request: TokenRequest
@@ -90,7 +91,7 @@ class _Live:
     deaths: int = 0
 
     def rest(self) -> TokenRequest:
-        """What is still to be generated."""
+        """Returns the request for the tokens that are still to be generated."""
         return dataclasses.replace(
             self.request,
             prompt=self.request.prompt + self.tokens,
@@ -104,9 +105,9 @@ class _Embeds:
     """Inputs that are being embedded.
 
     Attributes:
-        count: Of them.
-        all: Resolves to the vectors of all.
-        vectors: Of the first ones, so far.
+        count: Number of inputs.
+        all: Future that resolves to the vectors of all inputs.
+        vectors: Vectors that have arrived, in the order of the inputs.
     """
 
     count: int
@@ -114,19 +115,19 @@ class _Embeds:
     vectors: list[list[float]] = field(default_factory=list)
 
     def add(self, vector: list[float]) -> None:
-        """The next one."""
+        """Adds the vector of the next input."""
         self.vectors.append(vector)
         if len(self.vectors) == self.count and not self.all.done():
             self.all.set_result(self.vectors)
 
 
 class ProcessEngine:
-    """An `Engine` in a process of its own.
+    """An `Engine` in a child process.
 
     Args:
-        command: Of the engine program.
-        watch: When it counts as hung.
-        env: More of its environment.
+        command: Command line of the engine program.
+        watch: Limits beyond which the program counts as hung.
+        env: Variables that are added to its environment.
     """
 
     def __init__(
@@ -141,11 +142,11 @@ class ProcessEngine:
         self._live: dict[str, _Live] = {}
         self._embeds: dict[str, _Embeds] = {}
         self._scores: dict[str, asyncio.Future[dict[str, Any]]] = {}
-        self._is_up = False  # a process is there, has said that it is ready, and made a token
+        self._is_up = False  # the process runs, has reported that it is ready, and made a token
         self._is_hung = False
         self._misconfigured: ConfigError | None = None
         self._unfit: Unproven | None = None
-        self._token_s = 0.0  # when there was one
+        self._token_s = 0.0  # time of the last token, by the monotonic clock
         self._tasks: list[asyncio.Task[None]] = []
         self._up = asyncio.Event()
         self._probes = itertools.count()
@@ -165,7 +166,7 @@ class ProcessEngine:
 
     @property
     def pid(self) -> int | None:
-        """Of the process that is there now."""
+        """Id of the process that runs now; None: there is no process."""
         return None if self._child is None else self._child.pid
 
     async def start(self, prove: Prove | None = None) -> EngineInfo:
@@ -174,19 +175,23 @@ class ProcessEngine:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._launch()
+                # Not supervised yet: an engine that dies during the check has failed it.
                 if prove is not None:
                     assert self._child is not None
                     await self._child.unless_it_ends(prove(self))
         except TimeoutError as e:
             await self._kill()
-            rule = f"it was not loaded and proven within {timeout_s:g} s"
-            raise SpotforgeError(f"engine: {rule}; give engine.start_timeout_s more") from e
+            rule = f"it was not loaded and checked within {timeout_s:g} s"
+            raise SpotforgeError(f"engine: {rule}; increase engine.start_timeout_s") from e
         except BaseException as e:
             await self._kill()
+            # An error after "ready" concerns how the engine runs this model: another engine may
+            # be tried. An error before it concerns the start.
             is_about_the_model = isinstance(e, EngineError) or (
                 isinstance(e, ChildEnded) and self._ready is not None and self._ready.done()
             )
             raise (Unproven(str(e)) if is_about_the_model else e) from None
+        # The program frees its second model now, before requests need the memory.
         self._say("proven", None)
         work = keep_up("engine", _log, self._watch_one, self._end, self._launch_again)
         self._tasks.append(asyncio.create_task(work))
@@ -200,7 +205,7 @@ class ProcessEngine:
         try:
             if self._up.is_set():
                 self._say("submit", dataclasses.asdict(request))
-            # Otherwise it is handed over when the next process is up.
+            # Otherwise `_launch` submits it when the next process is up.
             while True:
                 chunk = await live.chunks.get()
                 if isinstance(chunk, EngineError):
@@ -209,6 +214,7 @@ class ProcessEngine:
                 if chunk.finish_reason is not None:
                     return
         finally:
+            # Still in `_live` means not finished: the consumer has stopped early.
             if self._live.pop(request.id, None) is not None:
                 self._say("cancel", request.id)
 
@@ -217,7 +223,7 @@ class ProcessEngine:
     ) -> list[list[float]]:
         """See `Engine`."""
         if "embeddings" not in self.info.features:
-            raise EngineError(f"{self.info.engine} makes no embeddings")
+            raise EngineError(f"{self.info.engine} has no embeddings")
         if not self._up.is_set():
             raise EngineError("the engine is being started again")
         embeds = self._embeds[id] = _Embeds(len(inputs), asyncio.get_running_loop().create_future())
@@ -238,22 +244,22 @@ class ProcessEngine:
         adapter: str | None,
         turned: Sequence[Tie] = (),
     ) -> tuple[list[list[float]], tuple[Tie, ...]]:
-        """Has the program compute log-probabilities by a plain forward of the weights that it has.
+        """Has the program compute log-probabilities by a plain forward of its own weights.
 
         Args:
-            id: Unique among all that the engine has.
-            tokens: A whole sequence.
+            id: Id that is unique among the engine's requests.
+            tokens: Token ids of a whole sequence.
             start: Index of the first token that is scored.
-            of: Token ids, for each token from there on.
-            adapter: That is added to the model.
-            turned: Ties in which the other one is taken.
+            of: Token ids whose log-probabilities are wanted, for each position from `start` on.
+            adapter: Name of the adapter that is added to the model; None: the model alone.
+            turned: Ties that are decided the other way.
 
         Returns:
-            For each token from `start` on, what its place gives the likeliest token, and those of
-            `of`; and the ties that there were.
+            For each position from `start` on, the log-probabilities of the likeliest token and of
+            those in `of`; and the ties that were found.
 
         Raises:
-            EngineError: It cannot.
+            EngineError: The program could not compute them.
         """
         scored: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._scores[id] = scored
@@ -282,7 +288,7 @@ class ProcessEngine:
     # -- One process -------------------------------------------------------------------------
 
     async def _launch(self) -> None:
-        """Starts a process, waits until it is ready, and has it make one token."""
+        """Starts a process, waits until it is ready, and has it generate one token."""
         self._misconfigured, self._unfit, self._is_hung = None, None, False
         self._ready = asyncio.get_running_loop().create_future()
         self._child = await JsonChild.start(self._command, self._hear, self._env)
@@ -293,21 +299,25 @@ class ProcessEngine:
         except TimeoutError as e:
             await self._kill()
             timeout_s = self._watch.start_timeout_s
-            raise SpotforgeError(f"engine: made no token within {timeout_s:g} s") from e
+            raise SpotforgeError(f"engine: generated no token within {timeout_s:g} s") from e
         except ChildEnded as e:
             await self._kill()
+            # The program's own explanation, if it sent one, says more than its exit code.
             raise self._misconfigured or self._unfit or e from None
         except BaseException:
             await self._kill()
             raise
+        # No `await` between the event and the loop: a request is submitted either here or by
+        # `submit`, never by both.
         self._is_up = True
         self._up.set()
         for live in self._live.values():
             self._say("submit", dataclasses.asdict(live.rest()))
 
     async def _probe(self) -> None:
-        """One token, of the process that is there, and its log-probability."""
+        """Has the process generate one token with its log-probability."""
         assert self._child is not None
+        # With its log-probability, so that weights that are NaN show before the engine is ready.
         name = f"{_PROBE}{next(self._probes)}"
         request = TokenRequest(name, [0], 1, temperature=0, ignore_eos=True, logprobs=0)
         live = self._live[name] = _Live(request)
@@ -358,10 +368,11 @@ class ProcessEngine:
         for name, tokens, logprobs in step["tokens"]:
             live = self._live.get(name)
             if live is None:
-                continue  # cancelled since
+                continue  # cancelled in the meantime
             live.tokens += tokens
             self._stats.generation_tokens += len(tokens)
             if logprobs is not None:
+                # JSON cannot carry NaN to the client, and tokens of such a model are arbitrary.
                 if not all(math.isfinite(own) for own, _ in logprobs):
                     self._say("cancel", name)
                     self._on_failed(name, EngineFailed(_NO_NUMBERS))
@@ -371,6 +382,7 @@ class ProcessEngine:
             if reason is not None:
                 del self._live[name]
             live.chunks.put_nowait(TokenChunk(tokens, logprobs, reason))
+        # The protocol also allows an end without an entry in `tokens`.
         for name, reason in finished.items():
             if (live := self._live.pop(name, None)) is not None:
                 live.chunks.put_nowait(TokenChunk([], None, reason))
@@ -394,43 +406,46 @@ class ProcessEngine:
         await self._launch()
 
     async def _watch_one(self) -> str:
-        """Returns why the process that is there is not to be kept."""
+        """Watches the process until it must be replaced; returns why."""
         watch, child = self._watch, self._child
         assert child is not None
         probing: asyncio.Task[None] | None = None
-        probe_s = 0.0  # that the child had for the token
+        probe_s = 0.0  # time that the child had for the probe, without waits for a CPU
         try:
             while True:
                 if await child.ends_within(LOOK_S):
                     return await child.last_words()
+                # Silence alone is not a hang: a long step, or a busy host, is silent too.
                 look = child.look()
                 self._is_hung = look.still_s > watch.silence_s
                 if self._is_hung:
-                    return f"said nothing and did nothing for {look.still_s:.1f} s"
+                    return f"sent nothing and did nothing for {look.still_s:.1f} s"
                 if look.silent_s > watch.step_timeout_s:
-                    return f"said nothing for {look.silent_s:.0f} s"
+                    return f"sent nothing for {look.silent_s:.0f} s"
                 probe_s += look.had_s
                 if probing is not None and probing.done():
                     if (error := probing.exception()) is not None:
-                        return f"makes no token: {error}"
+                        return f"generates no token: {error}"
                     probing = None
                 if probing is None and time.monotonic() - self._token_s > watch.probe_interval_s:
                     probing, probe_s = asyncio.create_task(self._probe()), 0.0
                 if probing is not None and probe_s > watch.probe_timeout_s:
-                    return f"made no token within {watch.probe_timeout_s:g} s"
+                    return f"generated no token within {watch.probe_timeout_s:g} s"
         finally:
             if probing is not None:
                 probing.cancel()
 
     def _count_deaths(self, why: str) -> None:
+        # Embeddings are not handed over: the client repeats the request.
         for name, embeds in self._embeds.items():
             if not embeds.all.done():
-                embeds.all.set_exception(EngineError(f"lost with its engine ({name})"))
+                embeds.all.set_exception(EngineError(f"{name} was lost when its engine ended"))
         for live in list(self._live.values()):
             live.deaths += 1
             if live.deaths >= _DEATHS_OF_A_REQUEST or live.request.id.startswith(_PROBE):
                 del self._live[live.request.id]
                 live.chunks.put_nowait(EngineFailed(f"the engine failed twice with it: {why}"))
+            # All tokens had come but not the line that says so: there is nothing left to ask for.
             elif len(live.tokens) >= live.request.max_tokens:
                 del self._live[live.request.id]
                 live.chunks.put_nowait(TokenChunk([], None, "length"))
@@ -441,7 +456,7 @@ class ProcessEngine:
         self._live.clear()
 
     async def _kill(self) -> None:
-        """Ends the process, at once: what it held is handed to the next, or lost."""
+        """Kills the process; the next one takes over its requests, or they are lost."""
         self._is_up = False
         self._up.clear()
         child, self._child = self._child, None

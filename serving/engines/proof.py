@@ -1,9 +1,9 @@
-"""The proof that an engine computes what the model does: numbers, before anybody is told "ready".
+"""The check of an engine's scores against a plain forward, before the server is ready.
 
-An engine that answers may still leave out what makes a model that model: a cap on attention, a
-position's bias, a window. So it generates greedily after a few prompts of several lengths, all in
-one batch and each alone, and its log-probabilities are compared with those of a plain forward:
-eager attention, whole sequences, no cache of pages.
+An engine that answers may still leave out a part of the model: a cap on attention, a position bias,
+a window. So it generates greedily after a few prompts of several lengths, all in one batch and each
+alone, and its log-probabilities are compared with those of a plain forward: eager attention, whole
+sequences, no paged cache.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from serving.engine import (
 
 _log = logging.getLogger("spotforge.serving")
 
-# Nats, root mean square over the tokens of one prompt. Rounding leaves less, and what is left out
-# more: a wrong model is off by tenths at the least. What is stored in fewer bits is computed
-# from the same codes on both sides; only an engine that rounds the inputs of its products, too, as
-# OpenVINO and vLLM do for int8 and less, needs the wider rows.
+# Largest allowed difference in nats, root mean square over the tokens of one prompt. Rounding stays
+# below; a part of the model that is left out makes a difference of tenths at the least. Quantized
+# weights are computed from the same codes on both sides. Only an engine that also rounds the inputs
+# of its matrix products, as OpenVINO and vLLM do for int8 and less, needs the wider bounds.
 BOUNDS = {"float32": 1e-3, "bfloat16": 0.08, "float16": 0.03, "int8": 0.5, "int4": 0.5}
 
-_LENGTHS = (1, 6, 40, 130)  # of prompts: within a page of the cache, and over several
+_LENGTHS = (1, 6, 40, 130)  # of prompts: within a page of the KV cache, and over several pages
 _NEW_TOKENS = 6
 _ALTERNATIVES = 4
-_BEYOND = 24  # tokens behind a length at which a model changes what it does
+_BEYOND = 24  # tokens beyond a length at which a model behaves differently, such as its window
 _CHANGES_AT = (
     "sliding_window",
     "attention_window_size",
@@ -50,20 +50,21 @@ _CHANGES_AT = (
     "window_size",
     "original_max_position_embeddings",
 )
-_CPU_WORK = 3e12  # operations of a forward, about a minute on a few cores; longer prompts are cut
-_MOST_TIES = 16  # that are turned, of one sequence; each takes a forward
-_VERSION = 1  # of what is asked and compared
+# Operations of a forward that take about a minute on a few cores; longer prompts are left out.
+_CPU_WORK = 3e12
+_MOST_TIES = 16  # ties of a sequence that are tried the other way; each takes a forward
+_VERSION = 1  # of the check; part of the name under which a result is cached
 
 
 class Asked(NamedTuple):
-    """A sequence that a plain forward is to score.
+    """A sequence that a plain forward scores.
 
     Attributes:
-        tokens: All of it.
+        tokens: Token ids of prompt and answer.
         start: Index of the first new token.
-        of: Token ids, for each new one.
-        adapter: That is added to the model; None: the model alone.
-        turned: Ties in which the other one is to be taken.
+        of: Token ids whose log-probabilities are wanted, for each new token.
+        adapter: Name of the adapter that is added to the model; None: the model alone.
+        turned: Ties that are decided the other way.
     """
 
     tokens: list[int]
@@ -74,12 +75,12 @@ class Asked(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Log-probabilities that a plain forward gives, in the place of each new token.
+    """Log-probabilities that a plain forward gives at the position of each new token.
 
     Attributes:
-        best: Of the likeliest token.
-        of: Of the tokens that were asked about.
-        ties: That there were, the nearest first.
+        best: Log-probabilities of the likeliest token.
+        of: Log-probabilities of the tokens that were asked for.
+        ties: Ties that were found, the closest first.
     """
 
     best: list[float]
@@ -87,13 +88,13 @@ class Scores(NamedTuple):
     ties: tuple[Tie, ...] = ()
 
 
-# Raises EngineError where the plain forward fails.
+# The plain forward; raises EngineError if it fails.
 Score = Callable[[list[Asked]], Awaitable[list[Scores]]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt, and the adapter that it is for."""
+    """A prompt and the adapter that is applied to it."""
 
     prompt: list[int]
     adapter: str | None = None
@@ -101,22 +102,22 @@ class Case:
 
 @dataclass(frozen=True)
 class _Answer:
-    """What an engine said after a prompt."""
+    """Tokens that an engine generated after a prompt, with their log-probabilities."""
 
     tokens: list[int]
     logprobs: list[TokenLogprob]
 
 
 class Proof:
-    """Of one artifact, with its adapters, by one kind of engine.
+    """The check of one kind of engine on one artifact with its adapters.
 
     Args:
-        cache: Folder in which proofs are kept that were successful.
-        digests: Of the artifact and of its adapters.
-        cases: From `cases_of`.
+        cache: Folder in which the results of successful checks are kept.
+        digests: Digests of the artifact and its adapters.
+        cases: Prompts from `cases_of`.
         format: Key of `BOUNDS`.
-        dtype: That the engine computes in.
-        score: The plain forward.
+        dtype: Type that the engine computes in.
+        score: Plain forward that the engine is compared with.
     """
 
     def __init__(
@@ -132,20 +133,21 @@ class Proof:
         self._format, self._dtype, self._score = format, dtype, score
 
     async def __call__(self, engine: Engine) -> None:
-        """Compares, unless the same engine was proven on the same artifact before.
+        """Compares an engine, unless the same engine passed on the same artifact before.
 
         Args:
-            engine: That takes requests.
+            engine: Engine that is up.
 
         Raises:
-            Unproven: The numbers are not those of the plain forward, or there are none.
+            Unproven: The log-probabilities differ from the plain forward's, or there are none.
         """
         info, bound = engine.info, BOUNDS[self._format]
         if (known := self._file(info)).is_file():
             return
         if info.max_logprobs < 0:
-            raise Unproven("tells no log-probabilities, so that nothing is proven")
+            raise Unproven("returns no log-probabilities, so its scores cannot be checked")
         cases = [_fitting(case, info.max_context) for case in self._cases]
+        # Both ways, since a batch may mix up sequences, and a lone sequence takes other kernels.
         together = await asyncio.gather(
             *(_ask(engine, f"proof-together-{i}", case) for i, case in enumerate(cases))
         )
@@ -166,9 +168,9 @@ class Proof:
         self._keep(known, info, worst)
 
     async def _distance(self, case: Case, answer: _Answer, scored: Scores, bound: float) -> float:
-        """From the plain forward, or from one that differs where rounding decides.
+        """Returns the distance from the plain forward, or from one with ties decided otherwise.
 
-        Ties are turned one by one, and those that bring it nearer stay turned.
+        Ties are turned one by one; those that reduce the distance stay turned.
         """
         off, turned = _distance(answer, scored), tuple[Tie, ...]()
         for tie in scored.ties[:_MOST_TIES]:
@@ -179,11 +181,12 @@ class Proof:
             if (other_off := _distance(answer, other)) < off:
                 off, turned = other_off, asked.turned
         if turned and off <= bound:
-            told = "a prompt of %d tokens: choices of experts that rounding decides are others: %d"
+            told = "a prompt of %d tokens: %d choices of experts differ because of rounding"
             _log.info(told, len(case.prompt), len(turned))
         return off
 
     def _file(self, info: EngineInfo) -> Path:
+        # Everything that the result depends on is in the name: a new version checks again.
         engine = [info.engine, info.built_with, self._dtype, self._format]
         asked = [(len(case.prompt), case.adapter) for case in self._cases]
         text = json.dumps([_VERSION, BOUNDS, self._digests, engine, asked], sort_keys=True)
@@ -207,13 +210,13 @@ def _fitting(case: Case, max_context: int) -> Case:
 def cases_of(
     config: dict[str, Any], weight_bytes: int, has_gpu: bool, adapters: Iterable[str]
 ) -> list[Case]:
-    """Prompts of several lengths, and beyond each length at which the model changes what it does.
+    """Returns prompts of several lengths, also beyond lengths at which the model changes.
 
     Args:
-        config: What `config.json` says of the language model.
-        weight_bytes: Of its files, which say how long a prompt is affordable.
-        has_gpu: Whether the engine has one.
-        adapters: Names of those that are served with it.
+        config: Language model's part of `config.json`.
+        weight_bytes: Bytes of the weight files, which bound the length of a prompt on a CPU.
+        has_gpu: True: the engine runs on a GPU.
+        adapters: Names of the adapters that are served.
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     named = {**rope, **config}
@@ -221,13 +224,15 @@ def cases_of(
     for key in _CHANGES_AT:
         if isinstance(at := named.get(key), int) and at > 0:
             lengths.add(at + _BEYOND)
-    if rope.get("rope_type") in ("dynamic", "longrope"):  # by the length of the whole sequence
+    # These rescale the rotary frequencies by the length of the whole sequence.
+    if rope.get("rope_type") in ("dynamic", "longrope"):
         lengths.add(int(config.get("max_position_embeddings", 0)) or max(_LENGTHS))
-    # An operation for each weight and token, and one more to add up; two bytes a weight.
+    # A forward takes a multiplication and an addition for each weight and token; with two bytes a
+    # weight, that is one operation a byte and token.
     affordable = math.inf if has_gpu else max(max(_LENGTHS), _CPU_WORK / max(1, weight_bytes))
     chosen = sorted(length for length in lengths if length <= affordable)
     numbers = random.Random(0)
-    # No prompt holds padding, which some models (RoBERTa) count no position for.
+    # No prompt has padding tokens, since some models (RoBERTa) count no position for them.
     tokens = [i for i in range(int(config["vocab_size"])) if i != config.get("pad_token_id")]
     prompts = [numbers.choices(tokens, k=length) for length in chosen]
     cases = [Case(prompt) for prompt in prompts]
@@ -255,7 +260,7 @@ async def _ask(engine: Engine, name: str, case: Case) -> _Answer:
         raise Unproven(f"fails at a prompt of {len(case.prompt)} tokens: {e}") from e
     if not len(logprobs) == len(tokens) == request.max_tokens:
         told = f"{len(tokens)} tokens and {len(logprobs)} log-probabilities"
-        raise Unproven(f"told {told} where {request.max_tokens} were asked for")
+        raise Unproven(f"returned {told} where {request.max_tokens} were asked for")
     return _Answer(tokens, logprobs)
 
 
@@ -268,19 +273,20 @@ def _asked(case: Case, answer: _Answer) -> Asked:
 
 
 def _distance(answer: _Answer, scores: Scores) -> float:
-    """Root mean square difference of an engine's log-probabilities, in nats."""
+    """Returns the root mean square difference of an engine's log-probabilities, in nats."""
     squares = []
     for told, best, of in zip(answer.logprobs, scores.best, scores.of, strict=True):
         found = [told.logprob, *(p for _, p in told.top)]
         squares += [(a - b) ** 2 for a, b in zip(found, of, strict=True)]
-        squares.append((best - of[0]) ** 2)  # greedy: the token that is taken is the likeliest
+        # Decoding is greedy, so the engine's token must be the likeliest of the plain forward.
+        squares.append((best - of[0]) ** 2)
     return math.sqrt(sum(squares) / len(squares))
 
 
 def _says(case: Case, way: str, off: float, bound: float) -> str:
     adapter = "" if case.adapter is None else f" with adapter {case.adapter}"
     return (
-        f"computes it wrongly: after a prompt of {len(case.prompt)} tokens {way}"
-        f"{adapter} its log-probabilities are {off:.2g} from those of a plain forward, where "
-        f"{bound:g} may be rounding"
+        f"computes the model wrongly: after a prompt of {len(case.prompt)} tokens {way}"
+        f"{adapter} its log-probabilities differ by {off:.2g} nats from a plain forward, above "
+        f"the {bound:g} that rounding explains"
     )

@@ -1,4 +1,4 @@
-"""An engine that is a server elsewhere: probed, and asked again for what it lost."""
+"""An engine that is a remote server: it is probed, and requests that it lost are repeated."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ _VLLM_FEATURES = [
     "repetition_penalty",
 ]
 _LOSSES_OF_A_REQUEST = 2
-_PATIENCE_S = 5.0  # a load balancer has found another server by then
+_PATIENCE_S = 5.0  # enough for a load balancer to switch to another server
 _RETRY_PROBE_S = 1.0
-_LOOK_TIMEOUT_S = 2.0  # for its metrics, which take no model
+_LOOK_TIMEOUT_S = 2.0  # for the server's metrics, which need no forward of the model
 
 
 class RemoteEngine:
     """An `Engine` behind OpenAI's API.
 
-    A request that the server lost is asked for again, with the tokens that had come, once the
-    server makes tokens again: where their ids are known, or none had come. A schema's grammar
-    would begin anew, so such a request is not.
+    Once the server generates tokens again, a request that it lost is repeated with the tokens that
+    had arrived, provided that their ids are known or none had arrived. A request with a schema is
+    not repeated after its first token, since its grammar would start over in the middle of a text.
 
     Args:
-        client: Of the server.
-        max_context: Tokens of prompt and answer together, where the server does not say.
-        limits_context: Whether `max_context` was asked for, so that the server's must not be less.
-        max_running: Sequences that it is given at once.
-        watch: When it counts as gone.
-        patience_s: That a request waits for a server that is gone.
+        client: Client of the server.
+        max_context: Tokens of prompt and answer together, if the server gives no limit.
+        limits_context: True: `max_context` is a setting, and a server with less is refused.
+        max_running: Sequences that are sent to the server at once.
+        watch: Limits beyond which the server counts as lost.
+        patience_s: Seconds that a lost request waits for the server.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class RemoteEngine:
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
         self._is_ready = self._is_closed = False
-        self._up = asyncio.Event()  # a token came since it was last in doubt
+        self._up = asyncio.Event()  # set while a token has come since the last doubt
         self._doubted = asyncio.Event()
         self._token_s = 0.0
         self._watching: asyncio.Task[None] | None = None
@@ -87,13 +87,13 @@ class RemoteEngine:
         return self._is_ready and not self._is_closed
 
     async def start(self, prove: Prove | None = None) -> EngineInfo:
-        """See `Engine`. A server elsewhere is asked for no proof."""
+        """See `Engine`. The scores of a remote server are not checked."""
         try:
             async with asyncio.timeout(self._watch.probe_timeout_s):
                 server = await self._client.connect()
         except TimeoutError as e:
             timeout_s = self._watch.probe_timeout_s
-            raise SpotforgeError(f"engine: made no token within {timeout_s:g} s") from e
+            raise SpotforgeError(f"engine: generated no token within {timeout_s:g} s") from e
         except EngineError as e:
             raise SpotforgeError(f"engine: {e}") from e
         max_context = self._max_context
@@ -102,7 +102,7 @@ class RemoteEngine:
                 rule = f"the server's context has {server.max_context} tokens"
                 raise ConfigError("engine.max_context", max_context, rule, "give less")
             max_context = min(max_context, server.max_context)
-        # vLLM's log-probabilities are `raw_logprobs` unless told otherwise: the model's own.
+        # By default vLLM returns `raw_logprobs`, which are the model's own.
         features = _VLLM_FEATURES if server.tells_ids else []
         max_logprobs = 20 if server.tells_ids else -1
         self._info = EngineInfo(server.name, max_context, self._max_running, max_logprobs, features)
@@ -134,10 +134,13 @@ class RemoteEngine:
                 except Lost as e:
                     losses += 1
                     self.doubt()
+                    # Text without ids cannot be appended to the prompt, and a grammar would begin
+                    # again in the middle of its text.
                     may_go_on = self._client.server.tells_ids and request.schema is None
                     if losses == _LOSSES_OF_A_REQUEST or (has_begun and not may_go_on):
                         raise
                     await self._until_up(e)
+                # All tokens had come, but not the end of the stream.
                 if len(tokens) == request.max_tokens:
                     yield TokenChunk([], None, "length")
                     return
@@ -148,28 +151,28 @@ class RemoteEngine:
         self, id: str, inputs: list[list[int]], adapter: str | None = None
     ) -> list[list[float]]:
         """See `Engine`."""
-        raise EngineError(f"{self.info.engine} makes no embeddings here")
+        raise EngineError(f"{self.info.engine} has no embeddings here")
 
     def stats(self) -> EngineStats:
         """See `Engine`."""
         return self._stats
 
     async def close(self) -> None:
-        """See `Engine`. The server goes on, for others."""
+        """See `Engine`. The remote server itself goes on."""
         self._is_closed = True
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
-        self._up.set()
+        self._up.set()  # wakes requests that wait in `_until_up`, which see `_is_closed`
         await self._client.close()
 
     def doubt(self) -> None:
-        """It may be gone: it is asked for a token at once."""
+        """Has the server probed at once, since it may be lost."""
         self._up.clear()
         self._doubted.set()
 
     async def _until_up(self, why: EngineError) -> None:
-        """Returns once it makes tokens; raises `why` it does not."""
+        """Waits until the server generates tokens; raises `why` if it does not in time."""
         if not self._is_closed:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._patience_s):
@@ -186,6 +189,7 @@ class RemoteEngine:
                         await self._doubted.wait()
             else:
                 await asyncio.sleep(min(interval_s, _RETRY_PROBE_S))
+            # Tokens of requests count as probes: a busy server gets no additional ones.
             is_fresh = time.monotonic() - self._token_s < interval_s
             if self._doubted.is_set() or not self._is_ready or not is_fresh:
                 self._doubted.clear()
@@ -207,19 +211,19 @@ class RemoteEngine:
         except (EngineError, TimeoutError) as e:
             if self._is_ready:
                 why = str(e) or f"within {self._watch.probe_timeout_s:g} s"
-                _log.error("engine: makes no token: %s", why)
+                _log.error("engine: generates no token: %s", why)
             self._is_ready = False
             self._up.clear()
         else:
             if not self._is_ready:
-                _log.warning("engine: makes tokens again")
+                _log.warning("engine: generates tokens again")
             self._token_s = time.monotonic()
             self._is_ready = True
             self._up.set()
 
 
 def _rest(request: TokenRequest, tokens: list[int]) -> TokenRequest:
-    """What is still to be generated."""
+    """Returns the request for the tokens that are still to be generated."""
     return dataclasses.replace(
         request,
         prompt=request.prompt + tokens,
@@ -229,19 +233,19 @@ def _rest(request: TokenRequest, tokens: list[int]) -> TokenRequest:
 
 
 def connect(config: EngineConfig, max_context: int) -> RemoteEngine:
-    """The engine at `engine.url`.
+    """Returns the engine for the server at `engine.url`, not started yet.
 
     Args:
-        config: Settings.
-        max_context: What the model can, or what was asked for.
+        config: Settings of the engine.
+        max_context: Tokens of the context by the settings or the model.
 
     Raises:
-        ConfigError: The URL is none, or its key is not where it was said to be.
+        ConfigError: The URL is not valid, or the API key is not in the environment.
     """
     url = (config.url or "").rstrip("/").removesuffix("/v1")
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError("engine.url", config.url, "is no URL", "give http://HOST:PORT")
+        raise ConfigError("engine.url", config.url, "is not a URL", "give http://HOST:PORT")
     api_key = None
     if config.api_key_env is not None and not (api_key := os.environ.get(config.api_key_env)):
         rule = "is not in the environment"

@@ -1,9 +1,9 @@
-"""Sampling by each request's own settings, inside transformers' continuous batching.
+"""Sampling by each request's own settings inside transformers' continuous batching.
 
-transformers samples all requests of a batch alike, from one stream of random numbers. Here every
-request has its own `serving.sampling.Choice` and seed, and the token at a position depends on
-nothing else in the batch: a request that is started again goes on with the same tokens. A request
-with a schema has only those that its grammar allows.
+transformers samples all requests of a batch with the same settings, from one stream of random
+numbers. Here every request has its own settings and seed, and the token at a position does not
+depend on the rest of the batch: a request that is started again goes on with the same tokens. A
+request with a schema gets only tokens that its grammar allows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 
 class Sampler(ContinuousBatchingLogitsProcessor):
-    """Chooses each row's token; the argmax that transformers takes afterwards finds it.
+    """Chooses each row's token and marks it for the argmax that transformers takes afterwards.
 
     Args:
         eos: Tokens that end a text.
@@ -42,17 +42,18 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         self._rows: list[RequestState] = []
 
     def install(self, processors: ContinuousBatchingLogitsProcessorList) -> None:
-        """Becomes the only processor of a manager that has not been started."""
+        """Replaces all processors of a manager that has not been started."""
+        # transformers' own processors would apply one request's settings to the whole batch.
         processors.logits_processor = LogitsProcessorList([self])
         processors.tensors_required = 1
         processors.do_processing = True
 
     def add(self, request: dict[str, Any], matcher: LLMatcher | None) -> None:
-        """Before the request is handed over.
+        """Adds a request; must come before the request is submitted for generation.
 
         Args:
-            request: The fields of `TokenRequest`.
-            matcher: Of its schema, at the beginning of the text.
+            request: Fields of `TokenRequest`.
+            matcher: Matcher of its schema at the beginning of the text; None: no schema.
         """
         self._requests[request["id"]] = request
         if matcher is not None:
@@ -63,35 +64,36 @@ class Sampler(ContinuousBatchingLogitsProcessor):
             self._logprobs[request["id"]] = []
 
     def remove(self, name: str) -> None:
-        """A request that is over."""
+        """Removes a request that has ended."""
         self._requests.pop(name, None)
         self._texts.pop(name, None)
         self._seen.pop(name, None)
         self._logprobs.pop(name, None)
 
     def error(self, name: str) -> str | None:
-        """Why a request was ended: its grammar went beyond what a step may take."""
+        """Returns why a request's grammar failed, e.g. beyond its limits; None: it did not."""
         text = self._texts.get(name)
         return text.matcher.get_error() if text is not None and text.matcher.is_error() else None
 
     def ignores_eos(self, name: str) -> bool:
-        """Whether a request goes on after EOS."""
+        """Returns whether a request goes on after an EOS."""
         return bool(self._requests[name]["ignore_eos"])
 
     def take_logprobs(self, name: str, count: int) -> list[Any] | None:
-        """Of a request's next tokens, as the lines have them; None where none were asked for."""
+        """Takes the log-probabilities of a request's next tokens; None: none were asked for."""
         kept = self._logprobs.get(name)
         if kept is None:
             return None
+        # In place, since the generation thread appends to the same list.
         taken, kept[:count] = kept[:count], []
         return taken
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
-        """Nothing of a request is kept in tensors."""
+        """Zeroes the tensor, since the sampler keeps no state of requests in tensors."""
         int32_tensor.zero_()
 
     def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Tensor:
-        """Notes whose rows the next call's scores are."""
+        """Notes which requests the rows of the next call belong to."""
         self._rows = [future.state for future in requests_with_new_token]
         return torch.zeros(len(self._rows), dtype=torch.int32)
 
@@ -99,19 +101,22 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         """Marks the chosen token of each row.
 
         Args:
-            scores: (N, V) float32 logits.
+            scores: Float32 logits, (N, V).
             tensor_arg: Not used.
 
         Returns:
-            (N, V): where a token was drawn, it alone is finite.
+            Scores, (N, V), in which only the chosen token of a row is finite; the logits themselves
+            if no row is sampled, penalized or masked.
         """
         drawn: list[tuple[int, dict[str, Any], float]] = []
         requests: list[dict[str, Any] | None] = []
         for i, state in enumerate(self._rows):
-            request = self._requests.get(state.request_id)  # None: cancelled since
+            request = self._requests.get(state.request_id)  # None: cancelled in the meantime
             requests.append(request)
             if request is not None and request["temperature"] > 0:
                 position = len(state.initial_tokens) + len(state.generated_tokens)
+                # The number depends on seed and position only: it is the same after a restart and
+                # in any batch.
                 drawn.append((i, request, random.Random(f"{request['seed']} {position}").random()))
         allowed = self._allowed(self._penalized(scores))
         chosen = allowed.argmax(dim=-1)
@@ -130,7 +135,7 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen.unsqueeze(1), 0.0)
 
     def _penalized(self, scores: Tensor) -> Tensor:
-        """The scores, lower for tokens that a row has already, where it asks for that: (N, V)."""
+        """Returns the scores (N, V) with each row's repetition penalty applied."""
         penalized = scores
         for i, state in enumerate(self._rows):
             if (seen := self._seen.get(state.request_id)) is not None:
@@ -139,7 +144,7 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         return penalized
 
     def _allowed(self, scores: Tensor) -> Tensor:
-        """The scores, without those of tokens that a row's grammar forbids: (N, V)."""
+        """Returns the scores (N, V) with -inf for tokens that a row's grammar forbids."""
         held = [
             (i, text)
             for i, state in enumerate(self._rows)
@@ -150,7 +155,7 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         allowed = scores.clone()
         for i, text in held:
             mask = text.mask(self._rows[i], scores.shape[-1])
-            if text.matcher.is_error():
+            if text.matcher.is_error():  # ends the request; `error` says why
                 mask = torch.zeros(scores.shape[-1], dtype=torch.bool)
                 mask[self._eos] = True
             allowed[i].masked_fill_(~mask.to(scores.device), -torch.inf)
@@ -162,6 +167,7 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         for i, request in enumerate(requests):
             if request is None or request["logprobs"] is None:
                 continue
+            # Of the scores before penalty, grammar and temperature: the model's own distribution.
             logprobs = scores[i].log_softmax(-1)
             values, indices = logprobs.topk(min(request["logprobs"], logprobs.numel()))
             kept = self._logprobs.get(request["id"])
@@ -171,17 +177,18 @@ class Sampler(ContinuousBatchingLogitsProcessor):
 
 
 class _HeldText:
-    """A text that is held to a grammar, as far as it has come.
+    """The state of a text that follows a grammar.
 
-    Its beginning may have been generated by an engine that was lost: it is in the prompt's end.
+    The text may begin in the prompt: its last tokens are the answer's first ones if the engine that
+    generated them was lost.
     """
 
     def __init__(self, matcher: LLMatcher, request: dict[str, Any]) -> None:
         self.matcher = matcher
-        self._seen = len(request["prompt"]) - request["offset"]  # tokens, the prompt's included
+        self._seen = len(request["prompt"]) - request["offset"]  # tokens of prompt and answer
 
     def mask(self, state: RequestState, vocab_size: int) -> Tensor:
-        """Which tokens may be next: (V,) bool."""
+        """Returns which tokens may come next, (V,) bool."""
         initial = state.initial_tokens
         new = initial[self._seen :] + state.generated_tokens[max(0, self._seen - len(initial)) :]
         self._seen += len(new)
@@ -192,7 +199,7 @@ class _HeldText:
 
 
 class _SeenTokens:
-    """The tokens of a prompt and of its answer, as far as it has come."""
+    """The tokens that occur in a prompt and its answer so far."""
 
     def __init__(self, penalty: float) -> None:
         self._penalty = penalty
@@ -200,7 +207,7 @@ class _SeenTokens:
         self._count = 0
 
     def penalize(self, scores: Tensor, state: RequestState) -> Tensor:
-        """As transformers' `RepetitionPenaltyLogitsProcessor`: (V,) to (V,)."""
+        """Returns the penalized scores (V,), as by `RepetitionPenaltyLogitsProcessor`."""
         if self._mask is None:
             self._mask = torch.zeros_like(scores, dtype=torch.bool)
         initial, generated = state.initial_tokens, state.generated_tokens
@@ -222,22 +229,23 @@ def draw(
     min_p: Tensor,
     uniform: Tensor,
 ) -> Tensor:
-    """Draws a token a row, by the inverse of its cumulative distribution.
+    """Draws a token for each row, by the inverse of its cumulative distribution.
 
-    The tokens that are left are those of transformers' warpers, in their order.
+    Tokens are removed by the rules of transformers' warpers, in the same order.
 
     Args:
-        scores: (N, V) logits.
-        temperature: (N,), above 0.
-        top_k: (N,): so many of the likeliest tokens, and those that equal the last; 0: all.
-        top_p: (N,) in (0, 1]: the likeliest tokens that together have it, and no others.
-        min_p: (N,) in [0, 1]: tokens with at least this share of the likeliest one's probability.
-        uniform: (N,) in [0, 1).
+        scores: Logits, (N, V).
+        temperature: Divisor of the logits above 0, (N,).
+        top_k: Number of the likeliest tokens that stay, with those that equal the last; 0: all.
+            (N,)
+        top_p: Probability mass of the likeliest tokens that stay, in (0, 1]; (N,).
+        min_p: Least probability relative to the likeliest token's, in [0, 1]; (N,).
+        uniform: Random numbers in [0, 1), (N,).
 
     Returns:
-        (N,) int64.
+        Token ids, (N,) int64.
     """
-    # The largest score is taken off first, so that a tiny temperature gives no inf - inf.
+    # The largest score is subtracted before the division: a tiny temperature would give inf - inf.
     shifted = (scores.double() - scores.amax(dim=-1, keepdim=True)) / temperature.unsqueeze(1)
     if bool((top_k > 0).any()):
         ordered = shifted.sort(dim=-1, descending=True).values
@@ -246,13 +254,16 @@ def draw(
     probabilities = shifted.softmax(-1)
     if bool((top_p < 1).any()):
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered
-        ordered = ordered.masked_fill(before >= top_p.unsqueeze(1), 0.0)  # the first one stays
+        before = ordered.cumsum(-1) - ordered  # mass of likelier tokens; 0 for the likeliest
+        ordered = ordered.masked_fill(before >= top_p.unsqueeze(1), 0.0)
         probabilities = torch.zeros_like(probabilities).scatter_(1, order, ordered)
     if bool((min_p > 0).any()):
         least = min_p.unsqueeze(1) * probabilities.amax(dim=-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+    # Not normalized: the number is scaled to what is left of the mass instead. `right` skips tokens
+    # of probability 0, also for the number 0.
     cumulative = probabilities.cumsum(-1)
     wanted = uniform.unsqueeze(1) * cumulative[:, -1:]
     found = torch.searchsorted(cumulative, wanted, right=True).squeeze(1)
-    return found.clamp_max(scores.shape[-1] - 1)  # the product may round up to the whole sum
+    # Rounding may lift the product to the whole sum, which would give the index V.
+    return found.clamp_max(scores.shape[-1] - 1)

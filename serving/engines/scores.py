@@ -1,4 +1,4 @@
-"""Plain forwards that engines are compared with, wherever the same weights can be had."""
+"""Plain forwards of the same weights that engines are compared with."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from serving.engines.proof import Asked, Score, Scores
 
 
 def of_program(engine: ProcessEngine) -> Score:
-    """By the engine's own process, of the weights that it has loaded."""
+    """Returns a plain forward that runs in the engine's own process, with its loaded weights."""
     numbers = itertools.count()
 
     async def score(asked: list[Asked]) -> list[Scores]:
@@ -33,19 +33,19 @@ def of_program(engine: ProcessEngine) -> Score:
 
 
 def of_ir(ir: Path) -> Score:
-    """By OpenVINO without GenAI, of the same IR.
+    """Returns a plain forward by OpenVINO without GenAI.
 
     Args:
-        ir: Its folder.
+        ir: Folder of the IR that the engine runs.
     """
     return _of_logits(lambda tokens: OpenVino().logits(ir, tokens))
 
 
 def of_another(engine: ProcessEngine) -> Score:
-    """By an engine that is there for nothing else: it is started for it, and closed after.
+    """Returns a plain forward by another engine, which runs only while it scores.
 
     Args:
-        engine: On the same files.
+        engine: Engine with the same files that is not started.
     """
     by_engine = of_program(engine)
 
@@ -63,7 +63,7 @@ def of_another(engine: ProcessEngine) -> Score:
 
 def _of_logits(logits: Callable[[NDArray[np.int64]], NDArray[Any]]) -> Score:
     async def score(asked: list[Asked]) -> list[Scores]:
-        # Rows of one length: what follows a token changes nothing for it.
+        # Rows are padded to one length: in a causal model, later tokens do not affect earlier ones.
         tokens = np.zeros((len(asked), max(len(one.tokens) for one in asked)), np.int64)
         for row, one in zip(tokens, asked, strict=True):
             row[: len(one.tokens)] = one.tokens
@@ -77,7 +77,8 @@ def _of_logits(logits: Callable[[NDArray[np.int64]], NDArray[Any]]) -> Score:
 
 
 def _scores(logits: NDArray[Any], asked: Asked) -> Scores:
-    """Of a sequence: (T, V) logits."""
+    """Returns the scores of a sequence from its logits (T, V)."""
+    # The logits at a position predict the next token, hence the shift by one.
     places = logits[asked.start - 1 : len(asked.tokens) - 1].astype(np.float64)
     places -= places.max(-1, keepdims=True)
     places -= np.log(np.exp(places).sum(-1, keepdims=True))

@@ -1,8 +1,8 @@
-"""Choices that rounding decides: of two experts with nearly the same score, a router takes one.
+"""Ties: choices between experts with nearly equal scores, which rounding decides.
 
-An engine and a plain forward that round otherwise may take different ones there, and both are
-right. So a forward notes where that can be, and makes the other choice where it is told to: what is
-compared stays a whole computation of the model, and no bound has to be wider.
+An engine and a plain forward that round differently may select different experts there, and both
+are right. So a forward records such choices and makes the other one where it is told to. What is
+compared stays a whole computation of the model, and the bounds need not be wider.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from torch.overrides import TorchFunctionMode
 
 from serving.engine import Tie
 
-_TOPK = (torch.topk, torch.Tensor.topk)  # by which every router of transformers chooses
-# Of the largest score. Deep models in float32 are some 1e-5 apart, whatever they compute it by.
+_TOPK = (torch.topk, torch.Tensor.topk)  # every router of transformers selects experts by these
+# Largest gap of a tie, relative to the largest score. Different computations of deep models in
+# float32 differ by some 1e-5.
 _NEAR = 1e-4
 
 
 class Choices(TorchFunctionMode):
-    """Notes choices among nearly equals in what is computed meanwhile, and turns some.
+    """Records ties in everything that is computed within the context, and turns some of them.
 
     Args:
-        turned: Where the other one is to be taken.
+        turned: Ties that are decided the other way.
     """
 
     def __init__(self, turned: Iterable[Tie] = ()) -> None:
@@ -36,7 +37,7 @@ class Choices(TorchFunctionMode):
 
     @property
     def ties(self) -> list[Tie]:
-        """Choices that could have been others, the nearest first."""
+        """Ties that were found, the closest first."""
         return [tie for _, tie in sorted(self._near)]
 
     def __torch_function__(
@@ -54,7 +55,10 @@ class Choices(TorchFunctionMode):
         largest: bool = True,
         sorted: bool = True,
     ) -> Any:
-        """Of a row of scores, what was taken last and what was left out first."""
+        """Compares the last selected score of each row with the first that was left out.
+
+        Returns the result of `topk`, with the two exchanged in the rows that are turned.
+        """
         call, self._calls = self._calls, self._calls + 1
         is_of_rows = dim in (-1, input.ndim - 1) and largest and input.is_floating_point()
         if not is_of_rows or not 0 < k < input.shape[-1]:
@@ -64,7 +68,8 @@ class Choices(TorchFunctionMode):
         left_out = rows.scatter(-1, indices, -math.inf).max(-1)
         taken = values.min(-1)
         gap = (taken.values - left_out.values) / values.abs().amax(-1)
-        for row in (gap <= _NEAR).nonzero().flatten().tolist():  # of scores left out, it is none
+        # Scores that are -inf on both sides have a gap of NaN, which is not a tie.
+        for row in (gap <= _NEAR).nonzero().flatten().tolist():
             tie = (call, row)
             self._near.append((gap[row].item(), tie))
             if tie in self._turned:

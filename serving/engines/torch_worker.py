@@ -1,6 +1,6 @@
-"""What the engine programs on transformers share: loading, listening, embedding and scoring.
+"""Base of the engine programs on transformers: loading, listening, embedding and scoring.
 
-They speak the lines of `serving/engine.py`. How tokens come about is the business of the leaves.
+They speak the protocol of `serving/engine.py`. Subclasses generate the tokens.
 """
 
 from __future__ import annotations
@@ -28,26 +28,27 @@ if TYPE_CHECKING:
     from serving.engines.grammars import Grammars
 
 
-_CAUSAL_TOKENS = 8  # of the text whose last one is changed
+_CAUSAL_TOKENS = 8  # length of the text whose last token is changed to test for causality
 
 
 class Unfit(Exception):
-    """This way to generate cannot run the model, though transformers loads it."""
+    """An engine program cannot run a model that transformers loads."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of such a program.
+    """Settings of an engine program on transformers.
 
     Attributes:
-        folder: Of the artifact.
-        target: What the compression packed it for; None: a plain Hugging Face folder.
-        max_context: Tokens of prompt and answer together, at most; None: what the model can.
+        folder: Folder of the artifact.
+        target: Target that `python -m compression` packed it for; None: a plain Hugging Face
+            folder.
+        max_context: Tokens of prompt and answer together, at most; None: the model's limit.
         max_running: Sequences in a step, at most.
-        max_batch_tokens: Tokens in a step, at most: longer prompts are cut into several steps.
-        kv_cache_tokens: Room for keys and values, in tokens of all sequences together.
-        num_threads: Of torch on a CPU; None: its own choice.
-        dtype: That the model is loaded and computed in, as torch calls it.
+        max_batch_tokens: Tokens in a step, at most; longer prompts are cut into several steps.
+        kv_cache_tokens: Size of the KV cache in tokens of all sequences together.
+        num_threads: Threads of torch on a CPU; None: torch's own choice.
+        dtype: Type that the model is loaded and computed in, by torch's name.
         adapters: Folder and digest of each LoRA adapter, by name.
     """
 
@@ -63,12 +64,13 @@ class Settings:
 
 
 class TorchWorker(ABC):
-    """An engine program with a model of transformers in it.
+    """An engine program that runs a model of transformers.
 
     Args:
-        settings: Of the program.
-        lines: To the gateway.
-        is_plain: Whether the model is loaded with plain attention, not of transformers' choice.
+        settings: Settings of the program.
+        lines: Connection to the gateway.
+        is_plain: True: the model is loaded with plain attention, False: with the attention that
+            transformers selects.
     """
 
     def __init__(self, settings: Settings, lines: JsonLines, is_plain: bool) -> None:
@@ -84,62 +86,62 @@ class TorchWorker(ABC):
         transformers.logging.disable_progress_bar()
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
-        keep_freed_memory()  # else some processes spend a third of their CPU time on page faults
+        keep_freed_memory()  # otherwise page faults take up to a third of the CPU time
         self._settings, self._lines = settings, lines
         self._model, self._restored = _load(settings, settings.dtype, is_plain)
         _check_causal(self._model, settings.folder)
-        self._reference: Any = None  # what scores are computed with, while the engine is proven
+        self._reference: Any = None  # the model that computes scores during the check
         text_config = self._model.config.get_text_config()
         self._eos = _eos_tokens(self._model)
         trained = getattr(text_config, "max_position_embeddings", None) or 1 << 20
         self._max_context = min(settings.max_context or trained, trained)
         self._sampler = Sampler(self._eos)
         self._adapters = _adapters(settings, self._model)
-        self._told: dict[str, int] = {}  # tokens that were told, by request
+        self._told: dict[str, int] = {}  # number of tokens that were sent, by request
         self._adapter_of: dict[str, str | None] = {}  # by request
         self._compiling: dict[str, dict[str, Any]] = {}  # requests whose schema is being compiled
-        self._embeds: dict[str, dict[str, Any]] = {}  # requests with what is left of their inputs
+        self._embeds: dict[str, dict[str, Any]] = {}  # requests with their remaining inputs
         self._grammars: Grammars | None = None
         tokenizer = AutoTokenizer.from_pretrained(settings.folder, trust_remote_code=False)
         if self._eos and isinstance(tokenizer, PreTrainedTokenizerFast):
             vocab_size = text_config.vocab_size
             self._grammars = Grammars(tokenizer, vocab_size, self._eos, self._on_grammar)
 
-    # -- What the leaves do ------------------------------------------------------------------
+    # -- What subclasses implement -----------------------------------------------------------
 
     @abstractmethod
     def _begin(self, request: dict[str, Any]) -> None:
-        """Takes a request that the sampler knows already."""
+        """Starts a request that was added to the sampler."""
 
     @abstractmethod
     def _cancel(self, name: str) -> None:
-        """Drops a request."""
+        """Stops a request that was started."""
 
     @abstractmethod
     def _advance(self) -> None:
-        """Generates for a while, and tells the tokens."""
+        """Generates for a moment and sends the tokens."""
 
     @abstractmethod
     def _check(self) -> None:
-        """Ends the program where nothing can be generated any more."""
+        """Ends the program if it can no longer generate."""
 
     @abstractmethod
     def _kv_cache_usage(self) -> float:
-        """Share of the cache that is in use, 0 to 1."""
+        """Returns the share of the KV cache that is in use, 0 to 1."""
 
     @abstractmethod
     def _paused(self) -> AbstractContextManager[None]:
-        """Nothing is generated meanwhile, so that the model is free for something else."""
+        """Stops generation within the context, so that the model can be used otherwise."""
 
-    # -- What all of them do -----------------------------------------------------------------
+    # -- What all programs share -------------------------------------------------------------
 
     def _say_ready(self, name: str, max_running: int, embeds: bool) -> None:
-        """Tells what the engine is and can.
+        """Reports that the engine is ready, with its properties.
 
         Args:
-            name: Of the engine, with its version.
-            max_running: Sequences that it works on at once.
-            embeds: What `_embeds_text` says.
+            name: Name and version of the engine.
+            max_running: Sequences that the engine steps at once.
+            embeds: Result of `_embeds_text`.
         """
         import torch
 
@@ -160,8 +162,9 @@ class TorchWorker(ABC):
         self._lines.say("ready", info)
 
     def run(self) -> None:
-        """Until the gateway is gone, or generation broke down."""
+        """Serves until the gateway has ended, or generation has failed."""
         while True:
+            # Requests whose grammar is still being compiled have nothing to generate yet.
             is_generating = len(self._told) > len(self._compiling)
             waits = 0 if is_generating or self._embeds else IDLE_S
             for kind, content in self._lines.heard(waits):
@@ -181,20 +184,20 @@ class TorchWorker(ABC):
             self._sampler.add(request, None)
             self._begin(request)
         elif self._grammars is None:
-            self._refuse(request["id"], "this engine takes no JSON schema")
+            self._refuse(request["id"], "this engine does not support JSON schemas")
         else:
             self._compiling[request["id"]] = request
             self._grammars.compile(request["id"], request["schema"])
 
     def _on_grammar(self, name: str, found: LLMatcher | str) -> None:
-        """On the thread of the grammars."""
+        """Passes a result from the grammars' thread to the main thread, which owns the state."""
         self._lines.post("compiled", (name, found))
 
     def _on_compiled(self, told: tuple[str, LLMatcher | str]) -> None:
         name, found = told
         request = self._compiling.pop(name, None)
         if request is None:
-            return  # cancelled since
+            return  # cancelled in the meantime
         if isinstance(found, str):
             self._refuse(name, found)
         else:
@@ -218,8 +221,8 @@ class TorchWorker(ABC):
         self._sampler.remove(name)
 
     def _die(self, error: object) -> NoReturn:
-        self._lines.say("fatal", f"generation broke down: {error}")
-        os._exit(1)
+        self._lines.say("fatal", f"generation failed: {error}")
+        os._exit(1)  # at once: the thread that generates may hang
 
     def _collect(
         self,
@@ -229,15 +232,16 @@ class TorchWorker(ABC):
         tokens: dict[str, Any],
         finished: list[tuple[str, str]],
     ) -> None:
-        """Puts a request's new tokens among those that are told.
+        """Adds a request's new tokens to a step.
 
         Args:
-            name: Of the request.
-            new: Tokens since the last ones.
-            is_ended: They are its last.
-            tokens: What is told of each request, which grows.
-            finished: Requests that ended, and why; it grows, too.
+            name: Id of the request.
+            new: Tokens that were generated since the last call.
+            is_ended: True: they are the request's last tokens.
+            tokens: Tokens and log-probabilities of the step by request; this call adds to them.
+            finished: Requests that ended, with their reasons; this call adds to them.
         """
+        # A failed grammar ends its text with a forced EOS, which must not pass for an answer.
         if is_ended and (error := self._sampler.error(name)) is not None:
             self._refuse(name, f"its grammar is too complex ({error})")
             return
@@ -248,6 +252,7 @@ class TorchWorker(ABC):
             new, logprobs = new[:-1], None if logprobs is None else logprobs[:-1]
         elif is_ended:
             finished.append((name, "length"))
+        # Several outputs of a request may be waiting: the step has one entry for each request.
         if name in tokens:
             before, before_logprobs = tokens[name]
             new = before + new
@@ -272,14 +277,14 @@ class TorchWorker(ABC):
         self._embeds[request["id"]] = request | {"inputs": deque(request["inputs"])}
 
     def _embed_one(self) -> None:
-        """One input of the request that came first: generation goes on in between."""
+        """Embeds one input of the oldest request; generation goes on between the inputs."""
         name, request = next(iter(self._embeds.items()))
         try:
             with self._paused():
                 if self._adapters is not None:
                     self._adapters.use(request["adapter"])
                 vector = _embedding(self._model, request["inputs"].popleft())
-        except Exception as e:  # whatever it is, it is this request's and not the engine's
+        except Exception as e:  # any error concerns this request and not the engine
             del self._embeds[name]
             self._lines.say("failed", {"id": name, "error": _one_line(e)})
             return
@@ -288,18 +293,18 @@ class TorchWorker(ABC):
         self._lines.say("embedding", {"id": name, "vector": vector})
 
     def _embeds_text(self) -> bool:
-        """Whether the model has hidden states to tell: asked once, before anybody relies on it."""
+        """Returns whether the model yields hidden states; tested once, before it is advertised."""
         try:
             vector = _embedding(self._model, [0])
-        except Exception:  # whatever it is, clients are told that there are none
+        except Exception:  # after any error, the engine reports that it has no embeddings
             return False
-        return all(abs(x) < 2 for x in vector)  # NaN is not
+        return all(abs(x) < 2 for x in vector)  # False for NaN
 
     def _on_score(self, asked: dict[str, Any]) -> None:
         try:
             with self._paused():
                 scored = self._score(asked)
-        except Exception as e:  # the gateway takes it as a proof that failed
+        except Exception as e:  # the gateway treats it as a failed check
             self._lines.say("failed", {"id": asked["id"], "error": _one_line(e)})
         else:
             self._lines.say("scored", {"id": asked["id"]} | scored)
@@ -315,6 +320,7 @@ class TorchWorker(ABC):
         with torch.no_grad(), self._as_asked(asked["adapter"]) as model, _plain(model):
             ids = torch.tensor([tokens], device=model.device)
             kept = {}
+            # Only the scored positions, or a long prompt's logits could exceed the memory.
             if model._supports_logits_to_keep():
                 kept["logits_to_keep"] = len(tokens) - start + 1
             with Choices(map(tuple, asked["turned"])) as choices:
@@ -327,13 +333,17 @@ class TorchWorker(ABC):
         return {"scores": scores, "ties": choices.ties}
 
     def _on_proven(self, _: Any) -> None:
-        """The memory of what scores were computed with is needed no more."""
+        """Frees the memory of the model that computed the scores."""
         self._reference = None
 
     def _reference_model(self) -> Any:
-        """The same weights in float32 where half of the free memory holds them; else the model."""
+        """Returns the model that computes scores.
+
+        It has the same weights in float32 if they fit in half of the free memory; otherwise it is
+        the served model.
+        """
         model = self._model
-        # Some choose their attention as they are built, and cannot change it.
+        # Some models fix their attention when they are built and cannot change it.
         is_plain = _is_plain(model) or model._can_set_attn_implementation()
         if self._settings.dtype == "float32" and is_plain:
             return model
@@ -341,11 +351,11 @@ class TorchWorker(ABC):
             return _load(self._settings, "float32", is_plain=True)[0]
         if is_plain:
             return model
-        raise MemoryError("there is no room for a second model, with plain attention")
+        raise MemoryError("there is no memory for a second model with plain attention")
 
     @contextlib.contextmanager
     def _as_asked(self, adapter: str | None) -> Iterator[Any]:
-        """The model that scores are computed with, with an adapter where one is asked for."""
+        """Yields the model that computes scores, with the adapter that is asked for."""
         if self._adapters is None:
             yield self._reference
         elif adapter is None:
@@ -354,16 +364,16 @@ class TorchWorker(ABC):
         elif self._adapters.can_merge(adapter, self._reference):
             with self._adapters.alone(None), self._adapters.merged(adapter, self._reference):
                 yield self._reference
-        else:  # matrices of codes, to which nothing can be added
+        else:  # quantized weights are codes, to which nothing can be added: hooks are used
             with self._adapters.alone(adapter):
                 yield self._model
 
 
 def _load(settings: Settings, dtype: str, is_plain: bool) -> tuple[Any, list[str]]:
-    """The model, as the artifact says it is to be loaded, and its buffers that were restored.
+    """Loads an artifact; returns the model and the names of buffers that were restored.
 
     Raises:
-        ConfigError: It cannot be loaded.
+        ConfigError: The artifact cannot be loaded.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -377,7 +387,7 @@ def _load(settings: Settings, dtype: str, is_plain: bool) -> tuple[Any, list[str
     try:
         described = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if type(described) not in AutoModelForCausalLM._model_mapping.keys():
-            rule = f"is not served: transformers completes no text with a {described.model_type}"
+            rule = f"is not served: {described.model_type} is not a causal language model"
             raise ConfigError("artifact", folder, rule, "serve a causal language model")
         attention = plain_attention(described) if is_plain else None
         if settings.target is None:
@@ -387,13 +397,16 @@ def _load(settings: Settings, dtype: str, is_plain: bool) -> tuple[Any, list[str
             model = target.load(folder, numbers, attention)
         restored = restore_buffers(model)
         return model.to(device), restored
-    except (OSError, ValueError, KeyError, ImportError) as e:  # an unknown type, no such file
+    except (OSError, ValueError, KeyError, ImportError) as e:  # unknown types, missing files
         rule = f"transformers does not load it: {(str(e).splitlines() or [''])[0]}"
         raise ConfigError("artifact", folder, rule, "export or compress it again") from e
 
 
 def _check_causal(model: Any, folder: str) -> None:
-    """Raises ConfigError for an encoder, whose tokens see the one that they are to predict."""
+    """Raises ConfigError for an encoder, whose tokens attend to those that they should predict.
+
+    The last token of a text is changed: the logits before it must stay the same.
+    """
     import torch
 
     size = model.config.get_text_config().vocab_size
@@ -404,27 +417,33 @@ def _check_causal(model: Any, folder: str) -> None:
                 model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0]
                 for ids in (tokens, [*tokens[:-1], tokens[0]])
             )
-    except Exception:  # the proof asks the same, and says why it fails
+    except Exception:  # the check of the scores runs the same forward and reports why it fails
         return
     seen = (one[:-1] - other[:-1]).abs().max() / one.abs().max()
-    # None at all, but for experts, whose products are of other rows then.
+    # Exactly 0 in most models. With experts, other rows share a matrix product, which rounds
+    # differently.
     if seen > (1e-5 if one.dtype == torch.float32 else 0.05):
         kind = type(model).__name__
-        rule = f"is not served: as an encoder, {kind} sees the tokens that it is to predict"
-        fix = "serve a decoder (one that was trained as such says is_decoder=true in config.json)"
+        rule = f"is not served: {kind} is an encoder, which attends to the tokens to predict"
+        fix = "serve a decoder (with is_decoder=true in config.json if it was trained as one)"
         raise ConfigError("artifact", folder, rule, fix)
 
 
 def _adapters(settings: Settings, model: Any) -> Any:
-    """`LoraLayers`; None where there are no adapters. Raises ConfigError for one that misfits."""
+    """Returns the `LoraLayers`; None: there are no adapters.
+
+    Raises:
+        ConfigError: An adapter does not fit the model, or its files have changed.
+    """
     if not settings.adapters:
         return None
     from serving.engines.lora import LoraLayers
 
+    # Read again in this process, so the digests are compared with those that responses will name.
     adapters = [resolve(name, folder) for name, (folder, _) in settings.adapters.items()]
     for adapter in adapters:
         if adapter.digest != settings.adapters[adapter.name][1]:
-            rule, fix = "its files changed since the server looked", "start it again, or swap"
+            rule, fix = "its files have changed since the start", "restart the server, or swap"
             raise ConfigError(key_of(adapter.name), adapter.folder, rule, fix)
     return LoraLayers(model, adapters)
 
@@ -438,7 +457,7 @@ def _eos_tokens(model: Any) -> list[int]:
 
 @contextlib.contextmanager
 def _plain(model: Any) -> Iterator[None]:
-    """Has a model compute with plain attention, without a cache of pages."""
+    """Makes a model compute with plain attention within the context, without the paged cache."""
     from trainer.attention import plain_attention
 
     if _is_plain(model):
@@ -459,7 +478,7 @@ def _is_plain(model: Any) -> bool:
 
 
 def _embedding(model: Any, tokens: list[int]) -> list[float]:
-    """The mean of the last hidden states, of unit length: (D,)."""
+    """Returns the mean of the last hidden states, scaled to unit length, (D,)."""
     import torch
 
     with torch.no_grad(), _plain(model):
@@ -471,7 +490,7 @@ def _embedding(model: Any, tokens: list[int]) -> list[float]:
 
 
 def _free_bytes(model: Any) -> int:
-    """Of memory, where the model lies."""
+    """Returns the free memory in bytes of the device that the model is on."""
     import torch
 
     if model.device.type == "cuda":
@@ -486,11 +505,11 @@ def _one_line(error: BaseException) -> str:
 
 
 def serve(worker: type[TorchWorker], arguments: list[str]) -> None:
-    """Runs a program.
+    """Runs an engine program.
 
     Args:
-        worker: A leaf, which takes settings and lines.
-        arguments: Of the command line: the settings, as JSON.
+        worker: Subclass, which takes settings and lines.
+        arguments: Arguments of the command line: the settings as JSON.
     """
     lines = JsonLines()
     try:

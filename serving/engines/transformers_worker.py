@@ -1,8 +1,8 @@
-"""transformers' continuous batching as an engine program: any artifact, on a CPU or a GPU.
+"""transformers' continuous batching as an engine program, for any artifact on a CPU or a GPU.
 
     python -m serving.engines.transformers_worker '{"folder": "runs/demo/export", ...}'
 
-Generation runs in transformers' own thread; this one listens and tells.
+Generation runs in transformers' own thread; the main thread talks to the gateway.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any
 from core.process.json_lines import JsonLines
 from serving.engines.torch_worker import Settings, TorchWorker, Unfit, serve
 
-_PAGE_TOKENS = 32  # of the KV cache
+_PAGE_TOKENS = 32  # tokens of a page of the KV cache
 
 
 class TransformersWorker(TorchWorker):
-    """The program.
+    """The engine program with continuous batching.
 
     Args:
-        settings: Of the program.
-        lines: To the gateway.
+        settings: Settings of the program.
+        lines: Connection to the gateway.
 
     Raises:
-        Unfit: Continuous batching does not take such a model.
+        Unfit: Continuous batching does not support the model.
     """
 
     def __init__(self, settings: Settings, lines: JsonLines) -> None:
@@ -34,12 +34,12 @@ class TransformersWorker(TorchWorker):
         super().__init__(settings, lines, is_plain=False)
         try:
             self._manager = self._make_manager()
-        except Exception as e:  # whatever it is, it is about this kind of model
-            raise Unfit(f"does not run it: {(str(e).splitlines() or [''])[0]}") from e
+        except Exception as e:  # any error concerns this kind of model
+            raise Unfit(f"cannot run the model: {(str(e).splitlines() or [''])[0]}") from e
         self._sampler.install(self._manager.logit_processor)
         if self._adapters is not None:
             self._adapters.follow(self._model, self._step)
-        # Asked first: its thread looks at the model's attention when it starts, and an embedding
+        # Before the manager starts: its thread reads the model's attention then, and an embedding
         # changes that for a moment.
         embeds = self._embeds_text()
         self._manager.start()
@@ -50,15 +50,17 @@ class TransformersWorker(TorchWorker):
 
         settings = self._settings
         return self._model.init_continuous_batching(
+            # Greedy over the sampler's marks. EOS is set for each request, since one may ignore it.
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=_PAGE_TOKENS,
                 num_blocks=max(settings.kv_cache_tokens, self._max_context) // _PAGE_TOKENS + 1,
                 max_batch_tokens=settings.max_batch_tokens,
                 max_requests_per_batch=settings.max_running,
-                use_cuda_graph=False,  # a graph would replay one step's sampling for all requests
-                use_async_batching=False,  # the sampler's rows are those of the step that runs
-                # Blocks are found by their tokens, which have other keys and values by adapter.
+                use_cuda_graph=False,  # a graph would replay the sampling of the step it recorded
+                use_async_batching=False,  # the sampler's rows must be those of the running step
+                # Shared blocks are found by their tokens alone, but the same tokens have other
+                # keys and values with another adapter.
                 allow_block_sharing=self._adapters is None,
             ),
         )
@@ -76,7 +78,7 @@ class TransformersWorker(TorchWorker):
         self._manager.cancel_request(name)
 
     def _advance(self) -> None:
-        """Tells all tokens since the last time, in one line."""
+        """Sends all tokens since the last call in one line."""
         tokens: dict[str, tuple[list[int], Any]] = {}
         finished: list[tuple[str, str]] = []
         output = self._manager.get_result(timeout=0.05)
@@ -85,10 +87,13 @@ class TransformersWorker(TorchWorker):
             if name in self._told:
                 if output.error is not None:
                     if self._manager.background_thread_status.local_status:
-                        self._die(output.error)  # all are lost here, and taken up by the next
+                        # The batch is lost, so the process ends and the next one continues its
+                        # requests.
+                        self._die(output.error)
                     self._forget(name)
                     self._lines.say("failed", {"id": name, "error": output.error})
                 else:
+                    # An output has all tokens of its request so far, not only the new ones.
                     new = output.generated_tokens[self._told[name] :]
                     self._collect(name, new, output.is_finished(), tokens, finished)
             queue = self._manager.output_router.output_queue
@@ -104,11 +109,12 @@ class TransformersWorker(TorchWorker):
         return paused
 
     def _step(self) -> list[tuple[int, str | None]]:
-        """Tokens and adapter of each request of the step that is about to be made."""
+        """Returns the number of tokens and the adapter of each request of the coming step."""
         processor = self._manager.batch_processor
         assert processor is not None
         requests = processor.inputs_and_outputs.requests_in_batch
-        # One that was cancelled since may go to the base: nobody reads its tokens, or its cache.
+        # A request that was cancelled in the meantime has no adapter here; its tokens and cache
+        # are not read, so the base will do.
         return [(r.query_length, self._adapter_of.get(r.state.request_id)) for r in requests]
 
     def _kv_cache_usage(self) -> float:
@@ -118,7 +124,7 @@ class TransformersWorker(TorchWorker):
         cache = processor.cache
         free_bytes = cache.compute_free_capacity(relative=False)
         for allocator in cache.cache_allocators.values():
-            # Of prompts that may come again; given up as soon as the room is needed.
+            # Blocks of finished prompts are kept for reuse, and given up when space is needed.
             free_bytes += len(allocator.ledger.cached_blocks) * allocator.bytes_per_block
         return round(1 - float(free_bytes / (cache.num_sectors * cache.bytes_per_sector)), 4)
 

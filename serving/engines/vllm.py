@@ -1,8 +1,9 @@
-"""vLLM as a child process, in an environment of its own: started, watched, and started again.
+"""vLLM as a child process in its own environment: started, watched, and started again.
 
-Its libraries clash with ours, so SPOTFORGE_VLLM_PYTHON names the Python that has it. It listens on
-a Unix socket in a folder that only we can read, and is talked to like any remote server. What is
-known of 0.32: admission is unbounded and SIGTERM aborts what runs, unless the flags say otherwise.
+Its libraries conflict with ours, so SPOTFORGE_VLLM_PYTHON names a Python that has vLLM. The server
+listens on a Unix socket in a folder that only its user can read, and is used like a remote server.
+Known of 0.32: without the flags set here, admission is unbounded and SIGTERM aborts running
+requests.
 """
 
 from __future__ import annotations
@@ -42,36 +43,37 @@ _log = logging.getLogger("spotforge.serving")
 PYTHON = "SPOTFORGE_VLLM_PYTHON"
 FORMATS = {Format.huggingface, Format.torchao, Format.compressed_tensors}
 _KEY = "engine.name"
-_SHUTDOWN_TIMEOUT_S = 10  # the gateway has drained before
+_SHUTDOWN_TIMEOUT_S = 10  # short, since the gateway has drained before
 _KILL_AFTER_S = _SHUTDOWN_TIMEOUT_S + 5.0
 _LEAST_TORCHAO_CAPABILITY = 7.5
 _LOOKS_EVERY_S = 0.25
-# Its input ends with the gateway, however that ends. vLLM's workers outlive its server: all die.
+# A shell that waits for the end of its input, which comes however the gateway ends, and then kills
+# vLLM's process group: vLLM's workers would outlive its server.
 _REAPER = ("sh", "-c", 'cat; kill -9 "-$0"')
-# An exception, as Python writes it, or vLLM: (Worker pid=7) ERROR 11-25 09:38 [a.py:1] KeyError: 1
+# An exception as Python or vLLM writes it: (Worker pid=7) ERROR 11-25 09:38 [a.py:1] KeyError: 1
 _CAUSE = re.compile(r"^(?:\(.*? pid=\d+\) )?(?:ERROR .*?\] )?([\w.]*(?:Error|Exception): \S.*)")
 
 
 def why_not(artifact: Artifact) -> str | None:
-    """Why vLLM does not load an artifact on this host; None: it may."""
+    """Returns why vLLM cannot load an artifact on this host; None: it may be able to."""
     if artifact.format not in FORMATS:
         return f"vLLM does not load {artifact.format.value}"
     if artifact.format is Format.torchao:
         if not gpus.has_gpu():
-            return "vLLM loads torchao on a GPU only"
+            return "vLLM loads torchao only on a GPU"
         capability = _capability()
         if capability is not None and capability < _LEAST_TORCHAO_CAPABILITY:
             least = _LEAST_TORCHAO_CAPABILITY
-            return f"vLLM loads torchao from compute capability {least} on; it is {capability} here"
+            return f"vLLM needs compute capability {least} for torchao; this GPU has {capability}"
     return None
 
 
 def _capability() -> float | None:
-    """Returns the least of this host's GPUs; None where nobody tells."""
+    """Returns the least compute capability of this host's GPUs; None: unknown."""
     try:
         answer = gpus.ask_driver("--query-gpu=compute_cap", "--format=csv,noheader")
     except gpus.NoAnswer:
-        return None  # vLLM will not start then, and says why
+        return None  # vLLM does not start then, and its error says why
     told = re.findall(r"^\d+\.\d+$", answer or "", re.MULTILINE)
     return min(map(float, told), default=None)
 
@@ -79,26 +81,27 @@ def _capability() -> float | None:
 def command(
     artifact: Artifact, config: EngineConfig, max_context: int, max_batch_tokens: int, dtype: str
 ) -> list[str]:
-    """`vllm serve`, without where it listens.
+    """Returns the command line of `vllm serve`, without the address.
 
     Args:
-        artifact: What it is to run.
-        config: Settings.
+        artifact: Artifact that vLLM runs.
+        config: Settings of the engine.
         max_context: Tokens of prompt and answer together, at most.
         max_batch_tokens: Tokens in a step, at most.
-        dtype: To compute in. By itself vLLM would take float16 for what is in float32.
+        dtype: Type that is computed in; by default vLLM would use float16 for float32 weights.
 
     Raises:
-        ConfigError: It cannot run that, or not so; MissingExtraError where no vLLM is named.
+        ConfigError: vLLM cannot run the artifact with these settings; MissingExtraError if no vLLM
+            is given.
     """
     if (why := why_not(artifact)) is not None:
         raise ConfigError(_KEY, "vllm", why, "leave engine.name out")
     if max_batch_tokens < config.max_running:
-        rule = f"vLLM takes at least engine.max_running ({config.max_running})"
+        rule = f"must be at least engine.max_running ({config.max_running}) with vLLM"
         raise ConfigError("engine.max_batch_tokens", max_batch_tokens, rule, "give more")
-    fix = "make one with: python -m venv DIR && DIR/bin/pip install vllm, and name DIR/bin/python"
+    fix = "make one: python -m venv DIR && DIR/bin/pip install vllm, and set it to DIR/bin/python"
     if not (named := os.environ.get(PYTHON)):
-        rule = "vLLM needs an environment of its own, and none is named"
+        rule = "vLLM needs its own environment, and the variable is not set"
         raise MissingExtraError(PYTHON, named, rule, fix)
     if (python := shutil.which(named)) is None:
         raise ConfigError(PYTHON, named, "there is no such program", fix)
@@ -108,17 +111,17 @@ def command(
         "--dtype": dtype,
         "--max-num-seqs": config.max_running,
         "--max-num-batched-tokens": max_batch_tokens,
-        # Those that run and those that wait. The gateway lets no more in than run; cancelled ones
-        # are there for another step, and so is a probe.
+        # Counts running and waiting requests. The gateway admits no more than run; but cancelled
+        # requests stay for another step, and a probe comes on top.
         "--max-num-queued-reqs": 2 * config.max_running + 1,
         "--shutdown-timeout": _SHUTDOWN_TIMEOUT_S,
-        # Else the model's generation_config.json would change how requests sample.
+        # By default the model's generation_config.json would change how requests sample.
         "--generation-config": "vllm",
         "--seed": 0,
     }
     if config.kv_cache_mb is not None:
         arguments["--kv-cache-memory-bytes"] = config.kv_cache_mb * 10**6
-    # -I: its modules are those of its environment, not those of the folder we were started in.
+    # -I: modules come from vLLM's environment, not from the working directory.
     words = [python, "-I", "-m", "vllm.entrypoints.cli.main", "serve", str(artifact.folder)]
     for flag, value in arguments.items():
         words += [flag, str(value)]
@@ -126,24 +129,25 @@ def command(
 
 
 class VllmEngine:
-    """An `Engine` that is a vLLM of our own.
+    """An `Engine` that runs vLLM as a child process.
 
     Args:
-        command: Of the server, to which `--uds` is added.
-        connect: Makes the client for such a socket.
-        watch: When it counts as hung.
+        command: Command line of the server, to which `--uds` is added.
+        connect: Function that returns the client for a socket.
+        watch: Limits beyond which the server counts as hung.
     """
 
     def __init__(
         self, command: Sequence[str], connect: Callable[[str], RemoteEngine], watch: Watch
     ) -> None:
+        # A short name, since the path of a Unix socket may have only about 100 bytes.
         self._folder = tempfile.mkdtemp(prefix="spotforge-vllm-")
         self._socket = f"{self._folder}/s"
         self._command = [*command, "--uds", self._socket]
         self._remote, self._watch = connect(self._socket), watch
         self._process: asyncio.subprocess.Process | None = None
         self._reaper: asyncio.subprocess.Process | None = None
-        self._said: deque[str] = deque(maxlen=500)  # a traceback of vLLM's is long
+        self._said: deque[str] = deque(maxlen=500)  # lines; vLLM's tracebacks are long
         self._reading: asyncio.Task[None] | None = None
         self._supervising: asyncio.Task[None] | None = None
 
@@ -160,7 +164,7 @@ class VllmEngine:
 
     @property
     def pid(self) -> int | None:
-        """Of the process that is there now."""
+        """Id of the process that runs now; None: there is no process."""
         return None if self._process is None else self._process.pid
 
     async def start(self, prove: Prove | None = None) -> EngineInfo:
@@ -209,8 +213,9 @@ class VllmEngine:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _launch(self) -> None:
-        """Starts a process, and waits until it listens: it has loaded the model then."""
+        """Starts a process and waits until it listens, which is after it has loaded the model."""
         self._said.clear()
+        # A killed server leaves its socket behind, which the next one could not bind.
         Path(self._socket).unlink(missing_ok=True)
         self._process = await spawn(
             self._command,
@@ -223,7 +228,7 @@ class VllmEngine:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            preexec_fn=None,  # it outlives us, to kill what vLLM has started
+            preexec_fn=None,  # must outlive this process, to kill what vLLM has started
         )
         self._reading = asyncio.create_task(self._read(self._process))
         try:
@@ -247,11 +252,12 @@ class VllmEngine:
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
-        with contextlib.suppress(ValueError):  # a line without an end
+        with contextlib.suppress(ValueError):  # a line longer than asyncio's limit
             while line := await process.stdout.readline():
                 self._said.append(line.decode(errors="replace").rstrip())
 
     async def _end_lost(self, why: str) -> None:
+        # Streams break when the server ends: their requests wait until the next one is up.
         self._remote.doubt()
         await self._end(grace_s=0)
 
@@ -264,7 +270,7 @@ class VllmEngine:
             raise
 
     async def _until_lost(self) -> str:
-        """Returns why the process that is there is not to be kept."""
+        """Watches the process until it must be replaced; returns why."""
         process, has_been_ready = self._process, False
         assert process is not None
         began_s = time.monotonic()
@@ -274,7 +280,7 @@ class VllmEngine:
             if self._remote.is_ready:
                 has_been_ready = True
             elif has_been_ready or time.monotonic() - began_s > self._watch.probe_timeout_s:
-                return f"makes no tokens: {self._cause() or 'it does not say why'}"
+                return f"generates no tokens: {self._cause() or 'it gives no reason'}"
             await asyncio.sleep(_LOOKS_EVERY_S)
 
     def _last_words(self) -> str:
@@ -282,14 +288,14 @@ class VllmEngine:
         said = self._cause() or next((line for line in reversed(self._said) if line), None)
         assert self._process.returncode is not None
         ended = describe_exit(self._process.returncode)
-        return f"{ended}: {said}" if said else f"{ended}, and said nothing"
+        return f"{ended}: {said}" if said else f"{ended} without a message"
 
     def _cause(self) -> str | None:
-        """The first exception that it told of: what follows is only the consequence."""
+        """Returns the first exception in the log; later ones are mostly consequences of it."""
         return next((m[1][:400] for m in map(_CAUSE.match, self._said) if m), None)
 
     async def _end(self, grace_s: float) -> None:
-        """Ends the process and those that it started, which outlive it when it is killed."""
+        """Ends the process and all that it has started, which would outlive it."""
         process, self._process = self._process, None
         if process is None:
             return

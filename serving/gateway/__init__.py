@@ -1,1 +1,1 @@
-"""HTTP: what clients say and what they are answered, in OpenAI's shapes."""
+"""The HTTP gateway: requests and responses in the shapes of OpenAI's API."""

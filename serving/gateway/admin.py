@@ -1,4 +1,4 @@
-"""The routes for whoever runs the server; on a port of their own, on loopback unless told."""
+"""Admin routes, on a separate port that listens on loopback by default."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class SwapRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     artifact: str = Field(min_length=1, max_length=1024)
-    model: str | None = Field(None, description="Which one; none: the only one.")
+    model: str | None = Field(None, description="Name; null: the only model.")
     canary: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="Share of the requests that it gets first; none: all, at once."
+        None, description="Share of requests as a canary; null: it replaces the champion at once."
     )
 
 
@@ -38,13 +38,13 @@ class RollbackRequest(BaseModel):
 def add_admin(
     app: FastAPI, gateway: Gateway, rollouts: dict[str, Rollout], stop: Callable[[], None]
 ) -> None:
-    """Adds the routes.
+    """Adds the admin routes to an app.
 
     Args:
-        app: Another one than that of the clients.
-        gateway: State.
-        rollouts: By model.
-        stop: What SIGTERM does.
+        app: App of the admin port, which is not the clients'.
+        gateway: State of the server.
+        rollouts: Rollouts by model.
+        stop: Function that starts the shutdown, as SIGTERM does.
     """
 
     def authorize(request: Request) -> None:
@@ -61,26 +61,26 @@ def add_admin(
 
     @app.post("/admin/swap")
     async def swap(body: SwapRequest, request: Request) -> dict[str, Any]:
-        """Answers once the artifact made a token and took over, or became the canary."""
+        """Starts an artifact; responds once it has become the champion or the canary."""
         authorize(request)
         return await _answer(rollout_of(body.model).swap(body.artifact, body.canary))
 
     @app.post("/admin/rollback")
     async def roll_back(body: RollbackRequest, request: Request) -> dict[str, Any]:
-        """Ends a canary's trial; without one, serves the artifact from before."""
+        """Ends a canary's trial; without a canary, serves the previous artifact again."""
         authorize(request)
         return await _answer(rollout_of(body.model).roll_back())
 
     @app.post("/admin/drain", status_code=202)
     async def drain(request: Request) -> dict[str, Any]:
-        """As SIGTERM: what runs ends, nothing new begins, then the process ends."""
+        """Shuts down as SIGTERM does: no new requests, and the process ends after the running."""
         authorize(request)
         stop()
         return {"running": gateway.admission.running, "waiting": gateway.admission.waiting}
 
     @app.get("/admin/status")
     async def status(request: Request) -> dict[str, Any]:
-        """What is served, and what rollouts did."""
+        """Returns the models that are served, and the history of their rollouts."""
         authorize(request)
         return {
             "ready": gateway.is_ready,

@@ -1,4 +1,4 @@
-"""Answers as OpenAI's API has them: whole, or as a stream of events."""
+"""Responses in OpenAI's shapes: as a whole, or as a stream of events."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Chunks = AsyncIterator[tuple[int, TextChunk]]
 
 
 class Answer(ABC):
-    """Of one request.
+    """The response to one request.
 
     Args:
-        generation: Whose tokens they are.
-        model: Name, as the client called it.
-        num_choices: Of it.
-        include_usage: Whether a stream ends with its usage.
+        generation: Generation that yields the text.
+        model: Name of the model as the client wrote it.
+        num_choices: Number of choices in the response.
+        include_usage: True: a stream ends with its usage.
     """
 
     prefix: str
@@ -41,12 +41,12 @@ class Answer(ABC):
             "object": self.kind,
             "created": int(time.time()),
             "model": model,
-            # OpenAI's field for what weights answered.
+            # OpenAI's field for the configuration that responds; here the version of the weights.
             "system_fingerprint": f"fp_{generation.version}",
         }
 
     async def whole(self, chunks: Chunks) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
+        """Returns the body of a response that is not streamed."""
         choices: list[list[TextChunk]] = [[] for _ in range(self._num_choices)]
         async for index, chunk in chunks:
             choices[index].append(chunk)
@@ -57,7 +57,7 @@ class Answer(ABC):
         }
 
     async def events(self, chunks: Chunks) -> AsyncIterator[bytes]:
-        """The same as server-sent events; an error in the middle is an event of its own."""
+        """Yields the response as server-sent events; an error in the middle is the last event."""
         head = self._head | {"object": self.chunk_kind}
         if self._include_usage:
             head["usage"] = None
@@ -76,11 +76,11 @@ class Answer(ABC):
 
     @abstractmethod
     def _choice(self, index: int, parts: list[TextChunk]) -> dict[str, Any]:
-        """Of a whole answer."""
+        """Returns a choice of a whole response."""
 
     @abstractmethod
     def _deltas(self, index: int, chunk: TextChunk) -> list[dict[str, Any]]:
-        """Of a stream; none where there is nothing to tell yet."""
+        """Returns the choices of a stream's next events; empty: there is nothing to send yet."""
 
     def _usage(self) -> dict[str, Any]:
         prompt, completion = self._generation.prompt_tokens, self._generation.completion_tokens
@@ -92,7 +92,7 @@ class Answer(ABC):
 
 
 class CompletionAnswer(Answer):
-    """Of `/v1/completions`."""
+    """A response of `/v1/completions`."""
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
@@ -111,12 +111,13 @@ class CompletionAnswer(Answer):
 
 
 class ChatAnswer(Answer):
-    """Of `/v1/chat/completions`.
+    """A response of `/v1/chat/completions`.
 
     Args:
-        finds_calls: Names of the functions whose calls are looked for in the text; None: none are.
-        is_call: Whether all of the text is one.
-        is_parallel: Whether there may be more than one; else only the first counts.
+        finds_calls: Names of the functions whose calls are parsed out of the text; None: the text
+            is not parsed.
+        is_call: True: the whole text is one call.
+        is_parallel: True: there may be several calls; False: only the first is returned.
     """
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
@@ -158,6 +159,7 @@ class ChatAnswer(Answer):
 
     def _deltas(self, index: int, chunk: TextChunk) -> list[dict[str, Any]]:
         deltas: list[dict[str, Any]] = []
+        # The first delta of a choice has the role and no text, as OpenAI's has.
         if not self._has_begun[index]:
             self._has_begun[index] = True
             deltas.append(_delta(index, {"role": "assistant", "content": "", "refusal": None}))
@@ -178,6 +180,7 @@ class ChatAnswer(Answer):
         if parser is None:
             return text, []
         said, calls = parser.feed(text, is_last)
+        # Without parallel calls only the first call of a choice is kept, over all its chunks.
         if not self._is_parallel:
             calls = calls[: 1 - self._calls[index]]
         first = self._calls[index]
@@ -188,6 +191,7 @@ class ChatAnswer(Answer):
         ]
 
     def _call_id(self, index: int, at: int) -> str:
+        # Mistral's templates raise for ids that do not have nine letters and digits.
         if self._format is not None and self._format.has_short_ids:
             return f"{self._generation.id[:5]}{index:02x}{at:02x}"
         return f"call_{self._generation.id[:16]}{index}{at}"
@@ -215,7 +219,11 @@ def _completion_logprobs(parts: list[TextChunk]) -> dict[str, Any] | None:
 
 
 def _by_text(found: TextLogprob) -> dict[str, float]:
-    """The likeliest tokens and the one that was taken, which has its text to itself."""
+    """Returns log-probabilities by text: the likeliest tokens and the generated one.
+
+    Several tokens may have the same text. The generated token keeps its text as the key; another
+    token with the same text gets its id as the key.
+    """
     own, top = found.token, found.top
     if own.id not in (token.id for token in top):
         top = [*top, own]

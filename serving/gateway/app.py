@@ -1,4 +1,4 @@
-"""The routes that clients see."""
+"""The routes for clients, except those of files and batches."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from serving.text.stages import Chat
 T = TypeVar("T")
 
 _UNREADABLE = "There was an error parsing the body"  # FastAPI's words
-_CLOSED_REQUEST = 499  # nginx's status for a client that went away; nobody reads it
+_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected; nobody receives it
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """An error."""
 
     message: str
     type: str
@@ -43,7 +43,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """OpenAI's shape of errors."""
+    """The body of an error, in OpenAI's shape."""
 
     error: ErrorDetail
 
@@ -51,21 +51,21 @@ class ErrorBody(BaseModel):
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": about}
     for status, about in {
-        400: "The request cannot be as it is.",
-        401: "There is no such API key.",
-        404: "There is no such thing.",
-        408: "The request came too slowly.",
-        409: "Its state does not allow that.",
+        400: "The request is not valid.",
+        401: "The API key is not valid.",
+        404: "The object does not exist.",
+        408: "The request arrived too slowly.",
+        409: "The state of the object does not allow that.",
         413: "The body is too large.",
-        429: "Too much is asked for: come back after `Retry-After` seconds.",
+        429: "A limit is reached: try again after `Retry-After` seconds.",
         431: "The headers are too large.",
-        500: "The engine cannot do it, now or later.",
-        503: "The engine, or the server, is not there now.",
-        504: "The deadline passed.",
+        500: "The engine fails at this request and would fail again.",
+        503: "The engine or the server is not available now.",
+        504: "The deadline has passed.",
     }.items()
 }
 _STREAMED: dict[str, Any] = {
-    "description": "The answer; with `stream`, server-sent events.",
+    "description": "The response; with `stream`, server-sent events.",
     "content": {
         "application/json": {"schema": {"type": "object"}},
         "text/event-stream": {},
@@ -74,11 +74,11 @@ _STREAMED: dict[str, Any] = {
 
 
 def make_app(gateway: Gateway, batches: BatchService | None = None) -> FastAPI:
-    """The application, with all routes.
+    """Returns the clients' app with all routes.
 
     Args:
-        gateway: State; its models may come later.
-        batches: Those of files and batches are there with it.
+        gateway: State of the server; its models may be added later.
+        batches: Files and batches; None: their routes do not exist.
     """
     app = FastAPI(
         title="spotforge serving",
@@ -99,16 +99,16 @@ def make_app(gateway: Gateway, batches: BatchService | None = None) -> FastAPI:
 
 @functools.cache
 def _environment() -> dict[str, object]:
-    """It does not change while a process runs, and git is asked for it."""
+    """Returns a description of the environment; cached, since it starts git and never changes."""
     return describe_environment()
 
 
 def _document(app: FastAPI, with_keys: bool) -> None:
-    """Makes the OpenAPI document: what FastAPI knows, with our errors and keys."""
+    """Completes FastAPI's OpenAPI document with our errors and keys."""
     described = app.openapi()
     for path, operations in described["paths"].items():
         for operation in operations.values():
-            operation["responses"].pop("422", None)  # to an invalid body; ours is a 400
+            operation["responses"].pop("422", None)  # FastAPI's for an invalid body; ours is 400
             if with_keys and path.startswith("/v1/"):
                 operation["security"] = [{"key": []}]
     if with_keys:
@@ -131,7 +131,7 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
 
     @app.post("/v1/chat/completions", tags=["generation"], responses={200: _STREAMED})
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        """Answers in a conversation."""
+        """Continues a conversation."""
         tools = body.offered_tools()
         finds_calls = tools is not None and not body.must_call
         sampling = _sampling(body, body.wanted_logprobs(), finds_calls)
@@ -151,7 +151,7 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
 
     @app.post("/v1/embeddings", tags=["generation"])
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
-        """The mean of the last hidden states of each input, of unit length."""
+        """Returns the mean of the last hidden states of each input, scaled to unit length."""
         key, model = gateway.authorize(request), gateway.model(body.model)
         vectors, num_tokens, version = await _unless_gone(
             request, gateway.embed(request, key, model, body.inputs())
@@ -166,14 +166,14 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
 
     @app.get("/v1/models", tags=["models"])
     async def models(request: Request) -> dict[str, Any]:
-        """What can be asked for."""
+        """Returns all models and adapters."""
         gateway.authorize(request)
         models = (gateway.models | gateway.adapted).values()
         return {"object": "list", "data": [_described(model) for model in models]}
 
     @app.get("/v1/models/{name:path}", tags=["models"])
     async def model(name: str, request: Request) -> dict[str, Any]:
-        """One of them."""
+        """Returns one model or adapter."""
         gateway.authorize(request)
         return _described(gateway.model(name))
 
@@ -181,21 +181,21 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
 def _add_health(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/livez", tags=["health"], response_class=PlainTextResponse)
     async def livez() -> str:
-        """Whether the gateway answers."""
+        """Responds as long as the gateway runs."""
         return "ok"
 
     @app.get("/readyz", tags=["health"])
     async def readyz() -> JSONResponse:
-        """Whether it would answer a request: 503 while a stage is not there, or it stops."""
+        """Returns whether requests would be answered: 503 while a stage is down or draining."""
         models = {m.name: m.champion.is_ready for m in gateway.models.values()}
         engines = {m.name: m.champion.why for m in gateway.models.values()}
         state = {"ready": gateway.is_ready, "draining": gateway.is_draining, "models": models}
-        state["engines"] = engines  # which, and why: also that it is not the one `auto` wanted
+        state["engines"] = engines  # with the reason, e.g. why `auto` did not use a faster one
         return JSONResponse(state, 200 if gateway.is_ready else 503)
 
     @app.get("/version", tags=["health"])
     async def version() -> dict[str, Any]:
-        """Of the code, the engines and the artifacts."""
+        """Returns the versions of code, packages, engines and artifacts."""
         environment = await asyncio.to_thread(_environment)
         return {
             "git": environment["git"],
@@ -211,7 +211,7 @@ def _add_health(app: FastAPI, gateway: Gateway) -> None:
 
     @app.get("/metrics", tags=["health"], response_class=PlainTextResponse)
     async def metrics() -> PlainTextResponse:
-        """For Prometheus."""
+        """Returns all metrics in Prometheus' format."""
         gateway.refresh_metrics()
         return PlainTextResponse(
             gateway.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8"
@@ -233,7 +233,7 @@ def add_error_handlers(app: FastAPI) -> None:
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         text = str(error.detail)
         if text == _UNREADABLE:
-            text = "the body is no valid JSON, or no UTF-8"
+            text = "the body is not valid JSON in UTF-8"
         response = ApiError(error.status_code, text).response()
         response.headers.update(error.headers or {})
         return response
@@ -257,11 +257,11 @@ async def _respond(
     if not is_stream:
         body = await _unless_gone(request, answer.whole(chunks))
         return JSONResponse(body, headers=headers)
-    # An error before the first token still has a status of its own.
+    # The response starts after the first chunk, so that an error before it still has its status.
     first = await _unless_gone(request, anext(chunks))
     events = answer.events(_again(first, chunks))
     headers["cache-control"] = "no-cache"
-    headers["x-accel-buffering"] = "no"  # nginx would hold tokens back
+    headers["x-accel-buffering"] = "no"  # otherwise nginx buffers the stream
     return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
 
@@ -275,13 +275,13 @@ async def _again(first: Any, rest: Chunks) -> AsyncIterator[Any]:
 
 
 async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """The result of some work, which is cancelled when the client goes away."""
+    """Returns the result of some work, which is cancelled when the client disconnects."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ApiError(_CLOSED_REQUEST, "the client went away")
+            raise ApiError(_CLOSED_REQUEST, "the client has disconnected")
         return task.result()
     finally:
         for future in (task, gone):
@@ -291,6 +291,7 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
 
 
 async def _gone(request: Request) -> None:
+    # The body has been read by now, so the next message is the disconnect.
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

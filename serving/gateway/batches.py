@@ -55,13 +55,13 @@ class BatchRequest(BaseModel):
 
 
 def add_batches(app: FastAPI, gateway: Gateway, database: Database, queue: Queue) -> None:
-    """Adds the routes.
+    """Adds the routes of files and batches to an app.
 
     Args:
-        app: To it.
-        gateway: Says who asks.
-        database: Of the folder.
-        queue: Where new batches go.
+        app: App of the clients.
+        gateway: State of the server, which authorizes requests.
+        database: Database of files and batches.
+        queue: Queue that new batches are put into.
     """
     _add_files(app, gateway, Files(database))
     _add_batches(app, gateway, Batches(database), queue)
@@ -70,14 +70,14 @@ def add_batches(app: FastAPI, gateway: Gateway, database: Database, queue: Queue
 def _add_files(app: FastAPI, gateway: Gateway, files: Files) -> None:
     @app.post("/v1/files", tags=["batches"], openapi_extra=_UPLOAD)
     async def create_file(request: Request) -> dict[str, Any]:
-        """Takes a file of requests: one JSON object a line."""
+        """Stores a file of requests, one JSON object a line."""
         owner = gateway.authorize(request).id
         async with request.form(max_files=1, max_fields=4) as form:
             for name in form.keys() - {"file", "purpose"}:
                 raise ApiError(400, f"{name[:64]}: is not supported", name[:64])
             content, purpose = form.get("file"), form.get("purpose")
             if not isinstance(content, UploadFile):
-                raise ApiError(400, "file: the form has none", "file")
+                raise ApiError(400, "file: is missing in the form", "file")
             if purpose != "batch":
                 raise ApiError(400, "purpose: only batch is supported", "purpose")
             name = content.filename or "file"
@@ -91,26 +91,26 @@ def _add_files(app: FastAPI, gateway: Gateway, files: Files) -> None:
         limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
         order: Literal["asc", "desc"] = "desc",
     ) -> dict[str, Any]:
-        """The key's files."""
+        """Returns a page of the key's files."""
         owner = gateway.authorize(request).id
         return await asyncio.to_thread(files.list_page, owner, purpose, after, limit, order)
 
     @app.get("/v1/files/{file_id}", tags=["batches"])
     async def file(file_id: str, request: Request) -> dict[str, Any]:
-        """One of them."""
+        """Returns one file's description."""
         owner = gateway.authorize(request).id
         return await asyncio.to_thread(files.get, owner, file_id)
 
     @app.get("/v1/files/{file_id}/content", tags=["batches"], response_class=FileResponse)
     async def content(file_id: str, request: Request) -> FileResponse:
-        """What is in it."""
+        """Returns a file's content."""
         owner = gateway.authorize(request).id
         path = await asyncio.to_thread(files.path, owner, file_id)
         return FileResponse(path, media_type="application/octet-stream")
 
     @app.delete("/v1/files/{file_id}", tags=["batches"])
     async def delete_file(file_id: str, request: Request) -> dict[str, Any]:
-        """Deletes it, unless a batch still reads it."""
+        """Deletes a file, unless a batch still reads it."""
         owner = gateway.authorize(request).id
         await asyncio.to_thread(files.delete, owner, file_id)
         return {"id": file_id, "object": "file", "deleted": True}
@@ -119,7 +119,7 @@ def _add_files(app: FastAPI, gateway: Gateway, files: Files) -> None:
 def _add_batches(app: FastAPI, gateway: Gateway, batches: Batches, queue: Queue) -> None:
     @app.post("/v1/batches", tags=["batches"])
     async def create_batch(body: BatchRequest, request: Request) -> dict[str, Any]:
-        """Has the requests of a file answered within a day."""
+        """Creates a batch, whose requests are answered within a day."""
         owner = gateway.authorize(request).id
         batch = await asyncio.to_thread(
             batches.create, owner, body.input_file_id, body.endpoint, body.metadata
@@ -127,8 +127,9 @@ def _add_batches(app: FastAPI, gateway: Gateway, batches: Batches, queue: Queue)
         try:
             await queue.put(batch["id"])
         except ConnectionError as e:
+            # The client gets an error, so the batch must not run later.
             await asyncio.to_thread(batches.forget, batch["id"])
-            raise ApiError(503, "the queue takes no batches now", None, "queue", 5) from e
+            raise ApiError(503, "the queue is not available now", None, "queue", 5) from e
         return batch
 
     @app.get("/v1/batches", tags=["batches"])
@@ -137,18 +138,18 @@ def _add_batches(app: FastAPI, gateway: Gateway, batches: Batches, queue: Queue)
         after: str | None = None,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
     ) -> dict[str, Any]:
-        """The key's batches, the newest first."""
+        """Returns a page of the key's batches, newest first."""
         owner = gateway.authorize(request).id
         return await asyncio.to_thread(batches.list_page, owner, after, limit)
 
     @app.get("/v1/batches/{batch_id}", tags=["batches"])
     async def batch(batch_id: str, request: Request) -> dict[str, Any]:
-        """One of them: how far it is, and where its answers are."""
+        """Returns a batch: its status, counts and result files."""
         owner = gateway.authorize(request).id
         return await asyncio.to_thread(batches.get, owner, batch_id)
 
     @app.post("/v1/batches/{batch_id}/cancel", tags=["batches"])
     async def cancel(batch_id: str, request: Request) -> dict[str, Any]:
-        """Begins no more of its requests."""
+        """Cancels a batch; requests that have begun are completed."""
         owner = gateway.authorize(request).id
         return await asyncio.to_thread(batches.cancel, owner, batch_id)

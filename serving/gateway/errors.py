@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape, whoever raises them."""
+"""Errors of the API, in OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from fastapi.responses import JSONResponse
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Args:
         status: HTTP status.
-        message: One line, for a person.
-        param: Field of the request that is meant.
-        code: For programs.
-        retry_after_s: Whole seconds, where it pays to come back.
+        message: Error in one line, for people.
+        param: Field of the request that is wrong.
+        code: Error code, for programs.
+        retry_after_s: Whole seconds after which a retry makes sense; None: it never does.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class ApiError(Exception):
         self.retry_after_s = retry_after_s
 
     def body(self) -> dict[str, Any]:
-        """As OpenAI has it."""
+        """Returns the response body in OpenAI's shape."""
         return {
             "error": {
                 "message": self.message,
@@ -42,12 +42,12 @@ class ApiError(Exception):
         }
 
     def response(self) -> JSONResponse:
-        """With `Retry-After` where that helps."""
+        """Returns the HTTP response, with `Retry-After` if a retry makes sense."""
         headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         if self.status == 500:
-            headers["x-should-retry"] = "false"  # OpenAI's clients would, twice
+            headers["x-should-retry"] = "false"  # by default OpenAI's clients retry a 500 twice
         return JSONResponse(self.body(), self.status, headers)
 
 

@@ -1,4 +1,4 @@
-"""What every request goes through: who asks, may it run, the tokens, and what is noted of it."""
+"""The gateway: authorizes a request, encodes its prompts, checks it, and admits it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ from serving.sampling import Choice
 from serving.telemetry import Telemetry
 from serving.text.stages import Chat, TextError
 
-OWNER = "spotforge.owner"  # in an ASGI scope, set by batches in this process; HTTP cannot
+# Key of an ASGI scope with the id of an API key: batches in this process act for its owner. No HTTP
+# request can set it.
+OWNER = "spotforge.owner"
 ANYBODY = Key("anonymous", sha256="", created="")
 _TIMEOUT_HEADER = "x-request-timeout"
 _PRIORITY_HEADER = "x-priority"
@@ -40,12 +42,14 @@ class Gateway:
     """State of the server.
 
     Attributes:
-        config: Settings.
-        models: By the name that clients use.
-        adapted: Models with an adapter, likewise.
-        admission: Who may run.
-        metrics: What `/metrics` shows.
-        is_draining: It was told to stop.
+        config: Settings of the server.
+        keys: API keys; None: requests need no key.
+        telemetry: Logs of requests.
+        models: Models by the name that clients use.
+        adapted: Models with an adapter, by the adapter's name.
+        admission: Admission control.
+        metrics: Metrics of `/metrics`.
+        is_draining: True: the server was told to stop.
     """
 
     def __init__(self, config: ServingConfig, keys: Keys | None, telemetry: Telemetry) -> None:
@@ -65,7 +69,7 @@ class Gateway:
 
     @property
     def is_ready(self) -> bool:
-        """Whether requests would be answered now."""
+        """True if requests would be answered now."""
         return (
             not self.is_draining
             and bool(self.models)
@@ -73,10 +77,10 @@ class Gateway:
         )
 
     def authorize(self, request: Request) -> Key:
-        """Whose request it is.
+        """Returns the key of a request.
 
         Raises:
-            ApiError: 401.
+            ApiError: 401: the request has no valid key.
         """
         if self.keys is None:
             return ANYBODY
@@ -84,12 +88,16 @@ class Gateway:
         header = request.headers.get("authorization")
         key = self.keys.find(header) if owner is None else self.keys.named(owner)
         if key is None:
-            text = "there is no such API key: send Authorization: Bearer sf-..."
+            text = "the API key is missing or not valid: send Authorization: Bearer sf-..."
             raise ApiError(401, text, code="invalid_api_key")
         return key
 
     def model(self, name: str) -> Model | AdaptedModel:
-        """By its name; raises ApiError 404."""
+        """Returns a model or adapter by its name.
+
+        Raises:
+            ApiError: 404: there is none with that name.
+        """
         models = self.models | self.adapted
         model = models.get(name)
         if model is None:
@@ -99,7 +107,11 @@ class Gateway:
         return model
 
     def deadline_s(self, request: Request) -> float:
-        """Seconds that the request may take; a client can ask for less than the setting."""
+        """Returns the seconds that a request may take; a client can ask for less than the setting.
+
+        Raises:
+            ApiError: 400: the client's header is not valid.
+        """
         most = self.config.admission.request_timeout_s
         asked = request.headers.get(_TIMEOUT_HEADER)
         if asked is None:
@@ -121,11 +133,13 @@ class Gateway:
         prompts: Sequence[str | list[int] | Chat],
         sampling: Sampling,
     ) -> Generation:
-        """Tokens of the prompts, and a place in the engine for them.
+        """Encodes the prompts, checks the request, and waits for its slots.
 
         Raises:
-            ApiError: What the client is told instead.
+            ApiError: The request is refused, or was not admitted.
         """
+        # The deployment is picked once: if a rollout replaces it meanwhile, it still finishes this
+        # request, since its tokens, limits and defaults were used.
         arrived_s = time.monotonic()
         deadline_s = self.deadline_s(request)
         deployment = model.pick()
@@ -161,17 +175,17 @@ class Gateway:
         model: Model | AdaptedModel,
         inputs: Sequence[str | list[int]],
     ) -> tuple[list[list[float]], int, str]:
-        """A vector for each input, the number of tokens, and the artifact's version.
+        """Returns a vector for each input, the number of tokens, and the artifact's version.
 
         Raises:
-            ApiError: What the client is told instead.
+            ApiError: The request is refused, was not admitted, or failed.
         """
         deadline_s = self.deadline_s(request)
         over_s = asyncio.get_running_loop().time() + deadline_s
         with model.pick() as deployment:
             info = deployment.engine.info
             if "embeddings" not in info.features:
-                raise ApiError(400, f"{info.engine} makes no embeddings", "model", "unsupported")
+                raise ApiError(400, f"{info.engine} has no embeddings", "model", "unsupported")
             tokens = await self._encode(deployment, inputs, deadline_s, "input")
             if (longest := max(map(len, tokens))) > info.max_context:
                 text = f"an input has {longest} tokens, but the context has {info.max_context}"
@@ -183,7 +197,7 @@ class Gateway:
                 async with asyncio.timeout_at(over_s):
                     vectors = await deployment.engine.embed(id, tokens, model.adapter)
             except TimeoutError as e:
-                text = f"not finished within its {deadline_s:g} s"
+                text = f"not finished within the deadline of {deadline_s:g} s"
                 raise ApiError(504, text, code="deadline") from e
             except EngineError as e:
                 raise lost(e) from e
@@ -192,7 +206,7 @@ class Gateway:
             return vectors, num_tokens, model.identity(deployment)[0]
 
     def refresh_metrics(self) -> None:
-        """Sets what is a state rather than a count."""
+        """Sets the gauges, which show states and not counts."""
         metrics = self.metrics
         metrics.waiting.set(self.admission.waiting)
         for model in self.models.values():
@@ -216,7 +230,7 @@ class Gateway:
     ) -> Slot:
         name = request.headers.get(_PRIORITY_HEADER, Priority.interactive.name)
         if name not in Priority.__members__:
-            text = f"{_PRIORITY_HEADER} is none of {', '.join(Priority.__members__)}"
+            text = f"{_PRIORITY_HEADER} must be one of {', '.join(Priority.__members__)}"
             raise ApiError(400, text, _PRIORITY_HEADER)
         try:
             return await self.admission.acquire(
@@ -242,10 +256,10 @@ class Gateway:
         deadline_s: float,
         field: str = "prompt",
     ) -> list[list[int]]:
-        """Token ids of prompts; `field` is what requests call them."""
+        """Returns the token ids of prompts; `field` is their name in the request."""
         vocab_size = deployment.text.vocab_size
         for prompt in prompts:
-            # An engine would look it up beyond its embedding's end, and be lost for everybody.
+            # An engine would index beyond its embedding and crash, losing everybody's requests.
             if isinstance(prompt, list) and (largest := max(prompt)) >= vocab_size:
                 text = f"token {largest} is not in the vocabulary of {vocab_size}"
                 raise ApiError(400, text, field)
@@ -259,7 +273,7 @@ class Gateway:
         except EngineError as e:
             raise lost(e) from e
         except TimeoutError as e:
-            text = f"no tokens of its text within {deadline_s:g} s"
+            text = f"not tokenized within the deadline of {deadline_s:g} s"
             raise ApiError(504, text, code="deadline") from e
         return [prompt if isinstance(prompt, list) else next(encoded) for prompt in prompts]
 
@@ -267,13 +281,13 @@ class Gateway:
 def _max_tokens(
     deployment: Deployment, prompts: list[list[int]], sampling: Sampling, field: str
 ) -> int:
-    """New tokens at most; raises ApiError 400 where prompt and answer do not fit."""
+    """Returns the limit on new tokens; raises ApiError 400 if prompt and answer do not fit."""
     longest, context = max(map(len, prompts)), deployment.engine.info.max_context
     room, wanted = context - longest, sampling.max_tokens
     if room < 1:
         text = (
-            f"the prompt has {longest} tokens, but the model's context has {context}, of which"
-            " an answer takes at least one"
+            f"the prompt has {longest} tokens, which leaves no room for an answer in the model's"
+            f" context of {context}"
         )
         raise ApiError(400, text, field, "context_length_exceeded")
     if wanted is None:
@@ -291,23 +305,23 @@ def _max_tokens(
 def _check_features(deployment: Deployment, sampling: Sampling, choice: Choice) -> None:
     info = deployment.engine.info
     if sampling.schema is not None and "json_schema" not in info.features:
-        text = f"{info.engine} cannot hold its answers to a schema"
+        text = f"{info.engine} does not support JSON schemas"
         raise ApiError(400, text, sampling.schema_field, "unsupported")
     for name in choice.extras():
         if name not in info.features:
-            raise ApiError(400, f"{name}: {info.engine} has none", name, "unsupported")
+            raise ApiError(400, f"{name}: {info.engine} lacks it", name, "unsupported")
     if sampling.logprobs is None:
         return
     if not tells_logprobs(deployment, choice):
-        text = f"logprobs: {info.engine} tells none"
+        text = f"logprobs: {info.engine} returns none"
         if info.max_logprobs >= 0:
             text += (
-                " unless temperature is 0, or both it and top_p are 1, without top_k, min_p and"
-                " repetition_penalty"
+                " unless temperature is 0, or temperature and top_p are 1, and top_k, min_p and"
+                " repetition_penalty are not used"
             )
         raise ApiError(400, text, "logprobs", "unsupported")
     if sampling.logprobs > info.max_logprobs:
-        text = f"{info.engine} tells at most {max(0, info.max_logprobs)} alternatives a token"
+        text = f"{info.engine} returns at most {max(0, info.max_logprobs)} alternatives a token"
         raise ApiError(400, text, "logprobs", "unsupported")
 
 

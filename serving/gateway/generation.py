@@ -1,4 +1,4 @@
-"""One request that was let in: its sequences, and what is noted of them."""
+"""An admitted request: its sequences, deadline, metrics and logs."""
 
 from __future__ import annotations
 
@@ -24,15 +24,21 @@ from serving.text.stages import TextChunk
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the sequences of a request are made; see `TokenRequest`.
+    """Settings of a request besides its prompts; see `TokenRequest`.
 
     Attributes:
-        max_tokens: As the request has it; None: it does not say.
-        max_tokens_field: Where it does.
-        default_max_tokens: Where it does not, or fewer where those do not fit; None: what fits.
-        choice: What it asks for of a `Choice`.
-        schema_field: Where it asks for the schema.
-        finds_calls: Whether calls of tools are to be found in the text.
+        max_tokens: New tokens of each sequence, at most; None: not given.
+        max_tokens_field: Field of the request with that limit.
+        default_max_tokens: Limit if none is given, reduced to what fits; None: what fits.
+        choice: Fields of `Choice` by name; None: not given.
+        n: Sequences for each prompt.
+        seed: Seed of the first sequence; None: a random one.
+        logprobs: Alternatives for each token; None: no log-probabilities.
+        stop: Texts that end a sequence.
+        ignore_eos: True: generate up to the limit even after an EOS.
+        schema: JSON schema that the text must satisfy; None: any text.
+        schema_field: Field of the request with the schema.
+        finds_calls: True: calls of tools are parsed out of the text.
     """
 
     max_tokens: int | None
@@ -50,14 +56,14 @@ class Sampling:
 
 
 class Generation:
-    """One request that was let in: its sequences, and what is noted of them.
+    """An admitted request: its sequences, deadline, metrics and logs.
 
     Attributes:
-        id: Unique; each response and each line of the logs carries it.
-        deployment: Who answers.
-        version: Of the artifact that answers, and of the adapter.
-        prompt_tokens: Of all prompts.
-        completion_tokens: Generated so far, of all choices.
+        id: Unique id, which is in the response and in each line of the logs.
+        deployment: Deployment that answers the request.
+        version: Version of the deployment's artifact, and of the adapter.
+        prompt_tokens: Tokens of all prompts.
+        completion_tokens: Tokens of all choices that were generated so far.
     """
 
     def __init__(
@@ -93,13 +99,15 @@ class Generation:
         self._between = metrics.between_tokens.labels(*labels)
         self._generated = metrics.generation_tokens.labels(*labels)
         self._labels = labels
+        # Entered here and left in `_close`: the deployment must stay up from the end of `begin`
+        # until the last chunk, which another task may read.
         deployment.__enter__()
 
     async def chunks(self) -> AsyncIterator[tuple[int, TextChunk]]:
-        """(choice, text) until all choices have ended; leaving early cancels what still runs.
+        """Yields (choice, text) until all choices have ended; closing early cancels the rest.
 
         Raises:
-            ApiError: The engine refused or lost it, or its time is over.
+            ApiError: The engine refused or lost the request, or its deadline has passed.
         """
         metrics = self._metrics
         metrics.queue.labels(*self._labels).observe(self._started_s - self._arrived_s)
@@ -116,13 +124,13 @@ class Generation:
                     if chunk.finish_reason is not None:
                         reasons.append(chunk.finish_reason)
                     if self._sampling.logprobs is None and chunk.logprobs is not None:
-                        chunk = chunk._replace(logprobs=None)  # they were asked for by us
+                        chunk = chunk._replace(logprobs=None)  # asked for by the drift file only
                     yield index, chunk
             finally:
                 await stream.aclose()  # type: ignore[attr-defined]
             is_over = True
         except TimeoutError as e:
-            text = f"not finished within its {self._deadline_s:g} s"
+            text = f"not finished within the deadline of {self._deadline_s:g} s"
             error = ApiError(504, text, code="deadline")
             raise error from e
         except EngineError as e:
@@ -136,12 +144,14 @@ class Generation:
         sampling = self._sampling
         seed = random.getrandbits(63) if sampling.seed is None else sampling.seed
         logprobs = sampling.logprobs
+        # The drift file needs log-probabilities also where the client has not asked for any.
         if (
             logprobs is None
             and self._drift is not None
             and tells_logprobs(self.deployment, self._choice)
         ):
             logprobs = 0
+        # Every sequence has its own seed, or all choices of a prompt would be the same text.
         return [
             TokenRequest(
                 id=f"{self.id}-{i * sampling.n + j}",
@@ -159,10 +169,10 @@ class Generation:
         ]
 
     async def _stream(self, requests: list[TokenRequest]) -> AsyncIterator[tuple[int, TextChunk]]:
-        """All sequences at once, as their chunks come; raises EngineError, TimeoutError.
+        """Yields the chunks of all sequences as they come; raises EngineError, TimeoutError.
 
-        The consumer's task changes between the first chunk and the others, so that
-        `asyncio.timeout` would cancel one that has ended long before: the deadline is an item.
+        The deadline is an item in the queue. `asyncio.timeout` would not do: it cancels the task
+        that entered it, but the first chunk is read in another task than the rest.
         """
         queue: asyncio.Queue[tuple[int, TextChunk] | Exception] = asyncio.Queue()
 
@@ -212,12 +222,13 @@ class Generation:
 
     def _close(self, reasons: list[str], error: ApiError | None, is_over: bool) -> None:
         took_s = time.monotonic() - self._arrived_s
+        # Called exactly once, however the request ends: it frees the deployment and the slot.
         self.deployment.__exit__()
         self._slot.release(self.prompt_tokens * self._sampling.n + self.completion_tokens)
         metrics = self._metrics
         for reason in reasons:
             metrics.success.labels(*self._labels, reason).inc()
-        is_clients = error is not None and error.status < 500
+        is_clients = error is not None and error.status < 500  # the client's fault
         if is_clients:
             metrics.rejections.labels(self._model.name, self._key.id, "refused").inc()
         elif error is not None:
@@ -227,7 +238,8 @@ class Generation:
         else:
             metrics.whole.labels(*self._labels).observe(took_s)
         first_s = took_s if self._first_s is None else self._first_s
-        # A client that went away, or asked for what cannot be, says nothing of the artifact.
+        # A trial counts no requests that were cancelled or refused: they say nothing about the
+        # artifact.
         if is_over or (error is not None and not is_clients):
             token_s = (took_s - first_s) / max(1, self.completion_tokens - 1)
             self._model.note(self.deployment.artifact.version, error is None, first_s, token_s)
@@ -251,7 +263,7 @@ class Generation:
 
 
 def tells_logprobs(deployment: Deployment, choice: Choice) -> bool:
-    """Whether the engine knows the model's own, where tokens are chosen like this."""
+    """Returns whether the engine returns the model's own log-probabilities with these settings."""
     info = deployment.engine.info
     if info.max_logprobs < 0:
         return False
@@ -259,9 +271,9 @@ def tells_logprobs(deployment: Deployment, choice: Choice) -> bool:
 
 
 def lost(error: EngineError, schema_field: str | None = None) -> ApiError:
-    """What a client is told when an engine lost its request, did not take it, or cannot do it."""
+    """Returns the response to a request that an engine lost, refused, or failed at."""
     if isinstance(error, EngineFailed):
-        return ApiError(500, f"the engine cannot do it: {error}", code="engine_failed")
+        return ApiError(500, f"the engine failed: {error}", code="engine_failed")
     if not isinstance(error, EngineRefused):
         text = f"the engine lost the request: {error}"
         return ApiError(503, text, code="engine", retry_after_s=1)

@@ -1,8 +1,8 @@
-"""What keeps a hostile or broken client from the app.
+"""Limits that protect the app from hostile or broken clients.
 
-`guarded_protocol` watches bytes, before there is a request: headers that never end, too many of
-them, bytes that are no HTTP, too many connections, answers that nobody reads. `BodyGuard` watches
-bodies. Whatever is refused is told in OpenAI's shape, and the connection is closed.
+`guarded_protocol` checks bytes before there is a request: headers that never end, too many headers,
+bytes that are not HTTP, too many connections, responses that the client does not read. `BodyGuard`
+checks bodies. A refusal is sent in OpenAI's shape, and the connection is closed.
 """
 
 import asyncio
@@ -19,11 +19,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from core.settings.rules import setting
 
-# The parser tells no positions: header bytes are counted by what is fed to it at a time.
+# The parser reports no positions, so header bytes are counted by the pieces that are fed to it.
 _PIECE_BYTES = 4_096
 
-# After a refusal so much is still read and dropped: closing at once would reset the connection, and
-# a client that is still sending would not see the answer.
+# After a refusal this much is still read and dropped: closing at once would reset the connection,
+# and a client that is still sending would not receive the response.
 _LINGER_S = 1.0
 _LINGER_BYTES = 16 * 2**20
 
@@ -33,22 +33,23 @@ _limit = partial(setting, above=0, below=math.inf, fix="use a number above 0")
 
 @dataclass
 class Guard:
-    """What a client may do.
+    """Limits on what a client may do over HTTP.
 
     Attributes:
-        max_connections: Connections that are open at once, in this process.
-        max_connections_per_client: Connections from one address; null: no bound of its own. Behind
-            a proxy all clients have its address.
-        max_header_bytes: Bytes of request line and headers, to within 4 KiB; of trailers as well.
-        max_header_lines: Headers of a request.
-        header_timeout_s: Seconds from the connection, or the first byte of a request, to the
-            headers' end.
-        max_body_bytes: Bytes of a request's body.
-        max_body_bytes_of: Bytes of a request's body for single paths, as `/v1/files`.
-        body_timeout_s: Seconds to the body's end, for one of `max_body_bytes`; where a path may
-            have more, it has as much more time.
-        write_timeout_s: Seconds for which a client may let its answer pile up; it would keep its
-            place in the engine.
+        max_connections: Connections that are open at once, at most.
+        max_connections_per_client: Connections from one address, at most; null: no limit per
+            address. Behind a proxy all clients have the proxy's address.
+        max_header_bytes: Bytes of request line and headers, at most, to within 4 KiB; the same
+            holds for trailers.
+        max_header_lines: Headers of a request, at most.
+        header_timeout_s: Seconds from the connection, or the first byte of a request, to the end of
+            the headers.
+        max_body_bytes: Bytes of a request's body, at most.
+        max_body_bytes_of: Bytes of a request's body for single paths, such as `/v1/files`.
+        body_timeout_s: Seconds for a body of `max_body_bytes`; a path with a larger limit has
+            proportionally more time.
+        write_timeout_s: Seconds for which a client may not read its response, which keeps its slot
+            in the engine.
     """
 
     max_connections: int = _limit(512)
@@ -63,22 +64,22 @@ class Guard:
 
 
 def guarded_protocol(guard: Guard) -> type[HttpToolsProtocol]:
-    """The protocol to hand to uvicorn: `uvicorn.Config(app, http=guarded_protocol(guard))`."""
+    """Returns the protocol class for uvicorn: `uvicorn.Config(app, http=guarded_protocol(g))`."""
     return type("GuardedProtocol", (_GuardedProtocol,), {"guard": guard})
 
 
 class _GuardedProtocol(HttpToolsProtocol):
-    """One connection.
+    """A connection.
 
-    What `uvicorn` does not bound is what yields no event: bytes since the last piece of a body or
-    the last end of headers, and the time until headers end.
+    uvicorn does not limit what yields no event: the bytes since the last piece of a body or the
+    last end of headers, and the time until headers end.
     """
 
     guard: Guard
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.ws_protocol_class = None  # it would take the connection out of our hands
+        self.ws_protocol_class = None  # an upgrade to WebSocket would bypass these limits
         self._refused = False
         self._dropped_bytes = 0
         self._header_timer: asyncio.TimerHandle | None = None
@@ -89,6 +90,7 @@ class _GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # uvicorn has entered this connection in `connections` already.
         if len(self.connections) > self.guard.max_connections:
             self._refuse_connection(503, "the server has too many connections")
             return
@@ -105,6 +107,7 @@ class _GuardedProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        # `abort` and not `close`, which would wait until the client has read the buffer.
         self._write_timer = self.loop.call_later(self.guard.write_timeout_s, self.transport.abort)
 
     def resume_writing(self) -> None:
@@ -121,11 +124,14 @@ class _GuardedProtocol(HttpToolsProtocol):
             if self._refused or self.transport.is_closing():
                 return
             piece = data[start : start + _PIECE_BYTES]
+            # The callbacks below set it when the parser gets past something: what never does is
+            # counted, whatever it is meant to be.
             self._made_progress = False
             super().data_received(piece)
             self._pending_bytes = 0 if self._made_progress else self._pending_bytes + len(piece)
             if self._pending_bytes > self.guard.max_header_bytes:
                 self._refuse_headers(f"more than {self.guard.max_header_bytes} bytes")
+        # Between requests of a kept-alive connection, the next one has begun with these bytes.
         idle = self.cycle is None or self.cycle.response_complete
         if idle and not self._refused and self._header_timer is None:
             self._start_header_timer()
@@ -142,7 +148,7 @@ class _GuardedProtocol(HttpToolsProtocol):
         self._header_lines += 1
         if self._header_lines > self.guard.max_header_lines:
             self._refuse_headers(f"more than {self.guard.max_header_lines} lines")
-            raise ValueError("too many headers")  # the parser stops here
+            raise ValueError("too many headers")  # makes the parser stop
 
     def on_headers_complete(self) -> None:
         self._made_progress = True
@@ -169,21 +175,23 @@ class _GuardedProtocol(HttpToolsProtocol):
 
     def _refuse_connection(self, status: int, message: str) -> None:
         self._refuse(status, "too_many_connections", message)
-        self.transport.close()  # no lingering: it would hold what there is too little of
+        self.transport.close()  # no lingering: connections are what there are too many of
 
     def _refuse_headers(self, what: str) -> None:
         self._refuse(431, "headers_too_large", f"the request's headers have {what}")
 
     def _refuse(self, status: int, code: str, message: str) -> None:
-        """Answers where an answer would be taken for one to this request; then closes."""
+        """Sends an error if the client would take it for the response to this request; closes."""
         if self._refused:
             return
         self._refused = True
         self._stop_header_timer()
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
+            # Another response is due: only if it is this request's own, and has not started, may
+            # the error take its place.
             answerable = cycle.more_body and not cycle.response_started and not self.pipeline
-            cycle.disconnected = True  # the app learns of it, and what it sends is dropped
+            cycle.disconnected = True  # the app sees a disconnect, and what it sends is dropped
             cycle.message_event.set()
             if not answerable:
                 self.transport.close()
@@ -211,20 +219,20 @@ class _GuardedProtocol(HttpToolsProtocol):
 
     def _on_header_timeout(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
-            self._start_header_timer()  # the request before it is still being answered
+            self._start_header_timer()  # the previous request is still being answered
             return
         limit_s = self.guard.header_timeout_s
-        self._refuse(408, "header_timeout", f"no whole headers came within {limit_s:g} s")
+        self._refuse(408, "header_timeout", f"the headers did not end within {limit_s:g} s")
 
 
 class BodyGuard:
     """ASGI middleware that refuses bodies that are too large or too slow.
 
-    The app sees a refused request as one whose client went away.
+    To the app, a refused request looks like one whose client has disconnected.
 
     Args:
-        app: The app within.
-        guard: What a client may do.
+        app: App that is wrapped.
+        guard: Limits on bodies.
     """
 
     def __init__(self, app: ASGIApp, guard: Guard) -> None:
@@ -240,17 +248,17 @@ class BodyGuard:
         timeout_s = guard.body_timeout_s * max(1.0, limit / guard.max_body_bytes)
         exchange = _Exchange(limit, timeout_s, receive, send)
         length = next((v for name, v in scope["headers"] if name == b"content-length"), b"0")
-        if int(length) > limit:  # the parser took it for a number
+        if int(length) > limit:  # the parser accepts digits only, so `int` does not fail
             await exchange.refuse_size()
             return
         try:
             await self._app(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
-            pass  # its client is gone, or was refused
+            pass  # the client has disconnected, or was refused
 
 
 class _Exchange:
-    """One request and its answer."""
+    """A request and its response."""
 
     def __init__(self, limit: int, timeout_s: float, receive: Receive, send: Send) -> None:
         self._limit = limit
@@ -284,7 +292,7 @@ class _Exchange:
             await self._send(message)
 
     async def refuse_size(self) -> Message:
-        """Answers 413."""
+        """Sends 413."""
         text = f"the request's body is larger than {self._limit} bytes"
         return await self._refuse(413, "request_too_large", text)
 
@@ -293,6 +301,8 @@ class _Exchange:
         headers, body = _refusal(status, code, message)
         if not self._answered:
             await self._send({"type": "http.response.start", "status": status, "headers": headers})
+            # The response is complete only after the rest of the body: uvicorn closes the
+            # connection then, and a client that is still sending must have read it before.
             await self._send({"type": "http.response.body", "body": body, "more_body": True})
             await self._drop_rest()
             await self._send({"type": "http.response.body"})
@@ -311,7 +321,7 @@ class _Exchange:
 
 
 def _refusal(status: int, code: str, message: str) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """Headers and body in OpenAI's shape."""
+    """Returns headers and body of an error in OpenAI's shape."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     error = {"message": message, "type": kind, "param": None, "code": code}
     body = json.dumps({"error": error}).encode()

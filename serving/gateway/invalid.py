@@ -1,4 +1,4 @@
-"""What is wrong with a request, in the API's words rather than in those of what checks it."""
+"""Turns pydantic's errors into the API's: field and rule in the words of the API."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from serving.gateway.errors import ApiError
 from serving.gateway.schema import Unsupported
 
-# Fields that OpenAI's API has, and that are here so that their defaults are taken.
+# Fields of OpenAI's API that are accepted only with their default.
 _UNSUPPORTED = {
     *Unsupported.model_fields,
     "annotations",
@@ -22,24 +22,24 @@ _UNSUPPORTED = {
 }
 _KINDS = {
     "content": "a text, or parts of type text",
-    "input": "a text, token ids, or a list of up to 2048 of either; none is empty",
-    "prompt": "a text, token ids, or a list of up to 128 of either; none is empty",
+    "input": "a text, token ids, or a list of up to 2048 of either, none of them empty",
+    "prompt": "a text, token ids, or a list of up to 128 of either, none of them empty",
     "stop": "a text, or up to 4 texts, of up to 512 characters each",
 }
 _AS_JSON = {"False": "false", "True": "true", "None": "null"}
 
 
 def describe(error: dict[str, Any], body: Any) -> ApiError:
-    """A 400 that names the field.
+    """Returns a 400 that names the field.
 
     Args:
-        error: The first of pydantic's, as its `errors()` has them.
-        body: What was sent.
+        error: First error of pydantic's `errors()`.
+        body: Body of the request.
     """
     if error["type"] == "json_invalid":
-        return ApiError(400, "the body is no valid JSON")
+        return ApiError(400, "the body is not valid JSON")
     kind, (place, *where) = error["type"], error["loc"]
-    # Of a query parameter there is no body to look into.
+    # The location of a query parameter is not a path in the body.
     path = [str(x) for x in where] if place != "body" else _path(where, body, kind == "missing")
     field, param = path[-1] if path else "", ".".join(path)
     if not path and kind == "model_attributes_type":
@@ -54,7 +54,7 @@ def describe(error: dict[str, Any], body: Any) -> ApiError:
     elif kind == "literal_error":
         expected = error["ctx"]["expected"]
         rule = f"must be {_AS_JSON.get(expected, expected)}"
-    elif kind == "value_error":  # ours: begins with the field
+    elif kind == "value_error":  # raised by our validators, whose text begins with the field
         text = str(error["ctx"]["error"])
         named = text.partition(" ")[0].rstrip(":")
         return ApiError(400, text, param or named)
@@ -75,7 +75,7 @@ def _bounds(told: dict[str, Any]) -> str:
 
 
 def _path(where: list[str | int], body: Any, is_missing: bool) -> list[str]:
-    """The field, without the branches of unions, which pydantic puts between."""
+    """Returns the path of the field, without the branches of unions that pydantic inserts."""
     path = []
     for i, part in enumerate(where):
         is_it = is_missing and i == len(where) - 1

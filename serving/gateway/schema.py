@@ -1,4 +1,4 @@
-"""Requests as OpenAI's API has them: what is not supported is refused, not ignored."""
+"""Schemas of requests in OpenAI's API; unsupported fields are refused, not ignored."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from serving.text.tools import call_schema
 from trainer.data.messages import for_template
 
 _SEED = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+# Within these limits an engine compiles any schema in about a second.
 _SCHEMA_LEVELS = 100
 _SCHEMA_BYTES = 2**16
-_DEFAULT = "Default: as the model's generation_config.json has it."
+_DEFAULT = "Default: the value in the model's generation_config.json."
 _TOKEN_ID = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -22,13 +23,13 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    """Of a stream."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
 
 
 class JsonSchema(_Body):
-    """A schema that the answer is to satisfy."""
+    """A JSON schema that the answer must satisfy."""
 
     name: str = Field(max_length=64)
     schema_: dict[str, Any] = Field(alias="schema")
@@ -42,7 +43,7 @@ class JsonSchema(_Body):
 
 
 class ResponseFormat(_Body):
-    """What the answer is to be."""
+    """The format of the answer."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: JsonSchema | None = None
@@ -50,18 +51,19 @@ class ResponseFormat(_Body):
     @model_validator(mode="after")
     def _has_its_schema(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema is given with type=json_schema, and only with it")
+            raise ValueError("json_schema must be given with type=json_schema, and only then")
         return self
 
     def schema_of_text(self) -> dict[str, Any] | None:
-        """None: any text."""
+        """Returns the schema that the text must satisfy; None: any text."""
         if self.type == "json_object":
             return {"type": "object"}
         return None if self.json_schema is None else self.json_schema.schema_
 
 
 def check_schema(schema: dict[str, Any]) -> None:
-    """Raises ValueError for one that takes an engine more than a second or two to compile."""
+    """Raises ValueError for a schema that an engine may take more than two seconds to compile."""
+    # Level by level and not recursively, since the nesting is what may be too deep.
     level: list[Any] = [schema]
     for _ in range(_SCHEMA_LEVELS):
         level = [
@@ -73,13 +75,13 @@ def check_schema(schema: dict[str, Any]) -> None:
         if not level:
             break
     else:
-        raise ValueError(f"a schema is nested in at most {_SCHEMA_LEVELS} levels")
+        raise ValueError(f"a schema must have at most {_SCHEMA_LEVELS} levels")
     if len(json.dumps(schema)) > _SCHEMA_BYTES:
-        raise ValueError(f"a schema has at most {_SCHEMA_BYTES} bytes")
+        raise ValueError(f"a schema must have at most {_SCHEMA_BYTES} bytes")
 
 
 class _Sampling(_Body):
-    """What completions and chats have in common."""
+    """Fields that completions and chats have in common."""
 
     model: str = Field(max_length=256)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description=_DEFAULT)
@@ -96,47 +98,47 @@ class _Sampling(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=256)
-    ignore_eos: bool | None = Field(None, description="Go on to max_tokens (as in vLLM).")
+    ignore_eos: bool | None = Field(None, description="Ignore EOS up to max_tokens.")
     presence_penalty: float | None = Field(None, ge=0, le=0, description="Only 0 is supported.")
     frequency_penalty: float | None = Field(None, ge=0, le=0, description="Only 0 is supported.")
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> _Sampling:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is given with stream=true, and only with it")
+            raise ValueError("stream_options must be given with stream=true only")
         if isinstance(self.stop, list) and len(self.stop) > 4:
-            raise ValueError("stop has at most 4 texts")
+            raise ValueError("stop must have at most 4 texts")
         return self
 
     @model_validator(mode="after")
     def _a_schema_has_an_end(self) -> _Sampling:
         if self.ignore_eos and self.schema_of_text() is not None:
             field = self.schema_field()
-            raise ValueError(f"ignore_eos: a text that satisfies {field} ends with it")
+            raise ValueError(f"ignore_eos must be false with {field}, whose text ends with EOS")
         return self
 
     def schema_of_text(self) -> dict[str, Any] | None:
-        """That the text is to satisfy; None: any text."""
+        """Returns the schema that the text must satisfy; None: any text."""
         return None if self.response_format is None else self.response_format.schema_of_text()
 
     def schema_field(self) -> str:
-        """Which field asks for that."""
+        """Returns the name of the field with the schema."""
         return "response_format"
 
     def num_choices(self) -> int:
-        """Of each prompt."""
+        """Returns the number of choices for each prompt."""
         return 1 if self.n is None else self.n
 
     def stops(self) -> list[str]:
-        """Always a list."""
+        """Returns the stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
 
     def includes_usage(self) -> bool:
-        """Whether a stream ends with its usage."""
+        """Returns whether a stream ends with its usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def choice(self) -> dict[str, float | None]:
-        """What is asked for of a `Choice`, by name; None: nothing."""
+        """Returns the fields of `Choice` by name; None: not given."""
         return {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -168,15 +170,15 @@ class CompletionRequest(_Sampling):
     default_limit: ClassVar[int | None] = 16
 
     def limit(self) -> int | None:
-        """New tokens at most; None: `default_limit`, or as many as fit."""
+        """Returns the limit on new tokens; None: not given."""
         return self.max_tokens
 
     def limit_field(self) -> str:
-        """Which field says that."""
+        """Returns the name of the field with the limit."""
         return "max_tokens"
 
     def prompts(self) -> list[str | list[int]]:
-        """One or more."""
+        """Returns the prompts as a list."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -185,7 +187,7 @@ class CompletionRequest(_Sampling):
 
 
 class FunctionCall(_Body):
-    """What a model asked for."""
+    """A call of a function by a model."""
 
     name: str
     arguments: str
@@ -195,12 +197,12 @@ class FunctionCall(_Body):
         try:
             json.loads(self.arguments or "{}")
         except (ValueError, RecursionError) as e:
-            raise ValueError("arguments are no JSON") from e
+            raise ValueError("arguments must be JSON") from e
         return self
 
 
 class ToolCall(_Body):
-    """Likewise."""
+    """A call of a tool by a model."""
 
     id: str
     type: Literal["function"] = "function"
@@ -208,18 +210,21 @@ class ToolCall(_Body):
 
 
 class TextPart(_Body):
-    """A part of a message; only text is understood."""
+    """A part of a message; only text is supported."""
 
     type: Literal["text"]
     text: str
 
 
-# Fields of a message that a chat template is given.
+# Fields of a message that are passed to a chat template.
 _SAID = {"role", "content", "name", "tool_calls", "tool_call_id"}
 
 
 class Message(_Body):
-    """Of a conversation. An answer may be sent back as it came, whatever of it is null."""
+    """A message of a conversation.
+
+    A model's answer may be sent back unchanged, so its null fields are accepted.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
@@ -234,17 +239,17 @@ class Message(_Body):
     @model_validator(mode="after")
     def _says_something(self) -> Message:
         if self.content is None and not self.tool_calls:
-            raise ValueError("content is missing: only an assistant that calls tools has none")
+            raise ValueError("content is missing, which only a message with tool_calls may lack")
         return self
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it: one text, arguments as objects."""
+        """Returns the message as chat templates expect it: one text, arguments as objects."""
         said = self.model_dump(include=_SAID, exclude_none=True)
         return for_template(said)
 
 
 class Function(_Body):
-    """That a model may ask for."""
+    """A function that a model may call."""
 
     name: str = Field(max_length=64)
     description: str | None = None
@@ -258,27 +263,27 @@ class Function(_Body):
 
 
 class Tool(_Body):
-    """Likewise."""
+    """A tool that a model may call."""
 
     type: Literal["function"]
     function: Function
 
 
 class FunctionName(_Body):
-    """Of one that is to be called."""
+    """The name of a function that must be called."""
 
     name: str = Field(max_length=64)
 
 
 class NamedTool(_Body):
-    """Likewise."""
+    """A tool that must be called."""
 
     type: Literal["function"]
     function: FunctionName
 
 
 class Unsupported(_Body):
-    """What OpenAI's API has and this one has not: taken where it is null, as clients send it."""
+    """Fields of OpenAI's API that are not supported; null is accepted, since clients send it."""
 
     audio: None = None
     function_call: None = None
@@ -315,7 +320,7 @@ class ChatRequest(_Sampling, Unsupported):
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs is given with logprobs=true, and only with it")
+            raise ValueError("top_logprobs must be given with logprobs=true only")
         return self
 
     @model_validator(mode="after")
@@ -325,17 +330,18 @@ class ChatRequest(_Sampling, Unsupported):
         names = self.function_names()
         named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         if not names or (named is not None and named not in names):
-            raise ValueError(f"tool_choice names what tools has: {', '.join(names) or 'nothing'}")
+            raise ValueError(f"tool_choice must name one of tools: {', '.join(names) or 'none'}")
+        # Each function's schema is small enough, but all of them together may not be.
         check_schema(self.schema_of_text() or {})
         return self
 
     @property
     def must_call(self) -> bool:
-        """Whether the answer has to be a call of a tool."""
+        """True if the answer must be a call of a tool."""
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     def schema_of_text(self) -> dict[str, Any] | None:
-        """See `_Sampling`; of a call, where there has to be one: it wins over response_format."""
+        """Returns the schema of a call if one is required, otherwise that of response_format."""
         if not self.must_call:
             return super().schema_of_text()
         functions = [tool.function for tool in self.tools or ()]
@@ -359,15 +365,15 @@ class ChatRequest(_Sampling, Unsupported):
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     def wanted_logprobs(self) -> int | None:
-        """Alternatives for each token."""
+        """Returns the number of alternatives for each token; None: no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def function_names(self) -> list[str]:
-        """Of the tools."""
+        """Returns the names of the tools' functions."""
         return [tool.function.name for tool in self.tools or ()]
 
     def offered_tools(self) -> list[dict[str, Any]] | None:
-        """For the template."""
+        """Returns the tools for the chat template; None: no tools."""
         if not self.tools or self.tool_choice == "none":
             return None
         return [tool.model_dump(exclude_none=True) for tool in self.tools]
@@ -391,7 +397,7 @@ class EmbeddingRequest(_Body):
     user: str | None = Field(None, max_length=256)
 
     def inputs(self) -> list[str | list[int]]:
-        """One or more."""
+        """Returns the inputs as a list."""
         if isinstance(self.input, str):
             return [self.input]
         if isinstance(self.input[0], int):

@@ -1,1 +1,1 @@
-"""From text to tokens and back: the stages before and after an engine."""
+"""The text stages before and after an engine: text to tokens, and tokens to text."""

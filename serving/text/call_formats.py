@@ -1,4 +1,4 @@
-"""How families of models write calls of functions, and which family a chat template is of."""
+"""Formats in which families of models write calls of functions, found by the chat template."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from serving.text.tools import ToolCallParser, call_of
 Call = dict[str, Any]
 
 _JSON = json.JSONDecoder()
-_BETWEEN = re.compile(r"[\s;,]*")  # two calls
-# What a template of Llama's shows: {"name": function name, "parameters": ...}; a description of a
-# function has its description in between.
+_BETWEEN = re.compile(r"[\s;,]*")  # separators between two calls
+# The call that Llama's templates show as an example: {"name": function name, "parameters": ...}.
+# The description of a function has its "description" in between, and does not match.
 _LLAMA_JSON = re.compile(r'\{"name"\s*:(?:(?!description).){0,200}?"parameters"\s*:', re.DOTALL)
 _PYTHONIC = re.compile(r"\[\w+\(\w+=")
-_OTHER_TAGS = ("<function=", "<arg_key>")  # inside <tool_call>, where others have JSON
+_OTHER_TAGS = ("<function=", "<arg_key>")  # formats within <tool_call> that are not JSON
 _LLAMA_MARKS = ("<|python_tag|>", "<|python_start|>", "<|python_end|>")
 _LLAMA_BEGINS = re.compile(r'\s*(\{\s*("|$)|\[\s*(\{|$|[A-Za-z_][\w.]*(\(|$))|$)')
 _MISTRAL_MARK = "[TOOL_CALLS]"
@@ -27,7 +27,7 @@ _PYTHON_NAMES = {"true": True, "false": False, "null": None}
 
 
 class CallParser(Protocol):
-    """Finds calls in one text."""
+    """Parser that finds calls in one text."""
 
     def feed(self, text: str, is_last: bool) -> tuple[str, list[Call]]:
         """See `ToolCallParser.feed`."""
@@ -35,12 +35,12 @@ class CallParser(Protocol):
 
 
 class CallFormat(NamedTuple):
-    """Of a family.
+    """Format of calls of a family of models.
 
     Attributes:
-        marks: What calls are told by; where it is a special token, it has to be part of the text.
-        parser: Makes a parser; it is given the names of the functions that there are.
-        has_short_ids: Templates take ids of nine letters and digits only.
+        marks: Texts that mark calls; those that are special tokens must be kept in the text.
+        parser: Function that returns a parser, given the names of the functions.
+        has_short_ids: True: templates accept only ids of nine letters and digits.
     """
 
     marks: Sequence[str]
@@ -49,7 +49,7 @@ class CallFormat(NamedTuple):
 
 
 def format_of(template: str) -> CallFormat | None:
-    """The one that a chat template shows; None: none that is read here."""
+    """Returns the format that a chat template uses; None: a format that is not supported."""
     if _MISTRAL_MARK in template:
         return CallFormat((_MISTRAL_MARK, "[CALL_ID]", "[ARGS]"), MistralCalls, True)
     if "<tool_call>" in template:
@@ -63,25 +63,27 @@ def format_of(template: str) -> CallFormat | None:
 
 
 class LlamaCalls:
-    """Llama 3: `{"name": "f", "parameters": {"x": 1}}`, Llama 4: `[f(x=1), g()]` or the same JSON.
+    """Parser of Llama's calls.
 
-    All of a text is calls, or none of it, but for what comes before a mark. Several objects are
-    separated by a semicolon, or by nothing.
+    Llama 3 writes `{"name": "f", "parameters": {"x": 1}}`, Llama 4 `[f(x=1), g()]` or the same
+    JSON. Apart from text before a mark, a text consists of calls only, or of none. Several objects
+    are separated by a semicolon or by nothing.
 
     Args:
-        names: Of the functions that there are: a list in square brackets may be no call.
+        names: Names of the functions; a list in square brackets with other names is not a call.
     """
 
     def __init__(self, names: Collection[str]) -> None:
         self._names = names
         self._held = ""
-        self._is_said = False  # the text has begun, and with something else
+        self._is_said = False  # the text has begun with something that is not a call
 
     def feed(self, text: str, is_last: bool) -> tuple[str, list[Call]]:
         """See `ToolCallParser.feed`."""
         self._held += text
         first = min((at for m in _LLAMA_MARKS if (at := self._held.find(m)) >= 0), default=-1)
         said = ""
+        # Text before a mark is shown, unless it may itself be the beginning of a call.
         if first > 0 and (self._is_said or not _LLAMA_BEGINS.match(self._held[:first])):
             said, self._held, first = self._held[:first], self._held[first:], 0
         keep = 0 if is_last else _partial(self._held, _LLAMA_MARKS)
@@ -104,10 +106,12 @@ class LlamaCalls:
 
 
 class MistralCalls:
-    """`[TOOL_CALLS]`, and a list of objects or, as newer models have it, `name[ARGS]{...}`.
+    """Parser of Mistral's calls: `[TOOL_CALLS]`, then a list of objects or `name[ARGS]{...}`.
+
+    Newer models write the second form.
 
     Args:
-        names: Not looked at: nothing else begins with the mark.
+        names: Not used, since only calls begin with the mark.
     """
 
     def __init__(self, names: Collection[str] = ()) -> None:
@@ -134,7 +138,7 @@ class MistralCalls:
 
 
 def _partial(text: str, marks: Sequence[str]) -> int:
-    """How many of the last characters may begin a mark."""
+    """Returns how many of a text's last characters may be the beginning of a mark."""
     for size in range(min(len(text), max(map(len, marks)) - 1), 0, -1):
         if any(mark.startswith(text[-size:]) for mark in marks):
             return size
@@ -142,7 +146,7 @@ def _partial(text: str, marks: Sequence[str]) -> int:
 
 
 def _json_calls(text: str) -> list[Call] | None:
-    """Of objects, or lists of them, and nothing else."""
+    """Returns the calls in a text of JSON objects or lists of them; None: it is another text."""
     calls: list[Call] = []
     at = 0
     while at < len(text):
@@ -160,12 +164,16 @@ def _json_calls(text: str) -> list[Call] | None:
 
 
 def _python_calls(text: str, names: Collection[str]) -> list[Call] | None:
-    """Of `[f(x=1), g()]`; it is read, never run."""
+    """Returns the calls in a text such as `[f(x=1), g()]`; None: it is another text.
+
+    The text is parsed but never evaluated.
+    """
     try:
         tree = ast.parse(text, mode="eval").body
         if not isinstance(tree, ast.List) or not tree.elts:
             return None
         calls = [(_name(node), _arguments(node)) for node in tree.elts]
+        # Lists of other calls are ordinary text, such as an example of Python.
         if not all(name in names for name, _ in calls):
             return None
         return [{"name": name, "arguments": json.dumps(arguments)} for name, arguments in calls]
@@ -175,7 +183,7 @@ def _python_calls(text: str, names: Collection[str]) -> list[Call] | None:
 
 def _name(node: ast.expr) -> str:
     if not isinstance(node, ast.Call) or node.args or any(k.arg is None for k in node.keywords):
-        raise ValueError("no call with names for its arguments")
+        raise ValueError("not a call with keyword arguments only")
     return ast.unparse(node.func)
 
 

@@ -1,9 +1,9 @@
-"""Tokens of an answer to text, a token at a time, exactly as if all had been decoded at once.
+"""Decodes the tokens of an answer one at a time, to exactly the text of decoding them all at once.
 
-The text of new tokens is `decode(prompt + new)[len(decode(prompt)):]`: what a token is depends on
-those before it, since SentencePiece drops the space that begins a text and keeps all others. To
-decode everything again for each token would cost its square, so only a window is: the last tokens
-whose text is complete, and those that came since.
+The text of new tokens is `decode(prompt + new)[len(decode(prompt)):]`. The text of a token depends
+on the tokens before it, since SentencePiece drops the space that begins a text and keeps all
+others. Decoding everything again for each token would take quadratic time, so only a window is
+decoded: the last tokens whose text is complete, and the tokens since.
 """
 
 from __future__ import annotations
@@ -12,37 +12,38 @@ from collections.abc import Sequence
 
 from serving.text.vocabulary import Vocabulary
 
-CONTEXT_TOKENS = 256  # of the prompt; more never decide what comes after them
+CONTEXT_TOKENS = 256  # last tokens of the prompt that can affect the text of the next token
 _FIRST_WINDOW = 8
-_LONGEST_WAIT = 32  # tokens without a whole character: nobody's text
-_KEPT = 16  # of those
-_UNCERTAIN = 4  # characters at a text's end that the next token may still change
+_LONGEST_WAIT = 32  # tokens without a whole character, after which some of them are given up
+_KEPT = 16  # tokens of the window that are kept then
+_UNCERTAIN = 4  # characters at the end of a text that the next token may still change
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Detokenizer:
-    """Of one sequence.
+    """The decoding of one sequence.
 
     Args:
-        vocabulary: Of the tokenizer.
-        prompt: Tokens that the text goes on from; the last `CONTEXT_TOKENS` are looked at.
+        vocabulary: Vocabulary of the tokenizer.
+        prompt: Token ids before the text, of which the last `CONTEXT_TOKENS` are used.
     """
 
     def __init__(self, vocabulary: Vocabulary, prompt: Sequence[int]) -> None:
         self._vocabulary = vocabulary
         self._window = self._context(prompt)
-        self._past = len(self._window)  # tokens of the window whose text has been given
-        self._given = len(vocabulary.decode(self._window))  # characters of it, likewise
+        self._past = len(self._window)  # tokens of the window whose text has been returned
+        self._given = len(vocabulary.decode(self._window))  # characters of that text
 
     @property
     def is_waiting(self) -> bool:
-        """Whether tokens came whose text is to be given yet."""
+        """True if there are tokens whose text has not been returned yet."""
         return len(self._window) > self._past
 
     def step(self, token: int) -> str:
-        """The text that one more token completes; a special one is not among them."""
+        """Returns the text that the next token, which must not be special, completes."""
         self._window.append(token)
         text = self._vocabulary.decode(self._window)
+        # A replacement character at the end stands for the first bytes of a character.
         if len(text) > self._given and not text.endswith(_REPLACEMENT):
             new = text[self._given :]
             del self._window[: self._past]
@@ -54,16 +55,16 @@ class Detokenizer:
         return ""
 
     def rest(self) -> str:
-        """What waited for more, which does not come: a character that is not complete."""
+        """Returns the remaining text at the end, such as an incomplete character."""
         return self._vocabulary.decode(self._window)[self._given :]
 
     def text_of(self, token: int) -> str:
-        """What a token would add to the text if it came next."""
+        """Returns what a token would add to the text if it came next."""
         before = self._vocabulary.decode(self._window)
         return self._vocabulary.decode([*self._window, token])[len(before) :]
 
     def _give_up(self, text: str) -> str:
-        """Gives what no token changes any more, so that the window does not grow for ever."""
+        """Returns text that the next token cannot change, to bound the length of the window."""
         uncertain = min(_UNCERTAIN, len(text) - self._given)
         new = text[self._given : len(text) - uncertain]
         self._window = self._window[-_KEPT:]
@@ -72,15 +73,15 @@ class Detokenizer:
         return new
 
     def _context(self, prompt: Sequence[int]) -> list[int]:
-        """The prompt's last tokens, as many as the text of the next ones depends on."""
+        """Returns the prompt's last tokens, as many as affect the text of the next ones."""
         special = self._vocabulary.special
         tokens = [token for token in prompt[-CONTEXT_TOKENS:] if token not in special]
         size = _FIRST_WINDOW
         while size < len(tokens):
             window = tokens[-size:]
             text = self._vocabulary.decode(window)
-            # One without text would take the space that begins a text from the next token; and
-            # one that begins amid the bytes of a character would spoil that character.
+            # After a window without text, the next token would lose its space as the first of a
+            # text; a window that begins within the bytes of a character would break the character.
             is_whole = not text.startswith(_REPLACEMENT) and not self._vocabulary.is_byte(window[0])
             if text and is_whole:
                 return window

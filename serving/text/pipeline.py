@@ -1,4 +1,4 @@
-"""The two text stages as the gateway calls them, wherever they run."""
+"""The interface of the two text stages, and their implementation in the gateway's process."""
 
 from __future__ import annotations
 
@@ -12,49 +12,49 @@ from serving.text.stages import Chat, Decoder, Encoder, TextChunk
 from serving.text.tokenizer import TokenizerFiles, vocab_size
 from serving.text.vocabulary import Vocabulary
 
-LONG_TEXT = 20_000  # characters; more take so long that others would wait
+LONG_TEXT = 20_000  # characters; encoding more would hold up other requests noticeably
 
 
 class SequenceDecoder(Protocol):
-    """Of one sequence; fed in order."""
+    """Decoder of one sequence, whose chunks are fed in order."""
 
     async def feed(self, chunk: TokenChunk) -> TextChunk:
-        """See `Decoder.feed`; raises EngineError where the request is lost."""
+        """See `Decoder.feed`; raises EngineError if the request is lost."""
         ...
 
     def close(self) -> None:
-        """No more comes."""
+        """Frees the decoder; no further chunks may be fed."""
         ...
 
 
 class TextStages(Protocol):
-    """Before and after an engine."""
+    """The stages before and after an engine."""
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest token id."""
+        """Largest token id plus one."""
         ...
 
     @property
     def call_format(self) -> CallFormat | None:
-        """Of calls in an answer; None: they are not read."""
+        """Format of calls in an answer; None: calls are not parsed."""
         ...
 
     @property
     def is_ready(self) -> bool:
-        """Whether both stages would answer now."""
+        """True if both stages would answer now."""
         ...
 
     @property
     def restarts(self) -> int:
-        """Times that a process of theirs was started again."""
+        """Number of times that a process of a stage was started again."""
         ...
 
     async def encode(self, prompts: Sequence[str | Chat]) -> list[list[int]]:
-        """Token ids of each.
+        """Returns the token ids of each prompt.
 
         Raises:
-            TextError: One cannot be made into tokens.
+            TextError: A prompt cannot be encoded.
             EngineError: The request is lost.
         """
         ...
@@ -62,16 +62,16 @@ class TextStages(Protocol):
     def decoder(
         self, stop: Sequence[str], prompt: Sequence[int], shown: Sequence[str] = ()
     ) -> SequenceDecoder:
-        """For one more sequence; see `Decoder`."""
+        """Returns a decoder for a new sequence; see `Decoder`."""
         ...
 
     async def close(self) -> None:
-        """Ends what runs."""
+        """Ends the processes of the stages."""
         ...
 
 
 class LocalStages:
-    """In this process."""
+    """Text stages in this process."""
 
     is_ready, restarts = True, 0
 
@@ -83,7 +83,7 @@ class LocalStages:
     async def encode(self, prompts: Sequence[str | Chat]) -> list[list[int]]:
         """See `TextStages`."""
         size = sum(length(prompt) for prompt in prompts)
-        if size > LONG_TEXT:  # the library is Rust and lets others run
+        if size > LONG_TEXT:  # the tokenizer is written in Rust and releases the GIL
             return await asyncio.to_thread(self._encode, prompts)
         return self._encode(prompts)
 
@@ -97,7 +97,7 @@ class LocalStages:
         return _LocalDecoder(Decoder(self._vocabulary, stop, prompt, shown))
 
     async def close(self) -> None:
-        """Nothing runs."""
+        """Does nothing, since there are no processes."""
 
 
 class _LocalDecoder:
@@ -112,13 +112,13 @@ class _LocalDecoder:
 
 
 def call_format(files: TokenizerFiles) -> CallFormat | None:
-    """Of calls in the answers to chats with tools; None: they are not read."""
+    """Returns the format of calls in answers to chats with tools; None: calls are not parsed."""
     template = files.template(has_tools=True)
     return None if template is None else format_of(template)
 
 
 def length(prompt: str | Chat) -> int:
-    """Characters, about."""
+    """Returns the approximate number of characters of a prompt."""
     if isinstance(prompt, str):
         return len(prompt)
     return sum(len(str(message.get("content", ""))) for message in prompt.messages)

@@ -1,4 +1,4 @@
-"""The processes of one text stage: who does what, and who takes over when one dies or hangs."""
+"""The processes of one text stage: distribution of work, and replacement of dead processes."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ T = TypeVar("T")
 
 _log = logging.getLogger("spotforge.serving")
 _START_TIMEOUT_S = 60.0
-_ANSWER_TIMEOUT_S = 60.0  # however busy it is
+_ANSWER_TIMEOUT_S = 60.0  # even if the process is busy
 _DEATHS_OF_A_MESSAGE = 3
 
 
 async def all_of(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Their results, once all have ended; raises the error of the first that has one."""
+    """Waits for all works and returns their results, or raises the first error in their order."""
     found: list[T] = []
     for result in await asyncio.gather(*works, return_exceptions=True):
         if isinstance(result, BaseException):
@@ -40,17 +40,17 @@ async def all_of(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 class Work(ABC):
-    """What is at one process: a prompt, or a sequence.
+    """A unit of work that one process has: a prompt, or a sequence.
 
     Args:
-        id: Unique in its pool.
-        load: How much it is, beside other works of the pool.
+        id: Id that is unique in the pool.
+        load: Amount of work, relative to other works of the pool.
 
     Attributes:
-        worker: That has it; None: nobody lives, so it waits for the next.
-        answer: That is waited for, or was.
-        asked_s: When its answer was asked for, by the monotonic clock.
-        deaths: Of processes that were to give this answer.
+        worker: Worker that has the work; None: no process is up, and the work waits for the next.
+        answer: Last answer that was asked for; None: none was.
+        asked_s: Time when the answer was asked for, by the monotonic clock.
+        deaths: Number of processes that died while they owed this answer.
     """
 
     def __init__(self, id: int, load: int) -> None:
@@ -62,25 +62,25 @@ class Work(ABC):
 
     @property
     def is_waiting(self) -> bool:
-        """Whether an answer is to come."""
+        """True if an answer was asked for and has not come."""
         return self.answer is not None and not self.answer.done()
 
     def ask(self) -> asyncio.Future[Any]:
-        """A place for the next answer."""
+        """Returns the future of the next answer."""
         self.answer, self.deaths = asyncio.get_running_loop().create_future(), 0
         self.asked_s = time.monotonic()
         return self.answer
 
     @abstractmethod
     def messages(self) -> list[tuple[str, Any]]:
-        """All that a process has to hear which knows nothing of it."""
+        """Returns all messages that a new process needs in order to take over the work."""
 
     @abstractmethod
     def on_answer(self, content: Any) -> None:
-        """The process has answered."""
+        """Handles an answer of the process."""
 
     def fail(self, error: SpotforgeError) -> None:
-        """There will be no answer."""
+        """Fails the answer that is waited for."""
         if self.answer is not None and not self.answer.done():
             self.answer.set_exception(error)
 
@@ -90,33 +90,33 @@ class Pool:
 
     Args:
         stage: `encode` or `decode`.
-        files: Of the tokenizer.
+        files: Files of the tokenizer.
         size: Number of processes.
-        silence_s: One that says and does nothing for so long is replaced.
+        silence_s: Seconds after which a process that sends nothing and uses no CPU is replaced.
     """
 
     def __init__(self, stage: str, files: TokenizerFiles, size: int, silence_s: float) -> None:
         self.workers = [Worker(self, stage, i, files, silence_s) for i in range(size)]
         self._ids = itertools.count()
-        self._waiting: dict[int, Work] = {}  # nobody lives
+        self._waiting: dict[int, Work] = {}  # works that came while no process was up
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def is_ready(self) -> bool:
-        """Whether one lives."""
+        """True if at least one process is up."""
         return any(worker.is_up for worker in self.workers)
 
     async def start(self) -> None:
-        """Starts all; raises SpotforgeError where one does not come up."""
+        """Starts all processes; raises SpotforgeError if one does not come up."""
         await all_of([worker.launch() for worker in self.workers])
         self._tasks = [asyncio.create_task(worker.keep_up()) for worker in self.workers]
 
     def new_id(self) -> int:
-        """For one more work."""
+        """Returns an id for a new work."""
         return next(self._ids)
 
     def add(self, work: Work) -> None:
-        """Hands it to the process with the least to do."""
+        """Gives a work to the process with the lowest load."""
         up = [worker for worker in self.workers if worker.is_up]
         if up:
             min(up, key=lambda worker: worker.load).take(work)
@@ -124,24 +124,25 @@ class Pool:
             self._waiting[work.id] = work
 
     def remove(self, work: Work) -> None:
-        """It has ended, well or not."""
+        """Removes a work that has ended or failed."""
         self._waiting.pop(work.id, None)
         if work.worker is not None:
             work.worker.drop(work)
 
     def on_up(self) -> None:
-        """One came up."""
+        """Distributes the works that waited for a process to come up."""
         waiting, self._waiting = self._waiting, {}
         for work in waiting.values():
             self.add(work)
 
     async def close(self) -> None:
-        """Ends all; what they have is lost."""
+        """Ends all processes; their works are lost."""
         for task in self._tasks:
             task.cancel()
         for task in self._tasks:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        # Supervision has ended above, so that nothing restarts what is killed now.
         lost = [*self._waiting.values()]
         for worker in self.workers:
             lost += await worker.kill()
@@ -150,13 +151,13 @@ class Pool:
 
 
 class Worker:
-    """One place in a pool: a process, and the next one when that died.
+    """A place in a pool: a process, and its replacement when it has died.
 
     Attributes:
-        is_up: A process is there and has said that it is ready.
-        load: Of all works that it has.
-        restarts: Times that another process was started.
-        vocab_size: As the process says.
+        is_up: True: the process has reported that it is ready.
+        load: Load of all works that the process has.
+        restarts: Number of times that a replacement was started.
+        vocab_size: Size of the vocabulary that the process reported.
     """
 
     def __init__(
@@ -173,29 +174,29 @@ class Worker:
 
     @property
     def pid(self) -> int | None:
-        """Of the process that is there now."""
+        """Id of the process that runs now; None: there is no process."""
         return None if self._child is None else self._child.pid
 
     def take(self, work: Work) -> None:
-        """Begins a work, or goes on with it in another process's place."""
+        """Starts a work, or takes it over from a process that died."""
         self._works[work.id], work.worker = work, self
         self.load += work.load
         for kind, content in work.messages():
             self.say(kind, content)
 
     def drop(self, work: Work) -> None:
-        """It has ended."""
+        """Removes a work that has ended."""
         work.worker = None
         if self._works.pop(work.id, None) is not None:
             self.load -= work.load
 
     def say(self, kind: str, content: Any) -> None:
-        """A line for the process."""
+        """Sends a message to the process."""
         assert self._child is not None
         self._child.say(kind, content)
 
     async def launch(self) -> None:
-        """Starts a process; raises SpotforgeError where it does not come up."""
+        """Starts a process; raises SpotforgeError if it does not come up."""
         self._ready = asyncio.get_running_loop().create_future()
         self._child = await JsonChild.start(self._command, self._hear, environment())
         self._child.say("files", dataclasses.asdict(self._files))
@@ -213,14 +214,14 @@ class Worker:
         self._pool.on_up()
 
     async def keep_up(self) -> None:
-        """Replaces the process whenever it died or hung."""
+        """Replaces the process whenever it dies or hangs."""
         await keep_up(self._name, _log, self._watch, self._end, self._launch_again)
 
     async def kill(self) -> list[Work]:
-        """Ends the process; returns what it had."""
+        """Kills the process; returns the works that it had."""
         self.is_up = False
         if self._child is not None:
-            await self._child.kill()  # what it said until then counts
+            await self._child.kill()  # also handles the lines that it sent before
             self._child = None
         works, self._works, self.load = list(self._works.values()), {}, 0
         for work in works:
@@ -232,7 +233,8 @@ class Worker:
         assert child is not None
         while not await child.ends_within(LOOK_S):
             if (still_s := child.look().still_s) > self._silence_s:
-                return f"said nothing and did nothing for {still_s:.1f} s"
+                return f"sent nothing and did nothing for {still_s:.1f} s"
+            # A template may loop for ever, using CPU all the time: that is not silence.
             asked = [work.asked_s for work in self._works.values() if work.is_waiting]
             if asked and time.monotonic() - min(asked) > _ANSWER_TIMEOUT_S:
                 return f"gave no answer for {_ANSWER_TIMEOUT_S:g} s"
@@ -240,6 +242,7 @@ class Worker:
 
     async def _end(self, why: str) -> None:
         for work in await self.kill():
+            # Only works that waited for an answer may have caused the death.
             work.deaths += work.is_waiting
             if work.deaths >= _DEATHS_OF_A_MESSAGE:
                 work.fail(EngineError(f"{work.deaths} processes ended with it: {why}"))
@@ -259,7 +262,7 @@ class Worker:
             id, *rest = content
             work = self._works.get(id)
             if work is None or not work.is_waiting:
-                return  # nobody waits for it any more
+                return  # the work has ended or failed in the meantime
             if kind == "refused":
                 work.fail(TextError(*rest))
             elif kind == "failed":

@@ -1,33 +1,33 @@
-"""The text stages as processes of their own, any number of each.
+"""The text stages as separate processes, any number of each.
 
-A prompt goes to the encoder with the least to do. A sequence is at one decoder from its first to
-its last token, since a decoder has a state; when its process dies, another one is fed what the
-sequence had so far, and goes on. What a stage is told and says is one JSON object a line, on its
-standard input and output; N is the number of a prompt or sequence:
+A prompt goes to the encoder with the lowest load. A sequence stays with one decoder from its first
+to its last token, since a decoder has a state; if its process dies, another one is fed the sequence
+so far and goes on. A stage reads and writes one JSON object a line on its standard input and
+output; N is the number of a prompt or sequence:
 
     gateway -> encode, decode
         {"files": {...}}                      first of all: the fields of `TokenizerFiles`
-        end of file                           the gateway is gone: exit
+        end of file                           the gateway has ended: exit
     encode, decode -> gateway
         {"ready": 32000}                      once, the size of the vocabulary
-        {"failed": [N, "one line"]}           it cannot
+        {"failed": [N, "one line"]}           the stage failed at a message
         {"idle": true}                        twice a second while there is nothing to do
 
     gateway -> encode
-        {"encode": [N, PROMPT]}               a text, or the fields of `Chat`
+        {"encode": [N, PROMPT]}               PROMPT: a text, or the fields of `Chat`
     encode -> gateway
         {"tokens": [N, [1, 2, ...]]}
-        {"refused": [N, PARAM, MESSAGE]}      of a `TextError`
+        {"refused": [N, PARAM, MESSAGE]}      the fields of `TextError`
 
     gateway -> decode
-        {"open": [N, [STOP, ...], PROMPT, [SHOWN, ...], [[TOKENS, TEXT], ...]]}    the last tokens
-                                              of its prompt, and the chunks that it had elsewhere
+        {"open": [N, [STOP, ...], PROMPT, [SHOWN, ...], [[TOKENS, TEXT], ...]]}    PROMPT: its last
+                                              tokens; then the chunks that another process decoded
         {"feed": [N, TOKENS, LOGPROBS, FINISH_REASON, TEXT, TEXT_TOKENS]}
         {"close": N}
     decode -> gateway
-        {"text": [N, TEXT, NUM_TOKENS, LOGPROBS, FINISH_REASON]}  of `TextChunk`; one for each feed
+        {"text": [N, TEXT, NUM_TOKENS, LOGPROBS, FINISH_REASON]}  `TextChunk`, one for each feed
 
-Prompts may be answered in another order than they were asked.
+Prompts may be answered out of order.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ from serving.text.pool import Pool, Work, all_of
 from serving.text.stages import Chat, TextChunk, TextLogprob, TextToken
 from serving.text.tokenizer import TokenizerFiles
 
-_LOAD_OF_A_PROMPT = 1_000  # in characters: what even a short one costs
+_LOAD_OF_A_PROMPT = 1_000  # fixed cost of a prompt, in characters
 
 
 class SplitStages:
-    """In processes.
+    """Text stages in separate processes.
 
     Args:
-        files: Of the tokenizer.
-        encoders: Processes that make tokens of text.
-        decoders: Processes that make text of tokens.
-        silence_s: A process that says and does nothing for so long is replaced.
+        files: Files of the tokenizer.
+        encoders: Number of processes that turn text into tokens.
+        decoders: Number of processes that turn tokens into text.
+        silence_s: Seconds after which a process that sends nothing and uses no CPU is replaced.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class SplitStages:
         self.decoders = Pool("decode", files, decoders, silence_s)
 
     async def start(self) -> None:
-        """Returns once all processes are ready.
+        """Starts all processes and waits until they are ready.
 
         Raises:
-            SpotforgeError: One does not start; nothing is left running.
+            SpotforgeError: A process does not start; no process is left running.
         """
         try:
             await all_of([self.encoders.start(), self.decoders.start()])
@@ -134,17 +134,18 @@ class _Prompt(Work):
 
 
 class _SplitDecoder(Work):
-    """A `SequenceDecoder` whose state is in a process."""
+    """A `SequenceDecoder` whose state is in another process."""
 
     def __init__(self, pool: Pool, *opening: Sequence[Any]) -> None:
         super().__init__(pool.new_id(), load=1)
-        self._pool, self._opening = pool, opening  # of its `Decoder`
+        self._pool, self._opening = pool, opening  # arguments of the `Decoder`
         self._past: list[tuple[list[int], str | None]] = []
-        self._chunk = TokenChunk([])  # that is fed now, or was
+        self._chunk = TokenChunk([])  # the chunk that was fed last
         pool.add(self)
 
     async def feed(self, chunk: TokenChunk) -> TextChunk:
         self._chunk, answer = chunk, self.ask()
+        # Without a worker, `messages` has the chunk for the next one.
         if self.worker is not None:
             self.worker.say("feed", (self.id, *chunk))
         text: TextChunk = await answer
@@ -161,7 +162,8 @@ class _SplitDecoder(Work):
 
     def on_answer(self, content: Any) -> None:
         assert self.answer is not None
-        # At once, not when the caller comes to it: the process may be replaced in between.
+        # Here and not in `feed`, whose task resumes later: the process may be replaced in between,
+        # and the next one would not be fed this chunk.
         self._past.append((self._chunk.tokens, self._chunk.text))
         text, num_tokens, logprobs, reason = content
         if logprobs is not None:

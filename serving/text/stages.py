@@ -1,8 +1,8 @@
-"""The boundary between text and tokens: what goes into the two stages and what comes out.
+"""The two text stages: the encoder turns text into tokens, the decoder tokens into text.
 
     request -> Encoder -> token ids -> engine -> TokenChunk -> Decoder -> TextChunk -> response
 
-Both stages run in the gateway, or in processes of their own (`split.py`); the types are the same.
+Both stages run in the gateway or in separate processes (`split.py`), with the same types.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from serving.text.vocabulary import Vocabulary
 
 
 class TextError(SpotforgeError):
-    """A prompt that cannot be made into tokens; the client's to mend.
+    """A prompt cannot be encoded, which the client has to correct.
 
     Args:
         param: Field of the request.
-        message: What is wrong with it.
+        message: Error in one line, without the field.
     """
 
     def __init__(self, param: str, message: str) -> None:
@@ -37,13 +37,13 @@ class TextError(SpotforgeError):
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages for the chat template.
+    """A conversation for the chat template.
 
     Attributes:
-        messages: As OpenAI has them.
-        tools: Likewise; None: none.
-        options: More variables for the template (`chat_template_kwargs`).
-        finds_calls: Whether calls of tools are to be found in the answer.
+        messages: Messages in OpenAI's shape.
+        tools: Tools in OpenAI's shape; None: no tools.
+        options: Further variables for the template (`chat_template_kwargs`).
+        finds_calls: True: calls of tools are parsed out of the answer.
     """
 
     messages: list[dict[str, Any]]
@@ -56,10 +56,10 @@ class TextToken(NamedTuple):
     """A token as a client sees it.
 
     Attributes:
-        id: In the vocabulary.
-        text: What it adds to the text; `bytes:` and its bytes where those are no text.
-        logprob: Of it.
-        raw: Its bytes, where they are not those of `text`.
+        id: Token id.
+        text: Text that the token adds; `bytes:` and its bytes if these are not valid UTF-8.
+        logprob: Log-probability of the token.
+        raw: Bytes of the token if they differ from those of `text`.
     """
 
     id: int
@@ -69,17 +69,17 @@ class TextToken(NamedTuple):
 
     @property
     def bytes(self) -> list[int]:
-        """All of them."""
+        """Bytes of the token."""
         return list(self.text.encode()) if self.raw is None else self.raw
 
 
 class TextLogprob(NamedTuple):
-    """What is told of a token that was generated.
+    """Log-probabilities of a generated token and its alternatives.
 
     Attributes:
-        token: The token.
-        top: The likeliest ones in its place, most likely first.
-        offset: Characters of the answer before it.
+        token: Generated token.
+        top: Likeliest tokens at its position, most likely first.
+        offset: Number of characters of the answer before the token.
     """
 
     token: TextToken
@@ -88,13 +88,13 @@ class TextLogprob(NamedTuple):
 
 
 class TextChunk(NamedTuple):
-    """What a client sees of a `TokenChunk`.
+    """Text of a `TokenChunk` that may be sent to the client.
 
     Attributes:
-        text: What may be told; the rest waits for the next chunk.
-        num_tokens: That the engine generated.
-        logprobs: Of the tokens of that text; None where none were asked for.
-        finish_reason: `stop`, `length`; None: there is more to come.
+        text: Text that is final; the rest waits for the next chunk.
+        num_tokens: Number of tokens that the engine generated.
+        logprobs: Log-probabilities of the text's tokens; None: they were not asked for.
+        finish_reason: `stop` or `length`; None: more chunks follow.
     """
 
     text: str
@@ -104,16 +104,16 @@ class TextChunk(NamedTuple):
 
 
 class Encoder:
-    """Text to token ids."""
+    """Encoder of texts and conversations to token ids."""
 
     def __init__(self, files: TokenizerFiles) -> None:
         self._files, self._tokenizer = files, files.tokenizer()
 
     def encode(self, prompt: str | Chat) -> list[int]:
-        """Token ids of a text (with BOS, where the tokenizer adds one) or of a conversation.
+        """Returns the token ids of a text (with BOS if the tokenizer adds it) or a conversation.
 
         Raises:
-            TextError: The template refuses the messages, or nothing is left of them.
+            TextError: The template refuses the messages, or the text is empty or not valid.
         """
         is_chat = isinstance(prompt, Chat)
         text = self._render(prompt) if isinstance(prompt, Chat) else prompt
@@ -121,7 +121,8 @@ class Encoder:
         try:
             text.encode()
         except UnicodeEncodeError as e:
-            raise TextError(param, "has half of a surrogate pair, which is no character") from e
+            raise TextError(param, "has an unpaired surrogate, which is not a character") from e
+        # A chat template writes the special tokens itself, BOS included.
         ids = self._tokenizer.encode(text, add_special_tokens=not is_chat).ids
         if not ids:
             raise TextError(param, "is empty")
@@ -132,9 +133,11 @@ class Encoder:
         if template is None:
             raise TextError("messages", "the model has no chat template: use /v1/completions")
         if chat.tools and "tools" not in template:
-            raise TextError("tools", "the model's chat template knows no tools")
+            raise TextError("tools", "the model's chat template does not support tools")
         if chat.finds_calls and format_of(template) is None:
-            rule = "calls as the model's chat template has them are not read here: set tool_choice"
+            rule = (
+                "the format of calls in the model's chat template is not supported: set tool_choice"
+            )
             raise TextError("tools", f"{rule} to required, to a function, or to none")
         try:
             tools: Any = chat.tools
@@ -145,7 +148,7 @@ class Encoder:
                 add_generation_prompt=True,
                 **{**self._files.special_tokens, **chat.options},
             )
-        except Exception as e:  # a template is a program of the model's author: anything can come
+        except Exception as e:  # a template is a program of the model's author: it may raise any
             reason = (str(e).splitlines() or [type(e).__name__])[0]
             raise TextError("messages", f"the chat template refuses them: {reason}") from e
         text: str = rendered[0][0]
@@ -153,15 +156,15 @@ class Encoder:
 
 
 class Decoder:
-    """Token ids of one sequence to text, a chunk at a time.
+    """Decoder of one sequence to text, a chunk at a time.
 
-    Bytes of a character that is not complete wait, and so does what may be the beginning of a stop
-    string, with the log-probabilities of its tokens.
+    The bytes of an incomplete character wait for the next chunk, and so does a possible beginning
+    of a stop string, with the log-probabilities of its tokens.
 
     Args:
-        vocabulary: Shared with other decoders.
-        stop: Texts that end the sequence; they are not part of it.
-        prompt: Token ids that the sequence goes on from.
+        vocabulary: Vocabulary, shared with other decoders.
+        stop: Texts that end the sequence and are not part of it.
+        prompt: Token ids before the sequence.
         shown: Special tokens that are part of the text.
     """
 
@@ -176,11 +179,12 @@ class Decoder:
         self._detokenizer = Detokenizer(vocabulary, prompt)
         self._stops = StopStrings([text for text in stop if text])
         self._has_stops = any(stop)
-        self._length = self._shown_length = 0  # characters that came out of the detokenizer
-        self._waiting: list[tuple[int, TextLogprob]] = []  # where each token begins, and its own
+        self._length = self._shown_length = 0  # characters that the detokenizer returned
+        # Log-probabilities that wait for their text, with the offset at which their token begins.
+        self._waiting: list[tuple[int, TextLogprob]] = []
 
     def feed(self, chunk: TokenChunk) -> TextChunk:
-        """The text that a chunk completes; with a `finish_reason`, all of it."""
+        """Returns the text that a chunk completes; with a `finish_reason`, all that remains."""
         pieces: list[Piece] = []
         if chunk.text is not None:
             self._add(pieces, chunk.text, True)
@@ -191,6 +195,7 @@ class Decoder:
             if special is None:
                 self._add(pieces, self._detokenizer.step(token), True)
             else:
+                # Also added if it is not shown: a stop string may contain special tokens.
                 self._add(pieces, special, special in self._shown)
         is_last = chunk.finish_reason is not None
         if is_last:
@@ -207,7 +212,7 @@ class Decoder:
         self._shown_length += len(text) if is_shown else 0
 
     def _ready(self, told: Told, is_last: bool) -> list[TextLogprob]:
-        """Those of tokens whose text was told: a token of a stop string is never among them."""
+        """Takes the log-probabilities of tokens whose text was sent, without a stop string's."""
         is_all = told.is_all and not (self._has_stops and self._detokenizer.is_waiting)
         count = len(self._waiting)
         if told.is_stopped or not (is_all or is_last):
@@ -225,6 +230,6 @@ class Decoder:
             return TextToken(token, self._detokenizer.text_of(token), logprob)
         try:
             return TextToken(token, raw.decode(), logprob)
-        except UnicodeDecodeError:  # part of a character: written as OpenAI does
+        except UnicodeDecodeError:  # a part of a character is written as OpenAI does
             text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
             return TextToken(token, text, logprob, list(raw))

@@ -1,21 +1,21 @@
-"""Stop strings in a text that comes in pieces."""
+"""Finds stop strings in a text that comes in pieces."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-Piece = tuple[str, bool]  # a text, and whether it is shown: special tokens are not
+Piece = tuple[str, bool]  # a text, and whether it is shown (most special tokens are not)
 
 
 class Told(NamedTuple):
-    """What may be told.
+    """Text that is final.
 
     Attributes:
-        text: That is shown.
-        end: Characters that have been told since the beginning, those that are not shown, too.
-        is_stopped: A stop string came: it and what follows it are not told.
-        is_all: Nothing waits.
+        text: Text that is shown.
+        end: Number of characters that are final since the beginning, shown or not.
+        is_stopped: True: a stop string was found; it and the text after it are dropped.
+        is_all: True: no text waits for the next pieces.
     """
 
     text: str
@@ -25,13 +25,13 @@ class Told(NamedTuple):
 
 
 class StopStrings:
-    """Ends a text before the first stop string; what may be the beginning of one waits.
+    """A text that ends before the first stop string; a possible beginning of one is held back.
 
-    Strings are looked for in the text that is shown and in the text with special tokens, so that
-    both `<|im_end|>` and a word with a special token in its midst are found.
+    Strings are searched in the shown text and in the text with special tokens, so that both
+    `<|im_end|>` and a word with a special token in the middle are found.
 
     Args:
-        stops: None of them is empty.
+        stops: Stop strings, none of which is empty.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -41,11 +41,11 @@ class StopStrings:
         self._end = 0
 
     def feed(self, pieces: Iterable[Piece], is_last: bool) -> Told:
-        """The next pieces of the text.
+        """Adds the next pieces of the text; returns the text that is final.
 
         Args:
-            pieces: In their order.
-            is_last: There are no more, so that nothing waits.
+            pieces: Pieces in order.
+            is_last: True: there are no more pieces, so nothing is held back.
         """
         self._held += pieces
         size = sum(len(text) for text, _ in self._held)
@@ -63,7 +63,7 @@ class StopStrings:
         return Told(text, self._end, is_stopped, end == size)
 
     def _views(self, size: int) -> list[tuple[str, Sequence[int]]]:
-        """Texts to look in, with the place of each of their characters, and of their end."""
+        """Returns the texts to search, with the offset of each character and of the end."""
         views: list[tuple[str, Sequence[int]]] = [
             ("".join(text for text, _ in self._held), range(size + 1))
         ]
@@ -81,14 +81,14 @@ class StopStrings:
         return [at for stop in self._stops if (at := text.find(stop)) >= 0]
 
     def _hold(self, text: str) -> int:
-        """How many of the last characters may begin a stop string."""
+        """Returns how many of a text's last characters may be the beginning of a stop string."""
         for size in range(min(len(text), self._longest - 1), 0, -1):
             if any(stop.startswith(text[-size:]) for stop in self._stops):
                 return size
         return 0
 
     def _tell(self, end: int) -> str:
-        """Takes the first characters of what is held; returns those that are shown."""
+        """Takes the first characters of the held text; returns those that are shown."""
         told, held = "", list[Piece]()
         for text, is_shown in self._held:
             if is_shown:

@@ -1,7 +1,7 @@
-"""An artifact's tokenizer, as training used it, without transformers in the gateway.
+"""The tokenizer of an artifact, as training used it, without torch in the gateway.
 
-`AutoTokenizer` brings torch with it: two seconds and 300 MB that a gateway has no use for. A
-program of its own loads it once per tokenizer, and leaves what the gateway needs in the cache: the
+`AutoTokenizer` imports torch, which costs two seconds and 300 MB that the gateway does not need. A
+separate program loads it once per tokenizer and writes what the gateway needs to the cache: the
 backend of the `tokenizers` library, the chat template and the fingerprint.
 
     python -m serving.text.tokenizer FOLDER OUT.json
@@ -29,7 +29,7 @@ from serving.artifact import Artifact, read_object
 
 _log = logging.getLogger("spotforge.serving")
 _KEY = "artifact"
-# What AutoTokenizer reads, config.json included: it names the model's type.
+# Files that AutoTokenizer reads; it takes the model's type from config.json.
 _FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -42,13 +42,13 @@ _FILES = (
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What the gateway knows of a tokenizer.
+    """The parts of a tokenizer that the gateway needs.
 
     Attributes:
         backend: JSON of the `tokenizers` library.
-        chat_template: Jinja, by name (`default`); empty where there is none.
-        special_tokens: By name (`bos_token`), for templates.
-        fingerprint: As `trainer.data.tokenizer.fingerprint` computes it.
+        chat_template: Jinja templates by name (`default`); empty: the model has none.
+        special_tokens: Special tokens by name (`bos_token`), for templates.
+        fingerprint: Result of `trainer.data.tokenizer.fingerprint`.
     """
 
     backend: str
@@ -57,12 +57,12 @@ class TokenizerFiles:
     fingerprint: str
 
     def template(self, has_tools: bool) -> str | None:
-        """For a chat, with functions to call or without; None: the model has none."""
+        """Returns the template for chats with or without tools; None: the model has none."""
         is_other = has_tools and "tool_use" in self.chat_template
         return self.chat_template.get("tool_use" if is_other else "default")
 
     def tokenizer(self) -> Tokenizer:
-        """A tokenizer of its own, without truncation or padding."""
+        """Returns a new tokenizer without truncation and padding."""
         tokenizer: Tokenizer = Tokenizer.from_str(self.backend)
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -70,19 +70,19 @@ class TokenizerFiles:
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest token id; 0 where there is none."""
+    """Returns the largest token id plus one; 0 if there are no tokens."""
     return int(max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)) + 1
 
 
 def load(artifact: Artifact, cache: Path) -> TokenizerFiles:
-    """Of an artifact, out of the cache or made now.
+    """Returns an artifact's tokenizer, from the cache or loaded by the program.
 
     Args:
-        artifact: What is served.
-        cache: Folder for what is made.
+        artifact: Artifact that is served.
+        cache: Folder in which tokenizers are cached.
 
     Raises:
-        ConfigError: It has no tokenizer that loads, or not the one that it was trained with.
+        ConfigError: The tokenizer does not load, or is not the one that the model was trained with.
     """
     path = cache / "tokenizers" / f"{_key(artifact.folder)}.json"
     if not path.is_file():
@@ -95,7 +95,7 @@ def load(artifact: Artifact, cache: Path) -> TokenizerFiles:
             f" ({trained[:12]})"
         )
         raise ConfigError(_KEY, artifact.folder, rule, "export it again")
-    tokenizer = files.tokenizer()  # parsed once: large ones take a second
+    tokenizer = files.tokenizer()  # once for all checks: parsing a large one takes a second
     _check_size(artifact.folder, tokenizer)
     _check_templates(artifact.folder, files.chat_template)
     _check_end(artifact.folder, tokenizer, files.special_tokens.get("eos_token"))
@@ -103,37 +103,37 @@ def load(artifact: Artifact, cache: Path) -> TokenizerFiles:
 
 
 def _check_size(folder: Path, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError where texts would become no tokens, or tokens without a row."""
+    """Raises ConfigError for an empty tokenizer, or token ids beyond the model's embedding."""
     described = read_object(folder / "config.json")
     rows = (described.get("text_config") or described).get("vocab_size")
     found = vocab_size(tokenizer)
     is_empty = tokenizer.get_vocab_size(with_added_tokens=False) == 0
     if is_empty or (isinstance(rows, int) and found > rows):
-        rule = f"its tokenizer has {found} tokens, and its model's embedding {rows} rows"
+        rule = f"its tokenizer has {found} tokens, but its model's embedding {rows} rows"
         raise ConfigError(_KEY, folder, rule, "give the tokenizer that it was trained with")
 
 
 def _check_templates(folder: Path, templates: dict[str, Any]) -> None:
-    """Raises ConfigError for a chat template that no chat could be rendered with."""
-    fix, chat = "mend it, or leave it out", [[{"role": "user", "content": "Hello"}]]
+    """Raises ConfigError for a chat template that is not valid Jinja."""
+    fix, chat = "correct it, or leave it out", [[{"role": "user", "content": "Hello"}]]
     for template in templates.values():
         if not isinstance(template, str):
-            rule = f"its chat template is none: {template!r} is no text"
+            rule = f"its chat template must be a text, not {template!r}"
             raise ConfigError(_KEY, folder, rule, fix)
         try:
             render_jinja_template(chat, chat_template=template)
         except TemplateSyntaxError as e:
-            rule = f"its chat template is none: {(str(e).splitlines() or [''])[0]}"
+            rule = f"its chat template is not valid Jinja: {(str(e).splitlines() or [''])[0]}"
             raise ConfigError(_KEY, folder, rule, fix) from e
-        except Exception:  # a program of the model's author: it may want another chat than this
+        except Exception:  # a template may refuse this chat, and is valid all the same
             pass
 
 
 def _check_end(folder: Path, tokenizer: Tokenizer, end: str | None) -> None:
-    """Warns of a model that would end its texts at another token than its tokenizer's.
+    """Logs a warning if the model's EOS differs from its tokenizer's.
 
     Raises:
-        ConfigError: What ends its texts is no token.
+        ConfigError: `eos_token_id` is neither a token id nor a list of them.
     """
     ends = None
     for name in ("generation_config.json", "config.json"):
@@ -143,15 +143,16 @@ def _check_end(folder: Path, tokenizer: Tokenizer, end: str | None) -> None:
         return
     ends = ends if isinstance(ends, list) else [ends]
     if not all(isinstance(token, int) and 0 <= token < 1 << 32 for token in ends):
-        rule = f"its eos_token_id is no token, nor a list of them: {ends}"
-        raise ConfigError(_KEY, folder, rule, "mend its generation_config.json, or config.json")
+        rule = f"its eos_token_id is neither a token id nor a list of them: {ends}"
+        raise ConfigError(_KEY, folder, rule, "correct generation_config.json or config.json")
     if tokenizer.token_to_id(end) not in ends:
         named = ", ".join(repr(tokenizer.id_to_token(token)) for token in ends)
-        text = "%s: answers end at %s, but its tokenizer ends texts with %r: is eos_token_id right?"
+        text = "%s: eos_token_id ends answers at %s, but the tokenizer's EOS is %r: is that right?"
         _log.warning(text, folder, named, end)
 
 
 def _key(folder: Path) -> str:
+    # With the versions, since another one may convert the same files differently.
     found = {name: version(name) for name in ("tokenizers", "transformers")}
     for name in _FILES:
         if (folder / name).is_file():
@@ -169,14 +170,14 @@ def _make(folder: Path, path: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Entry point of the program."""
+    """Writes the parts of a folder's tokenizer that the gateway needs to a file."""
     from trainer.data.tokenizer import fingerprint, load_tokenizer
 
     folder, out = arguments
     try:
         tokenizer = load_tokenizer(folder)
     except ConfigError as e:
-        sys.exit(e.rule)  # its key is the trainer's
+        sys.exit(e.rule)  # only the rule: the error's key is one of the trainer's
     template: Any = tokenizer.chat_template
     files = {
         "backend": tokenizer.backend_tokenizer.to_str(),

@@ -1,4 +1,4 @@
-"""Calls of functions out of a model's text, as Hermes' and Qwen's templates have them.
+"""Parses calls of functions in the format of Hermes' and Qwen's chat templates.
 
 <tool_call>
 {"name": "weather", "arguments": {"city": "Pune"}}
@@ -15,18 +15,18 @@ OPENS, CLOSES = "<tool_call>", "</tool_call>"
 
 
 class ToolCallParser:
-    """Splits a text that comes in pieces into what is said and what is called."""
+    """Parser that splits a text that comes in pieces into text and calls."""
 
     def __init__(self) -> None:
         self._held = ""
         self._is_inside = False
 
     def feed(self, text: str, is_last: bool) -> tuple[str, list[dict[str, Any]]]:
-        """What is said, and the calls that are complete.
+        """Returns the text that is final, and the calls that are complete.
 
         Args:
-            text: The next piece.
-            is_last: There is no more: what was held back is told as text.
+            text: Next piece.
+            is_last: True: there are no more pieces, so text that was held back is returned.
 
         Returns:
             Text, and `{"name": ..., "arguments": JSON text}` for each call.
@@ -41,7 +41,7 @@ class ToolCallParser:
             if self._is_inside:
                 call = _parse(before)
                 if call is None:
-                    said += OPENS + before + CLOSES  # no call, so the client is to see it
+                    said += OPENS + before + CLOSES  # not a call, so it is part of the text
                 else:
                     calls.append(call)
             else:
@@ -51,6 +51,7 @@ class ToolCallParser:
             said += (OPENS if self._is_inside else "") + self._held
             self._held = ""
         elif not self._is_inside:
+            # A possible beginning of the mark is held back.
             keep = next(
                 (n for n in range(len(OPENS) - 1, 0, -1) if self._held.endswith(OPENS[:n])), 0
             )
@@ -60,13 +61,13 @@ class ToolCallParser:
 
 
 class WholeCall:
-    """A text that is one call and nothing else, as `call_schema` has it."""
+    """Parser of a text that is one call and nothing else, as `call_schema` requires."""
 
     def __init__(self) -> None:
         self._held = ""
 
     def feed(self, text: str, is_last: bool) -> tuple[str, list[dict[str, Any]]]:
-        """See `ToolCallParser`; a call that was cut off is told as text."""
+        """See `ToolCallParser`; a call that was cut off is returned as text."""
         self._held += text
         if not is_last:
             return "", []
@@ -75,14 +76,14 @@ class WholeCall:
 
 
 def call_schema(functions: Mapping[str, dict[str, Any] | None]) -> dict[str, Any]:
-    """A JSON schema of a call of one of some functions.
+    """Returns the JSON schema of a call of one of several functions.
 
     Args:
-        functions: At least one: their parameters' schemas, by name; None: any object.
+        functions: Schemas of the parameters by function name, at least one; None: any object.
     """
     calls, definitions = [], {}
     for number, (name, parameters) in enumerate(functions.items()):
-        # Its references begin at its own root, which is another one here.
+        # A function's schema becomes a definition, so its references need a new root.
         root = f"#/$defs/{number}"
         definitions[str(number)] = _moved(parameters or {"type": "object"}, root)
         properties = {"name": {"const": name}, "arguments": {"$ref": root}}
@@ -92,7 +93,7 @@ def call_schema(functions: Mapping[str, dict[str, Any] | None]) -> dict[str, Any
 
 
 def _moved(schema: Any, root: str) -> Any:
-    """A schema whose references begin elsewhere."""
+    """Returns a schema with all references moved to another root."""
     if isinstance(schema, list):
         return [_moved(inner, root) for inner in schema]
     if not isinstance(schema, dict):
@@ -105,7 +106,7 @@ def _moved(schema: Any, root: str) -> Any:
 
 
 def call_of(described: Any) -> dict[str, Any] | None:
-    """A call out of an object that describes it; None: it is none."""
+    """Returns the call that an object describes; None: the object is not a call."""
     if not isinstance(described, dict) or not isinstance(described.get("name"), str):
         return None
     arguments = described.get("arguments", described.get("parameters"))
@@ -123,5 +124,5 @@ def _parse(text: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     if isinstance(described, dict) and "parameters" not in described:
-        described = {"arguments": {}, **described}  # a function without any may be called so
+        described = {"arguments": {}, **described}  # models leave out empty arguments
     return call_of(described)

@@ -1,4 +1,4 @@
-"""What single tokens are: special ones, and the bytes of each."""
+"""The tokens of a tokenizer: which are special, and the bytes of each."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Vocabulary:
     """The tokens of a tokenizer, shared by all sequences.
 
     Args:
-        tokenizer: Without truncation or padding.
+        tokenizer: Tokenizer without truncation and padding.
 
     Attributes:
-        special: Texts of the tokens that are left out of a decoded text, by id.
+        special: Texts of the special tokens, which `decode` leaves out, by id.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -29,15 +29,15 @@ class Vocabulary:
         self._kinds = _kinds(tokenizer.decoder)
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of some tokens that begin a text; special ones are left out."""
+        """Returns the text of tokens at the beginning of a text, without special tokens."""
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     def is_byte(self, token: int) -> bool:
-        """Whether a token is one byte, which becomes text only together with its neighbours."""
+        """Returns whether a token is a single byte, a part of a character of several tokens."""
         return "ByteFallback" in self._kinds and self._byte(token) is not None
 
     def bytes_of(self, token: int) -> bytes | None:
-        """Bytes of a token; None where they depend on the tokens before it."""
+        """Returns the bytes of a token; None: they depend on the tokens before it."""
         if (text := self.special.get(token)) is not None:
             return text.encode()
         if "ByteLevel" in self._kinds:
@@ -45,7 +45,7 @@ class Vocabulary:
             table = self._byte_of_character
             if all(character in table for character in name):
                 return bytes(table[character] for character in name)
-            return name.encode()  # an added token stands there as it is
+            return name.encode()  # the name of an added token is its text
         return self._byte(token) if "ByteFallback" in self._kinds else None
 
     def _byte(self, token: int) -> bytes | None:
@@ -54,7 +54,7 @@ class Vocabulary:
 
     @cached_property
     def _byte_of_character(self) -> dict[str, int]:
-        """GPT-2's table: printable bytes stand for themselves, the others for U+0100 and up."""
+        """GPT-2's table of bytes: printable ones are themselves, the others U+0100 and up."""
         printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         others = [byte for byte in range(256) if byte not in printable]
         table = {chr(byte): byte for byte in printable}
@@ -62,7 +62,7 @@ class Vocabulary:
 
 
 def _kinds(decoder: Any) -> set[str]:
-    """The types of a decoder, and of those that it is a sequence of."""
+    """Returns the types of a decoder and of the decoders in it."""
     if decoder is None:
         return set()
     described = json.loads(decoder.__getstate__())

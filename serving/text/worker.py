@@ -1,7 +1,7 @@
 """A text stage as a process: `python -m serving.text.worker encode|decode`; see `split.py`.
 
-One thread reads, works and writes: chunks that came in one read are answered in one write. Only
-what takes long is encoded beside it, so that short prompts do not wait for it.
+One thread reads, works and writes; chunks that came in one read are answered in one write. Only
+long prompts are encoded in other threads, so that short ones do not wait for them.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from serving.text.stages import Chat, Decoder, Encoder, TextError
 from serving.text.tokenizer import TokenizerFiles, vocab_size
 from serving.text.vocabulary import Vocabulary
 
-_LONG_AT_ONCE = 2
+_LONG_AT_ONCE = 2  # long prompts that are encoded at once
 
 
 class EncodeStage:
-    """Texts and conversations to token ids.
+    """Stage that encodes texts and conversations to token ids.
 
     Args:
-        files: Of the tokenizer.
-        say: For its answers, each as soon as it is there.
+        files: Files of the tokenizer.
+        say: Function that sends an answer as soon as it is there.
     """
 
     def __init__(self, files: TokenizerFiles, say: Callable[[str, Any], None]) -> None:
         self._encoder, self._say = Encoder(files), say
-        self._threads = ThreadPoolExecutor(_LONG_AT_ONCE)  # the library is Rust and lets others run
+        # Threads help, since the tokenizer is written in Rust and releases the GIL.
+        self._threads = ThreadPoolExecutor(_LONG_AT_ONCE)
 
     def hear(self, kind: str, content: Any) -> Iterator[Message]:
-        """Says its answer itself."""
+        """Handles a message; sends the answer itself and returns none."""
         id, prompt = content
         if isinstance(prompt, dict):
             prompt = Chat(**prompt)
@@ -55,10 +56,10 @@ class EncodeStage:
 
 
 class DecodeStage:
-    """Tokens of sequences to text.
+    """Stage that decodes the tokens of sequences to text.
 
     Args:
-        files: Of the tokenizer.
+        files: Files of the tokenizer.
     """
 
     def __init__(self, files: TokenizerFiles) -> None:
@@ -66,7 +67,7 @@ class DecodeStage:
         self._decoders: dict[int, Decoder] = {}
 
     def hear(self, kind: str, content: Any) -> Iterator[Message]:
-        """Answers to one message."""
+        """Handles a message; yields the answers."""
         if kind == "close":
             self._decoders.pop(content, None)
             return
@@ -75,6 +76,7 @@ class DecodeStage:
             if kind == "open":
                 *opening, past = rest
                 self._decoders[id] = decoder = Decoder(self._vocabulary, *opening)
+                # Rebuilds the state of a sequence that another process had.
                 for tokens, text in past:
                     decoder.feed(TokenChunk(tokens, text=text))
             else:
@@ -95,7 +97,7 @@ def _failed(id: int, error: Exception) -> Message:
 
 
 def main(arguments: list[str]) -> None:
-    """Entry point."""
+    """Runs a stage until the gateway has ended."""
     pipe = JsonLines()
     messages: list[Message] = []
     while not messages:

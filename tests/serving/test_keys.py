@@ -91,7 +91,7 @@ def test_a_name_is_given_once(path):
         create(path, "alice")
     with pytest.raises(ConfigError, match="key=bob: does not exist; there are: alice"):
         revoke(path, "bob")
-    with pytest.raises(ConfigError, match="is no name"):
+    with pytest.raises(ConfigError, match="key='a b"):
         create(path, "a b\n")
     assert path.read_text() == before
     names = sorted(file.name for file in path.parent.iterdir())

@@ -249,7 +249,7 @@ def test_at_the_same_time_it_is_prepared_once(folder, tmp_path, monkeypatch):
 @real
 def test_another_models_ir_is_not_kept(folder, ir, tmp_path, monkeypatch):
     monkeypatch.setattr(openvino, "torch_logits", lambda *_: torch.randn(2, 64, VOCAB).numpy())
-    with pytest.raises(SpotforgeError, match=r"logits -?\d+\.\d dB from the artifact's, not 60"):
+    with pytest.raises(SpotforgeError, match=r"logits .* -?\d+\.\d dB, below 60"):
         openvino.prepare(folder, "digest", tmp_path, FP32)
     assert [path.suffix for path in tmp_path.iterdir()] in ([".lock"], [])
 
@@ -367,7 +367,7 @@ def test_what_it_cannot_do_is_that_requests_failure(program):
     found = program.wait(*refused, "fine")
     assert found.pop("fine")[2] == "length"
     assert all(not tokens and " " in error for tokens, _, error in found.values())
-    assert "are over the 256" in found["long"][2]
+    assert "256" in found["long"][2]
 
 
 @real

@@ -90,7 +90,7 @@ def test_each_prompt_is_asked_in_a_batch_and_alone(tmp_path):
 @pytest.mark.parametrize("where", ["together-0", "together-2", "alone-1"])
 def test_one_prompt_in_one_way_is_enough_to_fail(tmp_path, where):
     for off in (0.01, math.nan, math.inf):
-        with pytest.raises(Unproven, match="computes it wrongly"):
+        with pytest.raises(Unproven, match="computes the model wrongly"):
             prove(MadeUp(off, where), tmp_path)
     assert not list(tmp_path.rglob("*.json"))
     prove(MadeUp(0.01, where), tmp_path, dtype="bfloat16")
@@ -108,7 +108,7 @@ def test_what_cannot_be_compared_is_not_proven(tmp_path):
     async def another(asked):  # it would have taken another token
         return [s._replace(best=[b + 1 for b in s.best]) for s in await plain(asked)]
 
-    with pytest.raises(Unproven, match="computes it wrongly"):
+    with pytest.raises(Unproven, match="computes the model wrongly"):
         prove(MadeUp(), tmp_path, score=another)
 
 
@@ -167,7 +167,7 @@ def test_auto_takes_the_plain_engine_after_a_failed_proof_only(engines):
     assert names == ["transformers"] and "there is none" in started.why
     names, open_ones, started = engines("auto", ["transformers"])
     assert names == ["transformers", "plain"] and open_ones == ["plain"]
-    assert started.why.startswith("plain, since transformers: computes it wrongly")
+    assert started.why.startswith("plain, since transformers: computes")
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_a_router_whose_choice_rounding_decides_may_take_either_expert(tmp_path,
     async def without_ties(asked):
         return [s._replace(ties=()) for s in await here.score(asked)]
 
-    with pytest.raises(Unproven, match="computes it wrongly"):
+    with pytest.raises(Unproven, match="computes the model wrongly"):
         prove(there, tmp_path, cases, score=without_ties)
     prove(there, tmp_path, cases, score=here.score)
 
@@ -348,7 +348,7 @@ def test_ties_are_turned_until_the_engines_choices_are_found(tmp_path):
 
 def test_ties_excuse_no_wrong_mixture(tmp_path, mixtures):
     cases, here, _, wrong = mixtures
-    with pytest.raises(Unproven, match="computes it wrongly"):
+    with pytest.raises(Unproven, match="computes the model wrongly"):
         prove(wrong, tmp_path, cases, score=here.score)
     here.forwards = 0
     prove(here, tmp_path, cases, score=here.score)
@@ -379,8 +379,8 @@ def test_embeddings_need_no_cache_of_pages():
 @pytest.mark.parametrize(
     ("config", "kind", "said"),
     [
-        (BertConfig(is_decoder=False), BertForMaskedLM, "is not served: as an encoder"),
-        (T5Config(d_model=16, d_kv=8, d_ff=16), T5ForConditionalGeneration, "no text with a t5"),
+        (BertConfig(is_decoder=False), BertForMaskedLM, "is not served: .* is an encoder"),
+        (T5Config(d_model=16, d_kv=8, d_ff=16), T5ForConditionalGeneration, "is not served: t5"),
         (LlamaConfig(), LlamaModel, "saved as LlamaModel, .* saved from a LlamaForCausalLM"),
     ],
 )
@@ -400,7 +400,7 @@ def test_a_folder_without_a_vocabulary_is_no_language_model(export, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     del config["vocab_size"]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="is not served: .* no language model"):
+    with pytest.raises(ConfigError, match="is not served: .*vocab_size"):
         asyncio.run(choose.start(resolve(str(folder)), EngineConfig(), tmp_path, {}))
 
 

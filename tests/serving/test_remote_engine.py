@@ -140,7 +140,7 @@ def test_text_that_has_begun_is_lost(export):
 def test_a_stall_is_an_error(export):
     async def work(engine, server):
         server.stalls_after = 2
-        with pytest.raises(EngineError, match="said nothing for 0.3 s"):
+        with pytest.raises(EngineError, match="nothing for 0.3 s"):
             await chunks_of(engine)
 
     with_remote(export, work, step_timeout_s=0.3)
@@ -217,7 +217,7 @@ def test_keys_models_and_contexts(export, monkeypatch):
     with_remote(export, work, fake, max_context=100, **settings)
     for wrong, rule in (
         ({"remote_model": None}, "must be given: the server has a, b"),
-        ({"remote_model": "c"}, "is not among what the server has: a, b"),
+        ({"remote_model": "c"}, "is not one of the server's models: a, b"),
         ({"max_context": 200}, "the server's context has 128 tokens"),
         ({"api_key_env": "NO_KEY"}, "is not in the environment"),
     ):
@@ -233,13 +233,13 @@ def test_settings_that_cannot_be(export):
     ):
         with pytest.raises(ConfigError, match=key):
             check_settings(ServingConfig(artifact="a", engine=config))
-    with pytest.raises(ConfigError, match="is no URL"):
+    with pytest.raises(ConfigError, match="engine.url=localhost:8000"):
         remote(export, "localhost:8000")
 
     async def start():
         config = EngineConfig(name=EngineName.remote, url="http://127.0.0.1:9")
         whole = ServingConfig(artifact="a", engine=config)
-        with pytest.raises(ConfigError, match="runs what its server has"):
+        with pytest.raises(ConfigError, match="engine.name=remote"):
             await Rollout(None, whole, Path("unused"), Path("."), print).swap(str(export))
         engine, *_ = await build(resolve(str(export)), config, Path("unused"), {})
         with pytest.raises(SpotforgeError, match="cannot be reached"):
@@ -360,7 +360,7 @@ def test_a_vllm_that_computes_something_else_is_not_kept(export, fake_vllm, tmp_
         config = EngineConfig(name=EngineName.vllm, max_running=4, max_context=100)
         engine, *_ = await build(resolve(str(export)), config, Path("unused"), {})
         proof = Proof(tmp_path, ["d"], [Case(PROMPT)], "float32", "float32", plain)
-        with pytest.raises(Unproven, match="computes it wrongly"):
+        with pytest.raises(Unproven, match="computes the model wrongly"):
             await engine.start(proof)
         assert engine.pid is None
 
@@ -387,11 +387,11 @@ def test_what_vllm_cannot_load(export, tmp_path, monkeypatch):
     quantization = {"quantization_config": {"quant_method": "torchao"}}
     described = {"max_position_embeddings": 512, **quantization}
     (folder / "config.json").write_text(json.dumps(described))
-    with pytest.raises(ConfigError, match="torchao on a GPU only"):
+    with pytest.raises(ConfigError, match="torchao only on a GPU"):
         with_vllm(folder, None)
     monkeypatch.setattr(vllm.gpus, "has_gpu", lambda: True)
     monkeypatch.setattr(vllm, "_capability", lambda: 7.0)
-    with pytest.raises(ConfigError, match="from compute capability 7.5 on; it is 7.0 here"):
+    with pytest.raises(ConfigError, match="compute capability 7.5 .* has 7.0"):
         with_vllm(folder, None)
 
 
@@ -404,9 +404,9 @@ def test_auto_takes_vllm_where_there_is_a_gpu(export, fake_vllm, monkeypatch):
         return type(engine).__name__, why
 
     for has_gpu, python, name, reason in (
-        (True, True, "VllmEngine", "this host has a GPU, and SPOTFORGE_VLLM_PYTHON names a vLLM"),
-        (True, False, "ProcessEngine", "SPOTFORGE_VLLM_PYTHON names no vLLM"),
-        (False, True, "ProcessEngine", "SPOTFORGE_OPENVINO_PYTHON names no OpenVINO"),
+        (True, True, "VllmEngine", "this host has a GPU, and SPOTFORGE_VLLM_PYTHON is set"),
+        (True, False, "ProcessEngine", "SPOTFORGE_VLLM_PYTHON is not set"),
+        (False, True, "ProcessEngine", "SPOTFORGE_OPENVINO_PYTHON is not set"),
     ):
         monkeypatch.setattr(vllm.gpus, "has_gpu", lambda has_gpu=has_gpu: has_gpu)
         if not python:

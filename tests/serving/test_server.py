@@ -160,7 +160,7 @@ def test_swap_without_a_failed_request(export, tmp_path):
         back = httpx.post(rollback, json={}, timeout=300).json()
         assert (back["what"], back["new"]) == ("rolled_back", first)
         again = httpx.post(rollback, json={}, timeout=300)
-        assert again.status_code == 400 and "served again already" in again.text
+        assert again.status_code == 400 and again.json()["error"]["param"] == "model"
         canary = {"artifact": "next", "canary": 0.5}
         assert httpx.post(swap, json=canary, timeout=300).json()["what"] == "canary"
         while (status := httpx.get(f"{admin}/admin/status").json()["models"]["tiny"])["canary"]:
@@ -226,7 +226,7 @@ def test_how_a_canary_is_judged(failed, token_s, verdict):
         (["artifact=x", "artifact_root=y"], "artifact_root=y: has no effect"),
         (["artifact=x", "model_name=''"], "model_name='': must"),
         (["artifact=x", "rollout.canary_max_error_rate=5"], "rollout.canary_max_error_rate=5"),
-        (["key", "make"], "is no command"),
+        (["key", "make"], "key=make: "),
     ],
 )
 def test_what_is_refused(words, said):

@@ -196,7 +196,9 @@ def test_a_worker_with_another_folder_loses_nothing(gateway, start_worker, key, 
     worker = start_worker("wrong", dir=tmp_path / "other")
     with gateway.client(key) as client:
         batch = begin(client, requests(3, "wrong"))
-        wait_until(lambda: f"{batch.id} is no batch of" in (tmp_path / "worker-wrong").read_text())
+        wait_until(
+            lambda: f"{batch.id} is not a batch of" in (tmp_path / "worker-wrong").read_text()
+        )
         worker.terminate()
         worker.wait(120)
         start_worker("right")
@@ -208,7 +210,7 @@ def test_a_broker_that_is_gone_loses_nothing(gateway, start_worker, redis, key):
         forgotten = begin(client, requests(2, "forgotten"))
         redis.stop()
         number = len(client.batches.list().data)
-        with pytest.raises(openai.InternalServerError, match="queue takes no batches"):
+        with pytest.raises(openai.InternalServerError, match="'code': 'queue'"):
             begin(client, requests(1, "refused"))
         assert len(client.batches.list().data) == number
     gateway.kill()
