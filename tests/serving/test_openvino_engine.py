@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from compression.targets.openvino_program import PYTHON, OpenVino, WeightFormat
 from core.errors import ConfigError, MissingExtraError, SpotforgeError
+from core.process.child import Finished
 from serving.artifact import resolve
 from serving.config import EngineConfig, EngineName
 from serving.engine import EngineInfo, TokenRequest
@@ -168,12 +169,13 @@ def test_none_is_named(tmp_path, monkeypatch):
 def test_a_fresh_process_computes_what_the_artifact_does(export, monkeypatch):
     """In this process, with the words that the fresh one gets."""
 
-    def run(command, **_):
-        assert command[:2] == [sys.executable, "-m"] and command[2] == logits.__name__
-        logits.main(*map(Path, command[3:]))
-        return subprocess.CompletedProcess(command, 0)
+    def run(command, *_):
+        module, *words = command[command.index("-m") + 1 :]
+        assert module == logits.__name__
+        logits.main(*map(Path, words))
+        return Finished(0, "", "")
 
-    monkeypatch.setattr(openvino.subprocess, "run", run)
+    monkeypatch.setattr(openvino, "run", run)
     tokens = torch.arange(1, 13).view(2, 6)
     found = openvino.torch_logits(export, tokens.numpy())
     with torch.no_grad():
@@ -186,7 +188,6 @@ def test_an_ir_of_the_cache_that_changed_is_made_again(export, tmp_path, monkeyp
 
     def make(_, folder, out, weights):
         exports.append(folder)
-        out.mkdir()
         (out / "config.json").write_text((folder / "config.json").read_text())
         (out / "openvino_model.bin").write_bytes(b"weights")
 

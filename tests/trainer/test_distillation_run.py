@@ -99,7 +99,7 @@ def test_a_teacher_that_spotforge_exported(trainer, small, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["objective.weight=1.5"], ["objective.weight=1.5", "[0, 1]"]),
+        (["objective.weight=1.5"], ["objective.weight=1.5"]),
         (["objective.weight=-0.1"], ["objective.weight=-0.1"]),
         (["objective.weight=nan"], ["objective.weight=nan"]),
         (["objective.temperature=0"], ["objective.temperature=0", "above 0"]),

@@ -7,12 +7,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from core.errors import ConfigError
+from tests.words import last_of_each
 from trainer.command import TRAINER
 from trainer.shape import model_shape
 
 
 def composed(*words):
-    return TRAINER.compose(words)
+    return TRAINER.compose(last_of_each(words))
 
 
 def built(model_type, **fields):
