@@ -84,7 +84,7 @@ def test_the_command(compress, parent, tmp_path):
         "evaluation.speed=false",
     ]
     code, _, err = compress(*words, "recipe.mixed.budget_bits=4")
-    assert code == 2 and "4 bits everywhere, with their scales, take 4.5; raise it" in err
+    assert code == 2 and "recipe.mixed.budget_bits=4.0: 4 bits everywhere" in err
     assert not (tmp_path / "x").exists()
     code, _, err = compress(*words, "recipe.mixed.budget_mb=1")
     assert code == 2 and "exactly one of budget_bits, budget_mb and" in err
