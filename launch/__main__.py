@@ -19,7 +19,7 @@ from launch.plan import cli as plan
 from launch.simulation import cli as simulation
 from launch.words import shown_settings
 
-_DESCRIPTION = "Knows what a job costs, places it, and keeps it going on machines that come and go."
+_DESCRIPTION = "Prices a job, places it, and keeps it running on machines that come and go."
 
 
 class _Parser(argparse.ArgumentParser):

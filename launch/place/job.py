@@ -64,7 +64,7 @@ class Job:
         return ["python", "-m", "launch", "pipeline", option, stage.value, *words]
 
     def _words(self) -> list[str]:
-        # The place decides the run directory. Only an upload that the user has set stays.
+        # The place decides the run directory; an upload that the user has set is kept.
         words = [w for w in self.overrides if not w.lstrip("+").startswith("run.dir=")]
         if self.kept_at is not None and not any("checkpoint.upload=" in w for w in words):
             words.append(f"checkpoint.upload=file://{self.kept_at}/checkpoints")
