@@ -98,7 +98,7 @@ class Terms:
             ConfigError: The job in whole ticks does not fit its deadline.
         """
 
-        # 1e-9 absorbs rounding errors: 1.1 h / 0.1 h is slightly above 11 ticks.
+        # 1e-9 absorbs rounding errors, here and below: 0.3 / 0.1 is 2.9999999999999996.
         def ticks(hours: float) -> int:
             return math.ceil(hours / market.gap_h - 1e-9)
 
