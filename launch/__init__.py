@@ -1,1 +1,1 @@
-"""Keeps a training command going on machines that come and go; imports neither torch nor it."""
+"""Prices, places and supervises training jobs; imports neither torch nor the training loop."""

@@ -1,4 +1,4 @@
-"""`python -m launch`: what a job costs, where it runs, and that it goes on."""
+"""`python -m launch`: prices a job, places it, and keeps it running."""
 
 import argparse
 import io
@@ -19,14 +19,15 @@ from launch.plan import cli as plan
 from launch.simulation import cli as simulation
 from launch.words import shown_settings
 
-_DESCRIPTION = "Knows what a job costs, places it, and keeps it going on machines that come and go."
+_DESCRIPTION = "Prices a job, places it, and keeps it running on machines that come and go."
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line.
+    """Reports a wrong command line in one line, instead of argparse's usage page.
 
     Attributes:
-        more_help: Makes the end of the help page, where that takes imports.
+        more_help: Function that returns the end of the help page; called only for `--help`, since
+            it imports Hydra.
     """
 
     more_help: Callable[[], str] | None = None
@@ -37,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does; the parser of a command names the option that may have been meant."""
+        """Parses as argparse does, and suggests the nearest option for a misspelt one."""
         parsed, more = super().parse_known_args(args, namespace)
         for option in (word.partition("=")[0] for word in more if word.startswith("--")):
             if near := get_close_matches(option, self._option_string_actions, n=1):
@@ -53,7 +54,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Prints the version, which takes a call of git."""
+    """Prints the version. An action, since finding the version starts git."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         print(f"spotforge {version()}")
@@ -64,7 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m launch", description=_DESCRIPTION)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(dest="verb", required=True)
-    # each gives its parsers a `run(options, words after --)`
+    # Each package sets the default `run` of its parsers to a function of the options and the words
+    # after `--`; `main` calls it.
     for package in (plan, place, catalog, budget, elastic, pipeline, simulation):
         package.add_verbs(commands)
     commands.metavar = " | ".join(commands.choices)
@@ -72,10 +74,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point.
+    """Runs one command.
 
     Args:
-        arguments: Those of the command line, unless given.
+        arguments: Words of the command line; None: `sys.argv`.
 
     Returns:
         The exit code.
@@ -86,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, more = parser.parse_known_args(words[:end])
     if more and ("words" not in options or any(word.startswith("-") for word in more)):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
-    if more:  # key=value behind an option, which argparse does not put with the others
+    # argparse fills a positional list once: key=value words behind an option are left over.
+    if more:
         options.words += more
     try:
         if getattr(options, "cfg", None) is not None:
@@ -99,8 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def program() -> int:
-    """`main` with a terminal, or a pipe whose other end may go away (`| head`)."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names that its encoding lacks, as on stderr
+    """Runs `main` on a terminal, or on a pipe that the reader may close early (`| head`)."""
+    # A name that the terminal's encoding lacks is printed escaped, as Python does on stderr.
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
@@ -108,7 +112,8 @@ def program() -> int:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        # Python flushes stdout once more at exit, which would fail on the closed pipe again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FAILED
 
 

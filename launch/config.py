@@ -1,7 +1,7 @@
-"""The settings of `launch.*`: where a job may run, what it may cost, and by when it must be done.
+"""The settings under `launch.`: where a job may run, what it may cost, and its deadline.
 
-They stand beside the trainer's, of which none is repeated here. Imports nothing heavy: `--help` and
-the planner read it.
+They complement the trainer's settings and repeat none of them. This module imports nothing heavy,
+since `--help` and the planner load it.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ _MOST = 1e9
 
 
 def hours(key: str, text: str) -> float:
-    """Hours of a length of time such as `90min`, `36h` or `10d`.
+    """Returns the hours in a duration such as `90min`, `36h` or `10d`.
 
     Args:
-        key: Of the setting, for the error.
-        text: Its value.
+        key: Key of the setting, for the error.
+        text: Value of the setting.
 
     Raises:
-        ConfigError: For anything else.
+        ConfigError: The text is not a number with a unit, or is 0 or more than 100 years.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(min|h|d)", text)
     found = float(match[1]) * _HOURS[match[2]] if match else 0.0
     if not 0 < found <= _MOST_HOURS:
-        rule = "is a time with its unit, of up to 100 years"
+        rule = "must be a time with its unit, above 0 and up to 100 years"
         raise ConfigError(key, text, rule, "use 90min, 36h or 10d")
     return found
 
 
-# Kinds of numbers. None that is meant is above _MOST, and no sum of such is beyond a float.
+# Kinds of numbers. A value above _MOST is a typing error, and sums of values below it stay finite.
 _count = partial(setting, least=1, most=_MOST)
 _amount = partial(setting, least=0, most=_MOST)
 _above_0 = partial(setting, least=0.001, most=_MOST)
@@ -48,7 +48,7 @@ _share = partial(setting, least=0, below=1, fix="it is a share: 0.15 means 15%")
 
 
 class Stage(Enum):
-    """A step of the pipeline, each a program of its own; in the order in which they run."""
+    """A stage of the pipeline. Each is a separate program; the members are in running order."""
 
     train = "train"
     compress = "compress"
@@ -56,7 +56,7 @@ class Stage(Enum):
 
 
 class Target(Enum):
-    """Where `up` and `render` place a job."""
+    """The system on which `up` and `render` place a job."""
 
     local = "local"
     sky = "sky"
@@ -65,7 +65,7 @@ class Target(Enum):
 
 
 class Spot(Enum):
-    """Which prices count."""
+    """The kinds of prices that a plan may use."""
 
     both = "both"
     only = "only"
@@ -73,14 +73,14 @@ class Spot(Enum):
 
 
 class Currency(Enum):
-    """In which sums are shown; all is computed in US dollars."""
+    """The currency in which sums are shown. All sums are computed in US dollars."""
 
     usd = "usd"
     inr = "inr"
 
 
 class PoolKind(Enum):
-    """How an owned pool is reached."""
+    """The system through which the machines of an owned pool are reached."""
 
     ssh = "ssh"
     slurm = "slurm"
@@ -89,16 +89,16 @@ class PoolKind(Enum):
 
 @dataclass
 class PoolConfig:
-    """Machines of one's own: `launch.pools.<name>.kind|gpu|gpus_per_node|nodes|usd_per_h|...`.
+    """Owned machines: `launch.pools.<name>.kind|gpu|gpus_per_node|nodes|usd_per_h|...`.
 
     Attributes:
-        kind: Kind of the pool: how its machines are reached.
+        kind: System through which the machines are reached.
         gpu: SkyPilot's name of the accelerator, e.g. `A100-80GB`.
-        gpus_per_node: GPUs of one machine.
+        gpus_per_node: Number of GPUs in one machine.
         nodes: Number of machines.
-        usd_per_h: Dollars that an hour of one machine costs more than leaving it idle: power,
-            mostly.
-        country: Two letters (ISO 3166), for `launch.regions`; e.g. `in`.
+        usd_per_h: Marginal cost of one machine-hour in dollars, compared with leaving the machine
+            idle: mostly power.
+        country: Country code of two letters (ISO 3166), for `launch.regions`; e.g. `in`.
     """
 
     kind: PoolKind = MISSING
@@ -111,11 +111,11 @@ class PoolConfig:
 
 @dataclass
 class SkyPilotConfig:
-    """`launch.skypilot.*`, for `launch.target=sky`.
+    """Settings under `launch.skypilot.`, for `launch.target=sky`.
 
     Attributes:
-        workdir: Folder that is sent along; null: the image has the project.
-        autostop_minutes: Idle minutes after which a cluster goes down.
+        workdir: Folder that is copied to the machines; null: the image contains the project.
+        autostop_minutes: Idle minutes after which SkyPilot terminates a cluster.
     """
 
     workdir: str | None = "."
@@ -124,12 +124,12 @@ class SkyPilotConfig:
 
 @dataclass
 class SlurmConfig:
-    """`launch.slurm.*`, for `launch.target=slurm`.
+    """Settings under `launch.slurm.`, for `launch.target=slurm`.
 
     Attributes:
-        partition: Partition of the cluster; null: its default.
+        partition: Partition of the cluster; null: the cluster's default.
         account: Account that pays; null: the user's default.
-        time_limit: Time of one allocation; a job that is stopped by it is queued again.
+        time_limit: Time limit of one allocation; a job that reaches it is queued again.
         save_minutes: Minutes before the end of an allocation at which the job is told to save.
     """
 
@@ -139,7 +139,7 @@ class SlurmConfig:
     save_minutes: int = _count(10)
 
     def cross_check(self, key: str) -> None:
-        """Raises ConfigError for an allocation that has no time to train."""
+        """Raises ConfigError if the job would be told to save before it can train."""
         if not self.save_minutes / 60 < hours(f"{key}.time_limit", self.time_limit):
             rule = f"must be shorter than {key}.time_limit={self.time_limit}"
             raise ConfigError(f"{key}.save_minutes", self.save_minutes, rule, "leave time to train")
@@ -147,16 +147,18 @@ class SlurmConfig:
 
 @dataclass
 class KubernetesConfig:
-    """`launch.kubernetes.*`, for `launch.target=kubernetes`; its image is `launch.image`.
+    """Settings under `launch.kubernetes.`, for `launch.target=kubernetes`.
+
+    The container image is `launch.image`.
 
     Attributes:
-        namespace: Namespace in which the job is made.
-        volume_claim: A PersistentVolumeClaim on which the run directory is; of several nodes
+        namespace: Namespace in which the job is created.
+        volume_claim: PersistentVolumeClaim that holds the run directory; several nodes need
             ReadWriteMany.
-        queue: A Kueue local queue; null: none.
-        node_labels: Only machines with these labels, e.g. of a spot pool; taints of the same names
-            are tolerated.
-        secret: The Secret that has the values of `launch.secrets`, by their names.
+        queue: Local queue of Kueue; null: Kueue is not used.
+        node_labels: Labels that a machine must have, e.g. those of a spot pool; taints of the same
+            names are tolerated.
+        secret: Secret that holds the values of `launch.secrets`, by their names.
     """
 
     namespace: str = "default"
@@ -168,56 +170,56 @@ class KubernetesConfig:
 
 @dataclass
 class LaunchConfig:
-    """`launch.*`.
+    """Settings under `launch.`.
 
     Attributes:
-        target: Place of the job for `up` and `render`: this machine, what SkyPilot rents, or an
-            owned pool that Slurm or Kubernetes runs.
+        target: Place of the job for `up` and `render`: this machine, machines that SkyPilot rents,
+            or an owned pool that Slurm or Kubernetes manages.
         stages: Stages that `pipeline` runs, one after another.
-        deadline: Time from now by which it must be done: `36h`, `10d`; null: any time.
-        budget_usd: Dollars that it may cost in all; null: no limit.
+        deadline: Time from now by which the job must be done: `36h`, `10d`; null: no deadline.
+        budget_usd: Most dollars that the job may cost in all; null: no limit.
         clouds: Clouds that may be used; empty: all.
         regions: Regions that may be used, a hard limit: their names, or `india`, `eu`, `us`; empty:
             all.
         gpus: GPUs that may be used, by SkyPilot's names; empty: all.
-        spot: Prices that count: of spot, on-demand, or both.
+        spot: Kinds of prices that may be used: spot, on-demand, or both.
         nodes: Numbers of nodes to try.
-        catalog: A snapshot file, an offers file, or a folder of SkyPilot's catalogs; null: what
-            `catalog update` stored last, else the snapshot of this package.
-        max_price_age: Age from which prices are refused.
+        catalog: Snapshot file, offers file, or folder of SkyPilot's catalogs; null: the newest
+            snapshot that `catalog update` stored, else the one of this package.
+        max_price_age: Age above which prices are refused.
         discounts: Share off the list price: `{aws: 0.15, gcp/spot: 0.05}`.
-        quotas: Most GPUs that one may have: `{aws/ap-south-1/H100/spot: 16, gcp/*/*/*: 0}`.
-        countries: Two letters (ISO 3166) for a provider whose list names no regions, as your
-            contract says: `{jarvis-labs: in}`. Without it such a provider passes no `regions`.
-        pools: Machines of one's own.
+        quotas: Most GPUs that the account may have: `{aws/ap-south-1/H100/spot: 16, gcp/*/*/*: 0}`.
+        countries: Country code of two letters (ISO 3166) for a provider whose list has no regions,
+            as your contract says: `{jarvis-labs: in}`. Without it `regions` excludes the provider.
+        pools: Owned machines.
         currency: Currency in which sums are shown.
         usd_inr: Rupees for a dollar.
-        gst: Share that is added to sums in rupees (18% on imported services in India); 0: none.
-        data_gb: Gigabytes of the training data, at `data_region`.
-        data_region: `cloud/region` where the data is; null: on this machine (upload costs nothing).
-        checkpoint_region: `cloud/region` where a run that goes on has its checkpoints; null: it is
-            new.
-        result_region: `cloud/region` to which the export goes; null: it stays where it was made.
-        mfu: Model FLOPs utilization to expect; null: the model's that `plan` states.
+        gst: Tax share that is added to sums in rupees (18% on imported services in India); 0: none.
+        data_gb: Gigabytes of the training data at `data_region`.
+        data_region: `cloud/region` of the data; null: this machine (upload costs nothing).
+        checkpoint_region: `cloud/region` of the checkpoints of a run that is resumed; null: the run
+            is new.
+        result_region: `cloud/region` to which the export is moved; null: it stays where it is made.
+        mfu: Model FLOPs utilization to expect; null: the estimate that `plan` prints.
         network_gbit: Gigabits a second between two nodes, in each direction.
-        measured: Result files (globs) with tokens/s that were measured.
+        measured: Result files (globs) with measured tokens/s.
         preemption_hours: Mean hours between two losses of a spot node, by `cloud/region/zone` or a
-            part of it; elsewhere `checkpoint.mean_hours_between_preemptions` counts.
+            prefix; elsewhere `checkpoint.mean_hours_between_preemptions` is used.
         restart_minutes: Minutes from a launch to the first new step.
-        wait_minutes: Mean time until spot can be had again after a loss.
+        wait_minutes: Mean minutes from a loss until spot is available again.
         storage_usd_per_gb_month: Dollars for a gigabyte-month of the checkpoints' bucket.
-        name: Name of the job where it is placed; null: the last part of `run.dir`.
-        candidates: Number of places of the ranking that a placed job may fall back on.
-        sky: SkyPilot's program: its name or path.
-        bucket: `s3://name`, `gs://name` or `r2://name`: where SkyPilot's machines keep checkpoints
-            and the ledger; null is refused on spot. Made where it is not there yet.
-        shared_dir: A folder that all of SkyPilot's nodes share; null is refused for several.
+        name: Name of the placed job; null: the last part of `run.dir`.
+        candidates: Number of places from the ranking among which a placed job may move.
+        sky: Name or path of SkyPilot's program.
+        bucket: Bucket in which SkyPilot's machines keep checkpoints and the ledger: `s3://name`,
+            `gs://name` or `r2://name`. Null is refused on spot. A missing bucket is created.
+        shared_dir: Folder that all of SkyPilot's nodes share; null is refused for several nodes.
         setup: Shell lines that run once on each node before the job; null: the target's default,
             which installs the workdir on SkyPilot's machines and does nothing elsewhere.
         image: Docker image; null: the cloud's default machine image, and refused by Kubernetes.
         env: Environment variables of the job, by name.
         secrets: Names of environment variables whose values are taken from this machine's
-            environment when the job is placed; they are written to no file.
+            environment when the job is placed; the values are written to no file.
         skypilot: See `SkyPilotConfig`.
         slurm: See `SlurmConfig`.
         kubernetes: See `KubernetesConfig`.
@@ -267,18 +269,18 @@ class LaunchConfig:
 
     @property
     def deadline_h(self) -> float:
-        """Hours; infinite where there is none."""
+        """Hours until the deadline; infinite without one."""
         return math.inf if self.deadline is None else hours("launch.deadline", self.deadline)
 
     def cross_check(self, key: str) -> None:
-        """Raises ConfigError for lists and names that cannot be."""
+        """Raises ConfigError for an invalid variable name, no nodes, or a repeated stage."""
         for names_key, names in ((f"{key}.env", self.env), (f"{key}.secrets", self.secrets)):
             for name in names:
                 if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-                    rule = "is no name of an environment variable"
+                    rule = "is not a valid name of an environment variable"
                     raise ConfigError(names_key, name, rule, "use letters, digits and _")
         if not self.nodes:
-            rule = "must list a number of nodes"
+            rule = "must list at least one number of nodes"
             raise ConfigError(f"{key}.nodes", "[]", rule, f"use {key}.nodes=[1]")
         if not self.stages or len(set(self.stages)) != len(self.stages):
             shown = f"[{','.join(stage.value for stage in self.stages)}]"

@@ -1,15 +1,16 @@
-"""Amounts in a hint, which must suffice when they are typed in."""
+"""Rounding of the amounts that a hint suggests: they must suffice when they are typed in."""
 
 import math
 
 
 def rounded_up(value: float, digits: int = 2) -> str:
-    """The least number of so many decimals that is not below a value: `578.48` of 578.4711.
+    """Returns the value, rounded up to a number of decimals: `578.48` for 578.4711.
 
     Args:
-        value: From 0.
-        digits: Behind the point.
+        value: Number of at least 0.
+        digits: Number of decimals.
     """
+    # math.ceil alone would turn 0.07 into 0.08, since 0.07 * 100 is 7.000000000000001.
     unit = 10**digits
     units = round(value * unit)
     if units / unit < value:

@@ -1,4 +1,4 @@
-"""The settings of a job: the trainer's and the launcher's, composed from one line of words."""
+"""The settings of a job: those of the trainer and of the launcher, from one command line."""
 
 import re
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ LAUNCH = Command(
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line says.
+    """The settings that one command line makes.
 
     Attributes:
-        trainer: As `python -m trainer` would have it.
-        launch: The rest.
-        overrides: The words that make `trainer`, for the job's own command.
+        trainer: Settings of the trainer, the same as `python -m trainer` composes.
+        launch: Settings under `launch.`.
+        overrides: Words that compose `trainer`; the placed job runs the trainer with them.
     """
 
     trainer: TrainerConfig
@@ -40,11 +40,11 @@ def compose_settings(words: Sequence[str], config_dir: Path | None = None) -> Se
     """Composes both configurations.
 
     Args:
-        words: Overrides; those of `launch` are for the launcher, the others for the trainer.
-        config_dir: A folder with more options (`experiment/mine.yaml`, `launch/team.yaml`).
+        words: Overrides; those of `launch` go to the launcher, the others to the trainer.
+        config_dir: Folder with more options (`experiment/mine.yaml`, `launch/team.yaml`).
 
     Raises:
-        ConfigError: For whatever is wrong with them.
+        ConfigError: A key is unknown, a value breaks its rule, or an option does not exist.
     """
     of_trainer, of_launch = split_words(words)
     trainer = TRAINER.compose(of_trainer, config_dir)

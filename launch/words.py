@@ -1,6 +1,6 @@
-"""What the commands of `python -m launch` that take settings have in common.
+"""Shared code of the commands of `python -m launch` that take settings.
 
-Nothing here imports Hydra until settings are composed, so that `--help` comes at once.
+Hydra is imported only where settings are composed, so that `--help` is fast.
 """
 
 import argparse
@@ -16,8 +16,8 @@ def add_words(parser: argparse.ArgumentParser, help_: str) -> None:
     """Adds `key=value`, `--config-dir` and `--cfg` to a command.
 
     Args:
-        parser: Of the command.
-        help_: What the words are, for `--help`.
+        parser: Parser of the command.
+        help_: Description of the words, for `--help`.
     """
     parser.add_argument("words", metavar="key=value", nargs="*", help=help_)
     parser.add_argument(
@@ -29,14 +29,14 @@ def add_words(parser: argparse.ArgumentParser, help_: str) -> None:
 
 
 def settings_of(options: argparse.Namespace, rest: Sequence[str] = ()) -> "Settings":
-    """Composes the settings that a command line has.
+    """Composes the settings of a command line.
 
     Args:
-        options: Parsed by a parser to which `add_words` added.
-        rest: Further words, from behind `--`.
+        options: Options from a parser that `add_words` has extended.
+        rest: Further words, given after `--`.
 
     Raises:
-        ConfigError: For whatever is wrong with them.
+        ConfigError: See `compose_settings`.
     """
     from launch.settings import compose_settings
 
@@ -44,7 +44,7 @@ def settings_of(options: argparse.Namespace, rest: Sequence[str] = ()) -> "Setti
 
 
 def shown_settings(options: argparse.Namespace) -> str:
-    """The settings as YAML, for `--cfg job`: the trainer's, and `launch`."""
+    """Returns the settings of trainer and launcher as YAML, for `--cfg job`."""
     from omegaconf import OmegaConf
 
     from launch.settings import LAUNCH, split_words
@@ -59,7 +59,7 @@ def shown_settings(options: argparse.Namespace) -> str:
 
 
 def launch_keys() -> str:
-    """The keys of `launch.`, for `--help`."""
+    """Returns the description of the keys under `launch.`, for `--help`."""
     from core.settings.help import key_lines
     from launch.settings import LAUNCH
 

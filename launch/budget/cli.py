@@ -1,4 +1,4 @@
-"""`python -m launch guard | cost`: what they take."""
+"""The command line of `python -m launch guard` and `python -m launch cost`."""
 
 import argparse
 import math
@@ -11,9 +11,9 @@ from typing import Any
 from core.errors import ConfigError
 
 _GUARD = """\
-Runs COMMAND on a rented machine, writes down what that costs, tick by tick, and stops it in time to
-save before the budget is spent, over all starts and all machines. Of several nodes the first one
-has the guard, and pays for all."""
+Runs COMMAND on a rented machine, records its cost tick by tick, and stops it in time to save before
+the budget is spent, over all starts and all machines. With several nodes only the first one runs
+the guard, which pays for all."""
 
 _EXAMPLES = """\
 example:
@@ -32,7 +32,7 @@ def add_verbs(commands: Any) -> None:
     """Adds `guard` and `cost` to the parsers of `python -m launch`.
 
     Args:
-        commands: What `add_subparsers` returned.
+        commands: Object that `add_subparsers` returned.
     """
     parser = commands.add_parser(
         "guard",
@@ -43,7 +43,11 @@ def add_verbs(commands: Any) -> None:
     )
     parser.set_defaults(run=_guard, refuse=parser.error)
     parser.add_argument(
-        "--ledger", metavar="DIR", type=_folder, required=True, help="where what was spent is kept"
+        "--ledger",
+        metavar="DIR",
+        type=_folder,
+        required=True,
+        help="folder that records what was spent",
     )
     price = parser.add_mutually_exclusive_group()
     price.add_argument("--usd-per-h", metavar="X", type=_number(0), help="price of a node-hour")
@@ -61,14 +65,14 @@ def add_verbs(commands: Any) -> None:
         help="what the job may cost in all its starts (default: no limit)",
     )
     parser.add_argument(
-        "--run-dir", metavar="DIR", type=_folder, help="of the trainer: tokens and checkpoints"
+        "--run-dir", metavar="DIR", type=_folder, help="run directory of the trainer"
     )
     parser.add_argument(
         "--deadline-h",
         metavar="X",
         type=_number(),
         default=math.inf,
-        help="hours from the estimate, else from the first start, by which it must be done",
+        help="hours from the estimate, else from the first start, to the deadline",
     )
     parser.add_argument(
         "--estimate",
@@ -78,11 +82,11 @@ def add_verbs(commands: Any) -> None:
     parser.add_argument(
         "--since-boot",
         action="store_true",
-        help="pay for the time before, too, in which this machine was up",
+        help="pay also for the time since this machine booted",
     )
     for name, default_s, what in (
-        ("tick", 60, "from one entry of the ledger to the next"),
-        ("stop", 120, "that a stop takes at least: the step under way, and a save"),
+        ("tick", 60, "between two entries of the ledger"),
+        ("stop", 120, "to reserve for a stop, at least: the current step and a save"),
     ):
         parser.add_argument(
             f"--{name}-s",
@@ -137,21 +141,21 @@ def _guard(options: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 def _num_nodes(options: argparse.Namespace) -> int:
-    """Nodes to pay for."""
+    """Returns the number of nodes to pay for."""
     rank = os.environ.get("SKYPILOT_NODE_RANK", "0")
     if rank != "0":
-        rule, fix = "the guard of the first node pays for all", "run COMMAND alone on the others"
+        rule, fix = "must be 0: the first node pays for all", "run COMMAND without a guard here"
         raise ConfigError("SKYPILOT_NODE_RANK", rank, rule, fix)
     key, text = "--nodes", options.nodes
     if text is None:
         key, text = "SKYPILOT_NUM_NODES", os.environ.get("SKYPILOT_NUM_NODES", "1")
     if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(key, text, "is no number of nodes", "give 1 or more")
+        raise ConfigError(key, text, "must be a whole number of at least 1", "give 1 or more")
     return int(text)
 
 
 def _price(options: argparse.Namespace) -> tuple[float, str, bool]:
-    """Dollars an hour of a node, where it is, and whether it is spot."""
+    """Returns the dollars for an hour of one node, its place, and whether it is spot."""
     from launch.budget.prices import gpu_here, parse_prices, price_here
     from launch.elastic.journal import say
 
@@ -165,7 +169,7 @@ def _price(options: argparse.Namespace) -> tuple[float, str, bool]:
     else:
         source, text = "SPOTFORGE_PRICES", os.environ.get("SPOTFORGE_PRICES", "")
         if not text:
-            options.refuse("say what this costs: --usd-per-h, --prices or SPOTFORGE_PRICES")
+            options.refuse("the price is missing: give --usd-per-h, --prices or SPOTFORGE_PRICES")
     prices = parse_prices(source, text)
     price, remark = price_here(prices, os.environ, gpu_here())
     if remark is not None:
@@ -175,12 +179,12 @@ def _price(options: argparse.Namespace) -> tuple[float, str, bool]:
 
 def _folder(text: str) -> Path:
     if not text:
-        raise argparse.ArgumentTypeError("'' names no folder")
+        raise argparse.ArgumentTypeError("'' is not the name of a folder")
     return Path(text)
 
 
 def _number(least: float | None = None) -> Any:
-    """A parser of numbers from `least` on, or above 0."""
+    """Returns a parser of finite numbers of at least `least`; above 0 without it."""
 
     def parse(text: str) -> float:
         try:
@@ -188,7 +192,7 @@ def _number(least: float | None = None) -> Any:
         except ValueError:
             value = math.nan
         if not (value > 0 if least is None else value >= least) or math.isinf(value):
-            rule = "above 0" if least is None else f"from {least:g} on"
+            rule = "above 0" if least is None else f"of at least {least:g}"
             raise argparse.ArgumentTypeError(f"{text!r} is not a number {rule}")
         return value
 
@@ -196,7 +200,7 @@ def _number(least: float | None = None) -> Any:
 
 
 def _estimate(text: str | None) -> dict[str, float]:
-    """The estimate's figures; empty without one."""
+    """Returns the figures of the estimate; empty without one."""
     import json
 
     from launch.budget.ledger import ESTIMATE
@@ -207,10 +211,10 @@ def _estimate(text: str | None) -> dict[str, float]:
     try:
         figures = {str(key): float(value) for key, value in json.loads(text).items()}
     except (ValueError, RecursionError, AttributeError, TypeError) as e:
-        raise ConfigError("--estimate", text, "is no JSON object of numbers", fix) from e
+        raise ConfigError("--estimate", text, "is not a JSON object of numbers", fix) from e
     unknown = sorted(set(figures) - {*ESTIMATE, "time"})
     if unknown:
-        raise ConfigError("--estimate", text, f"has {unknown[0]}", fix)
+        raise ConfigError("--estimate", text, f"has the unknown field {unknown[0]}", fix)
     if not all(0 <= value < math.inf for value in figures.values()):
-        raise ConfigError("--estimate", text, "has one below 0, or no number", fix)
+        raise ConfigError("--estimate", text, "must have finite numbers of at least 0", fix)
     return figures

@@ -1,4 +1,4 @@
-"""Says when a job turns late, and when it no longer is."""
+"""Reports when a job falls behind its deadline, and when it catches up."""
 
 from launch.budget.progress import Progress
 from monitoring.units import duration
@@ -9,14 +9,14 @@ _CLEARLY = 0.05  # of the time that is left
 class DeadlineWatch:
     """Compares the projected finish with the deadline, tick by tick.
 
-    The rate is that of all the time since tokens were first seen to come: waiting, starting again
-    and doing lost steps again are in it, the first start is not.
+    The rate is the mean since training was first seen to progress. It includes waiting, restarts
+    and repeated steps, but not the first start.
 
     Args:
-        deadline: In Unix seconds.
-        is_late: What was said last.
-        first_sight: When tokens were first seen to come, and how many; None: not yet.
-        first_tokens: Those that were there before.
+        deadline: Unix seconds of the deadline.
+        is_late: True if the last report said that the job is late.
+        first_sight: Unix seconds and tokens of the first observed progress; None: none yet.
+        first_tokens: Tokens that the run had before.
     """
 
     def __init__(
@@ -30,14 +30,14 @@ class DeadlineWatch:
         self._first_sight, self._first_tokens = first_sight, first_tokens
 
     def look(self, now: float, progress: Progress) -> str | None:
-        """What there is to say.
+        """Compares the projected finish with the deadline.
 
         Args:
-            now: In Unix seconds.
-            progress: Of the run.
+            now: Current time in Unix seconds.
+            progress: Progress of the run.
 
         Returns:
-            One line when it turns late and when it recovers; None otherwise.
+            A line for the user when the job becomes late or recovers; None otherwise.
         """
         finish = self._finish(now, progress)
         if finish is None:
@@ -46,14 +46,14 @@ class DeadlineWatch:
         if not self.is_late and finish > self.deadline:
             self.is_late = True
             return f"the deadline will be missed by {off} at this rate"
-        # Clearly, else it would be said again and again
+        # Only a clear margin ends the alarm: a finish near the deadline would toggle it each tick.
         if self.is_late and finish < self.deadline - _CLEARLY * (self.deadline - now):
             self.is_late = False
             return f"the deadline will be met after all, {off} early"
         return None
 
     def _finish(self, now: float, progress: Progress) -> float | None:
-        """When it will be done, in Unix seconds; None while that cannot be told."""
+        """Returns the projected finish in Unix seconds; None while there is no rate."""
         left = (progress.total_tokens or 0.0) - progress.tokens
         if progress.total_tokens is not None and left <= 0:
             return None
@@ -65,4 +65,5 @@ class DeadlineWatch:
             tokens = progress.tokens - self._first_sight[1]
             if seconds > 0 and tokens > 0:
                 return now + left * seconds / tokens
+        # Without a rate the job is late only once the deadline has passed.
         return now if now > self.deadline else None

@@ -1,8 +1,8 @@
-"""Runs a job's command for as long as there is money for it: pays, records, warns, stops in time.
+"""Runs a job's command while its budget lasts: pays, records, warns, and stops it in time.
 
-What the last save costs is kept back. When no more than that is left, the command is told to stop,
-as a preemption would tell it; at the limit it is killed. Either ends with exit code 2, since "start
-me again" (33) is what a launcher would do.
+The cost of a last save is kept back. When no more than that is left, the guard sends SIGTERM, as a
+preemption would; at the limit it kills the command. Both end with exit code 2: on 33 a launcher
+would start the job again.
 """
 
 import math
@@ -23,20 +23,20 @@ from launch.budget.progress import Progress, longest_save_s, read_progress, save
 from launch.elastic.journal import say
 from launch.rounding import rounded_up
 
-_SLOWER = 1.5  # than the slowest save so far, at worst
+_SLOWER = 1.5  # factor over the slowest save so far that a next save may take
 
 
 @dataclass(frozen=True)
 class GuardSettings:
-    """What `python -m launch guard` was told; see its help.
+    """Settings of `python -m launch guard`; its `--help` describes the others.
 
     Attributes:
-        usd_per_h: Of all nodes.
-        budget_usd: Infinite: no limit.
-        deadline_h: From the estimate on, or else from the first start; infinite: none.
-        estimate: Of the plan; empty: none.
-        stop_s: That a stop takes at least, until the save is over.
-        since_boot: Pay for the time before this start, too, in which the machine was up.
+        usd_per_h: Price of all nodes together.
+        budget_usd: Most that the job may cost; infinite: no limit.
+        deadline_h: Hours from the estimate, else from the first start; infinite: no deadline.
+        estimate: Figures of the plan, by `ledger.ESTIMATE` and `time`; empty: no estimate.
+        stop_s: Least seconds that a stop takes, until the save is complete.
+        since_boot: True to pay also for the time between the machine's boot and this start.
     """
 
     command: Sequence[str]
@@ -55,7 +55,7 @@ class GuardSettings:
 
 
 class Guard:
-    """Runs the command once."""
+    """Runs the command once and keeps its account in the ledger."""
 
     def __init__(self, settings: GuardSettings) -> None:
         self._settings = settings
@@ -77,10 +77,11 @@ class Guard:
         """Pays for the command until it ends.
 
         Returns:
-            Its exit code; 2 where the budget ended it.
+            The exit code of the command.
 
         Raises:
-            ConfigError: There is no such program, or no money to start it with.
+            ConfigError: The program does not exist, the budget does not suffice for a start, or it
+                ran out.
         """
         if self._must_stop():
             self._close("refused", None)
@@ -89,8 +90,10 @@ class Guard:
             raise self._exhausted(
                 f", and a tick and a save here cost ${least_usd:.2f}", f"raise it to {needed}"
             )
+        # Until the command runs, a signal may end the guard at once: there is nothing to save.
         exit_at_once()
-        # Signals are passed on, to nobody, until the ledger is closed: they must not end it before.
+        # The handlers stay until the ledger is closed, even after the command has ended: a signal
+        # must not end the guard before the last entry is written.
         with Child(self._settings.command) as child, passed_on(child):
             stopping, code = self._watch(child)
             child.close()
@@ -105,10 +108,11 @@ class Guard:
             return code
 
     def _watch(self, child: Child) -> tuple[bool, int | None]:
-        """Pays for the command until it ends or the money does.
+        """Pays for the command until it ends or the budget is spent.
 
         Returns:
-            Whether it was told to stop, and its exit code; None: it runs, and is to be killed.
+            Whether the command was told to stop, and its exit code; None: it still runs and must
+            be killed.
         """
         self._pay(self._settings.tick_s)
         stopping = False
@@ -122,43 +126,45 @@ class Guard:
             if not stopping:
                 self._pay(self._settings.tick_s)
             elif (left_s := self._budget.left_s(self._settings.usd_per_h)) > 0:
+                # A tick while stopping may be shorter: the reserve ends exactly at the limit.
                 self._pay(min(self._settings.tick_s, left_s))
             else:
                 return stopping, None
         return stopping, exit_code(code)
 
     def _look(self) -> None:
-        """What the run has done; as it was known before, where its folder cannot be read now."""
+        """Reads the progress of the run; keeps the last one if the folder cannot be read."""
         run_dir = self._settings.run_dir
         try:
             self._progress = read_progress(run_dir)
             self._saved_step = saved_step(run_dir)
             self._save_s = longest_save_s(run_dir)
-        except OSError as e:  # a mounted bucket may be out of reach for a while
+        except OSError as e:  # a mounted bucket may be unreachable for a while
             say("guard", f"--run-dir={run_dir} cannot be read now: {e}")
 
     # Money
 
     def _elapsed_s(self) -> float:
-        """That this start has to pay for so far; the clock is one that nobody sets."""
+        """Returns the seconds to pay for so far, by a clock that is never set."""
         return self._before_s + time.monotonic() - self._began
 
     def _unpaid_s(self, account: Account) -> float:
-        """The machine's age, less what earlier starts on it have paid for."""
+        """Returns the machine's age in seconds, less what earlier starts on it have paid for."""
         paid = [s.machine_s + s.seconds for s in account.starts if s.machine == self._machine]
-        # `seconds` has the time before its start in it, which lies before `machine_s`.
+        # `machine_s` is the age at which a start began to pay, so their sum is the age up to which
+        # it has paid.
         ages = [max(0.0, self._machine_s - age) for age in paid]
         return min(ages, default=self._machine_s) if self._machine else 0.0
 
     def _stop_s(self) -> float:
-        """That a stop may take."""
+        """Returns the seconds that a stop may take."""
         return max(self._settings.stop_s, _SLOWER * self._save_s)
 
     def _must_stop(self) -> bool:
         return self._budget.must_stop(self._settings.usd_per_h, self._stop_s())
 
     def _pay(self, seconds: float) -> None:
-        """Pays for what has passed and for `seconds` more."""
+        """Pays for the time until now and for `seconds` more."""
         until_s = max(self._paid_s, self._elapsed_s()) + seconds
         self._settle(until_s)
         self._write("tick")
@@ -178,7 +184,7 @@ class Guard:
     # The ledger
 
     def _open(self, account: Account) -> None:
-        """Writes down what begins; an unwritable ledger is refused."""
+        """Writes the first entries of this start; raises ConfigError for an unwritable ledger."""
         settings = self._settings
         try:
             self._write_estimate(account)
@@ -196,6 +202,8 @@ class Guard:
         except OSError as e:
             rule = f"cannot be written: {e.strerror or e}"
             raise ConfigError("--ledger", settings.ledger, rule, "name another folder") from e
+        # The time before this start counts once its `start` entry is on disk: a start that fails
+        # earlier leaves it unpaid, and the next one pays for it.
         self._settle(self._before_s)
         limit = "" if math.isinf(settings.budget_usd) else f" of ${settings.budget_usd:g}"
         say(
@@ -210,7 +218,7 @@ class Guard:
             self._ledger.write("estimate", self._progress.step, **given)
 
     def _write(self, entry: str, **details: str | int) -> None:
-        """Writes this start's sums; where that fails, the next entry has them all."""
+        """Writes the sums of this start. A failed write loses nothing: sums are cumulative."""
         try:
             self._ledger.write(
                 entry,
@@ -221,13 +229,13 @@ class Guard:
                 **details,
             )
             self._ledger_works = True
-        except OSError as e:  # no reason to end a job; in memory it is all there
+        except OSError as e:  # the sums are in memory too, so the job goes on
             if self._ledger_works:
                 say("guard", f"--ledger={self._settings.ledger} cannot be written now: {e}")
             self._ledger_works = False
 
     def _close(self, reason: str, code: int | None) -> None:
-        self._settle(self._elapsed_s())  # what was paid in advance and not used comes back
+        self._settle(self._elapsed_s())  # refunds the unused part of the current tick
         self._write("end", reason=reason, **({} if code is None else {"exit": code}))
 
     # The deadline
@@ -236,6 +244,7 @@ class Guard:
         settings = self._settings
         if math.isinf(settings.deadline_h):
             return None
+        # In rising order of precedence: the first start, an earlier estimate, this one.
         began = account.starts[0].time if account.starts else time.time()
         if account.estimate is not None:
             began = account.estimate.time

@@ -1,17 +1,17 @@
-"""The ledger: what a job was to cost, and what it did cost, tick by tick, on whichever machines.
+"""The ledger: the expected and the actual cost of a job, tick by tick, over all its machines.
 
-A folder with one file a start, which that start alone appends to: machines follow one another, and
-a mounted bucket can neither lock a file nor let two write to it. Each line is a JSON object with
-`time` (Unix seconds), `entry` and `step` (of the run, as far as it is known):
+A ledger is a folder with one file for each start, to which only that start appends: a mounted
+bucket supports neither locks nor two writers of one file. Each line is a JSON object with `time`
+(Unix seconds), `entry` and `step` (the last known step of the run):
 
     estimate  usd, p50_h, p95_h, tokens: what the plan expects of the whole job
     start     place, usd_per_h (of all nodes), nodes, is_spot, tokens; machine, machine_s
-    tick      seconds, usd: of this start so far, the tick that now begins included; tokens
+    tick      seconds, usd: sums of this start, including the tick that now begins; tokens
     alarm     is_late, text
-    end       reason; seconds, usd: those that were used; tokens
+    end       reason; seconds, usd: the sums that were used; tokens
 
-Sums in it only grow, so a line that is torn or lost takes nothing with it. A start without an end
-was killed in its last tick, which is paid for.
+Sums are cumulative, so that a torn or lost line loses nothing that the next one does not have. A
+start without an `end` was killed during its last tick, which is paid for.
 """
 
 import json
@@ -33,14 +33,14 @@ ESTIMATE = ("usd", "p50_h", "p95_h", "tokens")
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the plan expects of the whole job; 0 where it does not say.
+    """The plan's expectation of the whole job; 0 for figures that the plan does not have.
 
     Attributes:
-        time: When it was made, in Unix seconds; a deadline counts from then.
-        usd: What it costs.
-        p50_h: Hours until it is done, half of the time.
-        p95_h: Hours until it is done, 19 times of 20.
-        tokens: To be trained on.
+        time: Unix seconds when the estimate was made; the deadline counts from then.
+        usd: Expected cost.
+        p50_h: Median of the hours until the job is done.
+        p95_h: 95th percentile of the hours until the job is done.
+        tokens: Number of tokens to train on.
     """
 
     time: float
@@ -55,19 +55,19 @@ class Start:
     """One start of the job, on one set of nodes.
 
     Attributes:
-        time: When it began, in Unix seconds.
-        place: Where.
-        usd_per_h: Of all nodes.
-        nodes: How many.
-        is_spot: Whether they can be taken away.
-        machine: A name for this life of the machine; empty where it has none.
-        machine_s: How old the machine was when it began to pay.
-        seconds: That it has paid for.
-        usd: Paid.
-        step: The last that is known.
-        first_tokens: Of the run, when it began.
-        tokens: Of the run, when it was last seen.
-        reason: Why it ended; empty: it runs, or was killed.
+        time: Unix seconds when the start began.
+        place: Place of the nodes, e.g. `aws/us-east-1/us-east-1a`.
+        usd_per_h: Price of all nodes together.
+        nodes: Number of nodes.
+        is_spot: True if the nodes can be preempted.
+        machine: Identifier of the machine since its last boot; empty if not recorded.
+        machine_s: Age of the machine in seconds when this start began to pay.
+        seconds: Seconds that this start has paid for.
+        usd: Dollars that this start has paid.
+        step: Last known step of the run.
+        first_tokens: Tokens of the run when the start began.
+        tokens: Tokens of the run when it was last read.
+        reason: Reason of the end; empty: the start runs, or was killed.
     """
 
     time: float
@@ -87,14 +87,14 @@ class Start:
 
 @dataclass(frozen=True)
 class Account:
-    """The whole ledger.
+    """The sums of a whole ledger.
 
     Attributes:
-        estimate: The last one, if any.
-        starts: In order.
-        alarms: `alarm` entries, in order.
-        first_sight: Time and tokens of the first entry that saw tokens come, if one did.
-        num_torn: Lines that cannot be read.
+        estimate: Last estimate; None without one.
+        starts: All starts, in order.
+        alarms: All `alarm` entries, in order.
+        first_sight: Time and tokens of the first entry with new tokens; None without one.
+        num_torn: Number of lines that cannot be read.
     """
 
     estimate: Estimate | None
@@ -105,50 +105,51 @@ class Account:
 
     @property
     def spent_usd(self) -> float:
-        """By all starts."""
+        """Dollars that all starts have paid."""
         return math.fsum(start.usd for start in self.starts)
 
     @property
     def seconds(self) -> float:
-        """Paid for, in all starts."""
+        """Seconds that all starts have paid for."""
         return math.fsum(start.seconds for start in self.starts)
 
     @property
     def tokens(self) -> float:
-        """Trained on since the ledger began, less those that were lost."""
-        # A stage after training sees none.
+        """Tokens trained on since the ledger began, less those that were lost."""
+        # Stages after training report 0 tokens: the last start with tokens counts.
         last = next((start.tokens for start in reversed(self.starts) if start.tokens), 0.0)
         return max(0.0, last - self.starts[0].first_tokens) if last else 0.0
 
     @property
     def usd_per_million_tokens(self) -> float | None:
-        """What they cost; None where none was seen."""
+        """Dollars for a million tokens so far; None before the first token."""
         return self.spent_usd / self.tokens * 1e6 if self.tokens > 0 else None
 
 
 class Ledger:
-    """A folder of files, one of which is this start's own.
+    """A ledger to which this start appends, in a file of its own.
 
     Args:
-        folder: Made when the first entry is written.
+        folder: Folder of the ledger; created with the first entry.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        # The random part keeps two machines apart that start at the same time.
         self._path = folder / f"{time.time_ns():020d}-{secrets.token_hex(3)}.jsonl"
 
     def write(self, entry: str, step: int, **details: float | int | str) -> None:
-        """Appends an entry, and waits until the disk has it.
+        """Appends an entry and waits until it is on disk.
 
         Raises:
-            OSError: It could not be written.
+            OSError: The entry could not be written.
         """
         line = encode({"time": time.time(), "entry": entry, "step": step, **details})
         self.folder.mkdir(parents=True, exist_ok=True)
         append_line(self._path, line)
 
     def account(self) -> Account:
-        """What all files say, of other machines too.
+        """Returns the account of all starts, including those of other machines.
 
         Raises:
             ConfigError: See `read_account`.
@@ -157,14 +158,14 @@ class Ledger:
 
 
 def read_account(folder: Path) -> Account:
-    """The ledger in a folder; an empty one where there is none.
+    """Reads the ledger in a folder; a missing folder gives an empty account.
 
     Raises:
         ConfigError: The folder cannot be read.
-        DamagedError: An entry has a sum that cannot be.
+        DamagedError: The sum in an entry is negative or not a finite number.
     """
     try:
-        # Names begin with the time, in digits of one length.
+        # File names begin with the time, zero-padded: by name is by time.
         files = [_read(path) for path in sorted(folder.glob("*.jsonl"))]
     except OSError as e:
         raise ConfigError("ledger", folder, e.strerror or str(e), "check the folder") from e
@@ -173,10 +174,10 @@ def read_account(folder: Path) -> Account:
 
 
 def _read(path: Path) -> tuple[list[Entry], int]:
-    """The entries of one start, and the number of lines that are none: a crash may tear the last.
+    """Returns the entries of one start and the number of unreadable lines (a crash may tear one).
 
     Raises:
-        DamagedError: A sum in it is negative or no number, which no guard has written.
+        DamagedError: A sum is negative or not a finite number, which no guard writes.
     """
     entries, num_torn = [], 0
     with path.open("rb") as lines:
@@ -188,7 +189,7 @@ def _read(path: Path) -> tuple[list[Entry], int]:
             for name in ("usd", "seconds") if entry.get("entry") in ("tick", "end") else ():
                 value = entry.get(name)
                 if not isinstance(value, int | float) or not 0 <= value < math.inf:
-                    rule = f"line {number}: {name}={value} cannot be"
+                    rule = f"line {number}: {name}={value} is not a finite number of at least 0"
                     fix = "restore the file, or correct the line to what was spent"
                     raise DamagedError("ledger", path, rule, fix)
             entries.append(entry)
@@ -200,15 +201,16 @@ def _decoded(line: bytes) -> Entry | None:
         entry = json.loads(line)
     except ValueError:  # not JSON, or not UTF-8
         return None
+    # A line without its newline is still being written, or was torn in the middle of a number.
     is_whole = line.endswith(b"\n") and isinstance(entry, dict) and "step" in entry
     return entry if is_whole else None
 
 
 def account_of(files: Iterable[Sequence[Entry]]) -> Account:
-    """Adds entries up.
+    """Adds up the entries of all starts.
 
     Args:
-        files: The entries of each start, in order.
+        files: Entries of each start, in order.
     """
     estimate: Estimate | None = None
     starts: list[Start] = []
@@ -265,6 +267,6 @@ def _continued(start: Start, entry: Entry) -> Start:
 
 
 def _number(entry: Entry, key: str) -> float:
-    """A number of an entry; 0 where there is none."""
+    """Returns a number of an entry; 0 if the entry has none of that name."""
     value = entry.get(key)
     return float(value) if isinstance(value, int | float) else 0.0

@@ -1,4 +1,4 @@
-"""How long this machine has been up: a rented one is paid for from then on, not from our start."""
+"""The age of this machine: a rented one is paid for since its boot, not since our start."""
 
 import os
 import socket
@@ -8,17 +8,17 @@ from core.errors import ConfigError
 
 
 def machine_age() -> tuple[str, float]:
-    """A name for this life of the machine, and its age in seconds.
+    """Returns an identifier of the machine since its last boot, and its age in seconds.
 
-    Process 1 is the machine's, or the container's where this runs in one: its age is what counts,
-    since a container sees the uptime of its host.
+    The age is that of process 1, which is the machine's or the container's: inside a container
+    `/proc/uptime` shows the uptime of the host.
 
     Raises:
-        ConfigError: This is no Linux.
+        ConfigError: The system is not Linux.
     """
     try:
         uptime_s = float(Path("/proc/uptime").read_text().split()[0])
-        # Fields are counted after the program's name, which may have spaces in it.
+        # Fields are split after the program's name, which may contain spaces.
         fields = Path("/proc/1/stat").read_text().rpartition(")")[2].split()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError as e:

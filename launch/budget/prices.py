@@ -1,4 +1,4 @@
-"""What an hour costs where this job runs: SkyPilot says where, the launcher says how much."""
+"""The price of an hour where this job runs: SkyPilot gives the place, the launcher the prices."""
 
 import json
 import math
@@ -16,16 +16,16 @@ _FIX = "give a JSON list of {cloud, region, zone, gpu, gpus_per_node, is_spot, u
 
 @dataclass(frozen=True)
 class Price:
-    """Of one node.
+    """The price of one node.
 
     Attributes:
-        cloud: As SkyPilot writes it, in any case.
-        region: Empty: any.
-        zone: Empty: any of the region.
+        cloud: SkyPilot's name of the cloud, in any case.
+        region: Region of the cloud; empty: any.
+        zone: Zone of the region; empty: any.
         gpu: SkyPilot's name of the accelerator.
-        gpus_per_node: 0: not said.
-        is_spot: Whether it can be taken away.
-        usd_per_h: Of one node.
+        gpus_per_node: Number of GPUs; 0: unknown.
+        is_spot: True if the node can be preempted.
+        usd_per_h: Price of one node.
     """
 
     cloud: str
@@ -38,19 +38,19 @@ class Price:
 
     @property
     def place(self) -> str:
-        """`aws/ap-south-1/ap-south-1a`, as far as it is known."""
+        """Name of the place, as far as it is known: `aws/ap-south-1/ap-south-1a`."""
         return "/".join(part for part in (self.cloud.lower(), self.region, self.zone) if part)
 
 
 def parse_prices(source: str, text: str) -> list[Price]:
-    """The list that the launcher sends along with a job.
+    """Reads the price list that the launcher sends with a job.
 
     Args:
-        source: Where it comes from, for errors.
-        text: JSON.
+        source: Origin of the text, for errors.
+        text: JSON list of prices.
 
     Raises:
-        ConfigError: It is none, or empty.
+        ConfigError: The text is not such a list, or the list is empty.
     """
     try:
         rows = json.loads(text)
@@ -58,27 +58,27 @@ def parse_prices(source: str, text: str) -> list[Price]:
     except (ValueError, RecursionError, TypeError, AttributeError, KeyError) as e:
         raise ConfigError(source, _short(text), "is not a list of prices", _FIX) from e
     if not prices:
-        raise ConfigError(source, "[]", "has no price", _FIX)
+        raise ConfigError(source, "[]", "must have at least one price", _FIX)
     return prices
 
 
 def price_here(
     prices: list[Price], environment: Mapping[str, str], gpu: str | None = None
 ) -> tuple[Price, str | None]:
-    """The price of a node where this job runs.
+    """Returns the price of a node where this job runs.
 
-    The place, the number of GPUs and their name tell prices apart, as far as they are known and one
-    of the list has them. Nothing says whether the node is spot: of what is left the dearest counts,
-    and the dearest of all where no price is of this place.
+    Prices are selected by place, then by number of GPUs, then by GPU name; a criterion that is
+    unknown or that no price matches is skipped. A node cannot tell whether it is spot, so the
+    highest of the remaining prices counts, and the highest of all if none matches the place.
 
     Args:
-        prices: At least one.
-        environment: As SkyPilot sets it on each node: SKYPILOT_CLUSTER_INFO (`{"cloud": "AWS",
-            "region": ..., "zone": ...}`) and SKYPILOT_NUM_GPUS_PER_NODE.
-        gpu: See `gpu_here`.
+        prices: Prices to choose from, at least one.
+        environment: Environment that SkyPilot sets on each node: SKYPILOT_CLUSTER_INFO
+            (`{"cloud": "AWS", "region": ..., "zone": ...}`) and SKYPILOT_NUM_GPUS_PER_NODE.
+        gpu: Name of the GPU; see `gpu_here`.
 
     Returns:
-        The price, and a remark where it is a guess.
+        The price, and a remark for the user if the price is a guess.
     """
     where = _where(environment.get("SKYPILOT_CLUSTER_INFO"))
     fitting = [price for price in prices if _fits(price, where)]
@@ -92,22 +92,22 @@ def price_here(
         return dearest, None
     here = "/".join(value for value in where.values() if value) or "an unknown place"
     found = f"{len(fitting)} prices" if fitting else "no price"
-    remark = f"{found} for {here}: reckoning with the dearest, ${dearest.usd_per_h:g}/h a node"
+    remark = f"{found} for {here}: using the highest, ${dearest.usd_per_h:g}/h a node"
     return dearest, f"{remark} ({dearest.place} {dearest.gpu})"
 
 
 def gpu_here() -> str | None:
-    """SkyPilot's name of this machine's GPUs, as the driver says; None where it cannot."""
+    """Returns SkyPilot's name of this machine's GPUs, by the driver; None if it is unknown."""
     try:
         listing = ask_driver("-L")
-    except NoAnswer:  # a GPU that has fallen off the bus; supervise says so
+    except NoAnswer:  # e.g. a GPU has fallen off the bus; supervise reports it
         return None
     name = re.match(r"GPU 0: (.+?) \(UUID", listing or "")
     return name and gpu_of(name[1])
 
 
 def _narrowed(prices: list[Price], fits: Callable[[Price], bool]) -> list[Price]:
-    """Those that fit; all where none does, since a list, too, may leave something out."""
+    """Returns the prices that fit; all if none does, since the list may omit the field."""
     return [price for price in prices if fits(price)] or prices
 
 
@@ -133,7 +133,7 @@ def _where(cluster_info: str | None) -> dict[str, str]:
 
 
 def _fits(price: Price, where: dict[str, str]) -> bool:
-    """Whether a price is of that place, as far as both are known."""
+    """Returns whether a price applies to a place; an unknown region or zone matches any."""
     if not where.get("cloud") or where["cloud"].lower() != price.cloud.lower():
         return False
     pairs = ((where["region"], price.region), (where["zone"], price.zone))

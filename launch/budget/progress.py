@@ -1,4 +1,4 @@
-"""How far a run is, from what the trainer leaves in its directory."""
+"""The progress of a run, read from the files that the trainer writes to its directory."""
 
 import json
 import os
@@ -12,12 +12,12 @@ _TAIL_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Progress:
-    """Of a run; zeros where nothing is known.
+    """The progress of a run; zeros if nothing is known.
 
     Attributes:
-        step: The last that was logged.
-        tokens: Trained on by then.
-        total_tokens: When it is finished; None where only the clock ends it.
+        step: Last logged step.
+        tokens: Tokens trained on by that step.
+        total_tokens: Tokens of the finished run; None if only a time limit ends it.
     """
 
     step: int = 0
@@ -26,13 +26,13 @@ class Progress:
 
 
 def read_progress(run_dir: Path | None) -> Progress:
-    """Where the run is; reads the end of `metrics.jsonl` only.
+    """Returns the progress of a run; reads only the end of `metrics.jsonl`.
 
     Args:
-        run_dir: Need not be there yet; None: no run is known.
+        run_dir: Run directory, which need not exist yet; None: no run is known.
 
     Raises:
-        OSError: As the two below: a mounted bucket may be out of reach for a while.
+        OSError: The folder cannot be read, e.g. since a mounted bucket is unreachable.
     """
     last = _last_record(run_dir / "metrics.jsonl") if run_dir is not None else {}
     step, tokens = last.get("step"), last.get("num_tokens")
@@ -41,18 +41,28 @@ def read_progress(run_dir: Path | None) -> Progress:
     total_steps = _read_json(run_dir / "status.json").get("total_steps")
     if not isinstance(total_steps, int) or step < 1:
         return Progress(step, float(tokens))
+    # The status has no total of tokens; every step so far had the same number on average.
     return Progress(step, float(tokens), total_steps * tokens / step)
 
 
 def saved_step(run_dir: Path | None) -> int | None:
-    """The step of the newest checkpoint that is committed; None where there is none."""
+    """Returns the step of the newest committed checkpoint; None without one.
+
+    Raises:
+        OSError: See `read_progress`.
+    """
+    # The pattern leaves out checkpoints that are being written: they are `.staging-step-*`.
     names = [path.name for path in run_dir.glob("checkpoints/step-*")] if run_dir else []
     steps = [int(digits) for name in names if (digits := name.removeprefix("step-")).isdecimal()]
     return max(steps, default=None)
 
 
 def longest_save_s(run_dir: Path | None) -> float:
-    """Seconds that the longest save has taken, until it was in the object store if one is used."""
+    """Returns the seconds that the longest save has taken, including its upload if there is one.
+
+    Raises:
+        OSError: See `read_progress`.
+    """
     events = read_events(run_dir) if run_dir is not None else []
     saves = [_seconds(e, "blocking_s") + _seconds(e, "write_s") for e in events]
     uploads = [_seconds(e, "upload_s") for e in events]
@@ -65,7 +75,7 @@ def _seconds(event: dict[str, object], key: str) -> float:
 
 
 def _last_record(path: Path) -> dict[str, object]:
-    """The last line that is whole; nothing where there is none."""
+    """Returns the record in the last complete line; empty if there is none."""
     if not path.exists():
         return {}
     with path.open("rb") as file:
@@ -74,7 +84,7 @@ def _last_record(path: Path) -> dict[str, object]:
     for line in reversed(lines):
         try:
             record = json.loads(line)
-        except ValueError:  # torn, or being written
+        except ValueError:  # torn, or still being written
             continue
         if isinstance(record, dict):
             return record
@@ -86,6 +96,6 @@ def _read_json(path: Path) -> dict[str, object]:
         return {}
     try:
         content = json.loads(path.read_bytes())
-    except ValueError:  # a machine that was lost may leave an empty file
+    except ValueError:  # a machine that was lost during a write may leave an empty file
         return {}
     return content if isinstance(content, dict) else {}

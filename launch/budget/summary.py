@@ -1,4 +1,4 @@
-"""What a ledger says, for people."""
+"""The text that `python -m launch cost` prints about a ledger."""
 
 import math
 from itertools import groupby
@@ -10,18 +10,18 @@ from monitoring.units import compact, duration
 
 
 def dollars(usd: float) -> str:
-    """`$12.34`."""
+    """Formats a sum: `$12.34`."""
     return f"${usd:,.2f}"
 
 
 def summary(ledger: Path) -> str:
-    """Spent, expected and forecast; dollars a million tokens; a table by place.
+    """Returns the spent, expected and forecast cost, the cost of tokens, and a table by place.
 
     Args:
         ledger: Folder of a ledger.
 
     Raises:
-        ConfigError: There is no ledger.
+        ConfigError: The folder has no ledger.
     """
     account = read_account(ledger)
     if not account.starts:
@@ -44,7 +44,7 @@ def summary(ledger: Path) -> str:
 
 
 def forecast_usd(account: Account) -> float | None:
-    """What the whole job will cost at the price of the tokens so far; None if that is unknown."""
+    """Returns the cost of the whole job at the cost per token so far; None if it is unknown."""
     rate = account.usd_per_million_tokens
     if rate is None or account.estimate is None or not account.estimate.tokens:
         return None

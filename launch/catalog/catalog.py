@@ -1,4 +1,4 @@
-"""The prices that a plan is made of: read, checked for age, made one's own."""
+"""The prices for a plan: read, checked for age, and adapted to the user's settings."""
 
 import datetime
 import os
@@ -23,14 +23,14 @@ _SHIPPED = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Catalog:
-    """Offers as this user has them.
+    """The offers that are available to this user.
 
     Attributes:
-        source: Where they come from.
-        date: When they were collected.
-        age_days: By the day that the plan is for.
-        digest: Of the list, before discounts and pools.
-        offers: After discounts, with the user's own pools at the end.
+        source: Origin of the price list.
+        date: Date on which the prices were collected.
+        age_days: Age of the prices on the day of the plan.
+        digest: Digest of the list, before discounts and pools.
+        offers: Offers after discounts, with the user's own pools at the end.
     """
 
     source: str
@@ -41,25 +41,25 @@ class Catalog:
 
 
 def stored_dir() -> Path:
-    """Where `catalog update` leaves its snapshots."""
+    """Returns the folder in which `catalog update` stores its snapshots."""
     cache = os.environ.get("SPOTFORGE_CACHE", "~/.cache/spotforge")
     return Path(cache).expanduser() / "catalogs"
 
 
 def today() -> datetime.date:
-    """The date everywhere (UTC)."""
+    """Returns the current date in UTC."""
     return datetime.datetime.now(datetime.UTC).date()
 
 
 def load_catalog(launch: LaunchConfig, date: datetime.date) -> Catalog:
-    """Reads the prices that `launch.catalog` names, or the newest there are.
+    """Reads the prices that `launch.catalog` names, or else the newest stored ones.
 
     Args:
-        launch: What the user has set.
-        date: By which their age is counted.
+        launch: Settings of the user.
+        date: Date from which the age of the prices is counted.
 
     Raises:
-        ConfigError: They cannot be read or are too old, or a name in `launch` is not known.
+        ConfigError: The prices cannot be read or are too old, or `launch` has an unknown name.
     """
     snapshot = _read(launch.catalog)
     age_days = (date - snapshot.date).days
@@ -69,8 +69,8 @@ def load_catalog(launch: LaunchConfig, date: datetime.date) -> Catalog:
             "launch.max_price_age",
             launch.max_price_age,
             f"the prices are of {snapshot.date}, {age_days} days old ({snapshot.source})",
-            "run `python -m launch catalog update` where SkyPilot is, or set "
-            f"launch.max_price_age={age_days}d to take them all the same",
+            "run `python -m launch catalog update` where SkyPilot is installed, or set "
+            f"launch.max_price_age={age_days}d to use them anyway",
         )
     if age_days < 0:
         rule = f"its prices are of {snapshot.date}, and today is {date}"
@@ -83,21 +83,21 @@ def load_catalog(launch: LaunchConfig, date: datetime.date) -> Catalog:
 
 
 def owned_catalog(launch: LaunchConfig, kind: PoolKind, date: datetime.date) -> Catalog:
-    """The user's own pools of a kind only, whose prices have no age.
+    """Returns a catalog of the user's own pools of one kind, whose prices do not age.
 
     Args:
-        launch: What the user has set.
-        kind: Of the pools.
-        date: Of the plan.
+        launch: Settings of the user.
+        kind: Kind of the pools.
+        date: Date of the plan.
 
     Raises:
-        ConfigError: There is no such pool, or one is described wrongly.
+        ConfigError: There is no pool of that kind, or a pool has an invalid setting.
     """
     offers = tuple(offer for offer in _owned(launch) if offer.cloud == kind.value)
     if not offers:
         example = f"{{hpc:{{kind:{kind.value},gpu:A100-80GB,gpus_per_node:8,nodes:2}}}}"
         rule = "launch.pools has no pool of that kind"
-        raise ConfigError("launch.target", kind.value, rule, f"say launch.pools={example}")
+        raise ConfigError("launch.target", kind.value, rule, f"set launch.pools={example}")
     return Catalog("launch.pools", date, 0, digest_of(offers), offers)
 
 
@@ -108,16 +108,21 @@ def _owned(launch: LaunchConfig) -> tuple[Offer, ...]:
 def _read(catalog: str | None) -> Snapshot:
     if catalog is None:
         paths = [*_SHIPPED.glob("snapshot-*.json"), *stored_dir().glob("snapshot-*.json")]
+        # Names end with the date, so the greatest name is the newest. The path breaks a tie, so
+        # that the choice does not depend on the order in which files are listed.
         return read_snapshot(max(paths, key=lambda path: (path.name, str(path))))
     path = Path(catalog).expanduser()
     return read_skypilot_folder(path) if path.is_dir() else read_snapshot(path)
 
 
 def read_skypilot_folder(folder: Path) -> Snapshot:
-    """SkyPilot's catalogs as a snapshot; as old as the oldest of them.
+    """Reads SkyPilot's catalogs as one snapshot, with the date of the oldest file.
 
     Args:
-        folder: That has `<cloud>/vms.csv`.
+        folder: Folder that contains `<cloud>/vms.csv`.
+
+    Raises:
+        ConfigError: See `read_skypilot`.
     """
     offers = tuple(read_skypilot(folder))
     seconds = min(path.stat().st_mtime for path in folder.glob("*/vms.csv"))
@@ -126,7 +131,7 @@ def read_skypilot_folder(folder: Path) -> Snapshot:
 
 
 def _check_names(launch: LaunchConfig, offers: Sequence[Offer]) -> None:
-    """Refuses what would have no effect at all: names that neither the list nor we know."""
+    """Raises ConfigError for an unknown name, which would have no effect on any offer."""
     clouds, regions = {offer.cloud for offer in offers}, {offer.region for offer in offers}
     named = {"launch.clouds": launch.clouds, "launch.countries": launch.countries}
     named["launch.discounts"] = [key.partition("/")[0] for key in launch.discounts]
@@ -137,7 +142,7 @@ def _check_names(launch: LaunchConfig, offers: Sequence[Offer]) -> None:
     for key in launch.discounts:
         kind = key.partition("/")[2]
         if kind not in ("", "spot", "on-demand"):
-            raise ConfigError("launch.discounts", key, f"no prices are {kind}", "use aws/spot")
+            raise ConfigError("launch.discounts", key, f"unknown kind {kind}", "use aws/spot")
     for name in launch.gpus:
         known_gpu(name)
     check_regions(launch.regions, regions - {""})
@@ -185,16 +190,17 @@ def _pool(name: str, pool: PoolConfig) -> Offer:
 
 
 def quota_of(launch: LaunchConfig, offer: Offer) -> int | None:
-    """Most GPUs of an offer's kind that the user may have; None: no quota is set.
+    """Returns the most GPUs of an offer's kind that the user may have; None without a quota.
 
     Args:
-        launch: Has `quotas`, by `cloud/region/gpu/spot|on-demand`; `*` stands for any text, and
-            what is left off at the end for anything. The smallest that fits counts.
-        offer: Where.
+        launch: Settings with `quotas`, by `cloud/region/gpu/spot|on-demand`. `*` matches any text,
+            and parts that are left off at the end match anything. The smallest match counts.
+        offer: Offer to look up.
     """
     if not launch.quotas or offer.pool:
         return None
     kind = "spot" if offer.is_spot else "on-demand"
+    # As a tuple, since the cache needs hashable arguments: a catalog repeats few such names.
     return _quota(tuple(launch.quotas.items()), f"{offer.cloud}/{offer.region}/{offer.gpu}/{kind}")
 
 

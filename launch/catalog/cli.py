@@ -1,4 +1,4 @@
-"""`python -m launch catalog show | update`: which prices there are, and newer ones."""
+"""The command line of `python -m launch catalog show` and `catalog update`."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ def add_verbs(commands: Any) -> None:
     """Adds `catalog` to the parsers of `python -m launch`.
 
     Args:
-        commands: What `add_subparsers` returned.
+        commands: Object that `add_subparsers` returned.
     """
     catalog = commands.add_parser("catalog", help="which prices there are, and newer ones")
     verbs = catalog.add_subparsers(dest="action", metavar="show | update", required=True)
@@ -44,7 +44,7 @@ def _show(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from launch.catalog.catalog import load_catalog, today
 
     launch = settings_of(options, rest).launch
-    catalog = load_catalog(replace(launch, max_price_age="36500d"), today())  # shown, however old
+    catalog = load_catalog(replace(launch, max_price_age="36500d"), today())  # prices of any age
     print(f"{catalog.date}, {catalog.age_days} days old: {catalog.source}, {catalog.digest}")
     counts = Counter(offer.pool or offer.cloud for offer in catalog.offers)
     for cloud, count in sorted(counts.items()):
@@ -60,7 +60,7 @@ def _update(options: argparse.Namespace, rest: Sequence[str]) -> int:
     folder = options.folder or _skypilots()
     snapshot = read_skypilot_folder(folder)
     if not snapshot.offers:
-        rule = "has no GPU that is known, with a price"
+        rule = "has no offer with a known GPU and a price"
         raise ConfigError("--from", folder, rule, "let SkyPilot fetch it again")
     path = stored_dir() / f"snapshot-{snapshot.date}.json"
     try:
@@ -81,4 +81,4 @@ def _skypilots() -> Path:
         if folder.is_dir():
             return folder
     fix = "run `sky show-gpus` once, or give --from DIR"
-    raise ConfigError("--from", found[-1], "SkyPilot has left no catalogs here", fix)
+    raise ConfigError("--from", found[-1], "has no catalogs of SkyPilot", fix)

@@ -1,12 +1,12 @@
-"""Makes the snapshot of this package from a list of offers that others collected.
+"""Makes the snapshot of this package from a public list of offers.
 
     python -m launch.catalog.collected offers-2026-05-24.json
 
 The list is JSON: `provider_id`, `gpu_model`, `vram_gb`, `interconnect`, `is_spot`,
-`price_usd_hour` (of one GPU), `vcpu`, `ram_gb`, `collected_at`. It says neither in which regions
-nor how many GPUs a node may have, so it is assumed here that data-centre providers rent nodes of 1,
-2, 4 and 8, one node at a time. Rows that say themselves that their price is not what one would pay
-are left out: estimates, the lowest bid of a marketplace, what comes without its CPUs.
+`price_usd_hour` (of one GPU), `vcpu`, `ram_gb`, `collected_at`. It has neither regions nor the
+number of GPUs of a node, so the snapshot assumes that data-centre providers rent nodes of 1, 2, 4
+and 8 GPUs, one node at a time. Rows are left out whose caveats say that nobody pays their price:
+estimates, the lowest bid of a marketplace, prices without the CPUs.
 """
 
 import datetime
@@ -29,13 +29,15 @@ _SOURCE = "public price pages of GPU clouds (MIT)"
 
 
 def main() -> None:
-    """Writes `snapshot-<date>.json` beside this file."""
+    """Writes `snapshot-<date>.json` to the folder of this file."""
     rows: list[dict[str, Any]] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    # The oldest row dates the list, so that no price is older than the snapshot says.
     date = min(datetime.date.fromisoformat(row["collected_at"]) for row in rows)
     offers = sorted(
         (offer for row in rows for offer in _offers(row)),
         key=lambda o: (o.cloud, o.gpu, o.gpus_per_node, o.is_spot, o.usd_per_h),
     )
+    # Sorted by price last and read backwards, the dict keeps the cheapest offer of each key.
     cheapest = {(o.cloud, o.gpu, o.gpus_per_node, o.is_spot): o for o in reversed(offers)}
     kept = sorted(cheapest.values(), key=offers.index)
     write_snapshot(Path(__file__).with_name(f"snapshot-{date}.json"), date, _SOURCE, kept)
@@ -44,7 +46,8 @@ def main() -> None:
 
 def _offers(row: dict[str, Any]) -> list[Offer]:
     name = gpu_of(f"{row['gpu_model']} {row.get('interconnect') or ''}", row["vram_gb"])
-    if name is None or _NO_PRICE.search(" ".join(row.get("caveats") or ())):  # cards for games
+    # The name is None for consumer cards that the planner does not know.
+    if name is None or _NO_PRICE.search(" ".join(row.get("caveats") or ())):
         return []
     return [
         Offer(

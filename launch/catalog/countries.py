@@ -1,4 +1,4 @@
-"""Countries by the two letters that ISO 3166 gives them."""
+"""Country codes of two letters (ISO 3166-1 alpha-2)."""
 
 from core.errors import ConfigError
 
@@ -17,17 +17,18 @@ _CODES = frozenset(
 
 
 def country_of(key: str, text: str) -> str:
-    """A country as the planner writes it.
+    """Returns a country code in lower case.
 
     Args:
-        key: Of the setting, for the error.
-        text: Two letters in any case; empty: not known.
+        key: Key of the setting, for the error.
+        text: Two letters in any case; empty: unknown.
 
     Raises:
-        ConfigError: There is no such country.
+        ConfigError: The text is not a country code.
     """
     code = text.lower()
     if code and code not in _CODES:
+        # YAML reads an unquoted `no`, the code of Norway, as false.
         fix = 'write its two letters of ISO 3166: in, de, gb (and "no" in quotes)'
-        raise ConfigError(key, text, "is no country", fix)
+        raise ConfigError(key, text, "is not a country code", fix)
     return code

@@ -1,7 +1,8 @@
-"""What it costs to move data, by where it comes from and where it goes.
+"""The cost of moving data from one place to another.
 
-List prices as of 2025, of the clouds' public pages. A cloud that is not here charges nothing for
-what leaves it, as Lambda, RunPod and most GPU clouds do. What arrives is free everywhere.
+List prices of 2025, from the clouds' public pages. A cloud that is not listed here charges nothing
+for outgoing data, as is true of Lambda, RunPod and most GPU clouds. Incoming data is free
+everywhere.
 """
 
 import math
@@ -12,8 +13,8 @@ from launch.catalog.gpus import nearest
 from launch.catalog.offer import Offer
 from launch.catalog.regions import COUNTRIES
 
-# Dollars a GB by how much of a month's total it is: each rate holds for what lies above the tier
-# before, so that more data never costs less. (GB up to, $ a GB).
+# (upper limit in GB of a month's total, dollars a GB). Each rate applies only to the part above the
+# limit of the tier before, so that more data never costs less.
 _Tiers = tuple[tuple[float, float], ...]
 _INTERNET: dict[str, _Tiers] = {
     # aws.amazon.com/ec2/pricing/on-demand, "Data transfer out to internet"
@@ -23,7 +24,7 @@ _INTERNET: dict[str, _Tiers] = {
     # azure.microsoft.com/pricing/details/bandwidth, from North America and Europe
     "azure": ((100, 0.0), (10_340, 0.087), (51_300, 0.083), (153_700, 0.07), (math.inf, 0.05)),
 }
-# The same from regions that cost more.
+# Tiers of countries with a higher price, by cloud and country.
 _INTERNET_FROM: dict[tuple[str, str], _Tiers] = {
     ("aws", "in"): (
         (100, 0.0),
@@ -40,7 +41,7 @@ _INTERNET_FROM: dict[tuple[str, str], _Tiers] = {
         (math.inf, 0.08),
     ),
 }
-# Between two regions of one cloud: (from a country, elsewhere).
+# Dollars a GB between two regions of one cloud: (by country of the source, for other countries).
 _BETWEEN_REGIONS: dict[str, tuple[dict[str, float], float]] = {
     "aws": ({"us": 0.02, "in": 0.086, "br": 0.138, "za": 0.147, "sg": 0.09, "jp": 0.09}, 0.02),
     "gcp": ({"us": 0.02, "in": 0.08, "br": 0.08, "au": 0.10, "sg": 0.08, "jp": 0.08}, 0.02),
@@ -49,15 +50,15 @@ _BETWEEN_REGIONS: dict[str, tuple[dict[str, float], float]] = {
 
 
 def check_place(key: str, place: str, offers: Iterable[Offer]) -> None:
-    """Refuses a place whose egress cannot be known.
+    """Checks that the egress of a place is known.
 
     Args:
-        key: Of the setting, for the error.
-        place: `cloud/region`.
-        offers: Of the catalog.
+        key: Key of the setting, for the error.
+        place: Place as `cloud/region`.
+        offers: Offers of the catalog.
 
     Raises:
-        ConfigError: Neither the catalog nor the lists above have it; says which names come near.
+        ConfigError: Neither the catalog nor the lists above have the place; names similar ones.
     """
     cloud, _, region = place.partition("/")
     regions: dict[str, set[str]] = {name: set(COUNTRIES) for name in _INTERNET}
@@ -67,17 +68,17 @@ def check_place(key: str, place: str, offers: Iterable[Offer]) -> None:
         raise ConfigError(key, place, "no such cloud", nearest(cloud, regions))
     if region not in regions[cloud]:
         named = regions[cloud] - {""}
-        fix = nearest(region, named) if named else f"its list names none: write {cloud}"
+        fix = nearest(region, named) if named else f"its offers have no regions: write {cloud}"
         raise ConfigError(key, place, f"no such region of {cloud}", fix)
 
 
 def egress_usd(source: str, destination: str, gb: float) -> float:
-    """Dollars for moving data once.
+    """Returns the dollars for moving data once.
 
     Args:
-        source: `cloud/region` where it is.
-        destination: `cloud/region` where it goes.
-        gb: Decimal gigabytes, from 0.
+        source: Place of the data, as `cloud/region`.
+        destination: Place to which it is moved, as `cloud/region`.
+        gb: Decimal gigabytes, at least 0.
     """
     cloud, _, region = source.partition("/")
     to_cloud, _, to_region = destination.partition("/")

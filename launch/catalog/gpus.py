@@ -1,4 +1,4 @@
-"""Accelerators by SkyPilot's names, and the many ways in which price lists write them."""
+"""Accelerators by SkyPilot's names, and the other spellings that price lists use."""
 
 import re
 from collections.abc import Iterable
@@ -11,12 +11,13 @@ from core.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """What the planner has to know of one.
+    """The properties of an accelerator that the planner uses.
 
     Attributes:
-        memory_gib: As `torch.cuda` reports it, roughly: what the datasheet calls GB.
-        device_name: Whose peak `monitoring.throughput.peak_flops` knows; empty: no peak is known.
-        has_nvlink: Whether the cards of one node speak to each other faster than PCIe can.
+        memory_gib: Memory, roughly as `torch.cuda` reports it; datasheets call the number GB.
+        device_name: Device name under which `monitoring.throughput.peak_flops` knows the peak;
+            empty: no peak is known.
+        has_nvlink: True if a link faster than PCIe connects the GPUs of one node.
     """
 
     memory_gib: float
@@ -24,7 +25,7 @@ class Gpu:
     has_nvlink: bool = False
 
 
-# Sizes of the makers' datasheets. A card that comes in two sizes has two names, as in SkyPilot.
+# Sizes from the datasheets. A card that is sold in two sizes has two names, as in SkyPilot.
 GPUS: dict[str, Gpu] = {
     "A10": Gpu(24),
     "A100": Gpu(40, "NVIDIA A100", True),
@@ -66,43 +67,43 @@ _SHOWN = 20
 _MAKER = re.compile(r"\b(nvidia|amd|tesla|geforce|quadro|hgx|instinct)\b")
 _FORM = re.compile(r"\b(sxm\d?|nvlink|pcie|nvl|hbm\d?e?)\b")
 _SIZE = re.compile(r"\(?\b(\d+)\s*g(?:b|ib)?\b\)?")
-# Cards of one name in two sizes: from this one on it is part of SkyPilot's name.
+# Cards that are sold in two sizes: from this size on, SkyPilot's name includes it.
 _SIZES = {"a100": 80, "v100": 32}
 
 
 def gpu(name: str) -> Gpu:
-    """Facts of an accelerator.
+    """Returns the properties of an accelerator.
 
     Args:
-        name: SkyPilot's, in any case.
+        name: SkyPilot's name, in any case.
 
     Raises:
-        ConfigError: There is none of that name.
+        ConfigError: No accelerator has that name.
     """
     return GPUS[known_gpu(name)]
 
 
 @lru_cache(maxsize=4096)
 def known_gpu(name: str, key: str = "launch.gpus") -> str:
-    """The name as SkyPilot writes it.
+    """Returns a name in SkyPilot's spelling.
 
     Args:
-        name: In any case.
-        key: Of the setting, for the error.
+        name: Name in any case, with or without its dashes.
+        key: Key of the setting, for the error.
 
     Raises:
-        ConfigError: There is none of that name; says which come near.
+        ConfigError: No accelerator has that name; the error lists similar names.
     """
     if name in GPUS:
         return name
     folded = re.sub(r"[^a-z0-9]", "", name.lower())
     if folded in _BY_FOLDED:
         return _BY_FOLDED[folded]
-    raise ConfigError(key, name, "no such GPU is known", nearest(name, GPUS))
+    raise ConfigError(key, name, "is not a known GPU", nearest(name, GPUS))
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The fix for a name that there is not: those that come near, or else some of all."""
+    """Returns the fix for an unknown name: similar names, or else the first of all names."""
     known = sorted(set(names) - {""})
     folded = {item.lower(): item for item in known}
     found = [folded[item] for item in get_close_matches(name.lower(), folded, n=3, cutoff=0.5)]
@@ -114,19 +115,21 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 @lru_cache(maxsize=4096)
 def gpu_of(written: str, memory_gib: float | None = None) -> str | None:
-    """SkyPilot's name for what a price list calls `NVIDIA A100 SXM4 80GB` or `A100 (40 GB)`.
+    """Finds SkyPilot's name for a price list's, e.g. `NVIDIA A100 SXM4 80GB` or `A100 (40 GB)`.
 
     Args:
-        written: The list's name.
-        memory_gib: The list's size, if it has that apart.
+        written: Name in the list.
+        memory_gib: Memory size, if the list has it in a column of its own.
 
     Returns:
-        None: no accelerator that is known, or not the size that is.
+        SkyPilot's name; None for an unknown accelerator, or one of another size.
     """
     text = _MAKER.sub(" ", written.lower().replace("-", " "))
     size = _SIZE.search(text)
     if size is not None:
         text, memory_gib = text.replace(size[0], " "), float(size[1])
+    # SXM, HBM and NVLink are the default form of a data-centre card and not part of its name; PCIe
+    # and NVL cards have names of their own, as their speed differs.
     forms = set(_FORM.findall(text))
     base = re.sub(r"[^a-z0-9]", "", _FORM.sub(" ", text))
     if base in _SIZES and memory_gib is not None and memory_gib >= _SIZES[base]:
@@ -138,4 +141,5 @@ def gpu_of(written: str, memory_gib: float | None = None) -> str | None:
     name = _BY_FOLDED.get(base)
     if name is None or memory_gib is None:
         return name
+    # Lists give sizes in GB or GiB, often rounded: hence the 10%.
     return name if 0.9 <= memory_gib / GPUS[name].memory_gib <= 1.1 else None

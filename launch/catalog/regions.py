@@ -1,4 +1,4 @@
-"""In which country a region is: what residency rules ask."""
+"""The countries of cloud regions, for residency rules."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,8 @@ GROUPS: dict[str, frozenset[str]] = {
     "us": frozenset({"us"}),
 }
 
-# AWS, GCP and Azure, from their public lists of regions. The clouds' names do not clash.
+# Regions of AWS, GCP and Azure, from their public lists. No name occurs in two clouds, so that one
+# table serves all three.
 _REGIONS = {
     "in": "ap-south-1 ap-south-2 asia-south1 asia-south2 centralindia southindia westindia",
     "us": "us-east-1 us-east-2 us-west-1 us-west-2 us-central1 us-east1 us-east4 us-east5 "
@@ -60,14 +61,14 @@ COUNTRIES = {region: country for country, names in _REGIONS.items() for region i
 
 
 def check_regions(wanted: Sequence[str], offered: set[str]) -> None:
-    """Refuses what is neither a group, nor a region that is known or offered.
+    """Checks that each name is a group, a known region, or a region of the catalog.
 
     Args:
-        wanted: `launch.regions`.
+        wanted: Value of `launch.regions`.
         offered: Regions in the catalog.
 
     Raises:
-        ConfigError: For the first of them; says which names come near.
+        ConfigError: A name is unknown; the error lists similar names.
     """
     for name in wanted:
         if name not in GROUPS and name not in COUNTRIES and name not in offered:
@@ -76,12 +77,13 @@ def check_regions(wanted: Sequence[str], offered: set[str]) -> None:
 
 
 def residency_refusal(offer: Offer, wanted: Sequence[str]) -> str | None:
-    """Why an offer is not where `launch.regions` wants it; None where it is.
+    """Returns why an offer does not satisfy `launch.regions`; None if it does.
 
-    A place whose country is not known is nowhere: residency is a promise to somebody.
+    A place in an unknown country satisfies no group: residency is a legal promise, so that an
+    assumption is not enough.
 
     Args:
-        offer: Where.
+        offer: Offer to check.
         wanted: Names of regions and groups; empty: anywhere.
     """
     if not wanted or offer.region in wanted:
@@ -89,6 +91,6 @@ def residency_refusal(offer: Offer, wanted: Sequence[str]) -> str | None:
     country = offer.country or COUNTRIES.get(offer.region, "")
     if any(country in GROUPS.get(name, ()) for name in wanted):
         return None
-    unknown = "in a country that is not known (launch.countries says it)"
+    unknown = "in an unknown country (set launch.countries)"
     where = f"in {country.upper()}" if country else unknown
     return f"{offer.place} is {where}, not in {', '.join(wanted)}"

@@ -1,8 +1,8 @@
 """Reads the catalogs that SkyPilot downloads: `catalogs/v8/<cloud>/vms.csv`.
 
 Format: SkyPilot 0.14, sky/catalog/common.py. A row has the price of one node in `Price` and
-`SpotPrice`; an empty one is not offered. On GCP the machine and its GPUs are rows of their own, and
-a node costs the sum.
+`SpotPrice`; an empty cell means that the node is not offered. On GCP the machine and its GPUs are
+separate rows, and a node costs their sum.
 """
 
 import csv
@@ -18,11 +18,11 @@ _COLUMNS = {
     *("InstanceType", "AcceleratorName", "AcceleratorCount", "vCPUs", "MemoryGiB"),
     *("Price", "SpotPrice", "Region"),
 }
-# One machine only: SkyPilot refuses several nodes there.
+# Clouds on which SkyPilot refuses several nodes.
 _SINGLE_NODE = {"runpod", "vast"}
 
-# Which GCP machine carries which GPUs (cloud.google.com/compute/docs/gpus); SkyPilot knows the same
-# (sky/catalog/gcp_catalog.py). Others hang on an n1 machine.
+# The GCP machine types for a GPU and its count (cloud.google.com/compute/docs/gpus), the same as in
+# SkyPilot (sky/catalog/gcp_catalog.py). Other GPUs are attached to an n1 machine.
 _GCP_MACHINES: dict[str, dict[int, tuple[str, ...]]] = {
     "A100": {
         **{n: (f"a2-highgpu-{n}g",) for n in (1, 2, 4, 8)},
@@ -41,7 +41,8 @@ _GCP_MACHINES: dict[str, dict[int, tuple[str, ...]]] = {
     "B200": {8: ("a4-highgpu-8g",)},
     "RTXPRO6000": {n: (f"g4-standard-{48 * n}",) for n in (1, 2, 4, 8)},
 }
-# Least vCPUs of the n1 machine for so many GPUs; memory is 4 GiB each, as on other clouds.
+# Least vCPUs of the n1 machine by number of GPUs, for a GPU or "" for the others; each vCPU needs
+# 4 GiB of memory, as on other clouds.
 _GCP_VCPUS = {
     "T4": {1: 4, 2: 8, 4: 48},
     "": {1: 8, 2: 16, 4: 32, 8: 64, 16: 128},
@@ -52,16 +53,16 @@ _Row = dict[str, str]
 
 
 def read_skypilot(folder: Path) -> list[Offer]:
-    """Reads every cloud's catalog in a folder.
+    """Reads the catalogs of all clouds in a folder.
 
     Args:
-        folder: That has `<cloud>/vms.csv`.
+        folder: Folder that contains `<cloud>/vms.csv`.
 
     Returns:
-        Nodes with GPUs that are known, spot and on-demand, in the files' order.
+        Spot and on-demand nodes with known GPUs, in the order of the files.
 
     Raises:
-        ConfigError: There is no such file, or one lacks a column or has a bad number.
+        ConfigError: There is no such file, or a file lacks a column or has an invalid number.
     """
     files = sorted(folder.glob("*/vms.csv"))
     if not files:
@@ -91,7 +92,7 @@ def _read_cloud(path: Path) -> Iterator[Offer]:
 
 
 def _rows(path: Path, columns: set[str]) -> list[_Row]:
-    """The rows of a file that has these columns."""
+    """Reads the rows of a file; raises ConfigError if it lacks one of the columns."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
@@ -107,10 +108,11 @@ def _rows(path: Path, columns: set[str]) -> list[_Row]:
 
 
 def _with_zone_names(folder: Path, rows: list[_Row]) -> list[_Row]:
-    """AWS lists zones by an ID (`use1-az1`), and each account has names of its own for them.
+    """Replaces AWS's zone IDs (`use1-az1`) by the names that they have in the user's account.
 
-    SkyPilot keeps the account's names beside its list, and so leaves out what the account cannot
-    use; it has none before it has seen credentials, and then the IDs stay.
+    SkyPilot stores the account's names in a separate file. Zones that the file lacks are dropped,
+    since the account cannot use them. SkyPilot writes the file once it has credentials; without it
+    the IDs stay.
     """
     files = sorted(folder.glob("az_mappings-*.csv"), key=lambda path: path.stat().st_mtime)
     if not files:
@@ -124,10 +126,11 @@ def _offer(
     path: Path, row: _Row, name: str, is_spot: bool, machine: _Row, usd_per_h: float | None
 ) -> Offer | None:
     count = _number(path, row, "AcceleratorCount")
-    if usd_per_h is None or count is None or count < 1:  # GPUs by the slice are none
+    # A count below 1 is a slice of a GPU, for which the planner has no speed.
+    if usd_per_h is None or count is None or count < 1:
         return None
     if count != int(count):
-        rule = f"{row['Region']} {row['InstanceType']}: AcceleratorCount={count} is not whole"
+        rule = f"{row['Region']} {row['InstanceType']}: AcceleratorCount={count} is not an integer"
         raise ConfigError("launch.catalog", path, rule, _FETCH_AGAIN)
     return Offer(
         cloud=path.parent.name,
@@ -145,7 +148,7 @@ def _offer(
 
 
 def _gcp_machines(path: Path, rows: list[_Row]) -> dict[tuple[str, str], list[_Row]]:
-    """Machines without GPUs, by zone and family."""
+    """Returns the machines without GPUs, by zone and family."""
     found: dict[tuple[str, str], list[_Row]] = {}
     for row in rows:
         if row["InstanceType"] and not row["AcceleratorName"]:
@@ -162,7 +165,7 @@ def _gcp_offer(
     is_spot: bool,
     machines: dict[tuple[str, str], list[_Row]],
 ) -> Offer | None:
-    """GPUs with the cheapest machine that can carry them in their zone."""
+    """Returns the offer of GPUs with the cheapest machine for them in their zone, if any."""
     zone, column = row.get("AvailabilityZone") or "", "SpotPrice" if is_spot else "Price"
     count = int(_number(path, row, "AcceleratorCount") or 0)
     accelerator = row["AcceleratorName"]
@@ -181,12 +184,13 @@ def _gcp_offer(
     gpus_usd = _number(path, row, column)
     if not priced or gpus_usd is None:
         return None
+    # The name breaks ties, so that the plan does not depend on the order of the rows.
     usd, host = min(priced, key=lambda item: (item[0], item[1]["InstanceType"]))
     return _offer(path, row, name, is_spot, host, usd + gpus_usd)
 
 
 def _number(path: Path, row: _Row, column: str) -> float | None:
-    """A cell; None where it is empty."""
+    """Returns the number in a cell; None for an empty cell or NaN."""
     text = row[column]
     if not text:
         return None
@@ -198,6 +202,6 @@ def _number(path: Path, row: _Row, column: str) -> float | None:
         return None
     if not 0 <= value < math.inf:
         where = f"{row['Region']} {row['InstanceType'] or row['AcceleratorName']}"
-        rule = f"{where}: {column}={text} is not a number from 0"
+        rule = f"{where}: {column}={text} is not a number of at least 0"
         raise ConfigError("launch.catalog", path, rule, _FETCH_AGAIN)
     return value

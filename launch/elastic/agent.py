@@ -1,4 +1,4 @@
-"""`python -m launch join`: lets this machine run ranks for a supervisor elsewhere."""
+"""The agent behind `python -m launch join`: runs ranks for a supervisor on another machine."""
 
 import asyncio
 import random
@@ -32,7 +32,7 @@ _MAX_BACKOFF_S = 10.0
 
 @dataclass(frozen=True)
 class Membership:
-    """What `python -m launch join` was told; see its help."""
+    """Settings of `python -m launch join`; its `--help` describes them."""
 
     host: str
     port: int
@@ -43,23 +43,23 @@ class Membership:
 
 
 class Agent:
-    """Joins a supervisor, does what it says, and comes back when it was lost."""
+    """Joins a supervisor, follows its messages, and joins again after losing it."""
 
     def __init__(self, membership: Membership) -> None:
         self._membership = membership
-        self._stop: str | None = None  # the signal that came
+        self._stop: str | None = None  # name of the first signal
         self._stop_by = 0.0
         self._changed = asyncio.Event()
 
     async def run(self) -> int:
-        """Serves supervisors until one dismisses this machine, or none is to be found.
+        """Serves a supervisor, and its successors, until one dismisses this machine.
 
         Returns:
-            The exit code that the supervisor ends with, or 33 if this machine leaves earlier.
+            The exit code that the supervisor sends, or 33 if this machine leaves earlier.
 
         Raises:
-            ConfigError: The supervisor refuses this machine, or is none.
-            SpotforgeError: No supervisor answers, or the GPUs do not.
+            ConfigError: The supervisor refuses this machine, or the peer is not a supervisor.
+            SpotforgeError: No supervisor answers, or the GPU driver does not.
         """
         call_on_stop(self._told_to_stop)
         try:
@@ -74,7 +74,7 @@ class Agent:
             hold()
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
-        """Connects, with patience; None if a signal came."""
+        """Connects, with retries for `wait_s`; returns None if a signal came."""
         host, port = self._membership.host, self._membership.port
         wait_s = self._membership.wait_s
         deadline, backoff_s = time.monotonic() + wait_s, 0.25
@@ -90,6 +90,7 @@ class Agent:
                 if backoff_s == 0.25:
                     self._say(f"no supervisor at {host}:{port} yet; trying for {wait_s:.0f} s")
             backoff_s = min(_MAX_BACKOFF_S, 2 * backoff_s)
+            # The random factor spreads the machines that lost one supervisor together.
             try:
                 await asyncio.wait_for(self._changed.wait(), backoff_s * random.uniform(0.5, 1.5))
             except TimeoutError:
@@ -99,7 +100,7 @@ class Agent:
     async def _serve(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> int | None:
-        """Does what a supervisor says until it dismisses this machine; None if it is lost."""
+        """Serves one supervisor; returns the exit code, or None if the connection is lost."""
 
         def send(message: Message) -> None:
             writer.write(encode(message))
@@ -116,6 +117,8 @@ class Agent:
                 return ExitCode.FAILED if running else ExitCode.START_AGAIN
             return None
         finally:
+            # Ranks of a lost supervisor must end: its successor starts others, and two generations
+            # must not write to one run directory.
             machine.close()
             writer.close()
 
@@ -142,18 +145,19 @@ class Agent:
                 "start the same version with the same COMMAND on both",
             )
         if not isinstance(answer, Welcome):
-            raise ProtocolError("no welcome")
+            raise ProtocolError("expected Welcome or Refused")
         self._say(f"joined {where} with {nproc} {'rank' if nproc == 1 else 'ranks'}")
 
     async def _obey(
         self, machine: Machine, reader: asyncio.StreamReader, send: Callable[[Message], None]
     ) -> int:
-        """Does what the supervisor says until it dismisses this machine."""
+        """Follows the supervisor's messages until it dismisses this machine."""
         reading = asyncio.ensure_future(receive(reader))
         heard_at = time.monotonic()
         has_told = False
         try:
             while True:
+                # The read goes on after the timeout, so that no message is lost.
                 await asyncio.wait({reading}, timeout=_POLL_S)
                 machine.poll()
                 now = time.monotonic()

@@ -1,4 +1,4 @@
-"""`python -m launch supervise` and `join`: what they take, and what they start."""
+"""The command line of `python -m launch supervise` and `python -m launch join`."""
 
 import argparse
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from core.process.signals import exit_at_once
 
 _SUPERVISE = """\
 Starts COMMAND once for each rank, on this machine and on those that join it, and starts all of them
-again when one fails, hangs or is lost, when a machine goes away and when one comes. COMMAND finds
-its place in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ... as under torchrun, and goes on from its
+again when one fails, hangs or is lost, when a machine goes away and when one joins. COMMAND finds
+its rank in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ... as under torchrun, and resumes from its
 last checkpoint by itself. Several --nodes without --listen are process groups on this machine: a
-cloud to try things out on, where `kill -TERM -PGID` is a notice and `kill -KILL -PGID` a loss."""
+simulated cloud, where `kill -TERM -PGID` is a notice and `kill -KILL -PGID` a loss."""
 
 _SUPERVISE_EXAMPLES = """\
 two ranks here:
@@ -42,15 +42,15 @@ example:
 
 COMMAND must be the supervisor's, word for word: it is never sent, only its digest is compared.
 
-exit codes: the supervisor's; 33 where this machine left; 1 where none answered in time
+exit codes: the supervisor's; 33 if this machine left; 1 if no supervisor answered in time
 """
 
 
 def add_verbs(commands: Any) -> None:
-    """Adds both to the parsers of `python -m launch`.
+    """Adds `supervise` and `join` to the parsers of `python -m launch`.
 
     Args:
-        commands: What `add_subparsers` returned.
+        commands: Object that `add_subparsers` returned.
     """
     supervise = commands.add_parser(
         "supervise",
@@ -79,12 +79,12 @@ def add_verbs(commands: Any) -> None:
         metavar="M",
         type=_count,
         default=1,
-        help="use as many machines as make a number of ranks that M divides (default: 1)",
+        help="use machines such that M divides the number of ranks (default: 1)",
     )
     for name, default_s, what in (
-        ("hang-timeout", 600, "without a sign of life from any rank that mean a hang"),
-        ("startup-timeout", 1800, "of it that mean a hang before the first step is done"),
-        ("grace", 600, "that ranks may take to save before they are killed"),
+        ("hang-timeout", 600, "without a heartbeat of any rank that count as a hang"),
+        ("startup-timeout", 1800, "that count as a hang before the first step is done"),
+        ("grace", 600, "for ranks to save before they are killed"),
     ):
         supervise.add_argument(
             f"--{name}",
@@ -97,18 +97,18 @@ def add_verbs(commands: Any) -> None:
         "--events",
         metavar="FILE",
         type=Path,
-        help="append what happens to FILE, as JSON lines, once its folder is there",
+        help="append events to FILE, as JSON lines, once its folder exists",
     )
     cloud = supervise.add_argument_group("the cloud on this machine: --nodes without --listen")
     cloud.add_argument(
         "--interrupt-every",
         metavar="S",
         type=_seconds,
-        help="mean seconds after which a node is taken away (default: never)",
+        help="mean seconds after which a node is preempted (default: never)",
     )
     for name, default_s, what in (
         ("notice", 0, "from its SIGTERM to SIGKILL; 0: no notice"),
-        ("away", 10, "until another takes its place"),
+        ("away", 10, "until another node replaces it"),
     ):
         cloud.add_argument(
             f"--{name}",
@@ -117,7 +117,9 @@ def add_verbs(commands: Any) -> None:
             default=float(default_s),
             help=f"seconds {what} (default: {default_s})",
         )
-    cloud.add_argument("--seed", metavar="N", type=int, default=0, help="of the times (default: 0)")
+    cloud.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="seed of the times (default: 0)"
+    )
     join = commands.add_parser(
         "join",
         help="run ranks here for a supervisor elsewhere",
@@ -125,7 +127,9 @@ def add_verbs(commands: Any) -> None:
         description=_JOIN,
         epilog=_JOIN_EXAMPLES,
     )
-    join.add_argument("supervisor", metavar="HOST:PORT", type=_peer, help="where it listens")
+    join.add_argument(
+        "supervisor", metavar="HOST:PORT", type=_peer, help="address of the supervisor"
+    )
     join.set_defaults(run=_join, refuse=join.error)
     _add_nproc(join, "", least=1)
     join.add_argument(
@@ -133,14 +137,14 @@ def add_verbs(commands: Any) -> None:
         metavar="S",
         type=_seconds,
         default=600.0,
-        help="seconds after SIGTERM by which this machine is to have left (default: 600)",
+        help="seconds after SIGTERM within which this machine leaves (default: 600)",
     )
     join.add_argument(
         "--wait",
         metavar="S",
         type=_seconds,
         default=300.0,
-        help="seconds for a supervisor that is not there, yet or any more (default: 300)",
+        help="seconds to wait for a supervisor, at the start or after losing it (default: 300)",
     )
 
 
@@ -164,13 +168,14 @@ def _supervise(options: argparse.Namespace, command: Sequence[str]) -> int:
     if options.interrupt_every is not None and not is_local_cloud:
         options.refuse("--interrupt-every is for --nodes 2 or more, without --listen")
     _check(options, command)
-    import asyncio  # here, and what needs it: --help comes at once
+    import asyncio  # imported here, with what needs it, so that --help is fast
 
     from launch.elastic.local_cloud import free_port
     from launch.elastic.supervisor import Settings, Supervisor
 
     settings = Settings(
         command=command,
+        # In a local cloud only the nodes have ranks, so that any of them can be lost.
         nproc=0 if is_local_cloud else options.nproc,
         listen=("127.0.0.1", free_port()) if is_local_cloud else options.listen,
         nodes=options.nodes,
@@ -186,7 +191,7 @@ def _supervise(options: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 async def _run_cloud(settings: Any, options: argparse.Namespace) -> int:
-    """The supervisor, and nodes for it on this machine."""
+    """Runs the supervisor and a local cloud with its nodes; returns the exit code."""
     import asyncio
 
     from launch.elastic.local_cloud import Interruptions, LocalCloud
@@ -203,7 +208,7 @@ async def _run_cloud(settings: Any, options: argparse.Namespace) -> int:
     keeping_up = asyncio.create_task(cloud.run())
     try:
         await asyncio.wait([supervising, keeping_up], return_when=asyncio.FIRST_COMPLETED)
-        if keeping_up.done():  # it never ends but by an error
+        if keeping_up.done():  # it ends only with an error
             supervising.cancel()
             await keeping_up
         return await supervising
@@ -256,11 +261,11 @@ def _seconds_or_none(text: str) -> float:
 def _address(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
     if not port.isdecimal() or int(port) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} has no port, as 10.0.0.1:29400 has")
+        raise argparse.ArgumentTypeError(f"{text!r} has no valid port; write 10.0.0.1:29400")
     return host.strip("[]") or "0.0.0.0", int(port)
 
 
 def _peer(text: str) -> tuple[str, int]:
     if text.startswith(":"):
-        raise argparse.ArgumentTypeError(f"{text!r} has no host, as 10.0.0.1:29400 has")
+        raise argparse.ArgumentTypeError(f"{text!r} has no host; write 10.0.0.1:29400")
     return _address(text)

@@ -1,11 +1,12 @@
-"""The ranks that one machine runs in one generation: processes, and the files that they leave.
+"""The ranks that one machine runs in one generation: their processes and the files they write.
 
-Each rank finds a folder of its own in SPOTFORGE_RANK_DIR, in which it may write
+Each rank has its own folder, SPOTFORGE_RANK_DIR, in which it may write
 
-    heartbeat        `train 12`, again at every poll point; the time of the file is that of the beat
-    stack.txt        the stacks of its threads, on SIGUSR2
-    stop_reason.txt  one line: why this rank, and not only the others, was told to stop
-    error.txt        a traceback, before it exits with 1
+    heartbeat        phase and step (`train 12`), rewritten at every poll point; the file's time is
+                     the time of the beat
+    stack.txt        the stacks of all its threads, on SIGUSR2
+    stop_reason.txt  one line: why this rank itself was told to stop
+    error.txt        a traceback, before the rank exits with 1
 """
 
 import asyncio
@@ -24,17 +25,17 @@ from core.process.python import USERS_PATH
 from launch.elastic.protocol import MAX_TEXT_CHARS, RankStatus, Start
 
 _STACKS_S = 3.0
-_STACKS_SETTLED_S = 0.3
-_NOT_STARTED = 127  # as a shell says it
+_STACKS_SETTLED_S = 0.3  # a stack file that has not grown for so long is complete
+_NOT_STARTED = 127  # a shell's exit code for a command that it cannot start
 
 
 class Gang:
-    """Starts the ranks of this machine, watches and signals them.
+    """Starts, watches and signals the ranks of this machine.
 
     Args:
-        command: What each rank runs.
-        start: Which ranks, of how many, and where they meet.
-        folder: Where the folders of the ranks are made.
+        command: Command that each rank runs.
+        start: Rank numbers, world size and rendezvous address.
+        folder: Folder in which the folders of the ranks are created.
     """
 
     def __init__(self, command: Sequence[str], start: Start, folder: Path) -> None:
@@ -42,20 +43,22 @@ class Gang:
         self._ranks = [_Rank(command, start, local, folder) for local in range(start.nproc)]
 
     def status(self) -> list[RankStatus]:
-        """How each rank is now; times are those of `time.monotonic()`."""
+        """Returns the current status of each rank; times are of `time.monotonic()`."""
         return [rank.look() for rank in self._ranks]
 
     def signal(self, number: signal.Signals) -> None:
-        """Sends a signal to every rank that runs; SIGKILL goes to what they started as well."""
+        """Sends a signal to every running rank; SIGKILL reaches also the processes they started."""
         for rank in self._ranks:
             rank.signal(number)
 
     async def stacks(self) -> list[str]:
-        """The stacks of all threads of each rank; empty for one that does not tell."""
+        """Returns the stacks of all threads of each rank; empty for a rank that does not answer."""
         for rank in self._ranks:
             rank.ask_for_stack()
         started = changed = time.monotonic()
         sizes = [0] * len(self._ranks)
+        # A rank writes its stacks piece by piece and does not say when it is done: wait until no
+        # file has grown for a moment.
         while (now := time.monotonic()) < started + _STACKS_S:
             await asyncio.sleep(0.05)
             before, sizes = sizes, [rank.stack_bytes() for rank in self._ranks]
@@ -66,7 +69,7 @@ class Gang:
         return [rank.read("stack.txt") or "" for rank in self._ranks]
 
     def close(self) -> None:
-        """Kills what still runs, and removes the folders."""
+        """Kills the ranks that still run, and removes their folders."""
         self.signal(signal.SIGKILL)
         for rank in self._ranks:
             rank.close()
@@ -80,19 +83,21 @@ class _Rank:
         self._beat_ns = 0
         self._child: Child | None = None
         try:
-            self._folder.mkdir(parents=True)  # of a temporary folder that may have been cleared
+            self._folder.mkdir(parents=True)  # a cleaner of /tmp may have removed the parent
             self._child = Child(command, _environment(start, local_rank, self._folder))
         except (OSError, SubprocessError) as e:
             self._end(_NOT_STARTED, f"cannot start {command[0]}: {e}")
 
     def look(self) -> RankStatus:
         if self._status.exit is None and self._child is not None:
+            # The exit code is read first: a rank that has ended beats no more, so the heartbeat
+            # that is read after it is the last one.
             code = self._child.wait(0)
-            self._read_heartbeat()  # after the exit code: the last beat counts
+            self._read_heartbeat()
             if self._status.stop_reason is None and (reason := self.read("stop_reason.txt")):
                 self._update(stop_reason=reason.strip())
             if code is not None:
-                self._child.kill()  # helpers that it left behind would keep its GPU
+                self._child.kill()  # helper processes left behind would hold the GPU's memory
                 self._end(code, self.read("error.txt"))
         return self._status
 
@@ -101,7 +106,7 @@ class _Rank:
             self._child.send(number)
 
     def ask_for_stack(self) -> None:
-        # One that never beats is not ours: SIGUSR2 would end it.
+        # A rank without heartbeat is not our trainer: it has no handler, so SIGUSR2 would end it.
         if self._status.phase is not None:
             self.signal(signal.SIGUSR2)
 
@@ -112,7 +117,7 @@ class _Rank:
             return 0
 
     def read(self, name: str) -> str | None:
-        """The end of a file in the rank's folder, if there is such a file."""
+        """Returns the end of a file in the rank's folder; None if it does not exist."""
         try:
             return (self._folder / name).read_text(errors="replace")[-MAX_TEXT_CHARS:]
         except FileNotFoundError:
@@ -133,12 +138,12 @@ class _Rank:
             self._update(phase=phase, step=int(step), beat_at=time.monotonic())
             self._beat_ns = beat_ns
         except (FileNotFoundError, ValueError):
-            pass  # none yet, or it is being written: the next look sees it
+            pass  # not yet written, or being written: the next look reads it
 
     def _end(self, code: int, error: str | None) -> None:
         now = time.monotonic()
         try:
-            # Its own time tells which of several errors was the first.
+            # When the error was written, not when it is seen, tells which of several came first.
             age_s = time.time() - (self._folder / "error.txt").stat().st_mtime
         except FileNotFoundError:
             age_s = 0.0
@@ -150,6 +155,7 @@ class _Rank:
 
 def _environment(start: Start, local_rank: int, folder: Path) -> Mapping[str, str]:
     given = dict(os.environ)
+    # Our own programs run with our own PYTHONPATH; the ranks' program gets the user's back.
     if USERS_PATH in given:
         given["PYTHONPATH"] = given.pop(USERS_PATH)
     return {

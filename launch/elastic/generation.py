@@ -1,4 +1,4 @@
-"""One start of the gang: its nodes, and how its ranks are doing."""
+"""One generation: a start of the gang on a set of nodes, and the state of its ranks."""
 
 import time
 from collections.abc import Sequence
@@ -18,36 +18,38 @@ from launch.elastic.policy import (
 )
 from launch.elastic.protocol import RankStatus, Start
 
-_ECHO_S = 1.0  # ranks that lost a peer fail after it: time for the real error to show
+# Ranks that lose a peer fail soon after it. Their reports may arrive first, so that the cause is
+# searched only after this time.
+_ECHO_S = 1.0
 
 
 class End(Enum):
-    """How a generation ended, or why it has to."""
+    """How a generation ended, or why it has to be ended."""
 
     FINISHED = auto()
-    STOPPED = auto()  # as asked by somebody, or on its own accord
+    STOPPED = auto()  # on request, or by itself
     REFUSED = auto()
     FAILED = auto()
-    OVERDUE = auto()  # asked to stop, and did not
-    LOST = auto()  # a node
+    OVERDUE = auto()  # did not stop within the grace period
+    LOST = auto()  # lost a node
     HUNG = auto()
 
 
 class StopCause(Enum):
-    """Why a generation was told to stop, or stops without being told."""
+    """The cause of a stop: who told the generation to stop, or that it stops by itself."""
 
-    SIGNAL = auto()  # to the supervisor
-    LEAVE = auto()  # of a node
-    GROW = auto()
-    OWN_ACCORD = auto()
+    SIGNAL = auto()  # the supervisor received a signal
+    LEAVE = auto()  # a node goes away
+    GROW = auto()  # more nodes have joined
+    OWN_ACCORD = auto()  # a rank ended with 33 without being told
 
 
 class Generation:
-    """What the supervisor knows of the gang that runs.
+    """The running gang, as the supervisor knows it.
 
     Args:
-        number: 1 for the first.
-        nodes: In the order of their ranks; each is ready.
+        number: Number of the generation, from 1.
+        nodes: Nodes in the order of their ranks; each has answered Prepare.
     """
 
     def __init__(self, number: int, nodes: Sequence[Node]) -> None:
@@ -62,10 +64,12 @@ class Generation:
         """Starts all ranks.
 
         Args:
-            address: Where the others reach a node that shares the supervisor's machine.
+            address: Address of the supervisor's machine for the other nodes.
         """
         head = self.nodes[0]
         assert head.ready is not None
+        # A head node on the supervisor's machine has connected over loopback, an address that the
+        # other nodes cannot use as MASTER_ADDR.
         shared = head.address.startswith("127.") or head.address == "::1"
         first_rank = 0
         for group_rank, node in enumerate(self.nodes):
@@ -84,44 +88,46 @@ class Generation:
 
     @property
     def ranks(self) -> list[RankStatus]:
-        """All ranks, as last told."""
+        """All ranks, with their last reported status."""
         return [rank for node in self.nodes for rank in node.ranks]
 
     @property
     def step(self) -> int | None:
-        """How far it is; None before its first step."""
+        """Highest step of any rank; None before the first step."""
         return highest_step(self.ranks)
 
     @property
     def is_running(self) -> bool:
-        """Whether a rank runs on a node that is there."""
+        """True while a rank runs on a node that is not lost."""
         return any(node.is_running and node.lost is None for node in self.nodes)
 
     def has_stepped(self) -> bool:
-        """Whether it has completed a step since its start; to be asked now and then."""
+        """Returns whether a step was completed since the start; must be called repeatedly."""
+        # A resumed rank first reports the step of its checkpoint, which is no progress.
         step = self.step
         if self._first_step is None:
             self._first_step = step
         return step is not None and self._first_step is not None and step > self._first_step
 
     def stopping(self, cause: StopCause, grace_s: float) -> None:
-        """Notes that it is to stop, and by when."""
+        """Records that the generation was told to stop, and its time limit."""
         self.stop_cause, self._grace_s = cause, grace_s
         self._stop_by = time.monotonic() + grace_s
 
     def silence_s(self) -> float:
-        """Seconds since the newest beat of any rank; 0 for ranks that do not beat."""
+        """Returns the seconds since the newest beat of any rank; 0 if no rank beats."""
         beats = [rank.beat_at for rank in self.ranks if rank.beat_at is not None]
         return time.monotonic() - max(beats) if beats else 0.0
 
     def note_leaving(self) -> None:
-        """Has the nodes leave whose ranks were told to stop: their machines are going away."""
+        """Marks the nodes as leaving whose ranks report a stop reason: their machine goes away."""
         for node in self.nodes:
             reasons = [r.stop_reason for r in node.ranks if r.stop_reason is not None]
             node.leaving = node.leaving or next(iter(reasons), None)
 
     def end(self) -> End | None:
-        """How it ended, or has to; None while it may go on."""
+        """Returns how the generation ended or has to be ended; None while it may go on."""
+        # The order matters: ranks fail because a node was lost, and not the other way round.
         now, exits = time.monotonic(), [rank.exit for rank in self.ranks]
         if any(node.lost is not None and node.is_running for node in self.nodes):
             return End.LOST
@@ -131,6 +137,7 @@ class Generation:
             self._failed_at = self._failed_at or now
             if None in exits and now < self._failed_at + _ECHO_S:
                 return None
+            # One rank that refuses its settings is enough: another start would refuse them too.
             return End.REFUSED if ExitCode.BAD_CONFIG in exits else End.FAILED
         if None not in exits:
             return End.STOPPED if any(exits) else End.FINISHED
@@ -140,11 +147,11 @@ class Generation:
 
     @property
     def has_failure(self) -> bool:
-        """Whether a rank failed, while the others have a moment to show what was the cause."""
+        """True once a rank failed; the others then have `_ECHO_S` to report their failures."""
         return self._failed_at is not None
 
     def failure(self, end: End) -> Failure | None:
-        """What went wrong, where `end` means that something did; to be asked before any kill."""
+        """Returns the failure behind an end, if it is one; call it before killing any rank."""
         if end is End.FAILED:
             cause = root_cause(self.ranks)
             assert cause is not None
@@ -162,6 +169,7 @@ class Generation:
         return None
 
     def _is_failure(self, rank: RankStatus) -> bool:
+        # A program without a handler dies of the SIGTERM that it was sent to stop.
         return has_failed(rank) and not (self._told and rank.exit == -SIGTERM)
 
     @property
@@ -169,10 +177,11 @@ class Generation:
         return self.stop_cause not in (None, StopCause.OWN_ACCORD)
 
     def _nothing_to_save(self) -> bool:
-        """Whether our SIGTERM ended a rank that had no handler yet: no step is done without it.
+        """Returns whether our SIGTERM ended a rank that had no handler yet, nor a step.
 
-        The others may have theirs already, and wait for it in vain, or fail for want of it. Where
-        none beats, they are not ours, and may have more to do.
+        No step is done without that rank, so there is nothing to save. The other ranks may have
+        their handlers already; they would wait for the lost rank, or fail. If no rank beats, the
+        command is not our trainer and may have work to finish.
         """
         return (
             self._told

@@ -1,4 +1,4 @@
-"""What the supervisor says: one line on stderr, and one JSON object in the file of events."""
+"""Output of the supervisor: lines on stderr, and JSON objects in the file of events."""
 
 import json
 import sys
@@ -7,32 +7,34 @@ from pathlib import Path
 
 
 def say(who: str, text: str) -> None:
-    """Prints one line.
+    """Prints one line to stderr.
 
     Args:
-        who: Its prefix, `supervise` or `join`.
-        text: May come from elsewhere: what drives a terminal is taken out.
+        who: Prefix of the line, e.g. `supervise` or `join`.
+        text: Text of the line. It may come from another machine, so that control characters are
+            replaced by spaces.
     """
     line = "".join(c if c.isprintable() else " " for c in text)
     show(f"{who}: {line}")
 
 
 def show(text: str) -> None:
-    """Prints `text` as it is."""
+    """Prints `text` to stderr unchanged."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
-        pass  # nobody reads any more, which is no reason to end a gang
+        pass  # the reader of stderr is gone, which must not end the gang
 
 
 class Journal:
-    """Appends events to a file, once its folder is there.
+    """Appends events to a file, once its folder exists.
 
-    The ranks make the run directory, after they have checked that it may be used: a folder made
-    here would look like a run to them. Events wait for it, and go nowhere if it never comes.
+    The ranks create the run directory after checking that it may be used; a folder created here
+    would look like an earlier run to them. Events wait for the folder, and are dropped if it is
+    never created.
 
     Args:
-        path: Where; None keeps no events.
+        path: File of events; None: events are not kept.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -42,7 +44,7 @@ class Journal:
     def write(
         self, event: str, generation: int, world_size: int, step: int | None, reason: str
     ) -> None:
-        """Notes one event, now."""
+        """Appends one event with the current time."""
         if self._path is None:
             return
         record = {
@@ -57,13 +59,13 @@ class Journal:
         self.flush()
 
     def flush(self) -> None:
-        """Writes what waits, if it can."""
+        """Writes the waiting events if the folder exists."""
         if self._path is None or not self._waiting or not self._path.parent.is_dir():
             return
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.writelines(self._waiting)
-        except OSError as e:  # a full disk, say: the gang goes on without a record of it
+        except OSError as e:  # e.g. a full disk: the gang goes on without events
             say("supervise", f"--events={self._path} cannot be written, and is given up: {e}")
             self._path = None
         self._waiting.clear()

@@ -1,7 +1,7 @@
-"""A cloud on this machine: nodes that are process groups, and are taken away and come back.
+"""A simulated cloud on this machine, whose nodes are process groups that come and go.
 
-For trying out what a job does when its machines go, before money is spent on some that will. Each
-node is a `python -m launch join` of its own, so the supervisor sees what it would see on a network.
+It shows what a job does when its machines are preempted, before any are rented. Each node is a
+separate `python -m launch join`, so that the supervisor sees the same as on a network.
 """
 
 import asyncio
@@ -18,18 +18,18 @@ from core.process.gpus import NoAnswer, visible_gpus_async
 from core.process.python import USERS_PATH, environment, python
 from launch.elastic.journal import say
 
-_CLOSE_S = 10.0  # for nodes that were dismissed to end
+_CLOSE_S = 10.0  # time in which dismissed nodes end by themselves
 
 
 @dataclass(frozen=True)
 class Interruptions:
-    """How nodes are taken away.
+    """How nodes are preempted.
 
     Attributes:
-        mean_s: Mean seconds for which a node is left alone (exponential); None: always.
-        notice_s: Seconds from SIGTERM to SIGKILL; 0: there is no notice.
-        away_s: Seconds until a node that is gone is replaced.
-        seed: Of the times.
+        mean_s: Mean lifetime of a node in seconds (exponential); None: nodes are not preempted.
+        notice_s: Seconds from SIGTERM to SIGKILL; 0: SIGKILL without notice.
+        away_s: Seconds until a lost node is replaced.
+        seed: Seed of the random lifetimes.
     """
 
     mean_s: float | None
@@ -39,14 +39,14 @@ class Interruptions:
 
 
 class LocalCloud:
-    """Runs nodes for a supervisor at a port of this machine.
+    """Runs nodes for a supervisor on this machine.
 
     Args:
-        command: The supervisor's.
-        num_nodes: That are up, but for those that are being replaced.
-        nproc: Ranks of each.
-        port: Where the supervisor listens.
-        interruptions: See there.
+        command: Command of the supervisor, which each rank runs.
+        num_nodes: Number of nodes, including those that are being replaced.
+        nproc: Ranks of each node.
+        port: Port at which the supervisor listens.
+        interruptions: How nodes are preempted.
     """
 
     def __init__(
@@ -64,16 +64,17 @@ class LocalCloud:
         self._up: dict[int, asyncio.subprocess.Process] = {}
 
     async def run(self) -> None:
-        """Keeps the nodes up, and takes them away, until it is cancelled.
+        """Starts, preempts and replaces nodes until it is cancelled.
 
         Raises:
-            ConfigError: There are GPUs, and fewer than the ranks.
+            ConfigError: The machine has GPUs, but fewer than ranks.
+            SpotforgeError: The GPU driver does not answer.
         """
         environments = await self._environments()
         await asyncio.gather(*(self._keep_up(i, env) for i, env in enumerate(environments)))
 
     async def close(self) -> None:
-        """Waits for nodes that end by themselves, and kills the others."""
+        """Waits a moment for nodes to end by themselves, and kills the others."""
         ends = [process.wait() for process in self._up.values()]
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.gather(*ends), _CLOSE_S)
@@ -81,14 +82,14 @@ class LocalCloud:
             await _kill(process)
 
     async def _environments(self) -> list[dict[str, str]]:
-        """Returns one for each node, with GPUs of its own."""
+        """Returns the environment of each node, which shares no GPU with another."""
         try:
             gpus = await visible_gpus_async()
         except NoAnswer as e:
             raise SpotforgeError(f"the GPUs of this machine: {e}") from None
         num_ranks = self._num_nodes * self._nproc
         if 0 < len(gpus) < num_ranks:
-            rule = f"{self._num_nodes} nodes need {num_ranks} GPUs, and there are {len(gpus)}"
+            rule = f"{self._num_nodes} nodes need {num_ranks} GPUs, but there are {len(gpus)}"
             raise ConfigError("--nproc", self._nproc, rule, "use fewer, or CUDA_VISIBLE_DEVICES=")
         more = {USERS_PATH: os.environ.get("PYTHONPATH", "")}  # the ranks' program is the user's
         environments = []
@@ -100,6 +101,7 @@ class LocalCloud:
         return environments
 
     async def _keep_up(self, index: int, env: dict[str, str]) -> None:
+        # One generator for each node, so that its times do not depend on when the others end.
         rng = random.Random(f"{self._interruptions.seed}/{index}")
         while True:
             process = await spawn(self._join, env=env)
@@ -114,7 +116,7 @@ class LocalCloud:
     async def _until_it_is_gone(
         self, index: int, process: asyncio.subprocess.Process, rng: random.Random
     ) -> str:
-        """Leaves it alone for a while, takes it away, and says how it ended."""
+        """Waits until a node ends or its lifetime is over, preempts it, and says how it ended."""
         mean_s, notice_s = self._interruptions.mean_s, self._interruptions.notice_s
         left_alone_s = None if mean_s is None else rng.expovariate(1 / mean_s)
         with contextlib.suppress(TimeoutError):
@@ -130,12 +132,12 @@ class LocalCloud:
 
 
 async def _kill(process: asyncio.subprocess.Process) -> None:
-    kill_group(process.pid)  # its ranks die with it
+    kill_group(process.pid)  # the ranks are in the group of their node
     await process.wait()
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """Returns a free port of this machine."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port: int = server.getsockname()[1]
     return port

@@ -1,7 +1,7 @@
-"""One machine's side of the gang: offers ranks, starts them, tells how they are.
+"""One machine's side of the protocol: offers ranks, starts them, and reports their status.
 
-The supervisor has one in its own process for the machine that it runs on, and `agent.py` puts one
-behind a connection: both answer the same messages.
+The supervisor has a `Machine` in its own process for the machine it runs on; `agent.py` runs one
+behind a connection. Both answer the same messages.
 """
 
 import asyncio
@@ -32,12 +32,12 @@ from launch.elastic.protocol import (
 
 
 class Machine:
-    """Does what the supervisor says, and never more: the command is its own.
+    """Runs ranks as the supervisor's messages say. The command is local and never received.
 
     Args:
-        command: What each rank runs.
-        nproc: Ranks on this machine; None: as many as there are GPUs.
-        send: Takes what is to be told to the supervisor.
+        command: Command that each rank runs.
+        nproc: Ranks on this machine; None: one for each GPU, else 1.
+        send: Function that sends a message to the supervisor.
     """
 
     def __init__(
@@ -53,30 +53,31 @@ class Machine:
         self._folder = Path(tempfile.mkdtemp(prefix="spotforge-ranks-"))
 
     async def offer(self) -> tuple[int, str | None]:
-        """How many ranks this machine can run now; when none, why."""
+        """Returns the number of ranks that this machine can run now; if 0, also the reason."""
         if self._nproc is not None:
             return self._nproc, None
         try:
             gpus = await visible_gpus_async()
         except NoAnswer as e:
             return 0, str(e)
+        # A machine that has lost its GPUs must not offer a rank on the CPU instead.
         if not gpus and self._had_gpus:
             return 0, "no GPU is left"
         self._had_gpus = bool(gpus)
         return max(1, len(gpus)), None
 
     def receive(self, message: Message) -> None:
-        """Does what `message` says.
+        """Acts on a message from the supervisor.
 
         Raises:
-            ProtocolError: It asks for ranks that were not offered.
+            ProtocolError: The message asks for ranks that were not offered.
         """
         match message:
             case Prepare():
                 self._begin(self._prepare())
             case Start():
                 if message.nproc != self._offered:
-                    raise ProtocolError(f"asked to start {message.nproc} ranks")
+                    raise ProtocolError(f"asked to start {message.nproc} ranks, not the offer")
                 self._close_gang()
                 self._gang = Gang(self._command, message, self._folder)
             case Stop() if self._gang:
@@ -87,10 +88,10 @@ class Machine:
                 self._begin(self._dump(self._gang))
 
     def poll(self) -> None:
-        """Looks after the ranks; to be called about ten times a second."""
+        """Reports the ranks if their status changed or a ping is due; call it every 0.1 s."""
         for job in [job for job in self._jobs if job.done()]:
             self._jobs.remove(job)
-            job.result()  # an error in it is ours
+            job.result()  # raises what went wrong in it
         ranks = self._gang.status() if self._gang else []
         now = time.monotonic()
         if ranks != self._told or now >= self._told_at + PING_S:
@@ -99,11 +100,11 @@ class Machine:
 
     @property
     def is_running(self) -> bool:
-        """Whether a rank runs."""
+        """True while a rank runs."""
         return self._gang is not None and any(r.exit is None for r in self._gang.status())
 
     def close(self) -> None:
-        """Kills the ranks and leaves nothing behind."""
+        """Kills the ranks and removes their files."""
         for job in self._jobs:
             job.cancel()
         self._close_gang()
@@ -119,6 +120,8 @@ class Machine:
 
     async def _prepare(self) -> None:
         self._offered, problem = await self.offer()
+        # A free port for torch's rendezvous, in case this node becomes the head. Another program
+        # could take it before rank 0 does; the generation would then fail and start again.
         with socket.socket() as s:
             s.bind(("", 0))
             port: int = s.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The machines of the gang as the supervisor sees them, and the port at which they join."""
+"""The supervisor's view of its machines, and the port at which they join."""
 
 import asyncio
 import ipaddress
@@ -30,17 +30,17 @@ _GOODBYE_S = 2.0
 
 
 class Node:
-    """One machine: what it last told, and a way to tell it something.
+    """One machine: its last reports, and a function to send messages to it.
 
     Attributes:
-        name: As it is called in messages.
-        address: Where other machines reach it; loopback if it shares the supervisor's.
-        nproc: Ranks that it can run.
-        ready: Its answer to the last Prepare.
-        ranks: How the ranks of its last start are.
-        stacks: Its answer to the last Dump.
-        leaving: Why it goes away, once it said so.
-        lost: Why it is gone, once it is.
+        name: Name of the machine in output.
+        address: Address for other machines; loopback if it is the supervisor's machine.
+        nproc: Number of ranks that the machine can run.
+        ready: Answer to the last Prepare; None before it.
+        ranks: Status of the ranks of the last start.
+        stacks: Answer to the last Dump; None before it.
+        leaving: Reason why the machine goes away; None if it does not.
+        lost: Reason why the machine is gone; None while it is connected.
     """
 
     def __init__(
@@ -56,31 +56,33 @@ class Node:
         self._send = send
 
     def send(self, message: Message) -> None:
-        """Tells the machine something; one that is gone hears nothing."""
+        """Sends a message; does nothing if the machine is gone."""
         if self.lost is None:
             self._send(message)
 
     def start(self, start: Start) -> None:
-        """Starts its ranks of a generation."""
+        """Starts the machine's ranks of a generation."""
         self._generation = start.generation
         self.ranks = [RankStatus(start.first_rank + i) for i in range(start.nproc)]
         self.stacks = None
         self.send(start)
 
     def receive(self, message: Message) -> None:
-        """Takes what the machine tells.
+        """Takes in a message from the machine.
 
         Raises:
-            ProtocolError: That makes no sense.
+            ProtocolError: The message has an impossible number of ranks, or ranks of others.
         """
         match message:
             case Ready():
                 self.ready, self.nproc = message, _checked_nproc(message.nproc)
+            # A status of an earlier generation may still be on its way: it is ignored.
             case Status() if message.generation == self._generation:
+                # Monotonic clocks of two machines have different origins.
                 offset_s = time.monotonic() - message.clock
                 ranks = [rank.on_clock_ahead_by(offset_s) for rank in message.ranks]
                 if [r.rank for r in ranks] != [r.rank for r in self.ranks]:
-                    raise ProtocolError("told of ranks that are not its own")
+                    raise ProtocolError("it reports ranks that it was not asked to start")
                 self.ranks = ranks
             case Stacks():
                 self.stacks = message.stacks
@@ -89,18 +91,18 @@ class Node:
 
     @property
     def is_running(self) -> bool:
-        """Whether a rank of it runs."""
+        """True while a rank runs on the machine, by its last report."""
         return any(rank.exit is None for rank in self.ranks)
 
 
 class Listener:
-    """Takes in machines that join, and keeps their nodes up to date.
+    """Accepts machines that join, and keeps their nodes up to date.
 
     Args:
-        digest: `command_digest` that a machine must have.
-        joined: Called with each new node.
-        changed: Set whenever a node changes.
-        say: Takes a line about one that was refused.
+        digest: Value of `command_digest` that a machine must send.
+        joined: Function that is called with each new node.
+        changed: Event that is set whenever a node changes.
+        say: Function that prints a line about a refused machine.
     """
 
     def __init__(
@@ -113,23 +115,23 @@ class Listener:
         self._digest, self._joined, self._changed, self._say = digest, joined, changed, say
         self._connections: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
-        self.address = "127.0.0.1"  # of this machine, as seen by the others
+        self.address = "127.0.0.1"  # address of this machine for the others
 
     async def open(self, host: str, port: int) -> str:
-        """Listens.
+        """Starts to listen.
 
         Returns:
-            Where: `host:port`.
+            The address, as `host:port`.
 
         Raises:
-            OSError: The port is taken, or the host is none of this machine's.
+            OSError: The port is in use, or the host is not an address of this machine.
         """
         self._server = await asyncio.start_server(self._serve, host, port, limit=MAX_LINE_BYTES)
         host, port = self._server.sockets[0].getsockname()[:2]
         return f"{host}:{port}"
 
     async def close(self) -> None:
-        """Stops listening, and waits a moment for the machines to hear what they were told last."""
+        """Stops listening, and waits a moment until the machines have received their dismissal."""
         if self._server is not None:
             self._server.close()
         if self._connections:
@@ -169,16 +171,18 @@ class Listener:
     async def _greet(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> Node | None:
-        """The new node; None where the peer is not to be one, which it is told."""
+        """Returns the new node; None if the peer is refused, which it is told."""
         hello = await asyncio.wait_for(receive(reader), SILENCE_S)
         if not isinstance(hello, Hello):
-            raise ProtocolError("it does not say hello")
+            raise ProtocolError("its first message is not Hello")
         if problem := self._problem(hello):
             self._say(f"refused {_peer(writer)}: {problem}")
             writer.write(encode(Refused(problem)))
+            # Closing at once could reset the connection before the peer has read the reason.
             await asyncio.wait_for(reader.read(1), _GOODBYE_S)
             return None
         address = _checked_address(hello.address)
+        # The local end of a connection from elsewhere is an address that others can reach.
         if not ipaddress.ip_address(address).is_loopback:
             self.address = writer.get_extra_info("sockname")[0]
 
@@ -192,14 +196,14 @@ class Listener:
 
     def _problem(self, hello: Hello) -> str | None:
         if hello.version != VERSION:
-            return f"it speaks version {hello.version}, this supervisor {VERSION}"
+            return f"its protocol has version {hello.version}, this supervisor's has {VERSION}"
         if hello.command_sha256 != self._digest:
             return "its command after -- differs from the supervisor's"
         return None
 
 
 def dismiss(node: Node, code: int, reason: str) -> None:
-    """Sends a machine home with an exit code; it is not a node any more."""
+    """Tells a machine to end with an exit code, and marks its node as lost."""
     node.send(Dismiss(code, reason))
     node.lost = reason
 
@@ -211,7 +215,7 @@ def _peer(writer: asyncio.StreamWriter) -> str:
 
 def _checked_nproc(nproc: int) -> int:
     if not 0 <= nproc <= 1024:
-        raise ProtocolError(f"{nproc} ranks on one machine")
+        raise ProtocolError(f"nproc={nproc} is not from 0 to 1024")
     return nproc
 
 

@@ -1,4 +1,4 @@
-"""Decisions that need no process: who takes part, what failed first, when to give up."""
+"""Decisions of the supervisor as pure functions: which nodes, which cause, when to give up."""
 
 import random
 import re
@@ -10,6 +10,7 @@ from core.errors import ExitCode
 from core.process.child import describe_exit
 from launch.elastic.protocol import RankStatus
 
+# Failures without progress after which the supervisor gives up: with the same error, or with any.
 _SAME_FAILURES = 3
 _FAILURES = 10
 _BACKOFF_S = 0.5
@@ -17,16 +18,18 @@ _MAX_BACKOFF_S = 60.0
 
 
 def choose_nodes(nprocs: Sequence[int], multiple_of: int) -> list[int]:
-    """The nodes that make the largest gang whose size is a multiple of `multiple_of`.
+    """Returns the nodes of the largest gang whose size is a multiple of `multiple_of`.
 
     Args:
-        nprocs: Ranks that each node offers, in the order in which they joined.
-        multiple_of: At least 1.
+        nprocs: Ranks that each node offers, in the order in which the nodes joined.
+        multiple_of: Divisor of the number of ranks, at least 1.
 
     Returns:
-        Indices into `nprocs`, ascending; the earlier node where two would do; [] where none do.
+        Indices into `nprocs`, ascending; of equal choices the one with earlier nodes; empty if no
+        gang is possible.
     """
-    best: dict[int, tuple[int, list[int]]] = {0: (0, [])}  # remainder -> ranks, nodes
+    # For each remainder, the largest gang of the nodes so far that has it: (ranks, nodes).
+    best: dict[int, tuple[int, list[int]]] = {0: (0, [])}
     for node, nproc in enumerate(nprocs):
         for ranks, nodes in list(best.values()):
             remainder = (ranks + nproc) % multiple_of
@@ -36,16 +39,18 @@ def choose_nodes(nprocs: Sequence[int], multiple_of: int) -> list[int]:
 
 
 def has_failed(rank: RankStatus) -> bool:
-    """Whether a rank ended, and neither because it was done nor because it was told to."""
+    """Returns whether a rank ended with an exit code other than 0 (done) and 33 (stopped)."""
     return rank.exit not in (None, ExitCode.FINISHED, ExitCode.START_AGAIN)
 
 
 def root_cause(ranks: Sequence[RankStatus]) -> RankStatus | None:
-    """The rank that failed first; the others fail because they lost it.
+    """Returns the rank that failed first; the others fail because they lost it.
 
-    One that was killed by a signal left no error: it is the cause of those that did.
+    A rank that a signal killed (negative exit code) comes before ranks with an error: it left none,
+    and caused theirs.
     """
     failed = [rank for rank in ranks if has_failed(rank)]
+    # False sorts first: killed by a signal, then with an error, then the earliest.
     return min(
         failed,
         key=lambda r: ((r.exit or 0) > 0, r.error is None, r.ended_at or 0.0),
@@ -54,31 +59,31 @@ def root_cause(ranks: Sequence[RankStatus]) -> RankStatus | None:
 
 
 def behind(ranks: Sequence[RankStatus]) -> RankStatus | None:
-    """The rank that the others of a hanging gang wait for: lowest step, then oldest beat."""
+    """Returns the rank for which a hanging gang waits: lowest step, then oldest beat."""
     beating = [rank for rank in ranks if rank.beat_at is not None]
     return min(beating, key=lambda r: (r.step or 0, r.beat_at or 0.0), default=None)
 
 
 def highest_step(ranks: Sequence[RankStatus]) -> int | None:
-    """How far the gang is; None before its first step."""
+    """Returns the highest step of the ranks; None before the first step."""
     return max((r.step or 0 for r in ranks if has_begun(r)), default=None)
 
 
 def has_begun(rank: RankStatus) -> bool:
-    """Whether a rank trains, or has: what comes before (`data 0`, say) leaves nothing to lose."""
+    """Returns whether a rank has begun to train; earlier phases (e.g. `data 0`) lose no work."""
     return rank.phase not in (None, "starting") and (rank.phase == "train" or bool(rank.step))
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a generation has to be started again, if at all.
+    """The failure of a generation.
 
     Attributes:
         text: One line for the user.
-        error: What makes it the same as another: without its numbers and addresses.
-        step: Where it happened; None before the first step.
-        traceback: What the rank left.
-        event: `fail` or `hang`.
+        error: Error without its numbers and addresses: equal for two failures of the same kind.
+        step: Step of the failure; None before the first step.
+        traceback: Traceback that the rank wrote; None without one.
+        event: Name of the event: `fail` or `hang`.
     """
 
     text: str
@@ -89,14 +94,15 @@ class Failure:
 
 
 def failure_of(rank: RankStatus) -> Failure:
-    """What became of a rank that failed."""
+    """Returns the failure that a failed rank reports."""
     how, last_line = describe_exit(rank.exit or 0), _last_line(rank.error or "")
     step = rank.step if has_begun(rank) else None
     text = f"rank {rank.rank} {how}"
-    if rank.phase is not None:  # else it is none of ours, and has no steps
+    if rank.phase is not None:  # without heartbeat it is another program, which has no steps
         text += " before its first step" if step is None else f" at step {step}"
     if last_line:
         text += f": {last_line[:200]}"
+    # Ports, process ids and addresses differ between two occurrences of one error.
     error = re.sub(r"0x[0-9a-fA-F]+|\d+", "#", last_line) if last_line else how
     return Failure(text, error, step, rank.error)
 
@@ -107,10 +113,10 @@ def _last_line(error: str) -> str:
 
 
 class History:
-    """How far the generations came, and what they failed of since they last came further.
+    """The progress of all generations, and their failures since the last progress.
 
     Attributes:
-        step: Highest step that any of them reached; None before the first one.
+        step: Highest step that any generation reached; None before the first step.
     """
 
     def __init__(self) -> None:
@@ -118,27 +124,27 @@ class History:
         self._failures: list[tuple[str, int | None]] = []
 
     def reached(self, step: int | None) -> None:
-        """Notes how far a generation came. Further than any before it is progress."""
+        """Records the last step of a generation; a new highest step clears the failures."""
         if step is not None and (self.step is None or step > self.step):
             self.step = step
             self._failures.clear()
 
     def failed(self, error: str, step: int | None) -> None:
-        """Notes a failure, after `reached`.
+        """Records a failure; call it after `reached`.
 
         Args:
-            error: What makes it the same as another.
-            step: Where it happened.
+            error: Error; see `Failure.error`.
+            step: Step of the failure; None before the first step.
         """
         self._failures.append((error, step))
 
     @property
     def num_failures(self) -> int:
-        """Failures since the last progress."""
+        """Number of failures since the last progress."""
         return len(self._failures)
 
     def crash_loop(self) -> str | None:
-        """Why there is no point in another start; None while there is one."""
+        """Returns why another start would fail too; None while one is worth trying."""
         if not self._failures:
             return None
         (_, step), num_same = Counter(self._failures).most_common(1)[0]
@@ -150,6 +156,6 @@ class History:
         return None
 
     def backoff_s(self) -> float:
-        """How long to wait before the next start."""
+        """Returns the seconds to wait before the next start."""
         wait_s = min(_MAX_BACKOFF_S, _BACKOFF_S * 2.0 ** max(0, self.num_failures - 1))
         return wait_s * random.uniform(0.5, 1.5)  # machines that fail together start apart

@@ -1,4 +1,4 @@
-"""What the supervisor and a machine say to each other: one JSON object a line, over TCP.
+"""The messages between the supervisor and a machine: one JSON object a line, over TCP.
 
     machine -> supervisor                        supervisor -> machine
     Hello     who I am                           Welcome, or Refused with the reason
@@ -8,8 +8,8 @@
     Stacks    what my ranks are doing            Dump
     Leaving   this machine goes away             Dismiss with the exit code to end with
 
-The supervisor sends rank numbers, never a command: a machine runs the one it was started with.
-Whatever arrives is checked field by field, since anything may connect to an open port.
+The supervisor sends rank numbers, never a command: a machine runs the command it was started with.
+Every message is checked field by field, since anything may connect to an open port.
 """
 
 import asyncio
@@ -23,30 +23,32 @@ from typing import Any
 
 VERSION = 1
 PING_S = 1.0
-SILENCE_S = 10.0  # a machine that says nothing for so long is lost
-# It kills its ranks before that, so that they do not write beside those of the next start.
+SILENCE_S = 10.0  # a machine that sends nothing for so long is lost
+# Shorter than SILENCE_S: a machine that is cut off kills its ranks before the supervisor starts the
+# next generation, so that two generations never write to one run directory.
 SUPERVISOR_SILENCE_S = 8.0
 MAX_LINE_BYTES = 4 * 2**20
-MAX_TEXT_CHARS = 32 * 2**10  # of a traceback or of the stacks of a rank
+MAX_TEXT_CHARS = 32 * 2**10  # limit for a traceback, and for the stacks of a rank
 
 
 class ProtocolError(Exception):
-    """The peer said something that is none of our messages."""
+    """A message from the peer that the protocol does not allow."""
 
 
 @dataclass(frozen=True)
 class RankStatus:
-    """One rank, as its machine sees it.
+    """The status of one rank, as its machine sees it.
 
     Attributes:
-        rank: Number among all ranks.
-        phase: First word of its heartbeat, e.g. `starting` or `train`; None before the first one.
-        step: Second word of its heartbeat.
-        beat_at: When it last beat, in seconds of a monotonic clock.
-        exit: Exit code, -N for signal N; None while it runs.
-        ended_at: When it wrote its error, else when its exit was seen; same clock.
-        error: Traceback that it left.
-        stop_reason: Why it was told to stop, if it was.
+        rank: Number of the rank among all ranks.
+        phase: First word of the heartbeat, e.g. `starting` or `train`; None before the first one.
+        step: Second word of the heartbeat.
+        beat_at: Time of the last beat, in seconds of a monotonic clock.
+        exit: Exit code, -N for signal N; None while the rank runs.
+        ended_at: Time at which the rank wrote its error, else at which its exit was seen; same
+            clock.
+        error: Traceback that the rank wrote; None without one.
+        stop_reason: Reason why this rank was told to stop; None if it was not.
     """
 
     rank: int
@@ -59,7 +61,7 @@ class RankStatus:
     stop_reason: str | None = None
 
     def on_clock_ahead_by(self, offset_s: float) -> "RankStatus":
-        """The same, told by a clock that is `offset_s` ahead."""
+        """Returns the same status with times of a clock that is `offset_s` ahead."""
         return replace(
             self,
             beat_at=None if self.beat_at is None else self.beat_at + offset_s,
@@ -171,20 +173,20 @@ _KINDS: dict[str, Any] = {kind.__name__: kind for kind in typing.get_args(Messag
 
 
 def command_digest(command: Sequence[str]) -> str:
-    """SHA-256 of a command's words: machines of one gang must run the same."""
+    """Returns the SHA-256 of a command's words, which must be equal on all machines of a gang."""
     return hashlib.sha256(json.dumps(list(command)).encode()).hexdigest()
 
 
 def encode(message: Message) -> bytes:
-    """A message as one line."""
+    """Returns a message as one line of JSON."""
     return json.dumps({"type": type(message).__name__, **asdict(message)}).encode() + b"\n"
 
 
 def decode(line: bytes) -> Message:
-    """The message in a line.
+    """Parses a message.
 
     Raises:
-        ProtocolError: It is none of ours.
+        ProtocolError: The line is not a message of this protocol.
     """
     try:
         content = json.loads(line)
@@ -198,7 +200,7 @@ async def receive(reader: asyncio.StreamReader) -> Message:
     """Reads the next message.
 
     Raises:
-        ProtocolError: What came is none of ours.
+        ProtocolError: The line is too long or not a message of this protocol.
         EOFError: The peer closed the connection.
         OSError: The connection broke.
     """
@@ -210,10 +212,11 @@ async def receive(reader: asyncio.StreamReader) -> Message:
 
 
 def _checked(value: Any, hint: Any) -> Any:
-    """`value` as the type that `hint` names.
+    """Converts a JSON value to the type that `hint` names, and checks it strictly.
 
     Raises:
-        TypeError, KeyError: It is of another type, or has a field too many or too few.
+        TypeError: The value has another type, or an object lacks a field.
+        KeyError: An object has an unknown field.
     """
     if is_dataclass(hint) and isinstance(hint, type):
         hints = typing.get_type_hints(hint)
@@ -222,6 +225,7 @@ def _checked(value: Any, hint: Any) -> Any:
         (of,) = typing.get_args(hint)
         return [_checked(item, of) for item in _checked(value, list)]
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    # Not isinstance, by which a bool would pass as an int.
     if type(value) not in allowed:
         raise TypeError(f"{value!r} is not {hint}")
     return value

@@ -1,14 +1,14 @@
-"""Keeps a gang of ranks going while machines come and go.
+"""Keeps a gang of ranks running while machines come and go.
 
-A generation is one start of the gang on the machines that are there. What ends one, and what then:
+A generation is one start of the gang on the current machines. Its end decides what follows:
 
     all ranks are done              exit 0
     a rank refuses                  exit 2
     a signal to the supervisor      passed on to the ranks, which save; exit 33
     a machine goes away             the ranks save; start again on the others
-    a machine is lost               kill the others, which wait for it; start again on them
+    a machine is lost               kill the other ranks, which wait for it; start again on them
     a machine joins                 after a step the ranks save; start again on all
-    a rank fails, or all hang       kill the others; start again later, or give up: exit 1
+    a rank fails, or all hang       kill the other ranks; start again later, or give up: exit 1
 """
 
 import asyncio
@@ -27,14 +27,14 @@ from launch.elastic.policy import Failure, History, choose_nodes
 from launch.elastic.protocol import Dump, Kill, Message, Prepare, Stop, command_digest
 
 _TICK_S = 0.1
-_ECHO_GRACE_S = 5.0  # for ranks that lost a peer to end by themselves
-_KILL_S = 30.0  # longer than a kill takes, unless the rank is stuck in a driver
+_ECHO_GRACE_S = 5.0  # time in which ranks that lost a peer end by themselves
+_KILL_S = 30.0  # longer than a kill takes, unless the rank is stuck in a driver call
 _STACKS_S = 6.0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What `python -m launch supervise` was told; see its help."""
+    """Settings of `python -m launch supervise`; its `--help` describes them."""
 
     command: Sequence[str]
     nproc: int | None
@@ -48,7 +48,7 @@ class Settings:
 
 
 class Supervisor:
-    """Runs a command until it is done, refused, stopped or hopeless."""
+    """Runs a command on all machines until it is done, refused, stopped, or fails repeatedly."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -57,17 +57,17 @@ class Supervisor:
         self._changed = asyncio.Event()
         self._nodes: list[Node] = []  # in the order in which they joined
         self._gang: Generation | None = None  # while one runs
-        self._generation = 0  # its number, or that of the last one; so is the next
-        self._world_size = 0
-        self._stop: str | None = None  # the signal that came
+        self._generation = 0  # number of the running or last generation
+        self._world_size = 0  # of the same generation
+        self._stop: str | None = None  # name of the first signal
         self._machine: Machine | None = None
         self._listener: Listener | None = None
 
     async def run(self) -> ExitCode:
-        """Starts the gang, and again as often as it must be.
+        """Starts the gang, and again as often as needed.
 
         Returns:
-            The exit code of the whole.
+            The exit code of the supervisor.
 
         Raises:
             ConfigError: The settings do not fit this machine.
@@ -88,6 +88,7 @@ class Supervisor:
     async def _open(self) -> None:
         settings = self._settings
         if settings.nproc != 0:
+            # Machine and node refer to each other: the lambda looks `node` up when it is called.
             self._machine = Machine(settings.command, settings.nproc, lambda m: node.receive(m))
             node = Node("this machine", "127.0.0.1", settings.nproc or 0, self._machine.receive)
             self._nodes.append(node)
@@ -116,7 +117,7 @@ class Supervisor:
         self._tell("join", f"{node.name} joined ({_count(node.nproc, 'rank')})")
 
     async def _tick(self) -> None:
-        """Waits for news, and lets go of machines that are gone or want to go."""
+        """Waits for a change, and drops machines that are lost or leave and have no ranks."""
         try:
             await asyncio.wait_for(self._changed.wait(), _TICK_S)
         except TimeoutError:
@@ -125,6 +126,8 @@ class Supervisor:
         if self._machine is not None:
             self._machine.poll()
         self._journal.flush()
+        # Nodes of the running gang stay until its end: `Generation.end` decides what their loss
+        # means.
         running = self._gang.nodes if self._gang is not None else ()
         for node in [node for node in self._nodes if node not in running]:
             if node.lost is not None or node.leaving is not None:
@@ -144,7 +147,7 @@ class Supervisor:
     # One generation
 
     async def _run_generation(self) -> ExitCode | None:
-        """Runs the gang once; None to run it again."""
+        """Runs one generation; returns the exit code, or None to start another one."""
         gang = await self._assemble()
         if isinstance(gang, ExitCode):
             return gang
@@ -158,9 +161,12 @@ class Supervisor:
         )
         gang.start(self._listener.address if self._listener else "127.0.0.1")
         end = await self._watch(gang)
-        failure = gang.failure(end)  # now: the ranks that are killed next are not its cause
+        # Before any kill: ranks that are killed below would look like the cause.
+        failure = gang.failure(end)
         if end is End.HUNG:
             await self._show_stacks(gang)
+        # Ranks that wait for a lost or hanging peer do not react to SIGTERM. After a failure they
+        # may still be writing their own errors.
         await self._end_ranks(gang, at_once=end in (End.LOST, End.OVERDUE, End.HUNG))
         self._history.reached(gang.step)
         self._gang = None
@@ -169,18 +175,20 @@ class Supervisor:
         return await self._settle(gang, end)
 
     async def _assemble(self) -> Generation | ExitCode:
-        """Waits for enough machines; an exit code if that is over."""
+        """Waits for enough machines; returns a generation, or an exit code if it gives up."""
         asked: list[Node] = []
         missing = 0
         while self._stop is None:
             await self._tick()
             if not self._nodes and self._listener is None:
-                return ExitCode.FAILED  # what became of this machine has been said
+                return ExitCode.FAILED  # `_drop` has printed why this machine is gone
+            # Only the first start waits for all nodes; later ones use those that are left.
             wanted = self._settings.nodes if self._generation == 0 else 1
             if len(self._nodes) < wanted:
                 if missing != (missing := wanted - len(self._nodes)):
                     self._say(f"waiting for {_count(missing, 'node')} to join")
-            elif self._nodes != asked:  # else they have been asked in vain
+            # The same nodes have just answered that they make no gang: wait for another one.
+            elif self._nodes != asked:
                 asked = list(self._nodes)
                 gang = await self._prepare(asked)
                 if gang is not None:
@@ -188,7 +196,7 @@ class Supervisor:
         return ExitCode.START_AGAIN
 
     async def _prepare(self, nodes: Sequence[Node]) -> Generation | ExitCode | None:
-        """Asks `nodes` what they can run now; None where that makes no gang."""
+        """Asks `nodes` how many ranks they can run now; returns None if that makes no gang yet."""
         for node in nodes:
             node.ready = None
             node.send(Prepare())
@@ -215,7 +223,7 @@ class Supervisor:
         return ExitCode.FAILED
 
     async def _watch(self, gang: Generation) -> End:
-        """Follows a gang until it ended or has to be ended; tells it to stop where it should."""
+        """Watches a gang until it ended or has to be ended; tells it to stop when needed."""
         while True:
             await self._tick()
             end = gang.end()
@@ -228,6 +236,7 @@ class Supervisor:
 
     def _hangs(self, gang: Generation) -> bool:
         settings = self._settings
+        # Before the first step ranks may compile, download or tokenize for a long time.
         has_stepped = gang.has_stepped()
         limit_s = settings.hang_timeout_s if has_stepped else settings.startup_timeout_s
         return gang.silence_s() > limit_s
@@ -241,6 +250,8 @@ class Supervisor:
             self._stop_ranks(gang, StopCause.LEAVE)
         elif any(rank.exit == ExitCode.START_AGAIN for rank in gang.ranks):
             self._stop_ranks(gang, StopCause.OWN_ACCORD)
+        # Only after a step: machines that join one by one would otherwise restart a gang that
+        # never gets to train.
         elif gang.has_stepped() and (size := self._possible_size()) > gang.world_size:
             self._tell("grow", f"stopping {_count(gang.world_size, 'rank')} to go on with {size}")
             self._stop_ranks(gang, StopCause.GROW)
@@ -250,7 +261,7 @@ class Supervisor:
         return sum(nprocs[i] for i in choose_nodes(nprocs, self._settings.multiple_of))
 
     def _stop_ranks(self, gang: Generation, cause: StopCause) -> None:
-        gang.note_leaving()  # before our SIGTERM becomes the reason that the ranks give
+        gang.note_leaving()  # before Stop: after it, ranks report our SIGTERM as the reason
         gang.stopping(cause, self._settings.grace_s)
         if cause is not StopCause.OWN_ACCORD:
             self._send(gang, Stop())
@@ -267,7 +278,7 @@ class Supervisor:
                 show(stack)
 
     async def _end_ranks(self, gang: Generation, at_once: bool) -> None:
-        """Ends the ranks that still run, as far as the kernel lets it."""
+        """Ends the ranks that still run, and dismisses nodes whose ranks survive SIGKILL."""
         if gang.is_running and not at_once:
             self._send(gang, Stop())
             await self._wait_for_end(gang, _ECHO_GRACE_S)
@@ -294,17 +305,20 @@ class Supervisor:
             self._tell("fail", "a rank refused to run (exit code 2)", quiet=is_local)
             return ExitCode.BAD_CONFIG
         if end is End.LOST:
+            # After a request to stop, the lost node may have taken unsaved steps with it: that is
+            # a failure. In all other cases the next generation repeats them.
             if self._stop is not None and gang.stop_cause is not None and gang.step is not None:
                 self._tell("fail", "a node was lost before the ranks had saved")
                 return ExitCode.FAILED
             return None
         if gang.stop_cause in (None, StopCause.OWN_ACCORD):
             gang.note_leaving()
+            # Starting again without a known reason could repeat an endless stop.
             if self._stop is None and all(node.leaving is None for node in gang.nodes):
                 self._tell("stop", "the ranks stopped, and none says why")
                 return ExitCode.START_AGAIN
-        await self._tick()  # lets go of those that leave
-        # Where no rank ran beside it, the supervisor stays, and another machine may come.
+        await self._tick()  # drops the nodes that leave
+        # A supervisor without ranks of its own (nproc=0) stays, since other machines may join.
         goes_on = bool(self._nodes) or self._settings.nproc == 0
         return None if goes_on and self._stop is None else ExitCode.START_AGAIN
 
@@ -335,7 +349,7 @@ class Supervisor:
 
     def _told_to_stop(self, signal_name: str) -> None:
         if self._stop is not None:
-            return  # it is being done
+            return  # already stopping
         self._stop = signal_name
         if self._gang is None:
             self._tell("stop", f"{signal_name} while no rank runs: stopping")
@@ -353,7 +367,7 @@ class Supervisor:
         say("supervise", text)
 
     def _tell(self, event: str, text: str, quiet: bool = False) -> None:
-        """Says `text` unless `quiet`, and notes it as an event in any case."""
+        """Writes an event, and prints its text unless `quiet`."""
         if not quiet:
             self._say(text)
         step = self._gang.step if self._gang is not None else None

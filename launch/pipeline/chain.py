@@ -1,8 +1,8 @@
-"""Runs stages one after another on this machine, each once, and none on what is not as it was left.
+"""Runs stages one after another on this machine, each once, and verifies what they hand over.
 
-`pipeline.json` in the run directory says which are done, with what command, on what, and with what
-result. A stage is run again when its command or its input is another; one that was stopped (33) is
-run again, and goes on by itself.
+`pipeline.json` in the run directory records the finished stages: their command, and digests of
+their input and output. A stage runs again if its command or input has changed. A stage that was
+stopped (33) runs again too, and resumes by itself.
 """
 
 import json
@@ -21,35 +21,35 @@ from launch.elastic.journal import say
 from launch.pipeline.stages import Stage
 
 Digests = dict[str, str]  # SHA-256 of each file, by its path in the folder
-_RECORD = ("name", "arguments", "input", "path", "output", "time")  # of a stage that is done
+_RECORD = ("name", "arguments", "input", "path", "output", "time")  # fields of a finished stage
 
 
 class Chain:
     """The stages of one run.
 
     Args:
-        stages: In order.
-        state: The file that says which are done; its folder is made by the first stage.
+        stages: Stages in running order.
+        state: File that records the finished stages; the first stage creates its folder.
     """
 
     def __init__(self, stages: Sequence[Stage], state: Path) -> None:
         self._stages, self._path = stages, state
         self._done = _read(state)
-        self._manifests: dict[Path, Digests] = {}  # reading a large model twice takes minutes
+        self._manifests: dict[Path, Digests] = {}  # cached: hashing a large model takes minutes
 
     def run(self, only: str | None = None) -> int:
-        """Runs what is not done.
+        """Runs the stages that are not done.
 
         Args:
-            only: Run no stage but this one.
+            only: Name of the only stage to run; None: all stages.
 
         Returns:
-            0 when all are done, else the exit code of the stage that is not.
+            0 if all stages are done, else the exit code of the first stage that is not.
 
         Raises:
-            DamagedError: What a stage left is no longer as it was.
-            ConfigError: The input of a stage is not there.
-            SpotforgeError: A stage claims to be done and left nothing.
+            DamagedError: The output of a stage has changed since it was written.
+            ConfigError: The input of a stage does not exist.
+            SpotforgeError: A stage ended with exit code 0 but wrote no output.
         """
         exit_at_once()
         for stage in self._stages:
@@ -68,17 +68,18 @@ class Chain:
                 return code
             self._note(stage)
             if told and stage is not self._stages[-1]:
-                return ExitCode.START_AGAIN  # the signal came too late for that stage
+                # The stage finished although it was told to stop: the next one must not begin.
+                return ExitCode.START_AGAIN
         return ExitCode.FINISHED
 
     def record(self, name: str) -> None:
-        """Writes down that a stage is done which was run by other means.
+        """Records that a stage is done which was run by another program.
 
         Args:
-            name: Of the stage.
+            name: Name of the stage.
 
         Raises:
-            SpotforgeError: It has left nothing.
+            SpotforgeError: The stage has written no output.
         """
         for stage in self._stages:
             if stage.name == name:
@@ -89,6 +90,7 @@ class Chain:
         if record is None or record["arguments"] != list(stage.arguments):
             return False
         if stage.input is not None and record["input"] != self._manifest(stage.input):
+            # Another run of the stage before is fine; files that changed without it are refused.
             self._check_input(stage)
             return False
         if stage.output is None:
@@ -99,12 +101,13 @@ class Chain:
         return True
 
     def _check_input(self, stage: Stage) -> None:
-        """Refuses an input that is not what the stage that made it has left."""
+        """Checks that an input exists and is unchanged since its stage wrote it."""
         if stage.input is None:
             return
         if not stage.input.exists():
-            rule = f"{stage.input} is not there"
+            rule = f"{stage.input} does not exist"
             raise ConfigError("launch.stages", stage.name, rule, "run the stage before it first")
+        # The record of the stage that wrote the input, which may be of an earlier pipeline.
         for record in self._done.values():
             if record["path"] == self._relative(stage.input):
                 self._refuse_change(record["name"], stage.input, record["output"])
@@ -127,11 +130,11 @@ class Chain:
         return exit_code(code), bool(signals)
 
     def _note(self, stage: Stage) -> None:
-        """Writes down that a stage is done."""
+        """Records that a stage is done."""
         if stage.output is not None:
-            self._manifests.pop(stage.output, None)
+            self._manifests.pop(stage.output, None)  # the cached digests are of the files before
             if not stage.output.exists():
-                raise SpotforgeError(f"{stage.name} is done and left no {stage.output}")
+                raise SpotforgeError(f"{stage.name} ended without writing {stage.output}")
         self._done[stage.name] = {
             "name": stage.name,
             "arguments": list(stage.arguments),
@@ -143,7 +146,7 @@ class Chain:
         write_file(self._path, json.dumps({"format_version": 1, "stages": self._done}, indent=1))
 
     def _relative(self, path: Path) -> str:
-        """As it is from the run directory, which may be mounted elsewhere tomorrow."""
+        """Returns a path relative to the run directory, which may be mounted elsewhere later."""
         return os.path.relpath(path, self._path.parent)
 
     def _manifest(self, path: Path) -> Digests:

@@ -1,4 +1,4 @@
-"""`python -m launch pipeline`: what it takes."""
+"""The command line of `python -m launch pipeline`."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from launch.words import add_words, settings_of
 
 _PIPELINE = """\
 Runs the stages that launch.stages names on this machine, one after another. A stage that is done is
-not run again; one whose input is not as the stage before has left it is refused."""
+not run again; an input that has changed since the stage before wrote it is refused."""
 
 _EXAMPLES = """\
 example:
@@ -22,7 +22,7 @@ def add_verbs(commands: Any) -> None:
     """Adds `pipeline` to the parsers of `python -m launch`.
 
     Args:
-        commands: What `add_subparsers` returned.
+        commands: Object that `add_subparsers` returned.
     """
     parser = commands.add_parser(
         "pipeline",

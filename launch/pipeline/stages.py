@@ -1,4 +1,4 @@
-"""The stages that `launch.stages` names, as programs that hand a folder on."""
+"""The stages that `launch.stages` names: programs that each hand a folder to the next."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ _PACKAGES = {
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the pipeline. Its program goes on where it was stopped, by itself.
+    """One stage of the pipeline. Its program resumes by itself where it was stopped.
 
     Attributes:
-        name: As in `launch.stages`.
-        arguments: Of this Python: `-m trainer ...`.
-        input: What it reads: the output of the stage before, or what an earlier pipeline left;
-            None: nothing of this run.
-        output: The folder, or file, that it leaves; None: nothing is handed on.
+        name: Name in `launch.stages`.
+        arguments: Arguments of Python, e.g. `-m trainer ...`.
+        input: Path that the stage reads: the output of the stage before, or of an earlier
+            pipeline; None: the stage reads nothing of this run.
+        output: Folder or file that the stage writes; None: it hands nothing on.
     """
 
     name: str
@@ -36,24 +36,25 @@ class Stage:
 
     @property
     def command(self) -> list[str]:
-        """The command that starts it."""
+        """Command that starts the stage."""
         return python(*self.arguments)
 
 
 def check_stages(settings: Settings) -> None:
-    """Refuses stages that cannot be run anywhere.
+    """Checks that the stages can be run, on whichever machine.
 
     Args:
-        settings: Of the job.
+        settings: Settings of the job.
 
     Raises:
-        ConfigError: They are out of order, not in this version, or the first hands nothing on.
+        ConfigError: The stages are out of order, one is not in this version, or training does not
+            export what the next stage reads.
     """
     names = settings.launch.stages
     shown = _shown(names)
     in_order = [name for name in StageName if name in names]
     if names != in_order:
-        rule = "is not the order in which they run"
+        rule = "must be in the order in which stages run"
         raise ConfigError("launch.stages", shown, rule, f"use {_shown(in_order)}")
     for name in names:
         if not _is_there(_PACKAGES[name]):
@@ -65,14 +66,14 @@ def check_stages(settings: Settings) -> None:
 
 
 def stages_of(settings: Settings, config_dir: Path | None = None) -> list[Stage]:
-    """The stages in order.
+    """Returns the stages in order.
 
     Args:
-        settings: Of the job.
-        config_dir: As `--config-dir` of the trainer.
+        settings: Settings of the job.
+        config_dir: Folder for `--config-dir` of the trainer.
 
     Raises:
-        ConfigError: One cannot be run: out of order, not in this version, or without its input.
+        ConfigError: See `check_stages`; or the input of the first stage does not exist.
     """
     check_stages(settings)
     names, trainer = settings.launch.stages, settings.trainer
@@ -98,7 +99,7 @@ def stages_of(settings: Settings, config_dir: Path | None = None) -> list[Stage]
         )
     first = stages[0].input
     if first is not None and not first.exists():
-        rule = f"{first} is not there"
+        rule = f"{first} does not exist"
         raise ConfigError("launch.stages", _shown(names), rule, "train first: [train,...]")
     return stages
 
@@ -109,4 +110,4 @@ def _shown(names: Sequence[StageName]) -> str:
 
 def _is_there(package: str) -> bool:
     spec = importlib.util.find_spec(package)
-    return spec is not None and spec.origin is not None  # a mere folder has a spec, too
+    return spec is not None and spec.origin is not None  # a folder without __init__ has a spec too

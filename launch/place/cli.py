@@ -1,4 +1,4 @@
-"""`python -m launch up | render | status | logs | down`: what they take."""
+"""The command line of `python -m launch up`, `render`, `status`, `logs` and `down`."""
 
 import argparse
 import shlex
@@ -33,7 +33,7 @@ def add_verbs(commands: Any) -> None:
     """Adds the verbs to the parsers of `python -m launch`.
 
     Args:
-        commands: What `add_subparsers` returned.
+        commands: Object that `add_subparsers` returned.
     """
     render = commands.add_parser(
         "render", help="write the job as the place takes it", description=_UP, epilog=_EXAMPLES
@@ -50,14 +50,14 @@ def add_verbs(commands: Any) -> None:
     logs = commands.add_parser("logs", help="what a job prints")
     down = commands.add_parser("down", help="end a job and its machines")
     for parser in (logs, down):
-        parser.add_argument("name", help="of the job: launch.name")
+        parser.add_argument("name", help="name of the job (launch.name)")
     for parser, run in ((status, _status), (logs, _logs), (down, _down)):
         parser.set_defaults(run=run)
-        add_words(parser, "of launch.*: launch.target=slurm, ...")
+        add_words(parser, "settings under launch., e.g. launch.target=slurm")
 
 
 def _job(options: argparse.Namespace, settings: Any, planned: float | None) -> Any:
-    """The place, and the job for it."""
+    """Plans the job; returns the place and the job for it."""
     from launch.catalog.catalog import load_catalog, owned_catalog, today
     from launch.config import PoolKind, Target
     from launch.place.place import job_of, place_of
@@ -65,8 +65,8 @@ def _job(options: argparse.Namespace, settings: Any, planned: float | None) -> A
 
     place = place_of(settings.launch)
     if options.config_dir is not None and options.config_dir.is_absolute():
-        rule = "is not on the job's machines"
-        raise ConfigError("--config-dir", options.config_dir, rule, "name it within the workdir")
+        rule = "does not exist on the job's machines"
+        raise ConfigError("--config-dir", options.config_dir, rule, "give it within the workdir")
     launch = settings.launch
     if launch.target is Target.sky:
         catalog = load_catalog(launch, today())
@@ -77,14 +77,14 @@ def _job(options: argparse.Namespace, settings: Any, planned: float | None) -> A
 
 
 def _here(settings: Any, options: argparse.Namespace) -> list[str] | None:
-    """The words of `pipeline`, where the job is to run on this machine."""
+    """Returns the words of `pipeline` if the job runs on this machine; None otherwise."""
     from launch.config import Target
 
     if settings.launch.target is not Target.local:
         return None
     if settings.launch.budget_usd is not None:
-        rule = "an hour of this machine has no price"
-        fix = "say one: python -m launch guard --usd-per-h X --budget-usd Y -- COMMAND"
+        rule = "the price of this machine is unknown"
+        fix = "give one: python -m launch guard --usd-per-h X --budget-usd Y -- COMMAND"
         raise ConfigError("launch.budget_usd", settings.launch.budget_usd, rule, fix)
     folder = [] if options.config_dir is None else [f"--config-dir={options.config_dir}"]
     return ["pipeline", *folder, *options.words]

@@ -1,4 +1,4 @@
-"""A job as it is handed to whoever runs it: its command, and the places where it may run."""
+"""A job for a place: its commands, and the candidates where it may run."""
 
 import json
 from collections.abc import Sequence
@@ -17,20 +17,20 @@ MOUNT = "/spotforge"
 
 @dataclass(frozen=True)
 class Job:
-    """What is placed.
+    """A job that is ready to be placed.
 
     Attributes:
-        name: Lower-case letters, digits and dashes.
-        candidates: Where it may run, best first, each of the same number of nodes.
-        run_dir: Of the trainer, as the machines see it.
-        kept_at: A folder to which checkpoints and the ledger are copied, and which outlives the
-            machines; None: `run_dir` does.
-        overrides: Of the trainer.
-        launch: Its settings.
-        total_tokens: To be trained on.
-        config_dir: Of the trainer, within the workdir.
-        time: When it was planned, in Unix seconds, from which a deadline counts; None: from its
-            first start.
+        name: Name of lower-case letters, digits and dashes.
+        candidates: Offers where the job may run, best first, all with the same number of nodes.
+        run_dir: Run directory of the trainer, as the machines see it.
+        kept_at: Folder for copies of checkpoints and the ledger, which outlives the machines; None:
+            `run_dir` outlives them.
+        overrides: Overrides of the trainer.
+        launch: Settings of the launcher.
+        total_tokens: Number of tokens to train on.
+        config_dir: Folder for `--config-dir` of the trainer, within the workdir.
+        time: Unix seconds of the plan, from which a deadline counts; None: the deadline counts from
+            the first start.
     """
 
     name: str
@@ -45,20 +45,26 @@ class Job:
 
     @property
     def num_nodes(self) -> int:
-        """Of every candidate."""
+        """Number of nodes, which is the same for every candidate."""
         return self.candidates[0].num_nodes
 
     def trainer_command(self) -> list[str]:
-        """What each rank runs."""
+        """Returns the command that each rank runs."""
         return ["python", "-m", "trainer", *self._words()]
 
     def pipeline_command(self, option: str, stage: Stage) -> list[str]:
-        """`pipeline --only STAGE` or `--record STAGE`, on a machine that has the run directory."""
+        """Returns `launch pipeline` for one stage, to be run where the run directory is.
+
+        Args:
+            option: `--only` or `--record`.
+            stage: Stage to run or to record.
+        """
         stages = ",".join(stage.value for stage in self.launch.stages)
         words = [*self._words(), f"launch.stages=[{stages}]"]
         return ["python", "-m", "launch", "pipeline", option, stage.value, *words]
 
     def _words(self) -> list[str]:
+        # The place decides the run directory; an upload that the user has set is kept.
         words = [w for w in self.overrides if not w.lstrip("+").startswith("run.dir=")]
         if self.kept_at is not None and not any("checkpoint.upload=" in w for w in words):
             words.append(f"checkpoint.upload=file://{self.kept_at}/checkpoints")
@@ -66,11 +72,11 @@ class Job:
         return [*folder, *words, f"run.dir={self.run_dir}"]
 
     def guard_command(self, command: Sequence[str], price: Sequence[str]) -> list[str]:
-        """The command under the guard that pays for it and stops it at the budget.
+        """Returns a command under the guard, which pays for it and stops it at the budget.
 
         Args:
-            command: To be guarded.
-            price: The guard's options that say what a node costs.
+            command: Command to guard.
+            price: Options of the guard that give the price of a node.
         """
         best, launch = self.candidates[0], self.launch
         estimate = {
@@ -91,13 +97,13 @@ class Job:
         return [*words, "--", *command]
 
     def own_price(self) -> list[str]:
-        """The guard's options, on machines that do not say where they are."""
+        """Returns the price options of the guard, for machines that do not know their place."""
         offer = self.candidates[0].offer
         return ["--usd-per-h", f"{offer.usd_per_h:g}", "--nodes", str(self.num_nodes)]
 
 
 def heading(job: Job, usage: str) -> str:
-    """Comment lines: where the job may run, and how the file is used."""
+    """Returns comment lines for a rendered file: its candidates and its usage."""
     lines = [
         f"# {way.num_nodes} x {way.offer.gpus_per_node} {way.offer.gpu}, {way.offer.place}"
         f"{' spot' if way.offer.is_spot else ''}: ${way.costs.total_usd:,.2f} expected, "
@@ -108,13 +114,13 @@ def heading(job: Job, usage: str) -> str:
 
 
 def to_yaml(*documents: Any) -> str:
-    """Documents as a person reads them: keys in their order, scripts line by line."""
+    """Returns documents as readable YAML: keys in their order, scripts line by line."""
     text: str = yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=100)
     return text
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
-    """Writes scripts line by line."""
+    """Writes texts of several lines as block scalars, and repeated values in full."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -1,7 +1,7 @@
-"""Kubernetes: a job as a JobSet, whose pods are made again when their machines are taken away.
+"""Kubernetes: a job as a JobSet, whose pods are created again when their machines are preempted.
 
-A JobSet and no TrainJob, which has no rule by exit code: 33 makes a pod again, however often, and
-a failure ends the job instead of being repeated for money.
+A JobSet, unlike a TrainJob, has rules by exit code: 33 creates a pod again without limit, and a
+failure ends the job instead of repeating it at the user's expense.
 
 docs: https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2/
 """
@@ -21,11 +21,11 @@ from launch.plan.planner import Plan
 from launch.settings import Settings
 
 _CONTAINER, _REPLICATED = "spotforge", "node"
-# Taints by which GKE and AKS keep others off spot machines, and all clouds off machines with GPUs.
+# Taints with which GKE and AKS reserve spot machines, and all clouds machines with GPUs.
 _TAINTS = ("cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority", "nvidia.com/gpu")
-_GRACE_S = 600  # a spot machine gives less
+_GRACE_S = 600  # the most; a preempted spot machine ends sooner
 _ANSWER_S = 20
-_WAIT_S = 3600  # for the first pod, while its machine is replaced
+_WAIT_S = 3600  # for which pods wait for the first one while its machine is replaced
 
 
 class Kubernetes:
@@ -42,12 +42,12 @@ class Kubernetes:
         """See `Place`."""
         refuse_unused(self._launch, "bucket", "shared_dir")
         if self._launch.kubernetes.volume_claim is None:
-            rule = "a pod takes its disk with it"
+            rule = "is needed: a pod's own disk is deleted with the pod"
             fix = "name a PersistentVolumeClaim (for several nodes: ReadWriteMany)"
             raise ConfigError("launch.kubernetes.volume_claim", None, rule, fix)
         if self._launch.image is None:
-            rule = "a pod needs an image with the project in it"
-            raise ConfigError("launch.image", None, rule, "name one")
+            rule = "is needed: a pod runs an image that contains the project"
+            raise ConfigError("launch.image", None, rule, "give its name")
         return Storage(Path(MOUNT) / name)
 
     def render(self, job: Job) -> str:
@@ -55,7 +55,7 @@ class Kubernetes:
         return heading(job, "kubectl apply -f FILE") + "\n" + to_yaml(self.document(job))
 
     def document(self, job: Job) -> dict[str, Any]:
-        """The JobSet, before it is written."""
+        """Returns the JobSet as a document, before it becomes YAML."""
         kubernetes = self._launch.kubernetes
         metadata: dict[str, Any] = {"name": job.name, "namespace": kubernetes.namespace}
         if kubernetes.queue is not None:
@@ -65,6 +65,8 @@ class Kubernetes:
             "completions": job.num_nodes,
             "completionMode": "Indexed",
             "backoffLimit": 6,
+            # The first rule that matches counts. Ignored ends do not use up backoffLimit; exit
+            # codes that no rule names, e.g. 137 out of memory, do.
             "podFailurePolicy": {
                 "rules": [
                     _on_exit("Ignore", ExitCode.START_AGAIN),
@@ -82,7 +84,8 @@ class Kubernetes:
             "kind": "JobSet",
             "metadata": metadata,
             "spec": {
-                "failurePolicy": {"maxRestarts": 0},  # the Job below makes pods again by itself
+                # A restart of the JobSet would end all pods; the Job below replaces single ones.
+                "failurePolicy": {"maxRestarts": 0},
                 "replicatedJobs": [
                     {"name": _REPLICATED, "replicas": 1, "template": {"spec": pods}}
                 ],
@@ -103,7 +106,8 @@ class Kubernetes:
             "resources": {"limits": {"nvidia.com/gpu": job.candidates[0].offer.gpus_per_node}},
             "volumeMounts": [
                 {"name": "runs", "mountPath": MOUNT},
-                {"name": "memory", "mountPath": "/dev/shm"},  # 64 MiB is too little for NCCL
+                # A container's default of 64 MiB is too little for NCCL.
+                {"name": "memory", "mountPath": "/dev/shm"},
             ],
         }
         return {
@@ -125,12 +129,13 @@ class Kubernetes:
         }
 
     def _script(self, job: Job) -> str:
-        """What each pod does; `exec`, since a signal comes to the first process only."""
+        """Returns the script of a pod. It uses `exec`, since only process 1 receives SIGTERM."""
         command = job.trainer_command()
         supervise = ["python", "-m", "launch", "supervise"]
         lines = ["set -eu", *([self._launch.setup] if self._launch.setup else [])]
         if job.num_nodes > 1:
             supervise += ["--listen", str(PORT), "--nodes", str(job.num_nodes)]
+            # The DNS name that a JobSet gives the first pod of its first Job.
             head = f"{job.name}-{_REPLICATED}-0-0.{job.name}:{PORT}"
             join = ["python", "-m", "launch", "join", head, "--wait", str(_WAIT_S), "--", *command]
             lines += [
@@ -175,7 +180,7 @@ class Kubernetes:
 
 
 def _on_exit(action: str, *codes: int) -> dict[str, Any]:
-    """A rule of `podFailurePolicy`."""
+    """Returns a rule of `podFailurePolicy` for exit codes."""
     values = [int(code) for code in codes]
     on = {"containerName": _CONTAINER, "operator": "In", "values": values}
     return {"action": action, "onExitCodes": on}

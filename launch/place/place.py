@@ -1,4 +1,4 @@
-"""Where a job can be placed, and what a place can do with it."""
+"""The interface of a place, which runs jobs, and the step from a plan to a job."""
 
 import os
 import re
@@ -20,12 +20,11 @@ _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 
 @dataclass(frozen=True)
 class Storage:
-    """Where a job keeps what it makes.
+    """The folders of a job.
 
     Attributes:
-        run_dir: Of the trainer, as the machines see it.
-        kept_at: A folder that outlives the machines, of a store to which files are copied; None:
-            `run_dir` outlives them.
+        run_dir: Run directory of the trainer, as the machines see it.
+        kept_at: Folder for copies, which outlives the machines; None: `run_dir` outlives them.
     """
 
     run_dir: Path
@@ -33,43 +32,43 @@ class Storage:
 
 
 class Place(Protocol):
-    """What runs jobs on machines that are not this one."""
+    """A system that runs jobs on other machines."""
 
     def usable(self, plan: Plan) -> list[Candidate]:
-        """Those of a plan's candidates that can be had here, best first; at least one.
+        """Returns the candidates of a plan that this place offers, best first; at least one.
 
         Raises:
-            ConfigError: There is none.
+            ConfigError: The place offers none of the candidates.
         """
 
     def storage(self, name: str, settings: Settings, ways: Sequence[Candidate]) -> Storage:
-        """Where a job of that name keeps what it makes.
+        """Returns the folders of a job of that name.
 
         Raises:
-            ConfigError: Nowhere that outlives its machines.
+            ConfigError: No folder would outlive the machines, or a setting has no effect here.
         """
 
     def render(self, job: Job) -> str:
-        """The job in this place's own language: a file that does not need this project."""
+        """Returns the job as a file of this place's own format, usable without this project."""
 
     def start(self, job: Job, text: str) -> int:
-        """Hands over what `render` has made. Returns 0, or 1 where that failed."""
+        """Submits the text that `render` returned; returns 0, or 1 if that failed."""
 
     def status(self) -> int:
-        """Shows the jobs that are there."""
+        """Shows the jobs of this place; returns 0, or 1 if that failed."""
 
     def logs(self, name: str) -> int:
-        """Shows what a job prints."""
+        """Shows the output of a job; returns 0, or 1 if that failed."""
 
     def down(self, name: str) -> int:
-        """Ends a job, and its machines where they are rented."""
+        """Ends a job and releases its rented machines; returns 0, or 1 if that failed."""
 
 
 def place_of(launch: LaunchConfig) -> Place:
-    """The place that `launch.target` names.
+    """Returns the place that `launch.target` names.
 
     Raises:
-        ConfigError: It is this machine.
+        ConfigError: The target is this machine, which is not a place.
     """
     if launch.target is Target.slurm:
         from launch.place.slurm import Slurm
@@ -83,8 +82,8 @@ def place_of(launch: LaunchConfig) -> Place:
         from launch.place.skypilot import SkyPilot
 
         return SkyPilot(launch)
-    rule = "a job on this machine is its own terminal's"
-    raise ConfigError("launch.target", "local", rule, "press Ctrl-C there, or read it there")
+    rule = "a job on this machine is controlled in its own terminal"
+    raise ConfigError("launch.target", "local", rule, "press Ctrl-C there, or read its output")
 
 
 def job_of(
@@ -93,16 +92,16 @@ def job_of(
     config_dir: Path | None = None,
     time: float | None = None,
 ) -> Job:
-    """The job that a plan comes to.
+    """Makes the job of a plan for a place.
 
     Args:
-        plan: Of the job.
-        place: Where it goes.
+        plan: Plan of the job.
+        place: Place that runs the job.
         config_dir: See `Job`.
         time: See `Job`.
 
     Raises:
-        ConfigError: It cannot be placed as it is: its name, or nowhere to keep its checkpoints.
+        ConfigError: The stages or the name do not suit the place, or see `Place`.
     """
     launch, trainer = plan.settings.launch, plan.settings.trainer
     check_stages(plan.settings)
@@ -112,9 +111,10 @@ def job_of(
         raise ConfigError("launch.stages", shown, rule, "use [train], and `pipeline` for the rest")
     name = launch.name or re.sub(r"[^a-z0-9]+", "-", trainer.run_dir.name.lower()).strip("-")
     if not _NAME.fullmatch(name):
-        rule = "is no name: up to 40 of a-z, 0-9 and -, a letter first"
+        rule = "must be 1 to 40 of a-z, 0-9 and -, with a letter first"
         raise ConfigError("launch.name", name, rule, "set launch.name")
     usable = place.usable(plan)
+    # One rendered job has one number of nodes, so that it can move only among equal ones.
     same_size = [way for way in usable if way.num_nodes == usable[0].num_nodes]
     ways = same_size[: launch.candidates]
     storage = place.storage(name, plan.settings, ways)
@@ -132,24 +132,24 @@ def job_of(
 
 
 def check_secrets(launch: LaunchConfig) -> None:
-    """Raises ConfigError where a secret that goes along has no value here."""
+    """Raises ConfigError if a secret has no value in this environment."""
     for name in launch.secrets:
         if not os.environ.get(name):
-            rule = "no such environment variable here"
+            rule = "is not set in this environment"
             raise ConfigError("launch.secrets", name, rule, f"export {name}=...")
 
 
 def of_one_pool(plan: Plan) -> list[Candidate]:
-    """The candidates on the best of owned pools, best first: a job does not span two."""
+    """Returns the candidates on the best pool, best first: a job does not span two pools."""
     best = plan.candidates[0].offer.pool
     return [way for way in plan.candidates if way.offer.pool == best]
 
 
 def refuse_unused(launch: LaunchConfig, *names: str) -> None:
-    """Raises ConfigError where one of these settings, which the target does not use, is given."""
+    """Raises ConfigError if one of these settings is given, since the target does not use them."""
     for name in names:
         if getattr(launch, name) is not None:
-            rule = f"has no meaning for launch.target={launch.target.value}"
+            rule = f"has no effect with launch.target={launch.target.value}"
             fix = "leave it out"
             if name == "bucket":
                 fix += "; checkpoint.upload=URL copies checkpoints to a store"

@@ -1,4 +1,4 @@
-"""A program of someone else's that places jobs: SkyPilot's, Slurm's, Kubernetes'."""
+"""An external program that places jobs: that of SkyPilot, Slurm or Kubernetes."""
 
 import shutil
 import subprocess
@@ -7,45 +7,45 @@ from core.errors import ConfigError, ExitCode
 
 
 class Program:
-    """Runs it, with its output on this terminal.
+    """An installed program.
 
     Args:
-        name: Its name or path.
-        key: The setting that asks for it.
-        value: Its value.
-        fix: How one gets it.
+        name: Name or path of the program.
+        key: Key of the setting that needs the program, for the error.
+        value: Value of that setting.
+        fix: How to install the program, for the error.
 
     Raises:
-        ConfigError: There is no such program.
+        ConfigError: The program is not installed.
     """
 
     def __init__(self, name: str, key: str, value: str, fix: str) -> None:
         path = shutil.which(name)
         if path is None:
-            raise ConfigError(key, value, f"there is no program {name} here", fix)
+            raise ConfigError(key, value, f"the program {name} is not installed here", fix)
         self.path = path
 
     def run(self, *words: str, text: str | None = None) -> int:
-        """Runs it.
+        """Runs the program with its output on this terminal.
 
         Args:
-            words: After its name.
-            text: What it reads; None: nothing.
+            words: Arguments of the program.
+            text: Standard input; None: empty.
 
         Returns:
-            0, or 1 where it failed.
+            0, or 1 if the program failed.
         """
         done = subprocess.run([self.path, *words], input=text or "", encoding="utf-8")
         return ExitCode.FINISHED if done.returncode == 0 else ExitCode.FAILED
 
     def problem(self, *words: str) -> str | None:
-        """What it says where it fails, in a line; None where it does not."""
+        """Runs the program silently; returns the last line of its errors, or None on success."""
         done = subprocess.run([self.path, *words], capture_output=True, encoding="utf-8")
         if done.returncode == 0:
             return None
         return next(iter(done.stderr.splitlines()[-1:]), f"exit code {done.returncode}")
 
     def ask(self, *words: str) -> str:
-        """What it prints, which is not shown."""
+        """Runs the program silently and returns its standard output."""
         done = subprocess.run([self.path, *words], capture_output=True, encoding="utf-8")
         return done.stdout

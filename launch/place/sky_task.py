@@ -13,7 +13,7 @@ from launch.config import LaunchConfig, Stage
 from launch.place.job import MOUNT, PORT, Job, heading, to_yaml
 from launch.plan.candidate import Candidate
 
-# Names in our lists -> SkyPilot's; a provider that is not here is none of SkyPilot's.
+# Cloud names of price lists -> SkyPilot's. SkyPilot does not support providers that are not here.
 CLOUDS = {
     "aws": "aws",
     "azure": "azure",
@@ -42,17 +42,21 @@ _BUCKET = re.compile(r"(s3|gs|r2)://([a-z0-9][-a-z0-9.]{1,61}[a-z0-9])")
 
 
 def render(job: Job) -> str:
-    """The task, as YAML that `sky launch` and `sky jobs launch` take.
+    """Returns the task as YAML for `sky launch` and `sky jobs launch`.
 
     Raises:
-        ConfigError: `launch.bucket` is none that SkyPilot can mount.
+        ConfigError: SkyPilot cannot mount `launch.bucket`.
     """
     usage = "sky launch FILE, or as a managed job: sky jobs launch FILE"
     return f"{heading(job, usage)}\n{to_yaml(*documents(job))}"
 
 
 def documents(job: Job) -> list[dict[str, Any]]:
-    """The task; for several stages their tasks, behind the pipeline's name. See `render`."""
+    """Returns the documents of the YAML: one task, or a header and a task for each stage.
+
+    Raises:
+        ConfigError: See `render`.
+    """
     stages = job.launch.stages
     if len(stages) == 1:
         return [_task(job, stages[0], job.name)]
@@ -66,7 +70,8 @@ def _task(job: Job, stage: Stage, name: str) -> dict[str, Any]:
     task: dict[str, Any] = {"name": name, "num_nodes": job.num_nodes if trains else 1}
     task["resources"] = {
         "ordered": _ordered(job),
-        # An error that is ours would only be repeated on a new machine, for money.
+        # Repeating a failure of the job on a new machine would only cost money; lost machines are
+        # not counted as errors, and 33 asks for another start.
         "job_recovery": {
             "strategy": "FAILOVER",
             "max_restarts_on_errors": 0,
@@ -84,6 +89,7 @@ def _task(job: Job, stage: Stage, name: str) -> dict[str, Any]:
     if launch.bucket is not None:
         store, bucket = _bucket(launch)
         task["file_mounts"] = {MOUNT: {"name": bucket, "store": store, "mode": "MOUNT_CACHED"}}
+    # An empty setup of the user's replaces the default one: null and "" differ.
     needs_setup = launch.setup is None and launch.skypilot.workdir is not None
     setup = _SETUP if needs_setup else launch.setup
     if setup:
@@ -93,7 +99,7 @@ def _task(job: Job, stage: Stage, name: str) -> dict[str, Any]:
 
 
 def _prices(job: Job) -> str:
-    """Of a node at each candidate, for the guard, which SkyPilot tells where it is: JSON."""
+    """Returns the node prices of all candidates as JSON, from which the guard picks its own."""
     return json.dumps(
         [
             {
@@ -111,7 +117,7 @@ def _prices(job: Job) -> str:
 
 
 def _train(job: Job) -> str:
-    """What each node does: the first pays and supervises, the others join it."""
+    """Returns the script of a training node: the first one pays and supervises, others join it."""
     command = job.trainer_command()
     supervise = ["python", "-m", "launch", "supervise"]
     if job.num_nodes > 1:
@@ -140,7 +146,7 @@ def _train(job: Job) -> str:
 
 
 def _later(job: Job, stage: Stage) -> str:
-    """A stage on a machine of its own, which first fetches what the one before has left."""
+    """Returns the script of a later stage, which first copies the run directory from the bucket."""
     fetch = []
     if _is_copied(job):
         run_dir = shlex.join([str(job.run_dir)])
@@ -150,16 +156,17 @@ def _later(job: Job, stage: Stage) -> str:
 
 
 def _guarded(job: Job, command: list[str]) -> list[str]:
+    # The machine is paid for since its boot, and so also for the setup before this command.
     return job.guard_command(command, ["--since-boot"])
 
 
 def _is_copied(job: Job) -> bool:
-    """Whether the run directory is on the machine's own disk, and a bucket is there for a copy."""
+    """Returns whether the run directory is on the machine's own disk and a bucket keeps a copy."""
     return job.kept_at is not None and job.launch.shared_dir is None
 
 
 def _keep(job: Job) -> list[str]:
-    """Lines that copy what a machine has made, which goes when they end."""
+    """Returns shell lines that copy the run directory to the bucket before the machine ends."""
     if not _is_copied(job):
         return []
     run_dir = shlex.join([str(job.run_dir)])
@@ -170,7 +177,8 @@ def _keep(job: Job) -> list[str]:
 def _ordered(job: Job) -> list[dict[str, Any]]:
     resources: list[dict[str, Any]] = []
     for way in job.candidates:
-        if (one := _resources(way)) not in resources:  # zones that SkyPilot tries by itself
+        # Zones without a name in the account become equal entries; SkyPilot tries them by itself.
+        if (one := _resources(way)) not in resources:
             resources.append(one)
     return resources
 
@@ -185,7 +193,7 @@ def _resources(way: Candidate) -> dict[str, Any]:
 
 
 def infra(way: Candidate) -> str:
-    """`aws/ap-south-1/ap-south-1a`, as far as it is known; empty: not SkyPilot's."""
+    """Returns `aws/ap-south-1/ap-south-1a`, as far as known; empty if SkyPilot cannot go there."""
     offer = way.offer
     if offer.pool:
         return {"ssh": f"ssh/{offer.pool}", "kubernetes": f"k8s/{offer.pool}"}.get(offer.cloud, "")
@@ -196,15 +204,15 @@ def infra(way: Candidate) -> str:
 
 
 def _zone(way: Candidate) -> str:
-    """Empty where only AWS's ID of it is known, which AWS takes nowhere and SkyPilot never says."""
+    """Returns the zone; empty if only its AWS ID is known, which no request accepts."""
     zone = way.offer.zone
     return "" if re.search(r"-az\d+$", zone) else zone
 
 
 def _bucket(launch: LaunchConfig) -> tuple[str, str]:
-    """SkyPilot's name of the store, and the bucket's."""
+    """Returns SkyPilot's name of the store, and the name of the bucket."""
     match = _BUCKET.fullmatch(launch.bucket or "")
     if match is None:
-        rule = "is no bucket that SkyPilot mounts"
+        rule = "is not a bucket that SkyPilot can mount"
         raise ConfigError("launch.bucket", launch.bucket, rule, "use s3://name, gs:// or r2://")
     return _STORES[match[1]], match[2]

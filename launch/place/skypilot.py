@@ -1,4 +1,7 @@
-"""SkyPilot: rented machines. A program of its own environment, since its pins clash with ours."""
+"""SkyPilot: jobs on rented machines.
+
+SkyPilot runs as a program of a separate environment, since its pinned dependencies clash with ours.
+"""
 
 import json
 import tempfile
@@ -15,11 +18,11 @@ from launch.plan.candidate import Candidate
 from launch.plan.planner import Plan
 from launch.settings import Settings
 
-_ONE_NODE = {"runpod"}  # SkyPilot refuses more there
+_ONE_NODE = {"runpod"}  # SkyPilot refuses several nodes there
 
 
 class SkyPilot:
-    """Starts managed jobs: elsewhere again when machines are lost, and not when the job fails."""
+    """Starts managed jobs, which SkyPilot moves when machines are lost, not when the job fails."""
 
     def __init__(self, launch: LaunchConfig) -> None:
         self._launch = launch
@@ -30,8 +33,8 @@ class SkyPilot:
         ways = [way for way in ways if way.num_nodes == 1 or way.offer.cloud not in _ONE_NODE]
         if not ways:
             clouds = sorted({way.offer.cloud for way in plan.candidates})
-            rule = f"SkyPilot knows none of {', '.join(clouds)}"
-            fix = "take a list with its clouds: python -m launch catalog update"
+            rule = f"SkyPilot supports none of {', '.join(clouds)}"
+            fix = "use a price list with its clouds: python -m launch catalog update"
             raise ConfigError("launch.clouds", self._launch.clouds, rule, fix)
         return ways
 
@@ -40,15 +43,15 @@ class SkyPilot:
         launch = self._launch
         workdir = launch.skypilot.workdir
         if workdir is not None and not Path(workdir).expanduser().is_dir():
-            fix = "name the project's, or null where the image has it"
-            raise ConfigError("launch.skypilot.workdir", workdir, "there is no such folder", fix)
+            fix = "give the project's folder, or null if the image contains it"
+            raise ConfigError("launch.skypilot.workdir", workdir, "is not a folder", fix)
         if launch.bucket is None and any(way.offer.is_spot for way in ways):
-            rule = "a spot machine takes its checkpoints with it"
+            rule = "is needed on spot: checkpoints on a machine's disk are lost with the machine"
             fix = "set launch.bucket=s3://name (gs://, r2://), or launch.spot=never"
             raise ConfigError("launch.bucket", None, rule, fix)
         if (num_nodes := ways[0].num_nodes) > 1 and launch.shared_dir is None:
-            rule = f"{num_nodes} nodes write one checkpoint together, to a folder all of them see"
-            fix = "name one (NFS, FSx, Filestore), or set launch.nodes=[1]"
+            rule = f"is needed: {num_nodes} nodes write one checkpoint to a folder that they share"
+            fix = "give one (NFS, FSx, Filestore), or set launch.nodes=[1]"
             raise ConfigError("launch.shared_dir", None, rule, fix)
         return Storage(
             Path(settings.trainer.run.dir)
@@ -65,7 +68,7 @@ class SkyPilot:
         """Starts a managed job; see `Place`.
 
         Raises:
-            ConfigError: A secret has no value here, or no cloud of the job can be reached.
+            ConfigError: A secret has no value, or no cloud of the job has credentials.
         """
         check_secrets(self._launch)
         sky = self._sky()
@@ -76,6 +79,7 @@ class SkyPilot:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{job.name}.yaml"
             path.write_text(text, encoding="utf-8")
+            # SkyPilot takes the values from the environment: they appear in no file or argument.
             secrets = [word for name in self._launch.secrets for word in ("--secret", name)]
             words = ["--yes", "--detach-run", "--name", job.name, *secrets, str(path)]
             return sky.run("jobs", "launch", *words)
@@ -98,14 +102,16 @@ class SkyPilot:
 
 
 def _enabled(checked: str) -> set[str]:
-    """Clouds on which machines can be had, as `sky check -o json` says: its exit code is 0 anyway.
+    """Returns the clouds that can rent machines, from the output of `sky check -o json`.
+
+    Its exit code is 0 in any case.
 
     Args:
-        checked: `{"workspace": {"AWS": ["compute", "storage"]}}`, behind other lines.
+        checked: Output with `{"workspace": {"AWS": ["compute", "storage"]}}` after other lines.
     """
     try:
         workspaces = json.loads(checked[checked.index("{") :])
         found = [clouds.items() for clouds in workspaces.values()]
-    except (ValueError, AttributeError):  # it failed, and has said why, or is of another version
+    except (ValueError, AttributeError):  # it failed and printed why, or has another version
         return set()
     return {cloud for clouds in found for cloud, can in clouds if "compute" in can}

@@ -1,4 +1,4 @@
-"""Slurm: a job as a batch script, queued again when its machines or its time are taken away.
+"""Slurm: a job as a batch script, which is queued again when machines or time run out.
 
 docs: https://slurm.schedmd.com/sbatch.html
 """
@@ -17,7 +17,7 @@ from launch.plan.candidate import Candidate
 from launch.plan.planner import Plan
 from launch.settings import Settings
 
-# The last words are one shell function, since every node of the step runs it.
+# The job's commands are in an exported shell function, since srun runs one command on every node.
 _SCRIPT = """\
 #!/bin/bash
 {heading}
@@ -53,14 +53,14 @@ _PLAIN = re.compile(r"[-.\w]+")
 
 
 class Slurm:
-    """Submits batch jobs. The folder that `sbatch` is called in has to be on every node."""
+    """Submits batch jobs. The folder in which `sbatch` is called must exist on every node."""
 
     def __init__(self, launch: LaunchConfig) -> None:
         self._launch = launch
         slurm = launch.slurm
         for key, name in (("partition", slurm.partition), ("account", slurm.account)):
             if name is not None and not _PLAIN.fullmatch(name):
-                rule = "is no name of Slurm's"
+                rule = "is not a valid name in Slurm"
                 raise ConfigError(f"launch.slurm.{key}", name, rule, "use letters, digits, - and _")
 
     def usable(self, plan: Plan) -> list[Candidate]:
@@ -68,7 +68,7 @@ class Slurm:
         return of_one_pool(plan)
 
     def storage(self, name: str, settings: Settings, ways: Sequence[Candidate]) -> Storage:
-        """See `Place`: where the run directory is here, it is on every node."""
+        """See `Place`; the path of the run directory must be the same on every node."""
         refuse_unused(self._launch, "bucket", "shared_dir", "image")
         return Storage(Path(settings.trainer.run.dir).absolute())
 
@@ -80,9 +80,11 @@ class Slurm:
             "nodes": job.num_nodes,
             "ntasks-per-node": 1,
             "gpus-per-node": offer.gpus_per_node,
+            # Whole nodes: `mem: 0` asks for all memory, and the port is free of other jobs.
             "exclusive": None,
             "mem": 0,
             "time": _minutes(slurm.time_limit),
+            # Without the prefix `B:` the signal goes to the steps of srun and not to this script.
             "signal": f"TERM@{60 * slurm.save_minutes}",
             "requeue": None,
             "open-mode": "append",
@@ -110,13 +112,14 @@ class Slurm:
             ),
             environment="".join(f"{line}\n" for line in environment),
             join=join,
+            # The port is a shell variable, which shlex.join would quote into plain text.
             guard=guard.replace("--listen PORT", '--listen "$port"', 1),
             again=int(ExitCode.START_AGAIN),
         )
 
     def start(self, job: Job, text: str) -> int:
         """See `Place`."""
-        check_secrets(self._launch)  # the environment goes along
+        check_secrets(self._launch)  # sbatch passes the whole environment on, secrets included
         return _program("sbatch").run(text=text)
 
     def status(self) -> int:
@@ -124,12 +127,16 @@ class Slurm:
         return _program("squeue").run("--me")
 
     def logs(self, name: str) -> int:
-        """See `Place`: of the folder in which it was submitted."""
-        _program("squeue")  # elsewhere nothing would ever be written
+        """See `Place`; reads the output from the current folder, where the job was submitted.
+
+        Raises:
+            ConfigError: This folder has no output of the job.
+        """
+        _program("squeue")  # without Slurm, the file would never be written
         output = Path(f"{name}.out")
         if not output.is_file():
-            rule = f"there is no {output} in this folder"
-            fix = "go to where it was submitted, or wait until it runs (status)"
+            rule = f"this folder has no {output}"
+            fix = "go to the folder of its submission, or wait until it runs (status)"
             raise ConfigError("launch.name", name, rule, fix)
         return _program("tail").run("-n", "+1", "-F", str(output))
 

@@ -1,4 +1,4 @@
-"""What the planner says of an offer: what the job costs there and when it is done, or why not."""
+"""The planner's results for an offer: a candidate with its cost and time, or a rejection."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from launch.catalog.offer import Offer
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Expected, in dollars, before taxes.
+    """Expected costs in dollars, before taxes.
 
     Attributes:
-        compute_usd: The hours that the job computes.
-        waste_usd: Starts, lost steps and time spent in saving.
-        egress_usd: Of data, checkpoints and the result.
-        storage_usd: Of checkpoints.
+        compute_usd: Cost of the hours in which the job computes.
+        waste_usd: Cost of starts, lost steps and saving.
+        egress_usd: Cost of moving data, checkpoints and the result.
+        storage_usd: Cost of storing checkpoints.
     """
 
     compute_usd: float
@@ -23,26 +23,26 @@ class Costs:
 
     @property
     def total_usd(self) -> float:
-        """All of it."""
+        """Sum of all costs."""
         return self.compute_usd + self.waste_usd + self.egress_usd + self.storage_usd
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A way to run the job.
+    """A possible way to run the job.
 
     Attributes:
-        offer: Where, and on which nodes.
-        num_nodes: How many of them.
-        tokens_per_s: Of all GPUs together.
-        speed_source: Where that number comes from, in words.
-        memory_gib: That one GPU needs, by the trainer's memory plan.
-        usd_per_h: Of all nodes, after discounts.
-        compute_h: Without any interruption.
-        preemptions: Expected.
-        p50_h: Hours until it is done, half of the time.
-        p95_h: Hours until it is done, 19 times of 20.
-        costs: Expected.
+        offer: Place and kind of the nodes.
+        num_nodes: Number of nodes.
+        tokens_per_s: Speed of all GPUs together.
+        speed_source: Origin of the speed, in words.
+        memory_gib: Memory that each GPU needs, by the trainer's memory plan.
+        usd_per_h: Price of all nodes, after discounts.
+        compute_h: Hours that the job takes without any interruption.
+        preemptions: Expected number of interruptions.
+        p50_h: Median of the hours until the job is done.
+        p95_h: 95th percentile of the hours until the job is done.
+        costs: Expected costs.
     """
 
     offer: Offer
@@ -59,20 +59,20 @@ class Candidate:
 
     @property
     def num_gpus(self) -> int:
-        """Of all nodes."""
+        """Number of GPUs in all nodes."""
         return self.offer.gpus_per_node * self.num_nodes
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A way that cannot be taken.
+    """A way to run the job that a rule excludes.
 
     Attributes:
-        offer: Where, and on which nodes.
-        num_nodes: How many of them.
-        reason: In a word: `memory`, `quota`, `residency`, `deadline`, `budget`, ...
-        text: With figures.
-        priced: What it would have cost, where that was known.
+        offer: Place and kind of the nodes.
+        num_nodes: Number of nodes.
+        reason: Name of the rule: `memory`, `quota`, `residency`, `deadline`, `budget`, ...
+        text: Explanation with figures.
+        priced: Candidate with its cost and time, if the rule is about them.
     """
 
     offer: Offer

@@ -1,4 +1,4 @@
-"""`python -m launch plan`: what a job costs, by where it runs."""
+"""The command line of `python -m launch plan`."""
 
 import argparse
 import datetime
@@ -9,9 +9,9 @@ from core.errors import ExitCode
 from launch.words import add_words, launch_keys, settings_of
 
 _PLAN = """\
-Ranks every way to run a job (cloud, region, zone, GPU, number, spot or on-demand, or machines of
-one's own) by what it is expected to cost in all: compute, interruptions, egress, storage. The words
-are those of python -m trainer; what begins with launch. is for the launcher. Nothing is started."""
+Ranks every way to run a job (cloud, region, zone, GPU, number, spot or on-demand, or owned
+machines) by its expected total cost: compute, interruptions, egress, storage. The words are those
+of python -m trainer; words that begin with launch. are for the launcher. Nothing is started."""
 
 _EXAMPLES = """\
 a job of your own (conf/experiment/mine.yaml; docs/launch.md has one), by when, and for how much:
@@ -19,7 +19,7 @@ a job of your own (conf/experiment/mine.yaml; docs/launch.md has one), by when, 
 with the prices that come with this package, which are of May 2026:
   python -m launch plan experiment=stdlib launch.max_price_age=365d
 
-exit codes: 0 there is a way; 2 refused, or none is left (says which rule to loosen)
+exit codes: 0 there is a way; 2 refused, or the rules exclude all (names the rule to loosen)
 """
 
 
@@ -27,7 +27,7 @@ def add_verbs(commands: Any) -> None:
     """Adds `plan` to the parsers of `python -m launch`.
 
     Args:
-        commands: What `add_subparsers` returned.
+        commands: Object that `add_subparsers` returned.
     """
     parser = commands.add_parser(
         "plan",
@@ -51,12 +51,12 @@ def add_verbs(commands: Any) -> None:
         metavar="DATE",
         type=_date,
         default=None,
-        help="by which the prices' age is counted (default: today)",
+        help="date from which the age of prices is counted (default: today)",
     )
 
 
 def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from launch.catalog.catalog import load_catalog, today  # here, since Hydra takes a moment
+    from launch.catalog.catalog import load_catalog, today  # here: importing Hydra is slow
     from launch.pipeline.stages import check_stages
     from launch.plan.planner import make_plan
     from launch.plan.report import as_json, table
@@ -79,4 +79,4 @@ def _date(text: str) -> datetime.date:
     try:
         return datetime.date.fromisoformat(text)
     except ValueError as e:
-        raise argparse.ArgumentTypeError(f"{text!r} is no date, as 2026-05-24 is") from e
+        raise argparse.ArgumentTypeError(f"{text!r} is not a date; write 2026-05-24") from e

@@ -1,4 +1,4 @@
-"""What a job is expected to cost on an offer, and when it is done."""
+"""The expected cost and time of a job on an offer."""
 
 import math
 from functools import lru_cache
@@ -13,22 +13,22 @@ from launch.plan.workload import Workload
 from launch.settings import Settings
 from trainer.interval import Interval
 
-# What is not spot goes wrong, too. Llama 3 405B lost a step to an unplanned interruption 419 times
-# in 54 days on 16,384 GPUs (Dubey et al. 2024, table 5): once in about 50,000 GPU-hours.
+# Nodes that are not spot fail too. The training of Llama 3 405B had 419 unplanned interruptions in
+# 54 days on 16,384 GPUs (Dubey et al. 2024, table 5): one in about 50,000 GPU-hours.
 GPU_HOURS_BETWEEN_FAILURES = 50_000.0
-# A checkpoint goes from GPUs to host memory while steps wait, then to disk while they go on.
-# Assumed, a node: PCIe 4 x16 at half its rate, and a network disk.
+# A checkpoint is copied from GPUs to host memory while steps wait, then written to disk while they
+# go on. Assumed rates of a node: PCIe 4 x16 at half its rate, and a network disk.
 COPY_GB_PER_S = 12.0
 WRITE_GB_PER_S = 0.5
 HOURS_PER_MONTH = 730.0
 
 
 class Estimator:
-    """Prices one job; what does not depend on the offer's place is worked out once.
+    """Prices one job on offers. Results that offers share are computed once.
 
     Args:
-        settings: The job.
-        workload: What it computes.
+        settings: Settings of the job.
+        workload: Workload of the job.
     """
 
     def __init__(self, settings: Settings, workload: Workload) -> None:
@@ -36,17 +36,18 @@ class Estimator:
         self._checkpoint = settings.trainer.checkpoint
         self._interval = Interval.parse(self._checkpoint.interval)
         self._workload = workload
+        # A catalog has thousands of offers, but few distinct speeds, gang sizes and regions.
         self._duration = lru_cache(maxsize=None)(self._find_duration)
         self._egress = lru_cache(maxsize=None)(self._find_egress)
 
     def candidate(self, offer: Offer, num_nodes: int, speed: Speed, memory_gib: float) -> Candidate:
-        """The whole of it.
+        """Returns the candidate for a number of nodes of an offer.
 
         Args:
-            offer: Where.
-            num_nodes: How many nodes.
-            speed: Of all of them together.
-            memory_gib: That one GPU needs.
+            offer: Place and kind of the nodes.
+            num_nodes: Number of nodes.
+            speed: Speed of all nodes together.
+            memory_gib: Memory that each GPU needs.
         """
         compute_h = self._workload.total_tokens / speed.tokens_per_s / 3600
         per_h = self._interruptions_per_h(offer, num_nodes)
@@ -72,11 +73,12 @@ class Estimator:
         )
 
     def _interruptions_per_h(self, offer: Offer, num_nodes: int) -> float:
-        """Of the whole gang: one lost node interrupts all."""
+        """Returns the interruptions of the whole gang in an hour: one lost node stops all."""
         if not offer.is_spot:
             return num_nodes * offer.gpus_per_node / GPU_HOURS_BETWEEN_FAILURES
         place, hours = offer.place, self._launch.preemption_hours
         elsewhere: float = self._checkpoint.mean_hours_between_preemptions
+        # The longest prefix of cloud/region/zone that has a value counts.
         while place and place not in hours:
             place = place.rpartition("/")[0]
         return num_nodes / hours.get(place, elsewhere)
@@ -90,7 +92,7 @@ class Estimator:
         if not self._checkpoint.asynchronous:
             save_h, write_h = save_h + write_h, 0.0
         if self._interval.auto:
-            # No sooner than the save before is written.
+            # At most one save is written at a time.
             interval_h = max(write_h, best_interval_h(per_h, save_h, compute_h))
         elif self._interval.steps is not None:
             interval_h = compute_h * self._interval.steps / self._workload.total_steps
@@ -122,9 +124,10 @@ class Estimator:
         return usd
 
     def _storage_usd(self, wall_h: float) -> float:
-        """Of the checkpoints that stay, and the one that is being written."""
+        """Returns the dollars for storing the kept checkpoints and the one that is written."""
         kept: float = self._checkpoint.keep_last + 1
-        if self._checkpoint.keep_every is not None:  # they add up; half of them on average
+        # Permanent checkpoints accumulate evenly: on average over the run, half of them exist.
+        if self._checkpoint.keep_every is not None:
             kept += self._workload.total_steps / self._checkpoint.keep_every / 2
         if math.isinf(wall_h):
             return math.inf

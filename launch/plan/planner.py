@@ -1,6 +1,6 @@
-"""Ranks every way to run a job by what it is expected to cost.
+"""Ranks every way to run a job by its expected cost.
 
-Pure: the same settings, catalog and date give the same plan, to the byte.
+The planner is pure: the same settings, catalog and date give the same plan, to the byte.
 """
 
 import math
@@ -20,13 +20,13 @@ from launch.plan.workload import Workload, workload_of
 from launch.rounding import rounded_up
 from launch.settings import Settings
 
-_Refusal = tuple[str, str]  # in a word, and with figures
-# In the order in which they are asked, the last one first.
+_Refusal = tuple[str, str]  # name of the rule, and explanation with figures
+# Rules in reverse order of checking: the first that rejected something came closest to success.
 _RULES = (
     *("budget", "deadline", "interruptions", "speed", "memory", "ranks", "quota", "nodes"),
     *("residency", "spot", "gpu", "cloud"),
 )
-# The setting of `launch` that each is about, where it is one.
+# The setting of `launch` behind a rule, if there is one.
 _SETTINGS = {
     "quota": "quotas",
     "nodes": "nodes",
@@ -42,14 +42,14 @@ _LESS_MEMORY = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What there is to choose from.
+    """The ranked and the rejected ways to run a job.
 
     Attributes:
-        settings: The job.
-        workload: What it computes.
-        catalog: Which prices.
-        candidates: Ways to run it, the cheapest first.
-        rejected: Ways that cannot be taken, in the catalog's order.
+        settings: Settings of the job.
+        workload: Workload of the job.
+        catalog: Prices that were used.
+        candidates: Ways to run the job, the cheapest first.
+        rejected: Ways that a rule excludes, in the order of the catalog.
     """
 
     settings: Settings
@@ -63,11 +63,11 @@ def make_plan(settings: Settings, catalog: Catalog) -> Plan:
     """Prices a job on every offer.
 
     Args:
-        settings: The job, and where it may run.
-        catalog: Prices.
+        settings: Settings of the job, with the limits on where it may run.
+        catalog: Prices to use.
 
     Raises:
-        ConfigError: The job has no end that can be computed, or nothing is left to run it on.
+        ConfigError: The length of the job is unknown, or the rules exclude every offer.
     """
     workload = workload_of(settings.trainer)
     speeds = SpeedModel(workload, settings.launch)
@@ -93,13 +93,14 @@ def make_plan(settings: Settings, catalog: Catalog) -> Plan:
 
 
 def _order(way: Candidate) -> tuple[float, float, str, str, int, bool]:
+    # The names break ties, so that the ranking does not depend on the order of the catalog.
     offer = way.offer
     name = f"{offer.place} {offer.instance_type}"
     return way.costs.total_usd, way.p95_h, name, offer.gpu, way.num_gpus, offer.is_spot
 
 
 def _refused(launch: LaunchConfig, offer: Offer) -> _Refusal | None:
-    """Why an offer does not count, whatever the number of nodes."""
+    """Returns why an offer is excluded for any number of nodes; None if it is not."""
     if launch.clouds and not offer.pool and offer.cloud not in launch.clouds:
         return "cloud", f"{offer.cloud} is not in launch.clouds"
     if launch.gpus and offer.gpu not in map(known_gpu, launch.gpus):
@@ -120,10 +121,13 @@ def _way(
     offer: Offer,
     num_nodes: int,
 ) -> tuple[_Refusal | None, Candidate | None]:
-    """What an offer's nodes cost, and why they cannot be taken."""
+    """Returns why a number of nodes of an offer is excluded, and the candidate if it was priced.
+
+    Cheap rules come first, since a catalog has thousands of offers.
+    """
     num_gpus = num_nodes * offer.gpus_per_node
     if offer.max_nodes is not None and num_nodes > offer.max_nodes:
-        return ("nodes", f"{num_nodes} nodes, and {offer.max_nodes} can be had together"), None
+        return ("nodes", f"{num_nodes} nodes, and at most {offer.max_nodes} together"), None
     quota = quota_of(launch, offer)
     if quota is not None and num_gpus > quota:
         return ("quota", f"{num_gpus} GPUs, and the quota is {quota}"), None
@@ -143,19 +147,22 @@ def _way(
 
 def _too_late_or_dear(launch: LaunchConfig, way: Candidate) -> _Refusal | None:
     if not way.p95_h < math.inf:
-        return "interruptions", "lost too often to get from one checkpoint to the next"
+        return "interruptions", "interrupted too often to get from one checkpoint to the next"
     if way.p95_h > launch.deadline_h:
-        return "deadline", f"done after {way.p95_h:.1f} h 19 times of 20, not {launch.deadline_h:g}"
+        return (
+            "deadline",
+            f"P95 is {way.p95_h:.1f} h, above the deadline of {launch.deadline_h:g} h",
+        )
     if launch.budget_usd is not None and way.costs.total_usd > launch.budget_usd:
         return "budget", f"${way.costs.total_usd:,.2f} expected, above {launch.budget_usd:,.2f}"
     return None
 
 
 def _nothing_left(plan: Plan) -> ConfigError:
-    """One line: what excluded how many, and what would let the nearest one pass."""
+    """Returns an error with the rejections by rule, and the change that would admit an offer."""
     counts = Counter(way.reason for way in plan.rejected)
     said = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
-    rule = f"nothing is left to run this job on ({said})"
+    rule = f"the rules exclude every offer ({said})"
     launch = plan.settings.launch
     if not counts:
         catalog = launch.catalog or plan.catalog.source
@@ -164,17 +171,17 @@ def _nothing_left(plan: Plan) -> ConfigError:
     ways = [way for way in plan.rejected if way.reason == last]
     if last == "budget":
         least = min(way.priced.costs.total_usd for way in ways if way.priced)
-        fix = f"the cheapest way that is in time costs ${rounded_up(least)}: give it that"
+        fix = f"the cheapest way that is in time costs ${rounded_up(least)}: set at least that"
         return ConfigError("launch.budget_usd", launch.budget_usd, rule, fix)
     if last == "deadline":
         soonest_h = min(way.priced.p95_h for way in ways if way.priced)
         hours = rounded_up(soonest_h, 1)
-        fix = f"the soonest is done after {hours} h: give it {hours}h, or more launch.nodes"
+        fix = f"the fastest takes {hours} h: set {hours}h, or more launch.nodes"
         return ConfigError("launch.deadline", launch.deadline, rule, fix)
     example = f"e.g. {ways[0].text}"
     if last == "memory":
         example += f"; try {_LESS_MEMORY}"
     name = _SETTINGS.get(last, "catalog")
     value = getattr(launch, name) or plan.catalog.source
-    fix = f"the last rule to exclude one was {last}, {example}"
+    fix = f"the last rule to exclude an offer was {last}, {example}"
     return ConfigError(f"launch.{name}", value, rule, fix)

@@ -17,12 +17,12 @@ from monitoring.units import compact, duration
 
 
 def table(plan: Plan, top: int, with_rejected: bool) -> str:
-    """What a person reads.
+    """Returns a plan as text for people.
 
     Args:
-        plan: What was found.
-        top: Candidates to show.
-        with_rejected: Every rejected way on a line of its own, not one a reason.
+        plan: Plan to show.
+        top: Number of candidates to show.
+        with_rejected: True to show every rejected way, instead of one for each rule.
     """
     money = _Money(plan.settings.launch)
     lines = [*_head(plan), "", *_candidates(plan, top, money), ""]
@@ -30,7 +30,7 @@ def table(plan: Plan, top: int, with_rejected: bool) -> str:
 
 
 class _Money:
-    """Dollars, or rupees with GST."""
+    """Formats sums in dollars, or in rupees with GST."""
 
     def __init__(self, launch: LaunchConfig) -> None:
         is_inr = launch.currency is Currency.inr
@@ -42,12 +42,12 @@ class _Money:
         return f"{value:,.0f}" if value >= 1000 else f"{value:,.2f}"
 
     def small(self, usd: float) -> str:
-        """With more figures."""
+        """Formats a small sum with four decimals."""
         return f"{usd * self._rate:.4f}"
 
 
 def _rupee() -> str:
-    """The sign, or letters where this terminal does not have it."""
+    """Returns the rupee sign, or `INR ` if the terminal's encoding lacks it."""
     try:
         "\u20b9".encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
@@ -134,7 +134,7 @@ def _assumptions(plan: Plan) -> list[str]:
 
 
 def as_json(plan: Plan) -> str:
-    """What a program reads: everything, in dollars before taxes; the same input, the same bytes."""
+    """Returns a whole plan as JSON, in dollars before taxes; equal plans give equal bytes."""
     work, catalog, launch = plan.workload, plan.catalog, plan.settings.launch
     content = {
         "run": plan.settings.trainer.run.name,

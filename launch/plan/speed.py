@@ -1,4 +1,4 @@
-"""How fast a job goes on an offer: as measured, or by a model that is stated."""
+"""The speed of a job on an offer: measured, or estimated by a model."""
 
 import math
 from dataclasses import dataclass
@@ -14,21 +14,22 @@ from launch.plan.workload import Workload
 from monitoring.throughput import peak_flops
 from parallel.config import DdpConfig, FsdpConfig, ZeroConfig
 
-# Model FLOPs utilization while the network does not hold it up: assumed, not measured. torchtitan
-# (Liang et al. 2024, arXiv 2410.06511) reports 33 to 42% for Llama 3.1 8B on 8 to 128 H100 in bf16.
+# Model FLOPs utilization without waiting for the network: an assumption, not a measurement.
+# torchtitan (Liang et al. 2024, arXiv 2410.06511) reports 33 to 42% for Llama 3.1 8B on 8 to 128
+# H100 in bf16.
 BASE_MFU = 0.35
-# Bytes a second that a collective moves through one GPU: assumed.
+# Assumed bytes a second that a collective moves through one GPU.
 NVLINK_BYTES_PER_S = 200e9
 PCIE_BYTES_PER_S = 12e9
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """How fast.
+    """The speed of a job.
 
     Attributes:
-        tokens_per_s: Of all GPUs together.
-        source: Where the number comes from.
+        tokens_per_s: Tokens a second of all GPUs together.
+        source: Origin of the number: a file, or the model with its MFU.
     """
 
     tokens_per_s: float
@@ -43,11 +44,11 @@ class _Measurement:
 
 
 class SpeedModel:
-    """Speeds of one job.
+    """The speeds of one job on all offers.
 
     Args:
-        workload: The job.
-        launch: Has `mfu`, `network_gbit` and `measured`.
+        workload: Workload of the job.
+        launch: Settings with `mfu`, `network_gbit` and `measured`.
 
     Raises:
         ConfigError: A result file cannot be read.
@@ -60,7 +61,12 @@ class SpeedModel:
         self._found: dict[tuple[str, int, int], Speed | str] = {}
 
     def of(self, offer: Offer, num_nodes: int) -> Speed | str:
-        """Of so many nodes of an offer, or why it cannot run there."""
+        """Returns the speed on a number of nodes of an offer, or why it is unknown.
+
+        Args:
+            offer: Place and kind of the nodes.
+            num_nodes: Number of nodes.
+        """
         key = offer.gpu, offer.gpus_per_node, num_nodes
         if key not in self._found:
             self._found[key] = self._find(*key)
@@ -74,17 +80,18 @@ class SpeedModel:
         precision = self._workload.precision
         device = gpu(name).device_name
         if not device:
-            return f"no peak FLOP/s is known of {name}, nor a measurement (launch.measured)"
+            return f"{name} has no known peak FLOP/s and no measurement (launch.measured)"
         peak = peak_flops(device, precision)
         if peak is None:
-            return f"{name} has no {precision}"
+            return f"{name} does not support {precision}"
         mfu = self._mfu if self._mfu is not None else BASE_MFU
         compute_s = (
             self._workload.tokens_per_step
             * self._workload.flops_per_token
             / (peak * mfu * num_gpus)
         )
-        # Communication runs beside computation, so the longer of the two is what a step takes.
+        # Communication overlaps with computation, so a step takes the longer of the two. An MFU
+        # that the user gives already includes the network.
         network_s = 0.0
         if self._mfu is None and num_gpus > 1:
             bytes_per_s = NVLINK_BYTES_PER_S if gpu(name).has_nvlink else PCIE_BYTES_PER_S
@@ -98,11 +105,13 @@ class SpeedModel:
 
 
 def _bytes_per_step(workload: Workload, num_gpus: int) -> float:
-    """That collectives move through each GPU in one optimizer step (ring algorithms)."""
+    """Returns the bytes that ring collectives move through each GPU in one optimizer step."""
     config, n = workload.config, float(workload.shape.num_parameters)
     parallel = config.parallel
     compute_bytes = 2 if workload.precision == "bf16" else 4
     ring = (num_gpus - 1) / num_gpus
+    # Parameters are gathered for the forward pass, and again for the backward pass if they were
+    # freed in between.
     gathers_a_micro_batch = 0
     if isinstance(parallel, FsdpConfig):
         gathers_a_micro_batch = 2 if parallel.reshard_after_forward else 1
@@ -111,17 +120,21 @@ def _bytes_per_step(workload: Workload, num_gpus: int) -> float:
     micro_batches = config.grad_accum_steps(num_gpus)
     gathered = gathers_a_micro_batch * micro_batches * compute_bytes * n
     if isinstance(parallel, DdpConfig):
-        return ring * 8 * n  # an all-reduce of float32 gradients
+        return ring * 8 * n  # an all-reduce of float32 gradients moves them twice
     if gathers_a_micro_batch == 0:
-        gathered = 4 * n  # ZeRO 1 and 2: the weights, once they are updated
-    return ring * (gathered + 4 * n)  # and a reduce-scatter of float32 gradients
+        gathered = 4 * n  # ZeRO 1 and 2 gather the updated float32 weights once
+    return ring * (gathered + 4 * n)  # plus a reduce-scatter of float32 gradients
 
 
 def _read_measured(workload: Workload, patterns: list[str]) -> dict[str, list[_Measurement]]:
-    """Measurements of this model, by GPU.
+    """Reads the measurements of this model, by GPU.
 
-    A file is JSON: `gpu`, `num_gpus`, `tokens_per_s`, `num_parameters`, `seq_len`, `precision`,
-    `strategy`. Others that a pattern finds beside it, of other jobs or no results, are passed over.
+    A result file is JSON: `gpu`, `num_gpus`, `tokens_per_s`, `num_parameters`, `seq_len`,
+    `precision`, `strategy`. Results of other jobs, and files without `gpu`, are skipped.
+
+    Raises:
+        ConfigError: A pattern matches no result file, or a result lacks a field or has no valid
+            speed.
     """
     shape, found = workload.shape, dict[str, list[_Measurement]]()
     wanted = {
@@ -137,7 +150,7 @@ def _read_measured(workload: Workload, patterns: list[str]) -> dict[str, list[_M
         rows = {p: read_json("launch.measured", Path(p), "give result files") for p in paths}
         rows = {p: row for p, row in rows.items() if isinstance(row, dict) and "gpu" in row}
         if not rows:
-            rule = "is no result: it says no gpu"
+            rule = "no file that matches has the field `gpu`"
             raise ConfigError("launch.measured", pattern, rule, "see docs/launch.md")
         for path, row in rows.items():
             try:
@@ -145,10 +158,10 @@ def _read_measured(workload: Workload, patterns: list[str]) -> dict[str, list[_M
                 name, count = known_gpu(str(row["gpu"]), "gpu"), int(row["num_gpus"])
                 measured = _Measurement(path, float(row["tokens_per_s"]), count)
             except (KeyError, TypeError, ValueError) as e:
-                rule = f"needs gpu, num_gpus, tokens_per_s, {', '.join(wanted)}"
+                rule = f"must have gpu, num_gpus, tokens_per_s, {', '.join(wanted)}"
                 raise ConfigError("launch.measured", path, rule, "measure again") from e
             if not 0 < measured.tokens_per_s < math.inf:
-                rule = f"tokens_per_s={measured.tokens_per_s} is not above 0"
+                rule = f"tokens_per_s={measured.tokens_per_s} must be finite and above 0"
                 raise ConfigError("launch.measured", path, rule, "measure again")
             if is_of_this_job:
                 found.setdefault(name, []).append(measured)
@@ -156,7 +169,7 @@ def _read_measured(workload: Workload, patterns: list[str]) -> dict[str, list[_M
 
 
 def strategy_of(workload: Workload) -> str:
-    """`ddp`, `fsdp`, `zero1`, `zero2` or `zero3`."""
+    """Returns the name of the strategy: `ddp`, `fsdp`, `zero1`, `zero2` or `zero3`."""
     parallel = workload.config.parallel
     if isinstance(parallel, ZeroConfig):
         return f"zero{parallel.stage}"

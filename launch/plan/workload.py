@@ -1,4 +1,4 @@
-"""What a job computes: in tokens, FLOPs and bytes, from the trainer's own configuration."""
+"""The workload of a job in tokens, FLOPs and bytes, from the trainer's configuration."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,13 +13,13 @@ from trainer.shape import ModelShape, model_shape
 
 @dataclass(frozen=True)
 class Workload:
-    """A job, wherever it runs.
+    """The work of a job, independent of where it runs.
 
     Attributes:
-        config: The trainer's.
-        shape: Of its model.
-        total_steps: Optimizer steps.
-        tokens_per_step: Of a global batch.
+        config: Settings of the trainer.
+        shape: Shape of the model.
+        total_steps: Number of optimizer steps.
+        tokens_per_step: Number of tokens in a global batch.
     """
 
     config: TrainerConfig
@@ -31,12 +31,12 @@ class Workload:
 
     @property
     def total_tokens(self) -> int:
-        """Of the whole job."""
+        """Number of tokens that the whole job trains on."""
         return self.total_steps * self.tokens_per_step
 
     @cached_property
     def flops_per_token(self) -> float:
-        """Forward and backward."""
+        """FLOPs for a token, forward and backward."""
         return flops_per_token(
             self.shape.num_parameters_in_matmuls,
             self.shape.num_layers,
@@ -46,31 +46,31 @@ class Workload:
 
     @property
     def precision(self) -> str:
-        """Of matrix products, as `monitoring.throughput.PEAK_FLOPS` names it."""
+        """Precision of matrix products, by its name in `monitoring.throughput.PEAK_FLOPS`."""
         return "bf16" if self.config.precision.param_dtype is Dtype.bfloat16 else "fp32"
 
     @property
     def checkpoint_gb(self) -> float:
-        """Of one checkpoint: float32 weights and two moments."""
+        """Size of one checkpoint: float32 weights and two moments, 12 bytes a parameter."""
         return 12 * self.shape.num_parameters / 1e9
 
     @property
     def export_gb(self) -> float:
-        """Of the Hugging Face folder."""
+        """Size of the exported Hugging Face folder; 0 without an export."""
         if not self.config.export.at_end:
             return 0.0
         width = 2 if self.config.export.dtype is Dtype.bfloat16 else 4
         return width * self.shape.num_parameters / 1e9
 
     def memory_gib(self, num_gpus: int) -> float:
-        """What one of so many GPUs needs."""
+        """Returns the memory that each of `num_gpus` GPUs needs."""
         if num_gpus not in self._memory_gib:
             plan = plan_memory(self.config, self.shape, num_gpus)
             self._memory_gib[num_gpus] = plan.total / 2**30
         return self._memory_gib[num_gpus]
 
     def refusal(self, num_gpus: int) -> str | None:
-        """Why the trainer would not run on so many GPUs; None where it would."""
+        """Returns why the trainer would refuse to run on `num_gpus` GPUs; None if it would not."""
         if num_gpus not in self._refusals:
             self._refusals[num_gpus] = self._refuse(num_gpus)
         return self._refusals[num_gpus]
@@ -78,7 +78,7 @@ class Workload:
     def _refuse(self, num_gpus: int) -> str | None:
         batch = self.config.global_batch_size
         if num_gpus > batch:
-            return f"{num_gpus} GPUs share a global batch of {batch} samples"
+            return f"{num_gpus} GPUs cannot share a global batch of {batch} samples"
         try:
             self.config.check(num_gpus)
         except ConfigError as e:
@@ -87,18 +87,19 @@ class Workload:
 
 
 def workload_of(config: TrainerConfig) -> Workload:
-    """The amount of work in a configuration.
+    """Returns the workload of a configuration.
 
     Raises:
-        ConfigError: Only the clock would end the run, the model's size is not known, or the trainer
-            would refuse it everywhere.
+        ConfigError: Only a time limit ends the run, the size of the model is unknown, or the
+            trainer would refuse the configuration on any number of GPUs.
     """
     if config.stop.steps is None and config.stop.tokens is None and config.stop.minutes:
-        rule = "the clock alone ends this run, so there is no amount of work to price"
+        rule = "only a time limit ends this run, so the amount of work to price is unknown"
         raise ConfigError(
             "stop.minutes", config.stop.minutes, rule, "set stop.tokens or stop.steps"
         )
-    # What holds on no number of ranks; what a strategy asks of it is asked for each number of GPUs.
+    # FSDP on one rank has no demands of its own: this check fails only for what is wrong on any
+    # number of GPUs. `Workload.refusal` checks the strategy for each number.
     replace(config, parallel=FsdpConfig()).check(1)
     assert config.total_steps is not None
     tokens_per_step = config.global_batch_size * config.data.max_seq_len

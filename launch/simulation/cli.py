@@ -1,4 +1,4 @@
-"""`python -m launch simulate`: what placing a job would have cost with each policy."""
+"""The command line of `python -m launch simulate`, which compares placement policies."""
 
 import argparse
 import json
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from launch.simulation.study import Row
 
 _SIMULATE = """\
-Replays traces of a spot market (availability and, if they have them, prices) with each policy that
-could place a job, from many random moments, beside the least that it could have cost for one who
-knows the future. Without traces, it makes up a market of three zones."""
+Replays traces of a spot market (availability and, if present, prices) with each placement policy,
+from many random moments, and compares their cost with the least possible one, which needs to know
+the future. Without traces, it simulates a market of three zones."""
 
 _EXAMPLES = """\
 a job of 48 h on one of three zones, with a quarter more time than it needs:
@@ -36,7 +36,7 @@ def add_verbs(commands: Any) -> None:
     """Adds `simulate` to the parsers of `python -m launch`.
 
     Args:
-        commands: What `add_subparsers` returned.
+        commands: Object that `add_subparsers` returned.
     """
     parser = commands.add_parser(
         "simulate",
@@ -51,7 +51,7 @@ def add_verbs(commands: Any) -> None:
         ("restart-hours", 0.1, "hours that a start takes"),
         ("checkpoint-interval-hours", 0.5, "hours of progress between two checkpoints"),
         ("checkpoint-gb", 50.0, "gigabytes that go to another region with the job"),
-        ("egress-usd-per-gb", 0.02, "price of that"),
+        ("egress-usd-per-gb", 0.02, "price of a gigabyte that goes to another region"),
         ("spot-usd", 0.918, "spot price of a node-hour, where a trace has none"),
         ("on-demand-usd", 3.06, "on-demand price of a node-hour, where a trace has none"),
     ):
@@ -68,7 +68,7 @@ def add_verbs(commands: Any) -> None:
     for name, default_count, what in (
         ("gang-size", 1, "nodes that the job needs, all at once"),
         ("starts", 200, "random moments to begin at"),
-        ("seed", 0, "of these"),
+        ("seed", 0, "seed of the moments"),
     ):
         help_text = f"{what} (default: {default_count})"
         parser.add_argument(
@@ -78,19 +78,19 @@ def add_verbs(commands: Any) -> None:
 
 
 def _simulate(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from launch.simulation.market import markov_market, read_market  # here: numpy takes a moment
+    from launch.simulation.market import markov_market, read_market  # here: numpy is slow to import
     from launch.simulation.simulate import Job
     from launch.simulation.study import compare
 
     for name, least in _LEAST.items():
         if not least <= getattr(options, name) <= _MOST:
-            key, rule = "--" + name.replace("_", "-"), f"is not from {least:g} to {_MOST:g}"
-            raise ConfigError(key, getattr(options, name), rule, "give a number that is")
+            key, rule = "--" + name.replace("_", "-"), f"must be from {least:g} to {_MOST:g}"
+            raise ConfigError(key, getattr(options, name), rule, "give a number in this range")
     if options.traces:
         prices = (options.spot_usd, options.on_demand_usd, options.egress_usd_per_gb)
         market = read_market(options.traces, *prices)
     else:
-        ticks = 12 * 24 * 30
+        ticks = 12 * 24 * 30  # 30 days of 5 minutes
         up_h, down_h = (1.5, 4.0, 8.0), (1.5, 1.5, 1.0)
         market = markov_market(options.seed, ticks, up_h, down_h, 300.0, options.gang_size)
     jobs = [

@@ -1,4 +1,4 @@
-"""The project's own policy: it learns how long spot lasts, and plans with what that leaves."""
+"""The project's own policy: it learns how long spot lasts, and plans with those estimates."""
 
 import math
 from collections.abc import Sequence
@@ -9,25 +9,26 @@ from launch.simulation.planner import Model, Plan, make_plan
 from launch.simulation.policies import can_risk, on_demand
 from launch.simulation.simulate import Place, Terms, View
 
-MAX_CELLS = 1200  # of time in a plan; more ticks than that are taken several at a time
-CHANGE_STEP = 2.0  # to which the learnt rate of price changes is rounded
-PRICE_STEP = 0.05  # of the on-demand price, to which prices are rounded
+MAX_CELLS = 1200  # most time steps of a plan; a step has several ticks if there are more
+CHANGE_STEP = 2.0  # the learnt rate of price changes is rounded to powers of it
+PRICE_STEP = 0.05  # prices are rounded to multiples of it, as shares of the on-demand price
 
 
 class DeadlineAware:
-    """Plans with what it has learnt; explained in ten lines.
+    """Plans with learnt rates of the market, in five steps.
 
-    1. It learns, from its own launches and losses alone, how much more often than the prior spot is
-       lost in each zone, how soon it comes back, both by age, and how often which prices change.
-    2. For a market of just these rates it works out the cheapest plan, by dynamic programming over
-       time left and slack: when to wait rather than pay on-demand, when to give up on-demand for
-       waiting, when spot is worth leaving on-demand for; and what a tick of slack is worth.
-    3. It makes one such plan for each choice of zones to be content with, from "none at today's
-       prices" to all: to wait for a low price, or at home, is worth it where its plan costs less.
-    4. It asks zones in the order of what an hour of progress costs there: price, a start, egress,
-       the work that a preemption destroys, the slack of both; for as long as spot may last there.
-    5. It leaves spot that runs only for spot that is cheaper by that measure. Before on-demand it
-       asks all zones; and the safety net comes first, once one more lost tick could make it late.
+    1. It learns from its own launches and losses how often spot is lost in each zone and how soon
+       it comes back, both by age and relative to a prior, and how often prices change.
+    2. For a market with these rates it computes the cheapest plan by dynamic programming over time
+       left and slack: when to wait for spot instead of paying on-demand, when to leave on-demand
+       nodes to wait, when to leave them for spot, and the value of a tick of slack.
+    3. It computes such a plan for each set of acceptable zones, from none at today's prices to all,
+       and uses the cheapest: this decides whether to wait for a low price or for the home region.
+    4. It requests zones in the order of the cost of an hour of progress: the price, a start,
+       egress, the work lost to preemptions, and the slack that these use up.
+    5. It leaves running spot only for spot that is cheaper by that measure. It requests all zones
+       before on-demand nodes. The safety net overrides all this once one more lost tick could make
+       the job late.
     """
 
     def __init__(self, terms: Terms) -> None:
@@ -37,7 +38,7 @@ class DeadlineAware:
         self._slack_usd = 0.0  # what a tick of slack is worth, per node-hour
 
     def decide(self, view: View) -> Sequence[Place]:
-        """See the class."""
+        """Returns the places to request, in order; see the class."""
         self._beliefs.see(view)
         if not can_risk(self._terms, view):
             return [on_demand(self._terms, view)]
@@ -46,10 +47,10 @@ class DeadlineAware:
         zones = [zone for zone, usd_per_h in prices if usd_per_h < least_usd_per_h]
         place = view.place
         if place is not None and place.is_spot:
-            if zones == [place.zone]:
+            if zones == [place.zone]:  # no other zone to compare: planning is not needed
                 return [place]
             if place.zone not in zones:
-                place = None  # dearer than on-demand by now: whatever is better than nothing
+                place = None  # its price has risen above on-demand: treated as no place
         costs = {zone: self._usd_per_tick(view, zone, self._slack_usd) for zone in zones}
         zones.sort(key=lambda zone: costs[zone])
         chosen, plan = self._choose(view, zones)
@@ -57,6 +58,7 @@ class DeadlineAware:
         self._slack_usd = plan.slack_price(time_left, slack) * least_usd_per_h
         spots = [Place(zone, True) for zone in chosen]
         every_spot = [Place(zone, True) for zone in zones]
+        # Zones are sorted by cost: those before the current one are cheaper, so worth a move.
         if place is not None and place.is_spot:
             return every_spot[: every_spot.index(place) + 1]
         if place is None:
@@ -66,14 +68,15 @@ class DeadlineAware:
         return [*every_spot, place] if plan.take(*at) else [place]
 
     def _at(self, view: View) -> tuple[int, int, int]:
-        """Where in a plan the job is: time left, phase of the outage, slack."""
+        """Returns the state of the job in a plan: time left, phase of the outage, slack."""
         slack = view.time_left - view.work_left - view.warming
         phase = self._beliefs.phase(self._beliefs.outage)
         return view.time_left // self._cell, phase, slack // self._cell
 
     def _choose(self, view: View, zones: Sequence[int]) -> tuple[Sequence[int], Plan]:
-        """The zones to be content with, of those given (the best first), and the plan for them."""
-        groups: dict[tuple[int, bool], list[int]] = {}  # alike: nothing is to be had by choosing
+        """Returns the acceptable zones among those given (best first), and the plan for them."""
+        # Zones with equal price and egress are accepted together: excluding one gains nothing.
+        groups: dict[tuple[int, bool], list[int]] = {}
         for zone in zones:
             price = round(view.spot_usd_per_h[zone] / min(view.on_demand_usd_per_h) / PRICE_STEP)
             groups.setdefault((price, self._moves(view, zone)), []).append(zone)
@@ -81,7 +84,7 @@ class DeadlineAware:
         for group in groups.values():
             choices.append([*choices[-1], *group])
         if groups and len(set(self._beliefs.prices)) == 1:
-            choices = choices[1:]  # no other price was ever seen to wait for
+            choices = choices[1:]  # only one price was ever seen, so waiting for another is futile
         plans = [make_plan(self._model(view, choice)) for choice in choices]
         costs = []
         for choice, plan in zip(choices, plans, strict=True):
@@ -94,38 +97,40 @@ class DeadlineAware:
         return view.data_region not in (None, self._terms.regions[zone])
 
     def _usd_per_tick(self, view: View, zone: int, slack_usd: float) -> float:
-        """What a tick of progress costs in a zone, per node-hour (the scale does not matter)."""
+        """Returns the cost of a tick of progress in a zone; only the order of zones matters."""
         terms, usd_per_h = self._terms, view.spot_usd_per_h[zone]
         is_here = view.place == (zone, True)
         start = view.warming if is_here else terms.restart
         age = self._beliefs.age if is_here else round(UNKNOWN_AGE_H[0] / terms.gap_h)
         lasts, survives = self._beliefs.lasts(zone, age, view.work_left + start)
+        # A preemption destroys half a checkpoint interval on average.
         lost = start + (1 - survives) * (terms.interval - 1) / 2
         egress = terms.egress_usd / (terms.gap_h * terms.gang_size)
         egress = egress if self._moves(view, zone) else 0.0
         return (usd_per_h * lasts + slack_usd * lost + egress) / max(lasts - lost, 1e-3)
 
     def _model(self, view: View, zones: Sequence[int]) -> Model:
-        """Of the market that is left if only these zones will do, or others at no higher price.
+        """Returns the market of only these zones, and of others whose price falls to theirs.
 
-        Today's prices hold for a while; by and by they become like those that were seen.
+        Today's prices hold for a while and then change to prices like those seen before.
         """
         terms, beliefs, cell = self._terms, self._beliefs, self._cell
         num_zones, seen = len(terms.regions), sorted(beliefs.prices)
         usd = max(min(view.on_demand_usd_per_h), 1e-9)
         now = [min(view.spot_usd_per_h[zone] / usd, 1.0) for zone in zones]
-        limit = max(now, default=seen[len(seen) // 3])  # without a zone: one of the lower prices
+        limit = max(now, default=seen[len(seen) // 3])  # without a zone: the lower third of prices
         later = [price for price in seen if price <= limit + 1e-9]
         share = len(later) / len(seen)
         change = beliefs.change.per_tick(CHANGE_STEP)[0]
         holds = (1 - math.exp(-change * terms.deadline)) / (change * terms.deadline)  # mean share
         if len(set(seen)) == 1:
             holds = 1.0
-        weights = holds * len(now), (1 - holds) * share * num_zones  # in zones
+        weights = holds * len(now), (1 - holds) * share * num_zones  # numbers of zones
         price = (
             weights[0] * math.fsum(now) / max(len(now), 1)
             + weights[1] * math.fsum(later) / max(len(later), 1)
         ) / max(math.fsum(weights), 1e-9)
+        # Rounding here and below makes models repeat, so that `make_plan` finds them in its cache.
         count = round(2 * math.fsum(weights)) / 2
         if zones:
             come = [rate * count for rate in beliefs.come.per_tick(STEP)]
@@ -137,7 +142,8 @@ class DeadlineAware:
         shares = [regions.count(region) / len(regions) for region in dict.fromkeys(regions)]
         home = math.fsum(share**2 for share in shares)
         stays = min(replaced, 1 - none ** max(count * home - 1, 0)) + (1 - replaced) * home
-        egress = terms.egress_usd / (terms.gap_h * terms.gang_size * usd * cell)  # on-demand cells
+        # Egress in units of the plan: cells of on-demand time.
+        egress = terms.egress_usd / (terms.gap_h * terms.gang_size * usd * cell)
         return Model(
             deadline=terms.deadline // cell,
             slack=(terms.deadline - terms.work) // cell,

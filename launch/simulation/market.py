@@ -1,4 +1,4 @@
-"""Where and when nodes can be had, and at what price: traces of a real market, or a Markov one."""
+"""Markets of nodes: availability and prices over time, from real traces or a Markov process."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from core.errors import ConfigError
 from core.folder import read_json
 
-# Of one V100 (AWS p3.2xlarge, us-east-1, 2023); spot at 30% of it, about what it then was.
+# Price of one V100 (AWS p3.2xlarge, us-east-1, 2023). Spot then cost about 30% of it.
 ON_DEMAND_USD_PER_H = 3.06
 SPOT_SHARE = 0.30
 EGRESS_USD_PER_GB = 0.02  # between regions of one cloud (AWS)
@@ -22,18 +22,18 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Market:
-    """What each zone offers at each tick. On-demand nodes can be had everywhere, always.
+    """The offers of each zone at each tick. On-demand nodes are always available everywhere.
 
     Shapes: T ticks, Z zones.
 
     Attributes:
         gap_s: Length of a tick in seconds.
-        zones: Their names (Z).
-        regions: Of each zone (Z); data moves between two zones of one for nothing.
-        nodes: Spot nodes that can be had (T, Z).
-        spot_usd_per_h: Of a node (T, Z).
-        on_demand_usd_per_h: Of a node (T, Z).
-        egress_usd_per_gb: Between two regions.
+        zones: Names of the zones (Z).
+        regions: Region of each zone (Z); moving data within a region is free.
+        nodes: Number of available spot nodes (T, Z).
+        spot_usd_per_h: Price of a spot node (T, Z).
+        on_demand_usd_per_h: Price of an on-demand node (T, Z).
+        egress_usd_per_gb: Price of moving data between two regions.
     """
 
     gap_s: float
@@ -49,15 +49,15 @@ class Market:
         for name in ("nodes", "spot_usd_per_h", "on_demand_usd_per_h"):
             values = getattr(self, name)
             if values.shape != shape:
-                raise ConfigError(name, values.shape, f"not {shape}", "one a tick and zone")
+                raise ConfigError(name, values.shape, f"must be {shape}", "a value a tick and zone")
             if not (np.isfinite(values).all() and (values >= 0).all()):
-                raise ConfigError(name, "below 0 or no number", "not possible", "correct the data")
+                raise ConfigError(name, "data", "must be finite and at least 0", "correct the data")
         if not 0 < self.gap_s < math.inf:
-            raise ConfigError("gap_seconds", self.gap_s, "not above 0", "correct the trace")
+            raise ConfigError("gap_seconds", self.gap_s, "must be above 0", "correct the trace")
 
     @property
     def num_ticks(self) -> int:
-        """How long it is."""
+        """Number of ticks."""
         return len(self.nodes)
 
     @property
@@ -66,10 +66,10 @@ class Market:
         return self.gap_s / 3600
 
     def only(self, zones: Sequence[int]) -> "Market":
-        """The same with these zones alone, in this order (in which those of one price are asked).
+        """Returns the market of some zones; policies request zones of equal price in their order.
 
         Args:
-            zones: Indices.
+            zones: Indices of the zones, in the new order.
         """
         chosen = list(zones)
         return replace(
@@ -88,27 +88,27 @@ def read_market(
     on_demand_usd_per_h: float = ON_DEMAND_USD_PER_H,
     egress_usd_per_gb: float = EGRESS_USD_PER_GB,
 ) -> Market:
-    """Reads traces, one file a zone, that begin at the same moment.
+    """Reads traces that begin at the same moment, one file for each zone.
 
-    A file is JSON as the Can't Be Late study (Wu et al., NSDI 2024) published it:
-    `metadata.gap_seconds`, and `data`, the nodes at each point. `spot_usd_per_h` and
-    `on_demand_usd_per_h` may stand beside `data`, as long as it. The zone is the file's name as far
-    as the first underscore; its region is that without the letters at its end.
+    A file is JSON in the format of the Can't Be Late study (Wu et al., NSDI 2024):
+    `metadata.gap_seconds`, and `data`, the number of nodes at each point. It may also have
+    `spot_usd_per_h` and `on_demand_usd_per_h`, of the same length as `data`. The zone is the file
+    name up to the first underscore; the region is the zone without the letters at its end.
 
     Args:
-        paths: The files.
-        spot_usd_per_h: Of a node, where a file says nothing.
-        on_demand_usd_per_h: Of a node, where a file says nothing.
-        egress_usd_per_gb: Between two regions.
+        paths: Files of the traces.
+        spot_usd_per_h: Price of a spot node, for files without prices.
+        on_demand_usd_per_h: Price of an on-demand node, for files without prices.
+        egress_usd_per_gb: Price of moving data between two regions.
 
     Raises:
-        ConfigError: A file is missing, is no trace, or does not fit the first.
+        ConfigError: A file is missing, is not a trace, or differs from the first in length or tick.
     """
     columns: dict[str, list[Floats]] = {"data": [], "spot_usd_per_h": [], "on_demand_usd_per_h": []}
     default = {"spot_usd_per_h": spot_usd_per_h, "on_demand_usd_per_h": on_demand_usd_per_h}
     for key, value in default.items():
         if not 0 <= value < math.inf:
-            raise ConfigError(key, value, "not a price", "give one of 0 or more")
+            raise ConfigError(key, value, "must be finite and at least 0", "give a price")
     gap_s = 0.0
     for path in paths:
         content = read_json("trace", path, "see python -m launch simulate --help")
@@ -117,16 +117,19 @@ def read_market(
             series = {key: content.get(key, [default.get(key)] * len(data)) for key in columns}
             arrays = {key: np.asarray(values, np.float64) for key, values in series.items()}
         except (KeyError, TypeError, ValueError, AttributeError) as e:
-            rule = "not a trace: it needs metadata.gap_seconds and numbers in data"
+            rule = "is not a trace: it must have metadata.gap_seconds and numbers in data"
             raise ConfigError("trace", path, rule, "see python -m launch simulate --help") from e
         gap_s = gap_s or gap
         for key, array in arrays.items():
             if array.ndim != 1 or not array.size:
-                raise ConfigError("trace", path, f"{key} is no list", "give one number a point")
+                raise ConfigError("trace", path, f"{key} must be a list", "give a number a point")
             if not np.isfinite(array).all() or (array < 0).any():
-                raise ConfigError("trace", path, f"{key} has one below 0", "correct the file")
-            if key == "on_demand_usd_per_h" and not array.all():  # savings are a share of it
-                raise ConfigError("trace", path, f"{key} has a 0", "correct the file")
+                raise ConfigError(
+                    "trace", path, f"{key} must be finite and at least 0", "correct the file"
+                )
+            # Savings are shares of the on-demand cost, so that it must not be 0.
+            if key == "on_demand_usd_per_h" and not array.all():
+                raise ConfigError("trace", path, f"{key} must be above 0", "correct the file")
             wanted = (gap_s, len(columns["data"][0]) if columns["data"] else len(data))
             if (gap, len(array)) != wanted:
                 rule = f"{key}: {len(array)} points of {gap:g} s, not {wanted[1]} of {wanted[0]:g}"
@@ -134,7 +137,7 @@ def read_market(
             columns[key].append(array)
     zones = tuple(path.stem.split("_")[0] for path in paths)
     if len(set(zones)) != len(zones):
-        raise ConfigError("trace", ",".join(zones), "a zone twice", "one file a zone")
+        raise ConfigError("trace", ",".join(zones), "has a zone twice", "give one file a zone")
     return Market(
         gap_s=gap_s,
         zones=zones,
@@ -156,29 +159,30 @@ def markov_market(
     price_change_h: float = math.inf,
     num_regions: int = 1,
 ) -> Market:
-    """A market whose zones come and go at random, each by itself.
+    """Makes a market whose zones gain and lose spot nodes at random, independently of each other.
 
     Args:
-        seed: The same one makes the same market.
-        num_ticks: T.
-        up_h: Mean hours for which nodes last, one a zone (Z).
-        down_h: Mean hours for which there are none (Z).
-        gap_s: Length of a tick.
-        num_nodes: In a zone, where there are any.
+        seed: Seed of the random process; equal seeds make equal markets.
+        num_ticks: Number of ticks (T).
+        up_h: Mean hours for which spot lasts, for each zone (Z).
+        down_h: Mean hours of an outage, for each zone (Z).
+        gap_s: Length of a tick in seconds.
+        num_nodes: Number of nodes in a zone that has spot.
         price_change_h: Mean hours between two changes of a zone's spot price, each to a share of
-            the on-demand price drawn from 0.15 to 0.6; by default it is always 0.3.
-        num_regions: Over which the zones are dealt out.
+            the on-demand price drawn from 0.15 to 0.6; infinite: the share is always 0.3.
+        num_regions: Number of regions, to which zones are assigned in turn.
 
     Returns:
-        On-demand nodes cost one dollar.
+        The market; on-demand nodes cost one dollar an hour.
     """
     rng = np.random.default_rng(seed)
     num_zones = len(up_h)
     gap_h = gap_s / 3600
-    leave = 1 - np.exp(-gap_h / np.asarray(up_h, np.float64))  # chances in a tick (Z)
+    leave = 1 - np.exp(-gap_h / np.asarray(up_h, np.float64))  # probabilities in a tick (Z)
     come = 1 - np.exp(-gap_h / np.asarray(down_h, np.float64))
     up = np.empty((num_ticks, num_zones), bool)
     spot = np.full((num_ticks, num_zones), SPOT_SHARE)
+    # The market begins in its stationary distribution, so that its start is like any moment.
     state = rng.random(num_zones) < come / (come + leave)
     for tick in range(num_ticks):
         up[tick] = state

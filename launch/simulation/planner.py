@@ -1,4 +1,4 @@
-"""When to wait for spot, when to pay for on-demand: the best plan for a market of known rates."""
+"""The optimal plan for a market of known rates: when to wait for spot and when to pay on-demand."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -6,29 +6,29 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float32]  # of a precision far beyond that of the rates
+Floats = npt.NDArray[np.float32]  # single precision is far beyond that of the rates
 
-_COARSE = 8
-_NEVER = 1e9  # on-demand ticks: no infinity, whose differences are no numbers
+_COARSE = 8  # costs are kept for every eighth time left and slack only, to save memory
+_NEVER = 1e9  # cost of the impossible in on-demand ticks; the difference of infinities would be NaN
 
 
 @dataclass(frozen=True)
 class Model:
-    """A job on a market whose spot comes and goes at random, at rates that depend on its age.
+    """A job on a market whose spot comes and goes at random, with rates that depend on its age.
 
-    K phases of age; durations in ticks.
+    There are K phases of age. Durations are in ticks.
 
     Attributes:
         deadline: Ticks for the whole job.
-        slack: Of these, how many it needs not compute in.
+        slack: Ticks of the deadline in which the job need not compute.
         restart: Ticks of a start.
         interval: Ticks of progress between two checkpoints.
-        price: Of spot, as a share of the on-demand price.
-        move: Of what a start on spot costs beside its ticks (egress, say): in on-demand ticks.
-        widths: How long each phase of age lasts (K); the last one's is not used.
-        leave: Chance in a tick that spot is lost, by its age (K).
-        come: Chance in a tick that spot comes back, by the age of the outage (K).
-        replaced: Chance that other spot takes a lost one's place at once.
+        price: Spot price as a share of the on-demand price.
+        move: Cost of a start on spot besides its ticks (e.g. egress), in on-demand ticks.
+        widths: Length of each phase of age (K); the last one is not used.
+        leave: Probability in a tick that spot is lost, by its age (K).
+        come: Probability in a tick that spot comes back, by the age of the outage (K).
+        replaced: Probability that other spot replaces lost spot at once.
     """
 
     deadline: int
@@ -44,9 +44,10 @@ class Model:
 
 
 class Decision:
-    """Whether something is worth it, by time left, phase of the outage and slack: a table of bits.
+    """A decision by time left, phase of the outage and slack, as a table of bits.
 
-    No threshold would do: slack that is left over between two round trips is worth nothing.
+    A threshold of slack would not do: slack that does not suffice for one more move and return is
+    worth nothing, so that the decision is not monotonic.
     """
 
     def __init__(self, model: Model) -> None:
@@ -54,25 +55,26 @@ class Decision:
         self._bits = np.zeros(shape, np.uint8)
 
     def set(self, time_left: int, is_worth: npt.NDArray[np.bool_]) -> None:
-        """Notes it for all phases and slacks (K, S)."""
+        """Stores the decision at a time left, for all phases and slacks (K, S)."""
         self._bits[time_left] = np.packbits(is_worth, axis=1)
 
     def __call__(self, time_left: int, phase: int, slack: int) -> bool:
-        """Whether it is worth it there."""
+        """Returns the decision in one state."""
         return bool(self._bits[time_left, phase, slack // 8] >> (7 - slack % 8) & 1)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do while there is no spot, or to do with spot that has come.
+    """The optimal decisions of a job, and its expected costs, in on-demand ticks.
 
     Attributes:
-        wait: From nowhere: to wait for spot, rather than to start on-demand.
-        pause: From on-demand: to wait for spot.
-        take: From on-demand: to start on spot that can be had.
-        costs: Of the rest, from spot just started; by every eighth time left and slack.
-        takes: The same from a start on spot.
-        idles: The same from nowhere; by age of the outage as well.
+        wait: True if a job without nodes should wait for spot instead of starting on-demand.
+        pause: True if a job on on-demand nodes should give them up and wait for spot.
+        take: True if a job on on-demand nodes should move to available spot.
+        costs: Cost of the rest from spot that has just started, by every eighth time left and
+            slack.
+        takes: Cost of the rest from a start on spot, with the same axes.
+        idles: Cost of the rest without nodes, also by phase of the outage.
     """
 
     wait: Decision
@@ -83,12 +85,19 @@ class Plan:
     idles: Floats
 
     def cost(self, time_left: int, phase: int, slack: int, chance: float) -> float:
-        """Of the rest, from nowhere, if spot can be had now by that chance: in on-demand ticks."""
+        """Returns the expected cost of the rest without nodes, in on-demand ticks.
+
+        Args:
+            time_left: Ticks until the deadline.
+            phase: Phase of the outage.
+            slack: Ticks of slack.
+            chance: Probability that spot is available now.
+        """
         at = time_left // _COARSE, min(slack // _COARSE, self.takes.shape[1] - 1)
         return float(chance * self.takes[at] + (1 - chance) * self.idles[at[0], phase, at[1]])
 
     def slack_price(self, time_left: int, slack: int) -> float:
-        """What one more tick of slack saves there, in on-demand ticks."""
+        """Returns what one more tick of slack saves in a state, in on-demand ticks."""
         costs = self.costs[time_left // _COARSE]
         left = min(slack // _COARSE, len(costs) - 2)
         return float(costs[left] - costs[left + 1]) / _COARSE if left >= 0 else 0.0
@@ -96,11 +105,11 @@ class Plan:
 
 @lru_cache(maxsize=256)
 def make_plan(model: Model) -> Plan:
-    """The plan with the least expected cost, by dynamic programming over (time left, slack, state).
+    """Computes the plan of least expected cost, by dynamic programming over time left and slack.
 
-    States: on spot, with its age and the ticks of progress that are not saved; on on-demand nodes
-    or nowhere, with the age of the outage. Shapes: K phases of age, U unsaved ticks, S of slack.
-    Costs are in on-demand ticks. What cannot be in time costs more than all else.
+    States: on spot, with its age and the unsaved ticks of progress; on on-demand nodes or without
+    nodes, with the age of the outage. Shapes: K phases of age, U unsaved ticks, S ticks of slack.
+    Costs are in on-demand ticks. Missing the deadline costs more than anything else.
     """
     num_phases, num_slacks = len(model.widths), model.slack + 1
     slack = np.arange(num_slacks)
@@ -109,14 +118,16 @@ def make_plan(model: Model) -> Plan:
     older = [min(1.0, 1 / width) for width in model.widths[:-1]]
 
     def aged(value: Floats) -> Floats:
-        """Its expectation a tick later: by then it may be one phase older (K, ...)."""
+        """Returns the expected value a tick later, when the phase may be one older (K, ...)."""
+        # A phase of w ticks is left with probability 1/w in a tick, so that the state needs no
+        # exact age.
         result = value.copy()
         for phase, chance in enumerate(older):
             result[phase] += chance * (value[phase + 1] - value[phase])
         return result
 
     def less(value: Floats, ticks: int) -> Floats:
-        """The value with that much less slack (..., S)."""
+        """Returns the value with `ticks` less slack (..., S)."""
         if ticks == 0:
             return value
         result = np.full_like(value, _NEVER)
@@ -125,15 +136,16 @@ def make_plan(model: Model) -> Plan:
 
     restart = model.restart
     unsaved = (np.arange(model.interval) + 1) % model.interval  # after one more tick (U)
-    left_if_lost = slack - unsaved[:, None]  # slack (U, S)
-    is_spot_safe = left_if_lost > restart  # else the safety net ends it
+    left_if_lost = slack - unsaved[:, None]  # slack after a loss (U, S)
+    is_spot_safe = left_if_lost > restart  # otherwise the safety net goes on-demand
     left_if_lost = np.maximum(left_if_lost, 0)
     costs = np.zeros((model.deadline // _COARSE + 1, model.slack // _COARSE + 1), np.float32)
     idle_costs = np.zeros((len(costs), num_phases, costs.shape[1]), np.float32)
     decisions = Decision(model), Decision(model), Decision(model)
     plan = Plan(*decisions, costs, np.zeros_like(costs), idle_costs)
     done = np.zeros((num_phases, num_slacks), np.float32)
-    # The values at the last `restart` times left, the nearest first; with no time left all is done.
+    # Values for the last `restart` times left, the nearest first: a start skips that many ticks.
+    # With no time left the job is done, at no cost.
     spots = [np.zeros((num_phases, model.interval, num_slacks), np.float32)]
     idles, on_demands, takes = [done], [done], [done[0]]
     for time_left in range(1, model.deadline + 1):
@@ -159,6 +171,7 @@ def make_plan(model: Model) -> Plan:
         else:
             take = np.full(num_slacks, _NEVER, np.float32)
         take = np.minimum(take, start[0])
+        # As much slack as time left means that no work is left.
         for value in (spot, idle, on_demand, take):
             value[..., slack >= time_left] = 0.0
         plan.wait.set(time_left, wait <= start)

@@ -1,17 +1,17 @@
-"""What a job would have cost on a market, had a policy placed it: time goes by in ticks.
+"""Simulates a job on a market with a policy that places it, tick by tick.
 
-The rules, the same for every policy and for the oracle:
+The rules are the same for every policy and for the oracle:
 
-- A tick's nodes are paid for whole, in the place where the job is.
-- A start, anywhere, takes `restart_h` in which nothing is computed and everything is paid.
-- Progress is saved at every `checkpoint_interval_h` of it, and whenever the job leaves a place by
-  itself. A preemption, at the beginning of a tick, loses what is not saved.
-- A start in another region than the last pays for the checkpoint's way there.
-- The gang is whole or not at all: a zone with fewer nodes than it needs has none for it.
+- Nodes are paid for in whole ticks, in the place where the job is.
+- Every start takes `restart_h`, which are paid for and in which nothing is computed.
+- Progress is saved after every `checkpoint_interval_h` of it, and whenever the job leaves a place
+  by itself. A preemption, at the beginning of a tick, loses unsaved progress.
+- A start in another region than the last one pays for moving the checkpoint.
+- The gang is placed as a whole: a zone with too few nodes has none for it.
 
-What a policy sees is what a launcher could: prices, which are public; what became of the launches
-that it asked for (a refused one costs nothing); and whether its own nodes are still there. It asks
-for places in an order, and gets the first that can be had, so it cannot look without taking.
+A policy sees only what a launcher could see: public prices, the results of its requests (a refused
+one is free), and whether its own nodes still exist. It requests places in an order and gets the
+first that is available, so that it cannot look without taking.
 """
 
 import math
@@ -24,7 +24,7 @@ from launch.simulation.market import Market
 
 
 class Place(NamedTuple):
-    """Where a gang can be: spot or on-demand nodes of a zone."""
+    """A place for a gang: the spot or on-demand nodes of a zone."""
 
     zone: int
     is_spot: bool
@@ -32,15 +32,16 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be computed, and until when.
+    """A job with its deadline.
 
     Attributes:
-        compute_h: On the whole gang, without an interruption.
-        deadline_h: From the beginning.
-        gang_size: Nodes.
-        restart_h: From a launch to the first new step.
-        checkpoint_interval_h: Of progress; 0: nothing is ever lost (saved upon a notice).
-        checkpoint_gb: What goes to another region with the job.
+        compute_h: Hours of computing on the whole gang, without an interruption.
+        deadline_h: Hours from the start to the deadline.
+        gang_size: Number of nodes.
+        restart_h: Hours from a launch to the first new step.
+        checkpoint_interval_h: Hours of progress between two checkpoints; 0: nothing is ever lost,
+            as with a save upon notice.
+        checkpoint_gb: Gigabytes that move to another region with the job.
     """
 
     compute_h: float
@@ -53,10 +54,10 @@ class Job:
     def __post_init__(self) -> None:
         for name in ("compute_h", "gang_size"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(name, getattr(self, name), "not above 0", "give more")
+                raise ConfigError(name, getattr(self, name), "must be above 0", "increase it")
         for name in ("restart_h", "checkpoint_interval_h", "checkpoint_gb"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(name, getattr(self, name), "not a number from 0", "change it")
+                raise ConfigError(name, getattr(self, name), "must be at least 0", "increase it")
         least_h = self.compute_h + self.restart_h
         if not least_h <= self.deadline_h < math.inf:
             rule = f"{self.compute_h:g} h and a start take {least_h:g} h"
@@ -65,19 +66,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a policy knows beforehand: the job in whole ticks, and the market's places.
+    """The facts that a policy knows in advance: the job in whole ticks, and the market's regions.
 
-    Durations are rounded up, the deadline down.
+    Durations are rounded up and the deadline down.
 
     Attributes:
-        gap_h: Length of a tick.
-        work: Ticks of progress that make the job.
-        deadline: Ticks from the beginning.
+        gap_h: Length of a tick in hours.
+        work: Ticks of progress that complete the job.
+        deadline: Ticks from the start to the deadline.
         restart: Ticks of a start.
         interval: Ticks of progress between two checkpoints; 1: nothing is ever lost.
-        gang_size: Nodes.
-        regions: Of each zone.
-        egress_usd: Of a start in another region.
+        gang_size: Number of nodes.
+        regions: Region of each zone.
+        egress_usd: Cost of a start in another region.
     """
 
     gap_h: float
@@ -91,12 +92,13 @@ class Terms:
 
     @classmethod
     def of(cls, job: Job, market: Market) -> "Terms":
-        """The terms of a job on a market.
+        """Returns the terms of a job on a market.
 
         Raises:
-            ConfigError: In whole ticks the job does not fit its deadline.
+            ConfigError: The job in whole ticks does not fit its deadline.
         """
 
+        # 1e-9 absorbs rounding errors, here and below: 0.3 / 0.1 is 2.9999999999999996.
         def ticks(hours: float) -> int:
             return math.ceil(hours / market.gap_h - 1e-9)
 
@@ -110,7 +112,7 @@ class Terms:
             work=work,
             deadline=deadline,
             restart=restart,
-            interval=min(work, max(1, ticks(job.checkpoint_interval_h))),  # work: only at the end
+            interval=min(work, max(1, ticks(job.checkpoint_interval_h))),  # at work: one at the end
             gang_size=job.gang_size,
             regions=market.regions,
             egress_usd=job.checkpoint_gb * market.egress_usd_per_gb,
@@ -119,19 +121,20 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What a policy sees at the beginning of a tick.
+    """The information for a policy at the beginning of a tick.
 
     Attributes:
         time_left: Ticks until the deadline.
-        work_left: Ticks of progress that are missing.
-        left_if_lost: The same at the end of this tick, should the job stay and then be preempted.
-        place: Where the job is; None: nowhere.
-        warming: Ticks until its start is over.
-        preempted: The place that it has just lost.
-        refused: Places that it asked for in vain at the last tick.
-        data_region: Where its checkpoint is; None before the first start.
-        spot_usd_per_h: Of a node, one a zone.
-        on_demand_usd_per_h: Of a node, one a zone.
+        work_left: Missing ticks of progress.
+        left_if_lost: Missing ticks of progress after this tick, if the job stays and is then
+            preempted.
+        place: Current place of the job; None: it has no nodes.
+        warming: Ticks until the current start is over.
+        preempted: Place that the job has just lost; None if it has not.
+        refused: Places that were requested at the last tick and not available.
+        data_region: Region of the checkpoint; None before the first start.
+        spot_usd_per_h: Price of a spot node, for each zone.
+        on_demand_usd_per_h: Price of an on-demand node, for each zone.
     """
 
     time_left: int
@@ -147,12 +150,12 @@ class View:
 
 
 class Policy(Protocol):
-    """Places one job; a new one is made for each."""
+    """A policy that places one job; every job has its own instance."""
 
     def decide(self, view: View) -> Sequence[Place]:
-        """The places to be in, in order: the job is in the first that can be had, from now on.
+        """Returns the places to request, in order; the job gets the first that is available.
 
-        Where it is now can always be had. It is nowhere if nothing can.
+        The current place is always available. The job has no nodes if none is.
         """
         ...
 
@@ -162,21 +165,21 @@ MakePolicy = Callable[[Terms], Policy]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job; one that is not done at its deadline ends there.
+    """The outcome of a job, which ends at its deadline even if it is not done.
 
     Attributes:
-        cost_usd: Of all nodes, and of the egress.
-        finish_h: None: not finished.
-        work_left_h: What is missing at the deadline.
-        preemptions: How often it lost its nodes.
-        starts: How often it started.
-        migrations: Starts in another region than the last.
-        lost_h: Progress that preemptions destroyed.
-        restart_h: Paid for in starts.
-        spot_h: On spot nodes, starts included.
-        on_demand_h: On on-demand nodes, starts included.
-        idle_h: Nowhere.
-        egress_usd: Part of the cost.
+        cost_usd: Cost of all nodes and of egress.
+        finish_h: Hours until the job was done; None: it was not done.
+        work_left_h: Missing hours of progress at the deadline.
+        preemptions: Number of times that the job lost its nodes.
+        starts: Number of starts.
+        migrations: Number of starts in another region than the last one.
+        lost_h: Hours of progress that preemptions destroyed.
+        restart_h: Hours paid for starts.
+        spot_h: Hours on spot nodes, including starts.
+        on_demand_h: Hours on on-demand nodes, including starts.
+        idle_h: Hours without nodes.
+        egress_usd: Cost of egress, which is part of `cost_usd`.
     """
 
     cost_usd: float
@@ -194,7 +197,7 @@ class Outcome:
 
     @property
     def met_deadline(self) -> bool:
-        """Whether it finished in time."""
+        """True if the job finished in time."""
         return self.finish_h is not None
 
 
@@ -202,10 +205,10 @@ def simulate(market: Market, job: Job, make_policy: MakePolicy, first_tick: int 
     """Runs a job on a market.
 
     Args:
-        market: It has to last until the job's deadline.
-        job: What to compute.
-        make_policy: Who places it.
-        first_tick: Where in the market the job begins.
+        market: Market that lasts at least until the job's deadline.
+        job: Job to place.
+        make_policy: Function that makes the policy for the job.
+        first_tick: Tick of the market at which the job begins.
 
     Raises:
         ConfigError: The market ends before the deadline.
@@ -227,7 +230,7 @@ def simulate(market: Market, job: Job, make_policy: MakePolicy, first_tick: int 
 
 
 class _Run:
-    """A job on its way."""
+    """The state of a running job."""
 
     def __init__(self, terms: Terms, policy: Policy) -> None:
         self._terms, self._policy = terms, policy
@@ -248,7 +251,7 @@ class _Run:
         spot_usd: Sequence[float],
         on_demand_usd: Sequence[float],
     ) -> None:
-        """One tick: a preemption, perhaps; the policy's choice; what is computed and paid."""
+        """Simulates one tick: a possible preemption, the policy's choice, computing and paying."""
         preempted = None
         if self._place is not None and self._place.is_spot and not available[self._place.zone]:
             preempted, self._place = self._place, None
@@ -287,7 +290,7 @@ class _Run:
             self._saved = self.progress
 
     def _left_if_lost(self) -> int:
-        """Work left once this tick is over and the place is lost."""
+        """Returns the work left after this tick if the job stays and is then preempted."""
         if self._place is None or not self._place.is_spot:
             return self._terms.work - self.progress
         after = self.progress + (self._warming == 0)
@@ -295,7 +298,7 @@ class _Run:
         return self._terms.work - (after if is_safe else self._saved)
 
     def _go(self, wanted: Sequence[Place], available: Sequence[bool]) -> None:
-        """Takes the first place that can be had."""
+        """Moves the job to the first available place."""
         self._refused = []
         chosen = None
         for place in wanted:
@@ -305,7 +308,7 @@ class _Run:
             self._refused.append(place)
         if chosen == self._place:
             return
-        self._saved = self.progress
+        self._saved = self.progress  # a job that leaves by itself saves first
         self._place = chosen
         if chosen is None:
             return
@@ -319,7 +322,7 @@ class _Run:
         self._data_region = region
 
     def outcome(self) -> Outcome:
-        """What became of it."""
+        """Returns the outcome of the job so far."""
         gap_h = self._terms.gap_h
         ticks = self._spot + self._on_demand + self._idle
         is_done = self.progress == self._terms.work

@@ -1,4 +1,4 @@
-"""All policies side by side, on the same stretches of a market."""
+"""Compares all policies on the same stretches of a market."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,15 +27,15 @@ POLICIES: Mapping[str, MakePolicy] = {
 
 @dataclass(frozen=True)
 class Row:
-    """How a policy did; means over all starts.
+    """The results of a policy, as means over all starts.
 
     Attributes:
-        policy: Its name.
-        saving: Of what on-demand nodes alone cost. A job that missed its deadline paid for a part
-            only, so it says nothing where some did.
+        policy: Name of the policy.
+        saving: Saved share of the cost with on-demand nodes alone. It is meaningless if a job
+            missed its deadline, since that job paid for only a part of its work.
         saving_error: Standard error of the saving.
         missed: Share of the starts that missed the deadline.
-        worst_saving: Of the dearest start.
+        worst_saving: Lowest saving of any start.
     """
 
     policy: str
@@ -63,15 +63,16 @@ def compare(
 ) -> list[Row]:
     """Runs a job with every policy from the same random moments of a market.
 
-    At each start the zones are in another order, so that none is first among those of one price.
+    The order of the zones is random at each start, so that no zone is always the first among those
+    of equal price.
 
     Args:
-        market: Where.
-        job: What.
-        num_starts: How often.
-        seed: The same one gives the same starts.
-        policies: By name.
-        with_oracle: Whether the least possible cost is a row, the last.
+        market: Market on which the job runs.
+        job: Job to place.
+        num_starts: Number of random moments.
+        seed: Seed of the random moments; equal seeds give equal starts.
+        policies: Policies by name.
+        with_oracle: True to add the least possible cost as the last row.
 
     Raises:
         ConfigError: The market is shorter than the job's deadline.
@@ -79,12 +80,14 @@ def compare(
     num_first_ticks = market.num_ticks - Terms.of(job, market).deadline + 1
     if num_first_ticks < 1:
         hours = market.num_ticks * market.gap_h
-        rule = f"the traces are {hours:.0f} h long"
-        raise ConfigError("deadline_h", f"{job.deadline_h:g}", rule, "give longer ones")
+        rule = f"is longer than the traces, which have {hours:.0f} h"
+        raise ConfigError("deadline_h", f"{job.deadline_h:g}", rule, "give longer traces")
     rng = np.random.default_rng(seed)
     first_ticks = rng.integers(0, num_first_ticks, num_starts).tolist()
     markets = [market.only(rng.permutation(len(market.zones)).tolist()) for _ in first_ticks]
     where = list(zip(markets, first_ticks, strict=True))
+    # Every policy runs from the same moments and orders, so that differences between rows are not
+    # due to luck.
     base_usd = np.array([simulate(m, job, OnDemand, tick).cost_usd for m, tick in where])
     rows = []
     for name, make_policy in policies.items():

@@ -207,9 +207,9 @@ def test_a_deadline_that_will_be_missed_is_said_once(site):
     [
         (["--ledger", "x"], "-- COMMAND"),
         (["--", "true"], "--ledger"),
-        (["--ledger", "x", "--", "true"], "say what this costs"),
-        (["--ledger", "", "--usd-per-h", "1", "--", "true"], "--ledger: '' names no folder"),
-        (["--ledger", "x", "--usd-per-h", "-1", "--", "true"], "not a number from 0 on"),
+        (["--ledger", "x", "--", "true"], "--usd-per-h, --prices or SPOTFORGE_PRICES"),
+        (["--ledger", "", "--usd-per-h", "1", "--", "true"], "argument --ledger: ''"),
+        (["--ledger", "x", "--usd-per-h", "-1", "--", "true"], "argument --usd-per-h: '-1'"),
         (["--ledger", "x", "--usd-per-h", "1", "--nodes", "0", "--", "true"], "--nodes=0"),
         (["--ledger", "x", "--usd-per-h", "1", "--budget-usd", "0", "--", "true"], "above 0"),
         (["--ledger", "x", "--usd-per-h", "1", "--", "no-such-program"], "no such program"),

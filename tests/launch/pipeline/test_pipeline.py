@@ -119,7 +119,7 @@ def test_a_result_that_was_removed_is_made_again(site):
 
 
 def test_one_stage_alone(site):
-    with pytest.raises(ConfigError, match="export is not there; run the stage before it first"):
+    with pytest.raises(ConfigError, match="launch.stages=compress: .*export"):
         site.run(only="compress")
     for name in ("train", "compress", "release"):
         assert site.run(only=name) == 0
@@ -128,7 +128,7 @@ def test_one_stage_alone(site):
 
 def test_a_stage_without_a_result_has_failed(site):
     stage = Stage("train", ("-c", "pass"), None, site.run_dir / "export")
-    with pytest.raises(SpotforgeError, match="is done and left no"):
+    with pytest.raises(SpotforgeError, match="^train .*/export"):
         Chain([stage], site.run_dir / "pipeline.json").run()
 
 
@@ -195,8 +195,8 @@ def test_stages_follow_one_another(tmp_path, monkeypatch):
     assert release.arguments == ("-m", "release", f"run={run}")
     assert release.output == run / "gate.json"
     for more, said in (
-        (["launch.stages=[compress,train]"], "not the order in which they run; use"),
-        (["launch.stages=[compress]"], "export is not there; train first"),
+        (["launch.stages=[compress,train]"], r"launch.stages=\[compress,train\]: .*; use"),
+        (["launch.stages=[compress]"], r"launch.stages=\[compress\]: .*export"),
         (["export.at_end=false"], "export.at_end=False: compress reads the export"),
     ):
         with pytest.raises(ConfigError, match=said):
@@ -204,7 +204,7 @@ def test_stages_follow_one_another(tmp_path, monkeypatch):
 
 
 def test_a_stage_that_was_run_by_other_means_is_recorded(site):
-    with pytest.raises(SpotforgeError, match="train is done and left no"):
+    with pytest.raises(SpotforgeError, match="^train .*/export"):
         site.chain().record("train")
     (site.run_dir / "export").mkdir(parents=True)
     (site.run_dir / "export" / "result").write_text("of a job elsewhere")

@@ -65,14 +65,14 @@ def test_what_is_no_market_is_refused(tmp_path):
         "not a trace": tmp_path / "list.json",
         "3 points of 300 s, not 2 of 300": write_trace(tmp_path, "ragged", [1, 1, 1]),
         "2 points of 60 s, not 2 of 300": write_trace(tmp_path, "gap", [1, 1], gap_s=60),
-        "data has one below 0": write_trace(tmp_path, "negative", [1, -1]),
-        "spot_usd_per_h has one below 0": write_trace(
+        "data must be": write_trace(tmp_path, "negative", [1, -1]),
+        "spot_usd_per_h must be": write_trace(
             tmp_path, "price", [1, 1], spot_usd_per_h=[0.1, -0.1]
         ),
-        "on_demand_usd_per_h has a 0": write_trace(
+        "on_demand_usd_per_h must be": write_trace(
             tmp_path, "free", [1, 1], on_demand_usd_per_h=[1, 0]
         ),
-        "a zone twice": good,
+        "trace=a,a: ": good,
     }
     bad["not JSON"].write_text("{")
     bad["not a trace"].write_text("[1, 2]")
@@ -81,7 +81,7 @@ def test_what_is_no_market_is_refused(tmp_path):
             read_market([good, path])
         assert rule in str(refusal.value)
         assert "\n" not in str(refusal.value)
-    with pytest.raises(ConfigError, match="not a price"):
+    with pytest.raises(ConfigError, match="spot_usd_per_h=-1.0: "):
         read_market([good], spot_usd_per_h=-1.0)
 
 
