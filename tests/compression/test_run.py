@@ -211,7 +211,7 @@ def test_an_artifact_that_computes_something_else_is_not_kept(
         (["model=nowhere"], "model=nowhere: there is no such folder"),
         (["run=nowhere"], "run=nowhere: is no run directory"),
         (["recipe=nope", "model=PARENT"], "recipe=nope: there is no such option"),
-        (["recipe=[]", "model=PARENT"], "recipe=???: has to be given"),
+        (["recipe=[]", "model=PARENT"], "recipe=???: must be given"),
         (["model=PARENT", "recipe=auto", "evaluation.speed=false"], "auto picks what is fastest"),
         (
             [
