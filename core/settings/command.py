@@ -114,8 +114,8 @@ class Command:
                 failure ends a sweep.
             arguments: Arguments to read; None reads those of the process.
 
-            Returns:
-                Exit code of the process.
+        Returns:
+            Exit code of the process.
         """
         try:
             line = self.read(sys.argv[1:] if arguments is None else arguments)
@@ -186,8 +186,8 @@ class Command:
             words: Words of the form `key=value` or `group=option`.
             config_dir: Folder with additional options of groups.
 
-            Raises:
-                ConfigError: A word or a value is not valid.
+        Raises:
+            ConfigError: A word or a value is not valid.
         """
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
