@@ -196,8 +196,7 @@ def _tick(shown: str) -> str:
 def _svg(figure: Figure) -> str:
     out = StringIO()
     # Text stays text in the page's font; matplotlib has no argument for it, only rc settings. A
-    # fixed
-    # salt and no date make the same run give the same bytes.
+    # fixed salt and no date make the same run give the same bytes.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "spotforge"}):
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     return out.getvalue()

@@ -162,7 +162,7 @@ def test_rollback_restores_and_goes_on_behind_the_batch(trainer, small, tmp_path
 def test_without_a_checkpoint_there_is_nothing_to_roll_back_to(trainer, small, spoilt):
     spoilt(8)
     result = trainer(*small, "checkpoint.interval=end", "anomaly.action=rollback")
-    assert result.code == 1 and "no checkpoint to go back to" in result.err
+    assert result.code == 1 and "no checkpoint to roll back to" in result.err
 
 
 def test_too_many_in_a_row_end_the_run(trainer, small, spoilt):

@@ -394,7 +394,7 @@ def test_settings_that_make_no_sense(config, ready, tmp_path):
 
 def test_a_text_of_nothing_but_blanks(config, ready, tmp_path):
     (tmp_path / "blank.txt").write_text(" \n \n")
-    with pytest.raises(ConfigError, match="no document in it has any text"):
+    with pytest.raises(ConfigError, match="none of its documents has any text"):
         ready(config(path=str(tmp_path / "blank.txt")))
 
 
