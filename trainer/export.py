@@ -319,7 +319,7 @@ def _find_checkpoint(run: Path, name: str | None) -> Path:
         try:
             verify(path)
         except ConfigError as e:
-            print(f"skipped: {e}", file=sys.stderr)
+            print(f"passed over: {e}", file=sys.stderr)
             newest = newest or e
             continue
         return path

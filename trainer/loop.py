@@ -347,5 +347,5 @@ def _due(step: int, every_steps: int | None) -> bool:
 def _step_seed(seed: int, step: int, rank: int) -> int:
     """Returns a new seed for each step, so that a resume needs no saved generator state."""
     digest = hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()
-    # torch takes signed 64-bit seeds, so one bit is dropped.
+    # 63 bits fit into a signed 64-bit integer.
     return int.from_bytes(digest[:8], "little") >> 1

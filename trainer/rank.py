@@ -1,7 +1,7 @@
-"""`python -m trainer.rank FILE`: one rank of a run that `python -m trainer` has launched.
+"""Runs one rank of a run that `python -m trainer` has launched: `python -m trainer.rank FILE`.
 
-FILE holds the pickled configuration and the keys that were given; it comes from
-`trainer.launching`, never from a user.
+FILE contains the pickled configuration and the given keys; `trainer.launching` writes it, never a
+user.
 """
 
 import pickle

@@ -386,9 +386,9 @@ def test_a_download_that_does_not_fit_is_refused_before_it_begins(tmp_path, monk
         ("s3:/bucket/run", "must be a URL"),
         ("/mnt/run", "must be a URL"),
         ("nowhere://bucket/run", "Protocol not known"),
-        ("double://", "names no bucket"),
-        ("file:///", "names no bucket"),
-        ("double://bucket/run[1]", "may not contain"),
+        ("double://", "must name a bucket"),
+        ("file:///", "must name a bucket"),
+        ("double://bucket/run[1]", "must not contain"),
     ],
 )
 def test_a_url_that_cannot_work_is_refused(url, rule):

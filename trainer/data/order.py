@@ -18,7 +18,7 @@ Indices = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
 BLOCK = 1024  # number of positions in which a mixture keeps its proportions exactly
-ROUNDS = 8  # of the Feistel network; 4 are the least for a pseudo-random permutation
+ROUNDS = 8  # of the Feistel network; another number would change the order of every run
 
 
 class OrderRule(StrEnum):

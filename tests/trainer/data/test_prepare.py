@@ -333,7 +333,7 @@ def test_tokens_are_opened_as_they_are(config, ready, tmp_path):
     train_tokenizer(["other"], 280).save_pretrained(tmp_path / "other")
     with pytest.raises(ConfigError, match="made by another tokenizer"):
         ready(config(**tokens, tokenizer=str(tmp_path / "other")))
-    with pytest.raises(ConfigError, match="data.path=.*no prepared token dataset"):
+    with pytest.raises(ConfigError, match="data.path=.*is not a prepared token dataset"):
         ready(config(**tokens | {"path": str(tmp_path)}))
 
 
