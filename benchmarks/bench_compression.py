@@ -135,6 +135,7 @@ def measure(options: argparse.Namespace, folder: Path, words: Sequence[str]) -> 
     ]
     out = run(COMPRESSION.compose([*without(settings, words), *words]), lambda: False)
     report = read_report(next(path for path in out.iterdir() if path.is_dir()))
+    # Only the report is kept: artifacts of all recipes would fill the disk.
     shutil.rmtree(out)
     figures: dict[str, Any] = report["evaluation"] | {
         "target": report["target"],

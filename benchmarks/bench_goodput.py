@@ -187,6 +187,7 @@ def replay(
         for _ in range(plan[0][1]):
             machines.join()
         deadline = time.monotonic() + FIRST_STEP_S
+        # The clock starts at the first step, so that preparing data does not count.
         while not any(file.stat().st_size for file in notes.iterdir()):
             machines.check()
             if time.monotonic() > deadline:
@@ -293,6 +294,7 @@ def _count_samples(rows: list[Row], num_steps: int) -> tuple[int, int]:
     for row in rows:
         if "samples" in row and row["step"] <= num_steps:
             ranks = kept.setdefault(row["step"], [])
+            # Another gang is a later start, which did the step again.
             if ranks and ranks[0]["gang"] != row["gang"]:
                 ranks.clear()
             ranks.append(row)

@@ -154,6 +154,7 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
 
 def plot(cells: Sequence[dict[str, Any]], path: Path) -> None:
     """Plots savings over deadline / compute, with one panel per scene and place."""
+    # This backend needs no display.
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -297,6 +297,7 @@ def main() -> None:
             smaller_steps = [*peers[int8].command, "engine.max_batch_tokens=36"]
             peers[f"{int8}, 36 tokens a step"] = replace(peers[int8], command=smaller_steps)
         for server_name, peer in peers.items():
+            # The first start of our server also prepares files, which later starts reuse.
             if peer.is_ours:
                 Server(server_name, peer, cache).stop()  # fills the caches before start_s counts
             server = Server(server_name, peer, cache)

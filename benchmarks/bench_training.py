@@ -181,6 +181,7 @@ def main() -> None:
 
 
 def _measure(name: str, steps: int) -> list[float]:
+    # In a process of its own, so that memory and threads of one do not affect the next.
     command = python("-m", "benchmarks.bench_training", "--contestant", name)
     output = subprocess.run(
         [*command, "--steps", str(steps)],

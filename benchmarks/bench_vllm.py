@@ -62,6 +62,7 @@ def by_vllm(folder: Path, texts: list[list[int]], scratch: Path) -> tuple[list[f
     program = str(Path(__file__).with_name("peer_vllm.py"))
     command = [os.environ[PYTHON], program, str(folder), str(asked), str(told)]
     quiet = {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    # The user's own settings come last and win.
     env = {"VLLM_CPU_INT4_W4A8": "0", **quiet, **os.environ}
     subprocess.run(command, check=True, env=env)
     found = json.loads(told.read_text())

@@ -35,6 +35,7 @@ def make_app(folder: str) -> FastAPI:
                 streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
                 ids = tokenizer(body["prompt"], return_tensors="pt")["input_ids"]
                 size = body["max_tokens"]
+                # Exactly as many tokens as requested, so that all servers do the same work.
                 settings: dict[str, Any] = dict(
                     min_new_tokens=size, max_new_tokens=size, do_sample=False
                 )

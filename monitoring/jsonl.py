@@ -70,6 +70,7 @@ def drop_lost_steps(path: Path, first_step: int) -> int:
     if not path.exists():
         return 0
     num_dropped = 0
+    # A new file replaces the old one in one step, so that a second crash loses nothing.
     with path.open("rb") as old, staged_file(path) as staging, staging.open("wb") as new:
         for line in old:
             if _is_kept(_decode(line), first_step):

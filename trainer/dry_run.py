@@ -24,6 +24,7 @@ def check_forward(
     Raises:
         ConfigError: The model's code in transformers cannot compute it.
     """
+    # Ids below 64 are in every vocabulary.
     tokens = torch.arange(config.data.max_seq_len, device=world.device).unsqueeze(0) % 64
     try:
         with evaluating(module):

@@ -139,6 +139,7 @@ def generate(
                 choice = torch.multinomial(probabilities, 1, generator=generator)
             else:
                 choice = logits.argmax(-1, keepdim=True)
+            # Ranks may compute slightly different logits, so all take rank 0's choice.
             dist.broadcast(choice, src=0)
             ids.append(int(choice.item()))
     text: str = tokenizer.decode(ids[prompt_len:])

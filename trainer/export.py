@@ -234,6 +234,7 @@ def _check_reads_back(weights: _Weights, folder: Path) -> None:
         if not torch.equal(written, weights.read([name])[name]):
             raise SpotforgeError(f"the exported {name} differs from the trained one")
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    # Two models have to fit into half of the free memory.
     if 4 * size > psutil.virtual_memory().available:
         return
     with torch.random.fork_rng(), torch.no_grad():

@@ -68,6 +68,7 @@ def optimal_interval_s(cost_s: float, mtbf_s: float) -> float:
         cost_s: C, the time that a save takes from training.
         mtbf_s: M, the mean time between losses of the machine.
     """
+    # The series is not valid here; Daly sets the interval to M.
     if cost_s >= 2 * mtbf_s:
         return mtbf_s
     ratio = cost_s / (2 * mtbf_s)

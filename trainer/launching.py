@@ -61,6 +61,8 @@ def launch(config: TrainerConfig, isolated: bool = False, given: Collection[str]
         return e.exit_code
     if isolated:
         return _run(command)
+    # exec discards buffered output. It keeps the process id, so that signals reach the supervisor
+    # directly.
     sys.stdout.flush()
     os.execve(command[0], command, environment())
 
@@ -107,6 +109,7 @@ def _supervisor(config: TrainerConfig, given: Collection[str], num_nodes: int) -
         options += ["--hang-timeout", str(config.hang_timeout_s)]
         options += ["--events", str(config.run_dir / "supervisor.jsonl")]
         if isinstance(config.parallel, FsdpConfig):
+            # With replicas, FSDP can use only certain numbers of ranks.
             options += ["--multiple-of", str(config.parallel.ranks_multiple_of)]
         if num_nodes > 1:
             options += ["--listen", str(_PORT), "--nodes", str(num_nodes)]

@@ -86,6 +86,7 @@ class TrainingLoop:
         config, world, strategy, state = self.config, self.world, self.strategy, self.state
         total_steps = config.total_steps
         throughput = Throughput()
+        # As if the run had never stopped, so that stop.minutes counts the time of all starts.
         began = time.monotonic() - state.elapsed_s
         saved_step = state.step if state.step else None
         blocked_s = 0.0
@@ -168,6 +169,7 @@ class TrainingLoop:
                         self.reporter.log(record)
         finally:
             self.loader.close()
+        # A stop or the end of the time may come between two saves.
         if saved_step != state.step:
             self._save(state, loss)
         self.checkpointer.wait()
@@ -227,6 +229,7 @@ class TrainingLoop:
         self.strategy.load_state(state_reader(checkpoint), num_updates=saved.step)
         self.loader.close()
         self.loader = self._loader(num_samples)
+        # The data and the clock move on; everything else is as it was saved.
         return dataclasses.replace(
             saved,
             num_samples=num_samples,

@@ -87,6 +87,7 @@ def plan_memory(config: TrainerConfig, shape: ModelShape, world_size: int) -> Me
         ConfigError: The size of the teacher is not known, as in `teacher_shape`.
     """
     is_bf16 = config.precision.param_dtype is Dtype.bfloat16
+    # A micro-batch is never larger than a rank's share of the global batch.
     rows = min(config.micro_batch_size, -(-config.global_batch_size // world_size))
     tokens = rows * config.data.max_seq_len
     compute_bytes = 2 if is_bf16 else 4
@@ -157,6 +158,7 @@ def _ways_out(
     ranks = [world_size, *(2**i for i in range(11) if world_size < 2**i <= most_ranks)]
     rows = [config.micro_batch_size >> i for i in range(config.micro_batch_size.bit_length())]
     parallels = [config.parallel, FsdpConfig()]
+    # The product varies its last factor fastest, so cheaper changes come before more ranks.
     for num_ranks, parallel, checkpointing, batch in product(
         ranks, parallels, sorted({config.activation_checkpointing, True}), rows
     ):
@@ -193,6 +195,7 @@ def _state(
         # Two blocks are gathered at a time, or all of them, plus as many float32 gradients.
         whole = root + (2 * block if parallel.reshard_after_forward else n - root)
         gathered = compute_bytes * whole + 4 * (2 * block + root)
+        # A single rank gathers nothing; only autocast's copies remain.
         if world_size == 1:
             gathered = cast
         return {

@@ -232,6 +232,7 @@ class Materializer:
         keeps_zeros = isinstance(config, PathModelConfig) and config.keep_zeros
         self.sparse = _matrices(model) if keeps_zeros else set()
         self.num_zeros = 0
+        # Modules outside of the model (a teacher) are filled by their own materializer.
         self._done: set[nn.Module] = {m for m in module.modules() if m not in self._names}
 
     @property
@@ -244,10 +245,12 @@ class Materializer:
         """Materializes `part` and its submodules, except those that are already filled."""
         modules = [m for m in _children_first(part) if m not in self._done]
         for module in modules:
+            # Not recursive: children are in the list themselves unless they are filled already.
             module.to_empty(device=self._device, recurse=False)
             for _, tensor in _own_tensors(module):
                 if tensor.is_floating_point():
                     tensor.fill_(torch.nan)  # marks uninitialized values for the check below
+        # Forked, so that filling weights leaves the run's own random state unchanged.
         with torch.random.fork_rng(
             devices=[self._device] if self._device.type == "cuda" else [],
         ):

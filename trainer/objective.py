@@ -275,6 +275,7 @@ class HeadGradients:
         self.wanted = any(wants[:3])
         self._hidden, self._weight, self._bias = hidden, weight, bias
         self._of_hidden = torch.empty_like(hidden) if self.wanted else None
+        # In float32, since adding many small chunks in bfloat16 would lose digits.
         self._of_weight = torch.zeros_like(weight, dtype=torch.float32) if wants[1] else None
         self._of_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
 
@@ -287,6 +288,7 @@ class HeadGradients:
         assert self._of_hidden is not None
         torch.mm(grad, self._weight, out=self._of_hidden[rows])
         if self._of_weight is not None:
+            # addmm_ needs equal types, so a bfloat16 product is added in a second step.
             if grad.dtype is torch.float32:
                 self._of_weight.addmm_(grad.T, chunk)
             else:
@@ -304,5 +306,6 @@ class HeadGradients:
 
 def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     """Returns slices of rows whose logits are held at once."""
+    # The larger the vocabulary, the fewer rows, so that chunks have about the same size.
     rows = max(1, _CHUNK_NUMEL.get(hidden.device.type, 2**22) // weight.shape[0])
     return [slice(i, i + rows) for i in range(0, hidden.shape[0], rows)]

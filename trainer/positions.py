@@ -57,6 +57,7 @@ def check_positions(model: PreTrainedModel, max_seq_len: int) -> str | None:
 
 def _table_length(model: PreTrainedModel, config: Any, field: str, length: int) -> int | None:
     """Returns the number of positions in the shortest table, or None without a table."""
+    # The same model with twice as many positions shows which tensors depend on their number.
     longer = copy.deepcopy(model.config)
     setattr(longer.get_text_config(decoder=True), field, 2 * length)
     with torch.device("meta"):

@@ -235,6 +235,7 @@ class Probe:
         self._max_seq_len = config.data.max_seq_len
         self._tolerance = _TOLERANCE[config.precision.param_dtype]
         self._rounding = _ROUNDING[config.precision.param_dtype]
+        # A separate generator is alike on all ranks and leaves the run's random state unchanged.
         self._generator = torch.Generator().manual_seed(config.seed)
 
     def unfusable(self) -> str | None:

@@ -205,6 +205,7 @@ class RemoteCheckpoints:
         def put() -> None:
             try:
                 self._fs.put_file(str(local), path)
+                # An upload may be cut short without an error.
                 found = self._fs.info(path)["size"]
             except FileNotFoundError as e:  # there is no such bucket, or the file was not stored
                 raise OSError(_line(e)) from e
@@ -287,6 +288,7 @@ class RemoteCheckpoints:
             except FileNotFoundError:
                 raise
             except Exception:  # every package behind fsspec raises its own errors
+                # The random factor keeps ranks from repeating their requests at the same moment.
                 time.sleep(_BACKOFF_S * 2**attempt * self._jitter.uniform(0.5, 1.5))
         return action()
 

@@ -330,6 +330,7 @@ def _candidates(
             f"{folder.parent} contains checkpoints of an earlier run",
             "choose another run.name, or use resume=auto to continue it",
         )
+    # Descending, so `not` puts the local copy of a step before the remote one.
     found.sort(key=lambda candidate: (candidate[0], not candidate[1]), reverse=True)
     return [(folder / name, stored) for name, stored in found]
 

@@ -177,6 +177,7 @@ def train_in(
         )
         decay = Decay(resolved["optim"].get("decay", "matrices"))
         decayed = decayed_names(model, decay)
+        # Filling and distributing a large model takes minutes, which a stop must not wait for.
         poll.refuse_to_start()
         with world.together():
             strategy: Strategy = config.parallel.build(world, config.precision)
@@ -342,6 +343,7 @@ def _finish(
 def _set_up_process(config: TrainerConfig) -> None:
     keep_freed_memory()
     if config.deterministic:
+        # cuBLAS is deterministic only with a fixed workspace, which is read at its first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 

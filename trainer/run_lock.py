@@ -30,6 +30,7 @@ def lock_run(run_dir: Path) -> Iterator[None]:
     elsewhere = owner is not None and owner["host"] != socket.gethostname()
     with ExitStack() as stack:
         try:
+            # On the same machine the kernel releases the lock of a dead job at once.
             stack.enter_context(locked(run_dir / _LOCK, timeout_s=_LEASE_S if elsewhere else 0))
         except LockHeldError as e:
             owner = _owner(run_dir)  # read again, since the holder may only now have written it

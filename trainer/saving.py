@@ -227,6 +227,7 @@ class Checkpointer:
         """Refuses a save before anything is written if the disk is plainly too small."""
         mine = sum(_local(t).numel() * _local(t).element_size() for t in tensors.values())
         need = torch.tensor(mine, dtype=torch.float64)
+        # All ranks write into the same folder, so the sum of their shares must fit.
         dist.all_reduce(need, group=self._world.control)
         with self._world.together():
             if self._world.rank == 0:
@@ -304,6 +305,7 @@ class Uploader:
                 self._current, self._waiting = self._waiting, None
                 checkpoint = self._current
                 assert checkpoint is not None
+            # Outside of the lock, so that `submit` never waits for the network.
             error = self._upload(checkpoint)
             with self._changed:
                 self._current, self._error = None, error
@@ -316,6 +318,7 @@ class Uploader:
             files = json.loads((checkpoint / MANIFEST).read_text())["files"]
             self._remote.upload(checkpoint, sorted(files))
             self._remote.commit(checkpoint)
+            # As on disk, newer checkpoints must not displace this one.
             names = [n for n in self._remote.names() if n <= checkpoint.name]
             for name in outdated(names, self._config.keep_last, self._config.keep_every):
                 self._remote.delete(name)
@@ -333,6 +336,7 @@ def _stager(device: torch.device) -> DefaultStager:
     cuda = device.type == "cuda"
     return DefaultStager(
         StagingOptions(
+            # From pinned memory on, a copy from the GPU needs no intermediate buffer.
             use_pinned_memory=cuda,
             use_shared_memory=False,
             use_async_staging=False,

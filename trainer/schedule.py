@@ -28,6 +28,7 @@ class CosineConfig:
         assert total_steps is not None
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
+        # The last step is total_steps - 1, where the rate reaches its minimum.
         progress = (step - self.warmup_steps) / max(1, total_steps - 1 - self.warmup_steps)
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (
             1 + math.cos(math.pi * progress)

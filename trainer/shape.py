@@ -94,6 +94,7 @@ def model_shape(config: TrainerConfig) -> ModelShape:
     if isinstance(model, NamedModelConfig):
         fields = dict(model.config)
         vocab_size = model.vocab_size or _tokenizer_vocab_size(config)
+        # The model rounds a tokenizer's size up in the same way (trainer/model.py).
         fields |= {"vocab_size": -(-vocab_size // 64) * 64 if not model.vocab_size else vocab_size}
         return _shape_of(model.model_type, fields, "model.model_type")
     assert isinstance(model, PathModelConfig)

@@ -101,6 +101,7 @@ class StopSignal:
             self._watcher.start()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        # Appending to a list takes no lock, which makes it safe in a signal handler.
         self._reasons.append(self._SIGNALS[number])
 
     def _poll(self, watched: list[_Watched], poll_s: float) -> None:

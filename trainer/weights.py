@@ -116,6 +116,7 @@ class WeightsReader:
         if there not in self._converted:
             self._converted.clear()
             self._converted = self._group_of[there].convert(self._read_stored)
+        # Popped, so that the tensors of a group are freed one after another.
         return self._converted.pop(there)
 
     def __contains__(self, name: str) -> bool:
@@ -136,6 +137,7 @@ class WeightsReader:
             if name < twin and {name, twin} <= self._group_of.keys()
         ]
         for pair in stored:
+            # One pair at a time, so that no more than two groups are held.
             one, other = (self._group_of[n].convert(self._read_stored)[n] for n in pair)
             if not torch.equal(one, other):
                 raise ConfigError(
@@ -293,6 +295,8 @@ def _loading_groups(
     unexplained: list[str] = []
     for name in sorted(stored, key=dot_natural_key):
         renamed = name
+        # As in transformers, all renamings apply in turn, but only the first converter that
+        # matches.
         for renaming in renamings:
             renamed, _ = renaming.rename_source_key(renamed)
         renamed, pattern = _converted_name(renamed, converters)

@@ -104,8 +104,8 @@ def test_a_pod_of_one_process_is_whole():
     pod = {key: value for key, value in WHOLE.items() if not key.startswith("LOCAL_")}
     assert read_place(pod) == Place(3, 4, 0, 1, "10.0.0.1", 29500)
     for name in ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"):
-        with pytest.raises(ConfigError, match="^LOCAL_RANK=: is not set"):
+        with pytest.raises(ConfigError, match="^LOCAL_RANK=: must be set"):
             read_place(pod | {name: "0"})
     for name in pod:
-        with pytest.raises(ConfigError, match="=: is not set"):
+        with pytest.raises(ConfigError, match="=: must be set"):
             read_place({key: value for key, value in pod.items() if key != name})

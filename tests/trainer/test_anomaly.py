@@ -36,7 +36,7 @@ def test_a_leap_is_told_from_noise_and_from_the_fall_at_the_start():
     judge = watch(loss_spike=10)
     losses = [8 * math.exp(-step / 50) + 2 + 0.05 * math.sin(step * 7) for step in range(300)]
     assert [judge.verdict(loss) for loss in losses] == [None] * 300
-    assert "leapt to 5" in judge.verdict(5.0)
+    assert "spiked to 5" in judge.verdict(5.0)
     assert judge.verdict(losses[-1]) is None, "the leap itself is not remembered"
     assert watch().verdict(1e9) is None, "only asked for"
 

@@ -406,6 +406,7 @@ def rows_of_tokens(lengths: Sequence[int], limit: int) -> list[list[int]]:
     """
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        # Rows are sorted, so the first row of a batch is its longest and sets the padded length.
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > limit:
             batches.append([])
         batches[-1].append(row)

@@ -216,6 +216,7 @@ def _difference(
         return "is not a fast tokenizer"
     documents = plain_backend(tokenizer), plain_backend(loaded)
     prompts = tokenizer.backend_tokenizer, loaded.backend_tokenizer
+    # A text that spells all special tokens shows whether both recognize them alike.
     spelled = " and ".join(map(str, tokenizer.all_special_tokens))
     num_texts = num_other = 0
     example = ""

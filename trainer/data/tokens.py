@@ -35,6 +35,8 @@ class TokenDataset:
         self.num_tokens: int = entry["num_tokens"]
         self.num_documents: int = entry["num_documents"]
         self.num_bytes: int = entry["num_bytes"]
+        # Files are little-endian on every machine. They are mapped, so that a sample reads only its
+        # own pages and the ranks of a machine share them.
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self._shards = [
             np.memmap(folder / shard["file"], dtype, mode="r") for shard in entry["shards"]

@@ -123,6 +123,7 @@ class _SplitWriter:
         self._documents.write(np.array(self.num_tokens, "<u8").tobytes())
         self.num_documents += 1
         self.num_bytes += num_bytes
+        # The border of a shard may cut a document; the stream of tokens is continuous.
         while len(tokens):
             if self._shard is None:
                 name = f"{self._split}-{len(self._shards):05d}.bin"

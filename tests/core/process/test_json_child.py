@@ -58,7 +58,7 @@ def test_ctrl_c_is_not_for_it_and_its_share_of_a_cpu_is_the_gateways():
             "say({'fatal': 'it is full'}); print('-', file=sys.stderr)",
             "exit code 0: it is full",
         ),
-        ("print('no json', flush=True); input()", "died of SIGKILL: what it said makes no"),
+        ("print('no json', flush=True); input()", "died of SIGKILL: its output is not valid"),
         ("say([1]); input()", "died of SIGKILL: its output is not valid"),
     ],
 )
