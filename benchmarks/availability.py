@@ -1,7 +1,7 @@
-"""Traces of how many spot nodes a cloud had, point by point.
+"""Traces of the number of spot nodes that a cloud had over time.
 
-In the form in which the Can't Be Late study (Wu et al., NSDI 2024) published them: a JSON object
-with `metadata.gap_seconds` and `data`, the number of nodes at each point.
+The format is that of the Can't Be Late study (Wu et al., NSDI 2024): a JSON object with
+`metadata.gap_seconds` and `data`, the number of nodes at each point.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Trace:
-    """Nodes that a cloud had at each point of time.
+    """Holds the number of nodes that a cloud had at each point of time.
 
     Attributes:
-        name: Folder and file.
-        gap_s: Seconds between two points.
-        nodes: At each point.
+        name: Folder and file of the trace.
+        gap_s: Time between two points, in seconds.
+        nodes: Number of nodes at each point.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Trace:
 
     @classmethod
     def read(cls, path: Path, max_nodes: int) -> Trace:
-        """Reads a trace, in which more than `max_nodes` are not used."""
+        """Reads a trace; more than `max_nodes` nodes at a point are ignored."""
         content = json.loads(path.read_text())
         nodes = [min(int(n), max_nodes) for n in content["data"]]
         name = f"{path.parent.name}/{path.stem}"
@@ -37,17 +37,18 @@ class Trace:
 
     @property
     def changes_per_hour(self) -> float:
-        """Nodes that came or went, by hour of the whole trace."""
+        """Number of nodes that came or went per hour, over the whole trace."""
         return _changes(self.nodes) / (len(self.nodes) * self.gap_s / 3600)
 
     def typical_window(self, hours: float) -> int:
-        """Where a window begins in which nodes come and go as often as in the trace on the whole.
+        """Returns the start of a window with about as many changes as the trace has on average.
 
-        Of those that come closest and begin with a node, the one in the middle: the first one only
-        just reaches the last of its changes.
+        Of the windows that come closest and start with a node, the middle one is taken: the first
+        one would only just reach the last of its changes.
         """
         length = round(hours * 3600 / self.gap_s)
-        # Where less than one is to be expected, one is seen: else there is nothing to measure.
+        # With less than one expected change, one is required: otherwise there is nothing to
+        # measure.
         wanted = max(1.0, self.changes_per_hour * hours)
         starts = [i for i in range(len(self.nodes) - length) if self.nodes[i] > 0]
         if not starts:
@@ -57,7 +58,7 @@ class Trace:
         return closest[len(closest) // 2]
 
     def changes(self, first: int, hours: float) -> list[tuple[float, int]]:
-        """(seconds from the window's beginning, nodes from then on), the first at 0."""
+        """Returns pairs (seconds since the window's start, nodes from then on), the first at 0."""
         window = self.nodes[first : first + round(hours * 3600 / self.gap_s)]
         found = [(0.0, window[0])]
         for i, (before, after) in enumerate(pairwise(window), start=1):

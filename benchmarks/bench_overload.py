@@ -1,12 +1,12 @@
-"""Four times as many requests as a server can answer: who is refused, how fast, and at whose cost.
+"""Measures a server that gets four times as many requests as it can answer: refusals and delays.
 
     python -m benchmarks.bench_overload [--seconds 20] [--running 8]
 
-The model and the requests are those of bench_serving. First as many streams as run at once, one
-request after another each: that is the server's capacity, and nobody waits. Then requests come by
-themselves, at random times, whatever becomes of the ones before: at that rate, then at four times
-it. Once with the queue that a server has by itself, once with none. It prints a line for each and
-writes `benchmarks/results/overload.json`.
+Model and requests are those of bench_serving. First there are as many streams as run at once, each
+with one request after another: this measures the server's capacity, and nobody waits. Then requests
+arrive at random times, whether or not earlier ones are answered: at that rate, then at four times
+the rate. This is done with the server's default queue and without a queue. Prints a line for each
+and writes `benchmarks/results/overload.json`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from monitoring.environment import describe_environment
 
 RESULT = Path("benchmarks/results/overload.json")
 TIMES = 4
-# A request that waits is let in up to an answer's time later; without a queue it is sent away.
+# With a queue a request may wait for up to the time of an answer; without, it is refused at once.
 QUEUES = {"with its queue": [], "no queue": ["admission.max_queued_requests=0"]}
-_REFUSAL_S = 0.05  # the goal
+_REFUSAL_S = 0.05  # the goal for the time to a refusal
 
 
 @dataclass
 class Seen:
-    """By clients, in seconds."""
+    """Collects what clients observe; times are in seconds."""
 
     first: list[float] = field(default_factory=list)
     refused: list[float] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Seen:
 
 
 async def ask(port: int, draw: random.Random, seen: Seen) -> None:
-    """One streamed request, on a connection of its own."""
+    """Sends one streamed request on a connection of its own, and records the outcome."""
     fields = {"model": "model", "prompt": random_prompt(draw), "max_tokens": NEW_TOKENS}
     body = json.dumps(fields | {"temperature": 0, "stream": True}).encode()
     began_s = time.monotonic()
@@ -74,7 +74,7 @@ async def ask(port: int, draw: random.Random, seen: Seen) -> None:
 
 
 async def at_capacity(port: int, streams: int, seconds: float) -> tuple[Seen, float]:
-    """What clients saw, and the requests a second."""
+    """Returns what clients observed, and the requests per second."""
     seen, began_s = Seen(), time.monotonic()
 
     async def stream(seed: int) -> None:
@@ -87,12 +87,13 @@ async def at_capacity(port: int, streams: int, seconds: float) -> tuple[Seen, fl
 
 
 async def arriving(port: int, rate: float, seconds: float) -> Seen:
-    """Requests at random times, `rate` a second."""
+    """Sends requests at random times, `rate` a second; returns what clients observed."""
     seen, draw = Seen(), random.Random(0)
     tasks = []
     at_s = time.monotonic()
     end_s = at_s + seconds
     while at_s < end_s:
+        # Exponential gaps make a Poisson process: arrivals that are independent of each other.
         at_s += draw.expovariate(rate)
         await asyncio.sleep(max(0.0, at_s - time.monotonic()))
         tasks.append(asyncio.create_task(ask(port, draw, seen)))
@@ -101,8 +102,8 @@ async def arriving(port: int, rate: float, seconds: float) -> Seen:
 
 
 def measure(server: Server, running: int, seconds: float) -> dict[str, Any]:
-    """One row."""
-    asyncio.run(at_capacity(server.port, running, 2))  # warm
+    """Measures one row of the result."""
+    asyncio.run(at_capacity(server.port, running, 2))  # warms up
     capacity, rate = asyncio.run(at_capacity(server.port, running, seconds))
     at_rate = asyncio.run(arriving(server.port, rate, seconds))
     before_bytes = server.rss_bytes()
@@ -138,9 +139,9 @@ def _quantile(values: list[float], share: float) -> float:
 
 
 def main() -> None:
-    """Entry point."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=20, help="of each of the three parts")
+    parser.add_argument("--seconds", type=float, default=20, help="length of each of three parts")
     parser.add_argument("--running", type=int, default=8, help="engine.max_running")
     options = parser.parse_args()
     rows: dict[str, dict[str, Any]] = {}

@@ -1,20 +1,20 @@
-"""What a 48-hour job saves with each placement policy, on traces of a real spot market.
+"""Measures what a 48-hour job saves with each placement policy, on traces of a real spot market.
 
     python -m benchmarks.bench_policies --tuned 2023-02/*.json --untouched 2023-08/*.json
 
 The traces are those of the Can't Be Late study (Wu et al., NSDI 2024; not part of this repository):
-V100 nodes on AWS. `--tuned` are the ones from whose pooled rates our policy has its prior;
-`--untouched` were looked at by nobody who wrote it. Five scenes:
+V100 nodes on AWS. The prior of our policy comes from the pooled rates of the traces `--tuned`; its
+authors never looked at the traces `--untouched`. There are five scenes:
 
     plain     the tuned traces, with starts as the only overhead
-    full      with lost work (a checkpoint every half hour of progress) and egress (50 GB) as well
+    full      also with lost work (a checkpoint every half hour of progress) and egress (50 GB)
     untouched the same on the other traces, with a gang of 4
-    prices    the same on a made-up market of three regions whose spot prices change
-    known     the same on made-up markets of one zone without memory, which last as long as the
-              tuned ones in the mean; with a policy that knows their rates, so that what it pays
-              above the oracle is the price of not knowing the future
+    prices    the same on a synthetic market of three regions whose spot prices change
+    known     the same on synthetic memoryless markets of one zone, with the mean durations of the
+              tuned ones, and with a policy that knows their rates: what it pays above the oracle
+              is the price of not knowing the future
 
-Spot costs 30% of on-demand where a trace has no prices. It prints a table, and writes
+Spot costs 30% of on-demand where a trace has no prices. Prints a table, and writes
 `benchmarks/results/policies.json` and `policies.png` after each cell.
 """
 
@@ -51,7 +51,7 @@ FULL = {"checkpoint_interval_h": 0.5, "checkpoint_gb": 50.0}
 
 @dataclass(frozen=True)
 class Scene:
-    """A market, and the job but for its deadline."""
+    """Describes a market, and the job except its deadline."""
 
     name: str
     place: str
@@ -59,16 +59,16 @@ class Scene:
     gang_size: int
     overheads: dict[str, float]
     policies: Mapping[str, MakePolicy] = field(default_factory=lambda: POLICIES)
-    share_of_starts: float = 1.0  # less where ours makes hundreds of plans for one job
+    share_of_starts: float = 1.0  # smaller where our policy makes hundreds of plans for one job
 
 
 def scenes(tuned: Sequence[Path], untouched: Sequence[Path]) -> Iterator[Scene]:
-    """What is to be run, the most telling first."""
+    """Yields the scenes to run, the most informative first."""
     if tuned:
         market = read_market(tuned)
         for name in (TIGHT, GOOD):
             if name not in market.zones:
-                raise ConfigError("--tuned", name, "this zone is not among them", "give its trace")
+                raise ConfigError("--tuned", name, "the trace of this zone is missing", "add it")
         places = {
             f"tight ({TIGHT})": market.only([market.zones.index(TIGHT)]),
             f"good ({GOOD})": market.only([market.zones.index(GOOD)]),
@@ -92,7 +92,7 @@ def scenes(tuned: Sequence[Path], untouched: Sequence[Path]) -> Iterator[Scene]:
 
 
 def spells_h(market: Market) -> tuple[float, float]:
-    """Mean hours for which the first zone of a market has spot, and for which it has none."""
+    """Returns the mean hours for which the first zone of a market has spot, and has none."""
     lengths: dict[bool, list[int]] = {True: [], False: []}
     for is_up, ticks in groupby((market.nodes[:, 0] > 0).tolist()):
         lengths[is_up].append(len(list(ticks)))
@@ -101,7 +101,7 @@ def spells_h(market: Market) -> tuple[float, float]:
 
 
 def run_cell(scene: Scene, ratio: float, num_starts: int) -> dict[str, Any]:
-    """One deadline in one scene."""
+    """Runs one deadline in one scene."""
     began = time.monotonic()
     job = Job(COMPUTE_H, COMPUTE_H * ratio, scene.gang_size, RESTART_H, **scene.overheads)
     num_starts = round(num_starts * scene.share_of_starts)
@@ -118,7 +118,7 @@ def run_cell(scene: Scene, ratio: float, num_starts: int) -> dict[str, Any]:
 
 
 def goals(rows: Sequence[Row]) -> dict[str, Any]:
-    """Whether ours was in time, saved no less than the best other that was, and by how much."""
+    """Returns whether our policy was in time, and its savings against the best other one."""
     by_name = {row.policy: row for row in rows}
     ours, oracle = by_name[OURS], by_name[ORACLE]
     others = [row for row in rows if row.policy not in (OURS, INFORMED, ORACLE)]
@@ -136,7 +136,7 @@ def goals(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def table(cells: Sequence[dict[str, Any]]) -> str:
-    """Markdown: savings by policy; `-` where a deadline was missed."""
+    """Returns the savings by policy as Markdown; `-` where a deadline was missed."""
     shown = ("failover", "eager", "greedy", "uniform progress", OURS, INFORMED, ORACLE)
     lines = [
         f"| scene | place | deadline / compute | {' | '.join(shown)} | cost over oracle |",
@@ -153,7 +153,8 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(cells: Sequence[dict[str, Any]], path: Path) -> None:
-    """Savings over deadline / compute, one panel a scene and place."""
+    """Plots savings over deadline / compute, with one panel per scene and place."""
+    # This backend needs no display.
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -189,11 +190,11 @@ def plot(cells: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tuned", type=Path, nargs="+", default=[], metavar="TRACE")
     parser.add_argument("--untouched", type=Path, nargs="+", default=[], metavar="TRACE")
-    parser.add_argument("--starts", type=int, default=200, help="by cell (default: 200)")
+    parser.add_argument("--starts", type=int, default=200, help="per cell (default: 200)")
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
     cells: list[dict[str, Any]] = []

@@ -1,12 +1,13 @@
-"""CPU per token, and the times that clients see, at 1, 8 and 32 streams; peers in the same run.
+"""Measures CPU time per token and latency at 1, 8 and 32 streams, with peers in the same run.
 
     python -m benchmarks.bench_serving [--streams 1 8 32] [--rounds 3]
 
-A random Llama of 40M parameters; prompts of 64 tokens, answers of 64, one after another a stream.
-What is compared is the CPU time of the server's whole process tree for a token: wall-clock times
-swing on a shared machine. OpenVINO is there where SPOTFORGE_OPENVINO_PYTHON names one, llama.cpp
-where SPOTFORGE_LLAMA_PYTHON does (`make test-openvino`, `make test-llama`), LitServe where it is
-installed. It prints a table and writes `benchmarks/results/serving.json`.
+The model is a random Llama of 40M parameters; each stream sends one request after another, with
+prompts and answers of 64 tokens. Servers are compared by the CPU time of their whole process tree
+per token, since wall-clock times vary on a shared machine. OpenVINO is included if
+SPOTFORGE_OPENVINO_PYTHON names an environment, llama.cpp if SPOTFORGE_LLAMA_PYTHON does
+(`make test-openvino`, `make test-llama`), LitServe if it is installed. Prints a table and writes
+`benchmarks/results/serving.json`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _VOCAB_SIZE = 8192
 
 
 def save_model(folder: Path) -> None:
-    """A random Llama of 40M parameters with a tokenizer."""
+    """Saves a random Llama of 40M parameters with a tokenizer."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "llama",
@@ -57,7 +58,7 @@ def save_model(folder: Path) -> None:
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=None,  # not every peer can be told to go on after it
+        eos_token_id=None,  # not every peer can be told to continue after it
         pad_token_id=None,
     )
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -65,7 +66,8 @@ def save_model(folder: Path) -> None:
     words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 9))) for _ in range(20_000)]
     tokenizer = train_tokenizer([" ".join(words)] * 3, _VOCAB_SIZE)
     tokenizer.save_pretrained(folder)
-    # Half a character is told with its other half: without them, each token is an event.
+    # Tokens that are half a character would be sent together with the other half. Their embedding
+    # is zeroed, so that they are not chosen and each token is one event.
     texts = [tokenizer.decode([i], skip_special_tokens=True) for i in range(_VOCAB_SIZE)]
     silent = [i for i, text in enumerate(texts) if not text or "\ufffd" in text]
     with torch.no_grad():
@@ -75,13 +77,13 @@ def save_model(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Peer:
-    """How a server is started and asked.
+    """Describes how a server is started and asked.
 
     Attributes:
-        command: With `{port}` where that goes.
-        ready: Path that answers 200 once it is up.
-        model: As requests call it.
-        is_ours: Whether it is this project's.
+        command: Command, with `{port}` in place of the port.
+        ready: Path that returns 200 once the server is up.
+        model: Name of the model in requests.
+        is_ours: True for a server of this project.
     """
 
     command: list[str]
@@ -91,11 +93,11 @@ class Peer:
 
 
 def servers(folder: Path, streams: int) -> dict[str, Peer]:
-    """All that this machine has.
+    """Returns all servers that this machine has, by name.
 
     Args:
-        folder: Of the model.
-        streams: That may come at once, for servers that have to know.
+        folder: Folder of the model.
+        streams: Number of concurrent streams, for servers that must know it.
     """
 
     def ours(*words: str) -> Peer:
@@ -118,7 +120,7 @@ def servers(folder: Path, streams: int) -> dict[str, Peer]:
         program = str(Path(__file__).with_name("peer_llama.py"))
         command = [llama, program, str(file), "{port}", str(streams)]
         found["llama.cpp, Q8_0"] = Peer(command, "/health")
-    # Room for 5,000 tokens in each: 32 streams have 4,096.
+    # Memory for 5,000 tokens in each; 32 streams need 4,096.
     found["spotforge, transformers"] = ours("engine.name=transformers", "engine.kv_cache_mb=103")
     if os.environ.get(PYTHON):
         openvino = ["engine.name=openvino", "engine.kv_cache_mb=52"]
@@ -128,7 +130,7 @@ def servers(folder: Path, streams: int) -> dict[str, Peer]:
 
 
 def save_gguf(folder: Path) -> None:
-    """The model in Q8_0, for llama.cpp; the embedding, which is the head too, is in float32."""
+    """Saves the model in Q8_0 for llama.cpp; the embedding, which is also the head, in float32."""
     text = folder.with_name("text.txt")
     draw = random.Random(1)
     text.write_text("\n".join(random_prompt(draw) for _ in range(4_000)))
@@ -141,13 +143,15 @@ def save_gguf(folder: Path) -> None:
 
 
 class Server:
-    """A server that is up, and its process tree."""
+    """Runs a server and measures its process tree."""
 
     def __init__(self, name: str, peer: Peer, cache: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.model, self.is_ours = peer.model, peer.is_ours
+        # The port is free again now. Another process may take it, which then shows as a failed
+        # start.
         self._began_s = time.monotonic()
         self._process = subprocess.Popen(
             [word.replace("{port}", str(self.port)) for word in peer.command],
@@ -168,37 +172,37 @@ class Server:
         self.start_s = time.monotonic() - self._began_s
 
     def tree(self) -> list[psutil.Process]:
-        """All processes."""
+        """Returns all processes of the server."""
         parent = psutil.Process(self._process.pid)
         return [parent, *parent.children(recursive=True)]
 
     def cpu_s(self) -> list[float]:
-        """User and system time, by process."""
+        """Returns user plus system time of each process, in seconds."""
         return [sum(process.cpu_times()[:2]) for process in self.tree()]
 
     def rss_bytes(self) -> int:
-        """Of all processes."""
+        """Returns the resident memory of all processes, in bytes."""
         return sum(process.memory_info().rss for process in self.tree())
 
     def stop(self) -> None:
-        """Ends it."""
+        """Stops the server and all of its processes."""
         tree = self.tree()
         self._process.terminate()
         try:
             self._process.wait(60)
         except subprocess.TimeoutExpired:
             self._process.kill()
-        for process in psutil.wait_procs(tree, 5)[1]:  # workers of peers that stay behind
+        for process in psutil.wait_procs(tree, 5)[1]:  # workers that some peers leave behind
             process.kill()
 
 
 def random_prompt(draw: random.Random) -> str:
-    """Of `PROMPT_TOKENS` tokens: each word is a space and a letter, which the tokenizer has."""
+    """Returns a prompt of `PROMPT_TOKENS` tokens: a space and a letter are always one token."""
     return "".join(f" {draw.choice('abcdefghijklmnop')}" for _ in range(PROMPT_TOKENS))
 
 
 async def load(port: int, model: str, streams: int, rounds: int) -> dict[str, list[float]]:
-    """Asks; returns times to the first token and between events, in seconds."""
+    """Sends requests; returns times to the first token and between events, in seconds."""
     first: list[float] = []
     between: list[float] = []
 
@@ -230,8 +234,8 @@ async def load(port: int, model: str, streams: int, rounds: int) -> dict[str, li
 
 
 def measure(server: Server, streams: int, rounds: int) -> dict[str, float | None]:
-    """One row; of peers nobody knows which process is the gateway."""
-    asyncio.run(load(server.port, server.model, min(streams, 2), 1))  # warm
+    """Measures one row; which process of a peer is its gateway is not known."""
+    asyncio.run(load(server.port, server.model, min(streams, 2), 1))  # warms up
     cpu_before, began_s = server.cpu_s(), time.monotonic()
     times = asyncio.run(load(server.port, server.model, streams, rounds))
     took_s, cpu_after = time.monotonic() - began_s, server.cpu_s()
@@ -255,7 +259,7 @@ def _p99(ordered: list[float]) -> float:
 
 
 def table(rows: dict[str, dict[str, dict[str, float | None]]]) -> str:
-    """Markdown: a server a row, CPU-ms a token and more at each number of streams."""
+    """Returns a Markdown table with a row per server and number of streams."""
     keys = list(next(iter(next(iter(rows.values())).values())))
     lines = [f"| server | streams | {' | '.join(keys)} |", "|---" * (len(keys) + 2) + "|"]
     for name, found in rows.items():
@@ -267,10 +271,10 @@ def table(rows: dict[str, dict[str, dict[str, float | None]]]) -> str:
 
 
 def main() -> None:
-    """Entry point."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=3, help="requests of a stream")
+    parser.add_argument("--rounds", type=int, default=3, help="requests per stream")
     options = parser.parse_args()
     rows: dict[str, dict[str, dict[str, float | None]]] = {}
     starts: dict[str, float] = {}
@@ -293,8 +297,9 @@ def main() -> None:
             smaller_steps = [*peers[int8].command, "engine.max_batch_tokens=36"]
             peers[f"{int8}, 36 tokens a step"] = replace(peers[int8], command=smaller_steps)
         for server_name, peer in peers.items():
+            # The first start of our server also prepares files, which later starts reuse.
             if peer.is_ours:
-                Server(server_name, peer, cache).stop()  # what is prepared once is there
+                Server(server_name, peer, cache).stop()  # fills the caches before start_s counts
             server = Server(server_name, peer, cache)
             starts[server_name] = round(server.start_s, 2)
             try:

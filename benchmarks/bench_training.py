@@ -1,14 +1,14 @@
-"""Tokens per second of our loop beside a plain PyTorch loop and the Hugging Face Trainer.
+"""Measures tokens per second of our loop, a plain PyTorch loop and the Hugging Face Trainer.
 
     python -m benchmarks.bench_training                    CPU: one process, all cores
     python -m benchmarks.bench_training --rounds 5 --out benchmarks/results/training.json
 
-Every contestant trains the same Llama on the same number of tokens a step with AdamW, clipping and
-float32, in a process of its own. They take turns, round after round, because a shared machine
-drifts: compare ratios within a round, not tokens per second across days.
+Every contestant trains the same Llama on the same number of tokens per step with AdamW, clipping
+and float32, in a process of its own. They take turns in every round, because the speed of a shared
+machine drifts: compare ratios within a round, not tokens per second across days.
 
     plain       the loop of a PyTorch tutorial: transformers' logits, cross_entropy, AdamW(fused)
-    tuned       the same loop with our loss, and memory kept by malloc
+    tuned       the same loop with our loss, and with malloc keeping freed memory
     hf_trainer  transformers.Trainer
     spotforge   python -m trainer, with its data pipeline, metrics and progress
 """
@@ -43,7 +43,7 @@ WARMUP_STEPS = 5
 
 
 def train_plain(steps: int, tuned: bool) -> float:
-    """Tokens per second of a loop of a few lines."""
+    """Returns the tokens per second of a minimal loop."""
     import torch
     import torch.nn.functional as F
 
@@ -58,6 +58,7 @@ def train_plain(steps: int, tuned: bool) -> float:
     began = 0.0
     for step, tokens in enumerate(_batches(WARMUP_STEPS + steps)):
         if step == WARMUP_STEPS:
+            # The first steps are excluded: they allocate memory and choose kernels.
             _synchronize()
             began = time.perf_counter()
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -75,7 +76,7 @@ def train_plain(steps: int, tuned: bool) -> float:
 
 
 def train_hf_trainer(steps: int) -> float:
-    """Tokens per second of `transformers.Trainer` with its defaults beside the batch."""
+    """Returns the tokens per second of `transformers.Trainer` with defaults except the batch."""
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -117,7 +118,7 @@ def train_hf_trainer(steps: int) -> float:
 
 
 def train_spotforge(steps: int) -> float:
-    """Tokens per second that `python -m trainer` reports, without the first steps."""
+    """Returns the tokens per second that `python -m trainer` reports, without the first steps."""
     with tempfile.TemporaryDirectory() as folder:
         overrides = [
             "data=stdlib",
@@ -143,6 +144,7 @@ def train_spotforge(steps: int) -> float:
             env=environment(),
         )
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+        # The first record covers the warm-up steps.
         seconds = sum(json.loads(line)["step_s"] * WARMUP_STEPS for line in lines[1:])
         num_tokens = (len(lines) - 1) * WARMUP_STEPS * BATCH * SEQ_LEN
         return num_tokens / float(seconds)
@@ -169,7 +171,7 @@ def main() -> None:
         used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         print(json.dumps([tokens_per_s, max(u.ru_maxrss for u in used) * 1024]))
         return
-    train_spotforge(WARMUP_STEPS)  # prepares the data
+    train_spotforge(WARMUP_STEPS)  # prepares the data, so that no round includes it
     results: dict[str, list[list[float]]] = {name: [] for name in CONTESTANTS}
     for number in range(arguments.rounds):
         for name, measured in results.items():
@@ -179,6 +181,7 @@ def main() -> None:
 
 
 def _measure(name: str, steps: int) -> list[float]:
+    # In a process of its own, so that memory and threads of one do not affect the next.
     command = python("-m", "benchmarks.bench_training", "--contestant", name)
     output = subprocess.run(
         [*command, "--steps", str(steps)],

@@ -1,10 +1,10 @@
-"""Whether vLLM computes what our compressed-tensors hold: perplexity by transformers and by vLLM.
+"""Checks that vLLM computes what our compressed-tensors contain, by perplexity beside transformers.
 
     SPOTFORGE_VLLM_PYTHON=... python -m benchmarks.bench_vllm --model DIR --text FILE [FILE ...]
 
-The model in bfloat16, its W4A16 (GPTQ) and its W8A8 (SmoothQuant), over 8 texts of 200 tokens.
+Models are the bfloat16 one, its W4A16 (GPTQ) and its W8A8 (SmoothQuant), on 8 texts of 200 tokens.
 Prints a table and writes `benchmarks/results/vllm.json`. On a CPU `VLLM_CPU_INT4_W4A8=0` is set,
-without which vLLM rounds W4A16's inputs to int8 where there is AMX.
+because otherwise vLLM rounds W4A16's inputs to int8 if the CPU has AMX.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ RECIPES = {
     "W4A16, GPTQ in groups of 64": ["recipe=int4_gptq", "recipe.int4_gptq.group_size=64"],
     "W8A8, SmoothQuant": ["recipe=w8a8_smoothquant"],
 }
-_NUM_TEXTS, _TOKENS, _EVERY = 8, 200, 3000  # tokens from one text's beginning to the next
+_NUM_TEXTS, _TOKENS, _EVERY = 8, 200, 3000  # _EVERY: tokens between the starts of two texts
 
 
 def compress(model: Path, text: Path, words: list[str], out: Path) -> Path:
-    """An artifact of the model."""
+    """Compresses the model and returns the folder of the artifact."""
     command = python("-m", "compression", f"model={model}", *words)
     command += ["target=compressed_tensors", "data=text", f"data.path={text}"]
     command += ["data.max_seq_len=512", "data.validation_fraction=0.2", "evaluation.speed=false"]
@@ -46,7 +46,7 @@ def compress(model: Path, text: Path, words: list[str], out: Path) -> Path:
 
 @torch.no_grad()
 def by_transformers(folder: Path, texts: list[list[int]]) -> list[float]:
-    """Log-probabilities of all tokens but the first of each text."""
+    """Returns the log-probabilities of all tokens but the first of each text."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     found = []
     for ids in texts:
@@ -56,12 +56,13 @@ def by_transformers(folder: Path, texts: list[list[int]]) -> list[float]:
 
 
 def by_vllm(folder: Path, texts: list[list[int]], scratch: Path) -> tuple[list[float], str]:
-    """The same, and vLLM's version."""
+    """Returns the same log-probabilities by vLLM, and vLLM's version."""
     asked, told = scratch / "texts.json", scratch / "told.json"
     asked.write_text(json.dumps(texts))
     program = str(Path(__file__).with_name("peer_vllm.py"))
     command = [os.environ[PYTHON], program, str(folder), str(asked), str(told)]
     quiet = {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    # The user's own settings come last and win.
     env = {"VLLM_CPU_INT4_W4A8": "0", **quiet, **os.environ}
     subprocess.run(command, check=True, env=env)
     found = json.loads(told.read_text())
@@ -69,7 +70,7 @@ def by_vllm(folder: Path, texts: list[list[int]], scratch: Path) -> tuple[list[f
 
 
 def main() -> None:
-    """Entry point."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="files of text")

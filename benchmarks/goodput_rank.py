@@ -1,4 +1,4 @@
-"""A rank of `bench_goodput`: `python -m trainer`, which also notes what each step trained on.
+"""Runs a rank of `bench_goodput`: `python -m trainer` that also records each step's samples.
 
 python -m benchmarks.goodput_rank FOLDER OVERRIDES...
 """
@@ -29,7 +29,7 @@ def note_steps(folder: Path) -> None:
         file.flush()
 
     def noted(loop, batches, num_targets, steps_done):  # type: ignore[no-untyped-def]
-        # Before it: a rank may be killed once its part of a step is in everyone's weights.
+        # Written before the step: a rank may be killed once its part of a step is in all weights.
         note(steps_done + 1, samples=[i for b in batches for i in b.sample_ids if i >= 0])
         result = train_step(loop, batches, num_targets, steps_done)
         note(steps_done + 1, done=True)

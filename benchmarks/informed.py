@@ -1,7 +1,8 @@
-"""A policy that knows a memoryless market's rates, so that only the future is hidden from it.
+"""A policy that knows the rates of a memoryless market, but not the future.
 
-No policy without foresight is cheaper in the mean there, but for what rounding costs its plan. What
-it pays above the oracle is therefore the price of not knowing the future, which no other can save.
+On such a market no policy without foresight is cheaper in the mean, except for rounding in its
+plan. What it pays above the oracle is therefore the price of not knowing the future, which no
+policy can avoid.
 """
 
 import math
@@ -13,13 +14,13 @@ from launch.simulation.simulate import Place, Terms, View
 
 
 class Informed:
-    """Follows the best plan for one zone, whose spot comes and goes at rates that it was told.
+    """Follows the best plan for one zone, whose spot comes and goes at known rates.
 
     Args:
-        terms: Of the job.
-        up_h: Mean hours for which spot lasts.
-        down_h: Mean hours for which there is none.
-        price: Of spot, as a share of the on-demand price.
+        terms: Terms of the job.
+        up_h: Mean hours for which spot is available.
+        down_h: Mean hours for which spot is not available.
+        price: Price of spot, as a share of the on-demand price.
     """
 
     def __init__(self, terms: Terms, up_h: float, down_h: float, price: float) -> None:
@@ -54,5 +55,5 @@ class Informed:
 
 
 def informed(up_h: float, down_h: float, price: float) -> Callable[[Terms], Informed]:
-    """A maker of such policies; see `Informed`."""
+    """Returns a function that makes such policies; see `Informed`."""
     return lambda terms: Informed(terms, up_h, down_h, price)

@@ -1,4 +1,4 @@
-"""A peer of bench_serving: FastAPI, and `generate` behind a lock, as tutorials have it.
+"""A peer of bench_serving: FastAPI with `generate` behind a lock, as in tutorials.
 
 python -m benchmarks.peer_generate MODEL PORT
 """
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStream
 
 
 def make_app(folder: str) -> FastAPI:
-    """`/v1/completions`, of which it reads `prompt` (text) and `max_tokens`."""
+    """Returns an app with `/v1/completions`, which reads `prompt` (text) and `max_tokens`."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     app, lock = FastAPI(), asyncio.Lock()
@@ -30,10 +30,12 @@ def make_app(folder: str) -> FastAPI:
         body = await request.json()
 
         async def events() -> AsyncIterator[str]:
+            # One request at a time: `generate` has no queue of its own.
             async with lock:
                 streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
                 ids = tokenizer(body["prompt"], return_tensors="pt")["input_ids"]
                 size = body["max_tokens"]
+                # Exactly as many tokens as requested, so that all servers do the same work.
                 settings: dict[str, Any] = dict(
                     min_new_tokens=size, max_new_tokens=size, do_sample=False
                 )

@@ -1,4 +1,4 @@
-"""A peer of bench_serving: LitServe 0.2.19, batches of eight that are closed when they start.
+"""A peer of bench_serving: LitServe 0.2.19, with batches of eight that are closed when they start.
 
 python -m benchmarks.peer_litserve MODEL PORT
 """
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 class Api(litserve.LitAPI):  # type: ignore[misc]
-    """`/v1/completions`, of which it reads `prompt` (text) and `max_tokens`."""
+    """Serves `/v1/completions`, which reads `prompt` (text) and `max_tokens`."""
 
     def __init__(self, folder: str) -> None:
         super().__init__(
@@ -23,23 +23,24 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
         self._folder = folder
 
     def setup(self, device: str) -> None:
-        """In its worker."""
+        """Loads the model in the worker process."""
         self._model: Any = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32)
         self._model.eval()
         self._tokenizer = AutoTokenizer.from_pretrained(self._folder, padding_side="left")
+        # Padding is masked, so any token will do.
         self._tokenizer.pad_token_id = 0
 
     def decode_request(self, request: dict[str, Any]) -> dict[str, Any]:
-        """As it came."""
+        """Returns the request unchanged."""
         return request
 
     def batch(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Likewise."""
+        """Returns the requests as a list."""
         return inputs
 
     @torch.inference_mode()
     def predict(self, inputs: list[dict[str, Any]]) -> Iterator[list[str]]:
-        """A token of each, greedily, until all have theirs."""
+        """Yields one token of each request, greedily, until the longest request is done."""
         given = self._tokenizer(
             [request["prompt"] for request in inputs], padding=True, return_tensors="pt"
         )
@@ -58,8 +59,8 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
             mask = torch.cat([mask, torch.ones_like(ids)], 1)
             yield self._tokenizer.batch_decode(ids)
 
-    def encode_response(self, output: Iterator[list[str]]) -> Any:  # FastAPI reads the type
-        """Events."""
+    def encode_response(self, output: Iterator[list[str]]) -> Any:  # FastAPI reads the return type
+        """Yields server-sent events."""
         for texts in output:
             yield [f"data: {json.dumps({'choices': [{'text': text}]})}\n\n" for text in texts]
 

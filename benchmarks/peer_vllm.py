@@ -1,8 +1,8 @@
-"""Of bench_vllm: log-probabilities of texts by vLLM, in an environment that has it alone.
+"""The vLLM side of bench_vllm: log-probabilities of texts, in an environment that has only vLLM.
 
 python benchmarks/peer_vllm.py FOLDER TEXTS.json OUT.json
 
-Told lists of token ids, it leaves vLLM's version and a list of log-probabilities for each, of all
+Reads lists of token ids, and writes vLLM's version and, for each list, the log-probabilities of all
 tokens but the first.
 """
 
@@ -15,7 +15,7 @@ import vllm
 
 
 def main(folder: str, texts: str, out: str) -> None:
-    """Loads the model as vLLM does by itself, and asks it."""
+    """Loads the model with vLLM's defaults and asks for the log-probabilities."""
     token_ids = json.loads(Path(texts).read_text())
     longest = max(map(len, token_ids)) + 1
     model = vllm.LLM(folder, enforce_eager=True, max_model_len=longest, max_num_seqs=8)
@@ -31,4 +31,4 @@ def main(folder: str, texts: str, out: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    os._exit(0)  # a thread of vLLM's CPU backend aborts an ordinary end
+    os._exit(0)  # a thread of vLLM's CPU backend aborts a normal exit

@@ -1,10 +1,10 @@
-"""What spotforge raises when it cannot go on, and the exit code that each means.
+"""Exceptions that spotforge raises for a user to read, and the exit code of each.
 
 SpotforgeError                exit 1
  |- ConfigError               exit 2: the user got something wrong: key, value, rule, fix
  |   |- MissingExtraError     exit 2: an optional dependency is not installed
  |   `- DamagedError          exit 2: bytes on disk are not the bytes that were written
- |- DivergedError             exit 1: the loss is no number, or leapt too often
+  |- DivergedError             exit 1: the loss is NaN or infinite, or spiked too often
  `- Interrupted               exit 33: told to stop; start the same command again to go on
 """
 
@@ -12,7 +12,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Process exit codes of every spotforge command."""
+    """Exit codes of every spotforge command."""
 
     FINISHED = 0
     FAILED = 1
@@ -24,45 +24,48 @@ class SpotforgeError(Exception):
     """Base of all errors that are raised for a user to read."""
 
     exit_code = ExitCode.FAILED
-    seen_by_all = False  # set where every rank raised it, so that rank 0 speaks for all
+    # True where every rank raises the error, so that rank 0 alone prints it.
+    seen_by_all = False
 
 
 class ConfigError(SpotforgeError):
-    """A setting, a file or a folder that cannot be used as given.
+    """Refuses a setting, a file or a folder that cannot be used as given.
 
     Args:
         key: The configuration key (or file) to look at, e.g. `data.path`.
-        value: What it was.
-        rule: Why that does not work.
-        fix: What to do instead.
+        value: Value that was found.
+        rule: Rule that the value breaks.
+        fix: Advice on what to do instead.
     """
 
     exit_code = ExitCode.BAD_CONFIG
 
     def __init__(self, key: str, value: object, rule: str, fix: str) -> None:
-        shown = str(value).replace("\n", "\\n").replace("\r", "\\r")  # a file may be named so
+        # A file name may contain line breaks, and the message has to stay on one line.
+        shown = str(value).replace("\n", "\\n").replace("\r", "\\r")
         super().__init__(f"{key}={shown}: {rule}; {fix}")
         self.key, self.value, self.rule, self.fix = key, value, rule, fix
 
     def __reduce__(self) -> tuple[type, tuple[str, object, str, str]]:
-        return type(self), (self.key, str(self.value), self.rule, self.fix)  # crosses processes
+        # Exceptions cross process boundaries pickled, and any value may not be picklable.
+        return type(self), (self.key, str(self.value), self.rule, self.fix)
 
 
 class MissingExtraError(ConfigError):
-    """An optional dependency is needed and absent."""
+    """Reports that an optional dependency is needed but not installed."""
 
 
 class DamagedError(ConfigError):
-    """Prepared data or a checkpoint whose digest does not match its manifest."""
+    """Reports prepared data or a checkpoint whose digest does not match its manifest."""
 
 
 class Interrupted(SpotforgeError):
-    """A stop was requested before there was anything to save."""
+    """Reports that a stop was requested before there was anything to save."""
 
     exit_code = ExitCode.START_AGAIN
 
 
 class DivergedError(SpotforgeError):
-    """Training went wrong in a way that going on would not mend; every rank raises it."""
+    """Ends a training run that continuing would not repair; every rank raises it."""
 
     seen_by_all = True

@@ -1,14 +1,14 @@
-"""Files and folders that one stage hands to the next, each committed whole.
+"""Files and folders that one stage hands to the next, each committed atomically.
 
-A writer fills a staging folder beside the final one. `commit` forces it to the disk and gives it
-its name with one rename, so that a process may be killed at any instruction: what has its name is
-complete, and what has not is never read. A manifest lists every file with its size and SHA-256;
-the next stage compares them before it trusts a file.
+A writer fills a staging folder beside the final one. `commit` syncs it to the disk and renames it
+to its final name in one step, so a process may be killed at any instruction: a folder under its
+final name is complete, and a staging folder is never read. A manifest lists every file with its
+size and SHA-256; the next stage verifies them before it trusts a file.
 
     with locked(out.with_name(f"{out.name}.lock")), staged_folder(out) as staging:
         ...  # write files into `staging`
         write_lineage(staging, {"code": commit, "parent": parent})
-    # `out` is there, whole and on the disk
+    # `out` is now complete and on the disk
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from filelock import FileLock, Timeout
 
 from core.errors import ConfigError
 
-STAGING = ".staging-"  # how the name of everything begins that is not committed
+STAGING = ".staging-"  # prefix of the name of everything that is not committed
 MANIFEST = "manifest.json"
 LINEAGE = "lineage.json"
-RUNS = Path("runs")  # where a run lies that is given by its name alone
+RUNS = Path("runs")  # parent folder of a run that is given by its name alone
 
-_CHUNK_BYTES = 8 << 20
+_CHUNK_BYTES = 8 << 20  # large enough for full disk throughput, small enough to be interrupted
 _POLL_S = 0.5
 
 
 class Entry(TypedDict):
-    """What a manifest says of one file."""
+    """Describes one file in a manifest."""
 
     size_bytes: int
     sha256: str
@@ -47,11 +47,11 @@ Manifest = dict[str, Entry]  # by path relative to the folder, with `/` between 
 
 
 class LockHeldError(Exception):
-    """Another process holds the lock."""
+    """Reports that another process holds the lock."""
 
 
 def _nothing() -> None:
-    """Does nothing: the default of what is called between two pieces of work."""
+    """Does nothing; it is the default of the `between` callbacks."""
 
 
 # -- digests ---------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def sha256_of(path: Path, between: Callable[[], None] = _nothing) -> str:
 
     Args:
         path: The file.
-        between: Called before each piece; it may raise to give up.
+        between: Function called before each chunk; it may raise to cancel the work.
     """
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
@@ -76,24 +76,24 @@ def digest_of(value: object, separators: tuple[str, str] | None = None) -> str:
     """Returns the SHA-256 of a JSON value, whatever the order of its keys.
 
     Args:
-        value: Made of JSON's types.
-        separators: As `json.dumps` takes them; digests that are stored somewhere depend on them.
+        value: JSON value: dicts, lists, strings, numbers, booleans and None.
+        separators: Separators as `json.dumps` takes them; stored digests depend on them.
     """
     text = json.dumps(value, sort_keys=True, separators=separators)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def entry_of(path: Path) -> Entry:
-    """Returns the size and the digest of a file."""
+    """Returns the manifest entry of a file: its size and its digest."""
     return {"size_bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def manifest_of(path: Path, wanted: Callable[[Path], bool] = lambda _: True) -> Manifest:
-    """Lists the files of a folder with their sizes and digests.
+    """Returns a manifest of the files in a folder, with their sizes and digests.
 
     Args:
-        path: A folder; or a file, which is listed by its name. What is absent has no files.
-        wanted: Chooses files by their paths; the others are not read.
+        path: Folder, or a single file, which is listed by its name. A missing path lists nothing.
+        wanted: Predicate that selects files by path; files that it rejects are not read.
     """
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     root = path if path.is_dir() else path.parent
@@ -105,7 +105,7 @@ def manifest_of(path: Path, wanted: Callable[[Path], bool] = lambda _: True) -> 
 
 
 def wrong_size(path: Path, entry: Entry) -> str | None:
-    """Says what is wrong with a file without reading it, or returns None."""
+    """Returns what is wrong with a file's presence or size, or None; does not read the file."""
     if not path.is_file():
         return "is missing"
     if (size := path.stat().st_size) != entry["size_bytes"]:
@@ -114,12 +114,12 @@ def wrong_size(path: Path, entry: Entry) -> str | None:
 
 
 def wrong_content(path: Path, entry: Entry, between: Callable[[], None] = _nothing) -> str | None:
-    """Says what is wrong with a file, which is read to its end, or returns None.
+    """Returns what is wrong with a file after reading all of it, or None.
 
     Args:
         path: The file.
-        entry: What the manifest says of it.
-        between: See `sha256_of`.
+        entry: Entry of the file in the manifest.
+        between: Function called before each chunk; see `sha256_of`.
     """
     if fault := wrong_size(path, entry):
         return fault
@@ -127,11 +127,11 @@ def wrong_content(path: Path, entry: Entry, between: Callable[[], None] = _nothi
 
 
 def write_lineage(folder: Path, origin: Mapping[str, Any]) -> None:
-    """Writes `lineage.json`, which says where a folder comes from and lists its files.
+    """Writes `lineage.json`, which records the origin of a folder and lists its files.
 
     Args:
-        folder: Everything else is in it already; it is not committed yet.
-        origin: What it was made from (code, settings, data, parent).
+        folder: Uncommitted folder that already holds all its other files.
+        origin: Origin of the folder: code, settings, data, parent.
     """
     lineage = {"format_version": 1, **origin, "files": manifest_of(folder)}
     (folder / LINEAGE).write_text(json.dumps(lineage, indent=1) + "\n", encoding="utf-8")
@@ -142,42 +142,45 @@ def write_lineage(folder: Path, origin: Mapping[str, Any]) -> None:
 
 @contextmanager
 def staged_file(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write a file to, which then replaces `path` in one step.
+    """Yields a temporary path beside `path`; what is written there replaces `path` atomically.
 
     Args:
-        path: The file; its folder is there.
+        path: Final path of the file; its folder exists.
     """
-    # Several processes may write the same file; the last one wins, and none sees another's half.
+    # Several processes may write the same file. Each has its own temporary name, so the last
+    # rename wins and no writer sees a partial file of another.
     staging = path.with_name(f"{STAGING}{path.name}.{secrets.token_hex(4)}")
     try:
         yield staging
         sync(staging)
         staging.replace(path)
-        sync(path.parent)
+        sync(path.parent)  # a rename is durable only once its directory is on the disk
     finally:
         staging.unlink(missing_ok=True)
 
 
 def write_file(path: Path, content: str | bytes, mode: int = 0o666) -> None:
-    """Replaces a file in one step: a reader sees the old content or the new one, never a part.
+    """Replaces a file atomically: a reader sees the old content or the new content, never a mix.
 
     Args:
-        path: The file; its folder is there.
-        content: Text is encoded as UTF-8.
-        mode: Permissions, of which the umask is taken off. 0o600 keeps secrets from other users.
+        path: Path of the file; its folder exists.
+        content: New content; text is encoded as UTF-8.
+        mode: File permissions, from which the umask is removed. 0o600 keeps secrets private.
     """
     data = content.encode() if isinstance(content, str) else content
     with staged_file(path) as staging:
+        # The mode is set when the file is created: a later chmod would leave a moment in which
+        # others can open it. O_EXCL fails on a file that somebody else put there.
         descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with open(descriptor, "wb") as file:
             file.write(data)
 
 
 def append_line(path: Path, line: str) -> None:
-    """Appends a line to a file and waits until the disk has it.
+    """Appends a line to a file and syncs it to the disk.
 
-    A crash may tear the last line, so a reader leaves out what cannot be parsed. The file is closed
-    each time: a mounted bucket sends a file on its way when it is closed.
+    A crash may tear the last line, so readers skip a line that does not parse. The file is closed
+    after each line because a mounted bucket uploads a file only when it is closed.
     """
     with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
@@ -187,16 +190,16 @@ def append_line(path: Path, line: str) -> None:
 
 @contextmanager
 def staged_folder(final: Path, replace: bool = False) -> Iterator[Path]:
-    """Gives an empty folder to fill, which becomes `final` when the block ends without an error.
+    """Yields an empty folder, which becomes `final` when the block ends without an error.
 
-    One writer at a time: where there may be several, hold a lock.
+    Only one process may write at a time: hold a lock where several could.
 
     Args:
-        final: The folder to make; its parents are made if need be.
-        replace: Put it in the place of one that is there.
+        final: Path of the folder to create; missing parents are created.
+        replace: True replaces a folder that exists.
 
     Raises:
-        OSError: It cannot be written. Nothing of it stays.
+        OSError: The folder cannot be written. Nothing is left behind.
     """
     staging = staging_of(final)
     remove(staging)  # left by a process that was killed
@@ -210,10 +213,10 @@ def staged_folder(final: Path, replace: bool = False) -> Iterator[Path]:
 
 
 class HashedFile:
-    """A file whose digest is known when it is finished, without reading it again.
+    """Writes a file and computes its digest on the way, without reading the file again.
 
     Args:
-        path: The file, which is made or emptied.
+        path: Path of the file, which is created or truncated.
     """
 
     def __init__(self, path: Path) -> None:
@@ -221,43 +224,46 @@ class HashedFile:
         self._file, self._sha256 = path.open("wb"), hashlib.sha256()
 
     def write(self, data: bytes) -> None:
-        """Appends bytes."""
+        """Appends bytes to the file and updates the digest."""
         self._file.write(data)
         self._sha256.update(data)
         self.size_bytes += len(data)
 
     def finish(self) -> Entry:
-        """Forces the file to the disk, closes it, and returns its entry for a manifest."""
+        """Syncs the file to the disk, closes it, and returns its manifest entry."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self.close()
         return {"size_bytes": self.size_bytes, "sha256": self._sha256.hexdigest()}
 
     def close(self) -> None:
-        """Closes the file as it is."""
+        """Closes the file without syncing it."""
         self._file.close()
 
 
 def staging_of(final: Path) -> Path:
-    """Returns where a folder or file is written before it is committed."""
+    """Returns the path at which a folder or file is written before it is committed."""
     return final.with_name(f"{STAGING}{final.name}")
 
 
 def commit(staging: Path, final: Path, replace: bool = False) -> None:
-    """Forces a folder to the disk and gives it its final name.
+    """Syncs a folder to the disk and renames it to its final name.
 
     Args:
-        staging: A complete folder, in the same file system.
-        final: The name that readers look for.
-        replace: Put it in the place of a folder that is there.
+        staging: Complete folder on the same file system as `final`.
+        final: Path under which readers look for the folder.
+        replace: True replaces a folder that exists.
     """
+    # Contents first, then the rename: after a power loss a file system may have kept the rename and
+    # lost the data.
     for path in sorted(staging.rglob("*")):
         sync(path)
     sync(staging)
     replaced = staging.with_name(f"{staging.name}-replaced")
     if replace and final.exists():
         remove(replaced)
-        final.rename(replaced)  # in one step: one half of it would look whole
+        # Deleting in place could be interrupted, and what was left would look complete.
+        final.rename(replaced)
     staging.rename(final)
     sync(final.parent)
     if replace:
@@ -265,7 +271,7 @@ def commit(staging: Path, final: Path, replace: bool = False) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder that need not be there."""
+    """Removes a file or a folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -273,13 +279,13 @@ def remove(path: Path) -> None:
 
 
 def remove_uncommitted(folder: Path) -> None:
-    """Removes what killed processes have left in a folder; nobody may be writing to it."""
+    """Removes what killed processes left in a folder; no process may be writing to it."""
     for path in folder.glob(f"{STAGING}*"):
         remove(path)
 
 
 def sync(path: Path) -> None:
-    """Waits until the disk has a file's content, or the names in a folder."""
+    """Syncs a file's content, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -291,17 +297,17 @@ def sync(path: Path) -> None:
 
 
 def read_json(key: str, path: Path, fix: str) -> Any:
-    """Returns what is in a JSON file that somebody handed us.
+    """Returns the content of a JSON file that the user provides.
 
     Args:
-        key: The setting that names the file, for the error.
-        path: The file.
-        fix: What to do about a file that is not JSON.
+        key: Setting that names the file, used in the error.
+        path: Path of the file.
+        fix: Advice for a file that is not JSON.
 
     Raises:
-        ConfigError: It cannot be read, or is not JSON.
+        ConfigError: The file cannot be read, or is not JSON.
     """
-    if path.exists() and not path.is_file():  # reading a pipe would wait for whoever writes to it
+    if path.exists() and not path.is_file():  # reading a pipe would block until it has a writer
         raise ConfigError(key, path, "is not a file", fix)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -321,25 +327,26 @@ def locked(
     between: Callable[[], None] = _nothing,
     mode: int = 0o644,
 ) -> Iterator[None]:
-    """Holds a lock file, which the kernel releases when the process ends, however it ends.
+    """Holds a lock file while the block runs; the kernel releases it when the process ends.
 
-    Between machines it is as good as the shared file system's: NFS 4, Lustre and GPFS have locks,
-    a mounted bucket has none.
+    Between machines the lock is as reliable as the shared file system's: NFS 4, Lustre and GPFS
+    support locks, a mounted bucket does not.
 
     Args:
-        path: The lock file; it stays afterwards.
-        timeout_s: How long to wait for another holder; None: for ever.
-        between: Called twice a second while waiting; it may raise to give up.
-        mode: Permissions of the file.
+        path: Path of the lock file, which stays afterwards.
+        timeout_s: Longest wait for another holder, in seconds; None waits without limit.
+        between: Function called twice a second while waiting; it may raise to stop waiting.
+        mode: Permissions of the lock file.
 
     Raises:
-        LockHeldError: Another process still holds it.
+        LockHeldError: Another process still holds the lock after `timeout_s`.
     """
     lock = FileLock(path, mode=mode)
     waited_s = 0.0
     while True:
         between()
         try:
+            # Short waits instead of one long one, so that `between` runs while the lock is taken.
             step_s = _POLL_S if timeout_s is None else min(_POLL_S, timeout_s - waited_s)
             lock.acquire(timeout=max(0.0, step_s))
             break
@@ -354,11 +361,11 @@ def locked(
 
 
 def find_run(name: str, holds: str) -> Path | None:
-    """Finds a run directory, or returns None.
+    """Returns the directory of a run, or None where there is none.
 
     Args:
-        name: Its path, or its name under `runs/`.
-        holds: A file or folder that it must have.
+        name: Path of the run, or its name under `runs/`.
+        holds: File or folder that the directory must contain.
     """
     given = Path(name).expanduser()
     return next((path for path in (given, RUNS / given) if (path / holds).exists()), None)

@@ -1,4 +1,4 @@
-"""Which spotforge this is: the package's version, and the commit of a checkout."""
+"""The package version of this spotforge, and the commit of its source checkout."""
 
 import subprocess
 from importlib import metadata
@@ -11,7 +11,7 @@ def version() -> str:
     """Returns the version, with the commit where it is known: `0.1.0 (commit 1a2b3c4)`."""
     try:
         number = metadata.version("spotforge")
-    except metadata.PackageNotFoundError:  # a mere checkout
+    except metadata.PackageNotFoundError:  # a checkout that was never installed
         number = "not installed"
     state = checkout(_ROOT)
     if state is None:
@@ -21,10 +21,10 @@ def version() -> str:
 
 
 def checkout(root: Path = _ROOT) -> dict[str, object] | None:
-    """Returns `commit` and `dirty` of a source tree, or None where it is no checkout of its own.
+    """Returns `commit` and `dirty` of a source tree, or None if it is not a checkout of its own.
 
-    An installed package may lie in a virtual environment inside somebody else's repository; that
-    repository's commit says nothing about us.
+    An installed package may lie in a virtual environment inside the repository of another project,
+    whose commit says nothing about this code.
     """
     top = _run_git(root, "rev-parse", "--show-toplevel")
     commit = _run_git(root, "rev-parse", "HEAD")

@@ -1,5 +1,7 @@
-"""Line charts as inline SVG that takes its colors from the page, so that one drawing suits both a
-light and a dark one."""
+"""Line charts as inline SVG that takes its colors from the page.
+
+One drawing therefore suits both a light and a dark page.
+"""
 
 import math
 import re
@@ -18,7 +20,8 @@ from monitoring.units import compact
 
 MAX_POINTS = 2_000
 
-# Stand-ins that the page's CSS variables replace.
+# Placeholder colors, which are replaced by the page's CSS variables: matplotlib accepts colors
+# only.
 _INK, _GRID = "#000001", "#000002"
 SERIES = ("#000003", "#000004", "#000005")
 _VARIABLES = {
@@ -30,15 +33,15 @@ _VARIABLES = {
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart.
+    """Describes one line of a chart.
 
     Attributes:
-        label: Its name in the legend.
-        steps: Where it is known.
-        values: Its values there; those that are not finite leave a gap.
-        series: Which of the page's series colors it has, from 1.
-        faint: Drawn as background to another line.
-        dots: Mark the points.
+        label: Name of the line in the legend.
+        steps: Steps at which the value is known.
+        values: Values at those steps; values that are not finite leave a gap.
+        series: Number, from 1, of the series color of the page that the line has.
+        faint: True draws the line as background to another one.
+        dots: True marks the points.
     """
 
     label: str
@@ -51,15 +54,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart over steps.
+    """Describes a chart over steps.
 
     Attributes:
-        title: What it shows.
-        unit: Of the vertical axis.
-        lines: At least one.
-        show: Writes a value of the vertical axis.
-        from_zero: The vertical axis begins at 0.
-        log_from: Smallest ratio of largest to smallest value that gets a logarithmic axis.
+        title: Title of the chart.
+        unit: Unit of the vertical axis.
+        lines: Lines of the chart, at least one.
+        show: Function that formats a value of the vertical axis.
+        from_zero: True starts the vertical axis at 0.
+        log_from: Smallest ratio of largest to smallest value for which the axis is logarithmic.
         marks: Steps at which the run was resumed.
     """
 
@@ -75,12 +78,14 @@ class Chart:
 def thin(
     steps: Sequence[float], values: Sequence[float], limit: int = MAX_POINTS
 ) -> tuple[list[float], list[float]]:
-    """At most `limit` points that keep every spike: the least and the greatest of each stretch.
+    """Returns at most `limit` points, with the smallest and the largest of each interval.
 
-    Args:
-        steps: In order.
-        values: As many.
-        limit: Even.
+    No spike is lost that way.
+
+        Args:
+            steps: Steps in ascending order.
+            values: Values at those steps.
+            limit: Largest number of points; an even number.
     """
     if len(steps) <= limit:
         return list(steps), list(values)
@@ -94,15 +99,17 @@ def thin(
 
 
 def smooth(values: Sequence[float], half_width: int) -> list[float]:
-    """Mean of each value and its neighbors on both sides, which unlike a trailing mean has no lag.
+    """Returns the mean of each value and its neighbors on both sides, which unlike a trailing mean
+    does not lag.
 
     Args:
-        values: Those that are not finite are passed over.
-        half_width: Neighbors on each side. Fewer on both near the start, where a loss falls fast,
-            and fewer on the right alone near the end, where it does not.
+        values: Values to smooth; those that are not finite are skipped.
+        half_width: Number of neighbors on each side. Near the start, where a loss falls fast, it
+            shrinks on both sides; near the end, where a loss is flat, on the right side only.
     """
     y = np.asarray(values, dtype=float)
     finite = np.isfinite(y)
+    # Prefix sums make each mean a difference of two entries, whatever the width.
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, y, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
     i = np.arange(len(y))
@@ -116,13 +123,13 @@ def smooth(values: Sequence[float], half_width: int) -> list[float]:
 
 
 def render(chart: Chart, width: float, height: float, prefix: str) -> str:
-    """The chart as one `<svg>` element.
+    """Returns the chart as one `<svg>` element.
 
     Args:
-        chart: What to draw.
-        width: In CSS pixels at natural size; the page may scale it.
-        height: The same.
-        prefix: Unique in the page; begins every id.
+        chart: Chart to draw.
+        width: Width in CSS pixels at natural size; the page may scale it.
+        height: Height in CSS pixels at natural size.
+        prefix: Prefix of every id in the element, unique in the page.
     """
     figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
     axes = figure.add_subplot()
@@ -182,27 +189,29 @@ def _dress(axes: Axes, chart: Chart) -> None:
 
 
 def _tick(shown: str) -> str:
-    """`2k` for `2.0k`."""
+    """Returns a tick label without a trailing `.0`: `2k` for `2.0k`."""
     return re.sub(r"\.0(?=\D|$)", "", shown)
 
 
 def _svg(figure: Figure) -> str:
     out = StringIO()
-    # Text stays text, in the page's font; there is no way to say so but by rc settings.
+    # Text stays text in the page's font; matplotlib has no argument for it, only rc settings. A
+    # fixed salt and no date make the same run give the same bytes.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "spotforge"}):
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     return out.getvalue()
 
 
 def _inline(svg: str, chart: Chart, prefix: str) -> str:
-    """An SVG file as an element of the page: own ids, its colors, a name for screen readers."""
+    """Returns an SVG file as an element of the page, with unique ids and an accessible name."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"| version="1.1"', "", svg)
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
     svg = svg.replace("xlink:href=", "href=")
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
-    svg = re.sub(r"(\d\.\d)\d+", r"\1", svg)  # a tenth of a pixel is enough, and half the bytes
+    # A tenth of a pixel is enough, and halves the size.
+    svg = re.sub(r"(\d\.\d)\d+", r"\1", svg)
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, variable)
     name = escape(describe(chart))
@@ -212,10 +221,10 @@ def _inline(svg: str, chart: Chart, prefix: str) -> str:
 
 
 def describe(chart: Chart) -> str:
-    """The chart in a sentence, for those who cannot see it.
+    """Returns the chart as a sentence, for screen readers.
 
     Args:
-        chart: With at least one line.
+        chart: Chart with at least one line.
     """
     parts = []
     for line in chart.lines:

@@ -1,11 +1,11 @@
-"""What a user may set about metrics. Imports neither torch nor wandb: `--help` reads it."""
+"""Settings of metrics. Imports neither torch nor wandb, because `--help` reads it."""
 
 from dataclasses import dataclass, field
 from enum import Enum
 
 
 class WandbMode(Enum):
-    """Where Weights & Biases records go. Lower case, since OmegaConf reads an enum by its name."""
+    """Selects where wandb records go; lower case because OmegaConf reads enums by name."""
 
     disabled = "disabled"
     offline = "offline"
@@ -14,11 +14,11 @@ class WandbMode(Enum):
 
 @dataclass
 class WandbConfig:
-    """Weights & Biases; needs the extra `spotforge[wandb]` unless disabled.
+    """Configures Weights & Biases, which needs the extra `spotforge[wandb]` unless disabled.
 
     Attributes:
-        mode: `disabled`, `offline` (written under the run directory, to be sent later with
-            `wandb sync`) or `online`.
+        mode: Mode of the client: `disabled`, `offline` (written under the run directory, to be sent
+            later with `wandb sync`) or `online`.
         project: Project that the run belongs to.
     """
 
@@ -28,12 +28,12 @@ class WandbConfig:
 
 @dataclass
 class MonitoringConfig:
-    """Metric sinks beside the console and `metrics.jsonl`, which are always on.
+    """Configures metric sinks beside the console and `metrics.jsonl`, which are always on.
 
     Attributes:
-        progress: Live progress bar on a terminal; plain lines when off or when not a terminal.
-        report: Write `report.html` at the end.
-        wandb: Weights & Biases.
+        progress: Live progress bar on a terminal; plain lines if off or not on a terminal.
+        report: Writing of `report.html` at the end of the run.
+        wandb: Settings of Weights & Biases.
     """
 
     progress: bool = True

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a progress bar on a terminal, plain lines elsewhere."""
+"""Progress of a run for people: a progress bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -27,31 +27,31 @@ _EVALUATION_FORMATS: dict[str, Callable[[float], str]] = {
 
 
 class ConsoleSink(Protocol):
-    """What `MetricLogger` needs of a console, beside the two methods of every sink."""
+    """Is implemented by consoles; `MetricLogger` calls two methods beside those of every sink."""
 
     def write(self, record: Record) -> None:
-        """Show a logged step."""
+        """Shows a logged step."""
 
     def progress(self, step: int, loss: float | None, tokens_per_s: float | None) -> None:
-        """Note that a step is done; called every step, so it must cost next to nothing."""
+        """Notes that a step is done; it is called every step, so it must cost next to nothing."""
 
     def message(self, text: str) -> None:
-        """Show a line of text."""
+        """Shows a line of text."""
 
     def close(self, exit_status: str) -> None:
-        """Leave the terminal as it was found."""
+        """Restores the terminal."""
 
 
 def build_console(
     run_name: str, total_steps: int | None, first_step: int, bar: bool
 ) -> ConsoleSink:
-    """A progress bar where it can be drawn and is wanted, else plain lines.
+    """Returns a progress bar if it is wanted and can be drawn, else plain lines.
 
     Args:
-        run_name: Shown left of the bar.
-        total_steps: Where the run ends, if that is known.
-        first_step: Step that the run goes on from.
-        bar: The user wants a bar.
+        run_name: Name shown left of the bar.
+        total_steps: Last step of the run; None if it is not known.
+        first_step: Step from which the run resumes.
+        bar: True if the user wants a bar.
     """
     console = Console()
     if bar and console.is_terminal and not console.is_dumb_terminal:
@@ -64,12 +64,12 @@ def _parts(record: Record, formats: dict[str, Callable[[float], str]]) -> list[s
 
 
 class PlainConsole:
-    """One compact line a logged step, for logs and CI.
+    """Prints one compact line per logged step, for logs and CI.
 
     Args:
-        total_steps: Where the run ends, if that is known.
-        first_step: Step that the run goes on from.
-        clock: Seconds, from any origin.
+        total_steps: Last step of the run; None if it is not known.
+        first_step: Step from which the run resumes.
+        clock: Function that returns seconds from any origin.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class PlainConsole:
         self._origin: tuple[int, float] | None = None
 
     def write(self, record: Record) -> None:
-        """Print `step 20/100  loss 5.4321  lr 3.0e-04  ...  eta 3m12s`."""
+        """Prints `step 20/100  loss 5.4321  lr 3.0e-04  ...  eta 3m12s`."""
         step = int(record["step"])
         self.progress(step, None, None)
         of_total = f"/{self._total}" if self._total is not None else ""
@@ -93,17 +93,17 @@ class PlainConsole:
         self.message("  ".join(parts))
 
     def progress(self, step: int, loss: float | None, tokens_per_s: float | None) -> None:
-        """Start the clock of the remaining time at the first step, after any compilation."""
+        """Starts the clock for the remaining time after the first step, which may compile."""
         if self._origin is None and step > self._first_step:
             self._origin = (step, self._clock())
 
     def message(self, text: str) -> None:
-        """Print one line, replacing what the stream's encoding lacks."""
+        """Prints one line; replaces characters that the stream's encoding lacks."""
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         print(printable(text).encode(encoding, "replace").decode(encoding), flush=True)
 
     def close(self, exit_status: str) -> None:
-        """Nothing to leave behind."""
+        """Does nothing: plain lines leave nothing to restore."""
 
     def _eta(self, step: int) -> list[str]:
         if self._total is None or self._origin is None:
@@ -115,13 +115,13 @@ class PlainConsole:
 
 
 class BarConsole:
-    """A live bar: step n/total, loss, tokens/s, elapsed and remaining time.
+    """Shows a live bar: step n/total, loss, tokens/s, elapsed and remaining time.
 
     Args:
-        console: A terminal.
-        run_name: Shown left of the bar.
-        total_steps: Where the run ends, if that is known.
-        first_step: Step that the run goes on from.
+        console: Terminal to draw on.
+        run_name: Name shown left of the bar.
+        total_steps: Last step of the run; None if it is not known.
+        first_step: Step from which the run resumes.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class BarConsole:
             console=console,
             expand=True,
             refresh_per_second=4,
-            speed_estimate_period=3600,  # the default of 30 s never sees two steps of a large model
+            speed_estimate_period=3600,  # the default of 30 s may not contain two steps
         )
         self._task = self._progress.add_task(
             run_name, total=total_steps, completed=first_step, figures=""
@@ -146,7 +146,7 @@ class BarConsole:
         self._progress.start()
 
     def write(self, record: Record) -> None:
-        """Move the bar; an evaluation also leaves a line above it."""
+        """Moves the bar; an evaluation also prints a line above it."""
         self.progress(
             int(record["step"]),
             float(record["loss"]) if "loss" in record else None,
@@ -156,7 +156,7 @@ class BarConsole:
             self.message("  ".join([f"step {record['step']}", *evaluation]))
 
     def progress(self, step: int, loss: float | None, tokens_per_s: float | None) -> None:
-        """Move the bar; what is None keeps its last value."""
+        """Moves the bar; a figure that is None keeps its last value."""
         if loss is not None:
             self._figures["loss"] = f"loss {loss:.4f}"
         if tokens_per_s is not None:
@@ -164,11 +164,11 @@ class BarConsole:
         self._progress.update(self._task, completed=step, figures="  ".join(self._figures.values()))
 
     def message(self, text: str) -> None:
-        """Print above the bar; brackets in the text are not markup."""
+        """Prints above the bar; brackets in the text are not markup."""
         self._progress.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def close(self, exit_status: str) -> None:
-        """Stop redrawing; the last state of the bar stays on screen."""
+        """Stops redrawing; the last state of the bar stays on screen."""
         self._progress.stop()
 
 

@@ -1,4 +1,4 @@
-"""What a run ran on: enough to explain a number later, nothing that names a person or a host."""
+"""Describes the environment of a run, without names of people or hosts."""
 
 import os
 import platform
@@ -30,7 +30,7 @@ PACKAGES = (
 
 
 def describe_environment() -> dict[str, object]:
-    """Code, software and hardware, as plain JSON values for `environment.json`.
+    """Returns code, software and hardware as plain JSON values for `environment.json`.
 
     Returns:
         `git` (commit and dirty, or None outside a checkout), `python`, `platform`, `packages`
@@ -62,7 +62,7 @@ def _packages() -> dict[str, str]:
 
 
 def _cpu_model(cpuinfo: Path) -> str:
-    """The processor's marketing name, or its architecture where the kernel gives no name (Arm)."""
+    """Returns the processor's marketing name, or its architecture if it has none (Arm)."""
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
@@ -71,12 +71,12 @@ def _cpu_model(cpuinfo: Path) -> str:
 
 
 def _num_cores_usable() -> int | None:
-    """Cores that this process may run on; None where the system does not say (macOS)."""
+    """Returns the number of cores that this process may run on, or None if unknown (macOS)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 
 
 def _gpus() -> dict[str, object]:
-    import torch  # seconds to import; only a run that trains asks
+    import torch  # takes seconds to import, and is needed only by a run that trains
 
     if not torch.cuda.is_available():
         return {"gpus": [], "cuda": None}

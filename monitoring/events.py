@@ -1,12 +1,13 @@
-"""`events.jsonl`: what happened to a run, one JSON object an event, never rewritten.
+"""Events of a run in `events.jsonl`: one JSON object per event, never rewritten.
 
-Where `metrics.jsonl` holds the steps that count, this holds how they came about: every start, save,
-stop and loss, so that goodput can be told. Each has `time` (Unix seconds), `event` and `step`:
+While `metrics.jsonl` holds the steps that count, this file holds how they came about: every start,
+save, stop and loss, from which goodput is computed. Each event has `time` (Unix seconds), `event`
+and `step`:
 
-    start         world_size, strategy; lost_steps (done before, to be done again), startup_s
+start         world_size, strategy; lost_steps (done before, to be repeated), startup_s
     checkpoint    blocking_s, write_s, size_bytes
     upload        upload_s; or upload_failed: error
-    passed_over   checkpoint, reason: one that was damaged
+    passed_over   checkpoint, reason: a checkpoint was skipped because it was damaged
     skip          loss, reason; or rollback: to_step too
     stop          reason
     finish
@@ -21,19 +22,20 @@ from monitoring.jsonl import encode, read_records
 
 
 class EventLog:
-    """Appends events; any thread may."""
+    """Appends events to a file; safe to call from any thread."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
 
     def write(self, event: str, step: int, **details: float | int | str) -> None:
-        """Append one event and hand it to the operating system."""
+        """Appends one event and hands it to the operating system."""
         line = encode({"time": time.time(), "event": event, "step": step, **details})
+        # Opened each time: events are rare, and a mounted bucket uploads a file when it is closed.
         with self._lock, self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 
 def read_events(run_dir: Path) -> list[dict[str, object]]:
-    """The events of a run in order; none where it has no such file."""
+    """Returns the events of a run in order; an empty list if the file does not exist."""
     return read_records(run_dir / "events.jsonl")

@@ -1,8 +1,8 @@
-"""Goodput: how much of the time that a run took is in its weights.
+"""Computes goodput: the share of a run's time that ended up in its weights.
 
 `metrics.jsonl` holds the steps that count, `events.jsonl` the starts and what ended them. Neither
-tells how long steps took that were lost, nor when a killed process died: lost steps are counted
-at the median step time, and a process that left no word is taken to have died after them.
+tells how long lost steps took, nor when a killed process died. So lost steps are counted at the
+median step time, and a process without a final event is assumed to have died right after them.
 """
 
 import math
@@ -21,23 +21,25 @@ _ENDS = ("stop", "finish", "fail")
 
 @dataclass(frozen=True)
 class Goodput:
-    """Where the seconds of a run went: all but `wall_s` add up to it.
+    """Splits the time of a run into parts; all parts but `wall_s` add up to it.
 
     Attributes:
-        wall_s: From the beginning of the first start to the last sign of the run.
-        useful_s: In steps that count.
-        starting_s: In starts, each up to its first step (`startup_s`).
-        saving_s: In saves, as far as training waited for them.
-        evaluation_s: In evaluations, but for one after a start's last step.
-        lost_s: In steps that had to be done again; estimated.
-        ending_s: From the last step of a start to its exit: evaluation, waiting for the disk and
-            for uploads, export.
-        waiting_s: Between starts.
-        other_s: The rest: logging, batches that were not learned from.
-        num_starts: Starts, the first among them.
-        num_losses: Starts that ended without a word, the last one aside: it may be running.
-        lost_steps: Done again; steps after the last record of a start that was killed are unknown.
-        skipped_batches: Not learned from, as `anomaly.action` says.
+        wall_s: Time from the beginning of the first start to the last sign of the run.
+        useful_s: Time in steps that count.
+        starting_s: Time in starts, each up to its first step (`startup_s`).
+        saving_s: Time in which training waited for saves.
+        evaluation_s: Time in evaluations, except one after the last step of a start.
+        lost_s: Time in steps that had to be repeated; estimated.
+        ending_s: Time from the last step of a start to its exit: evaluation, waiting for the disk,
+            uploads and the export.
+        waiting_s: Time between starts.
+        other_s: Remaining time: logging, batches that were skipped.
+        num_starts: Number of starts, including the first.
+        num_losses: Number of starts without a final event, except the last one, which may be
+            running.
+        lost_steps: Steps that were repeated; steps after the last record of a killed start are
+            unknown.
+        skipped_batches: Batches that were skipped as `anomaly.action` says.
     """
 
     wall_s: float
@@ -56,18 +58,18 @@ class Goodput:
 
     @property
     def share(self) -> float:
-        """Goodput, from 0 to 1."""
+        """Useful share of the time, from 0 to 1."""
         return self.useful_s / self.wall_s if self.wall_s > 0 else 0.0
 
 
 def goodput(run: Run) -> Goodput | None:
-    """Accounts for the time of a run.
+    """Returns how the time of a run was spent.
 
     Args:
-        run: As `read_run` gives it.
+        run: Run as `read_run` returns it.
 
     Returns:
-        None for a run that kept no events.
+        Split of the run's time; None for a run without events.
     """
     starts = _starts(run)
     if not starts:
@@ -91,15 +93,15 @@ def goodput(run: Run) -> Goodput | None:
 
 
 class _Start:
-    """One start: the steps after `first_step`, of which those up to `kept_step` count.
+    """Holds one start: the steps after `first_step`, of which those up to `kept_step` count.
 
     Args:
-        event: Its `start`.
-        events: What happened until the next one.
-        records: Of the steps that it did and that count.
-        kept_step: From where a later start went on; infinite without one.
-        following: The `start` that came next, if any.
-        typical_s: What a step takes where none of its own was logged.
+        event: Event `start` that opened it.
+        events: Events up to the next start.
+        records: Records of the steps that it did and that count.
+        kept_step: Step from which a later start resumed; infinite without one.
+        following: Event `start` of the next start, or None.
+        typical_s: Step time to assume if none of its own steps was logged.
     """
 
     def __init__(
@@ -125,10 +127,11 @@ class _Start:
         self.saving_s = math.fsum(_value(e, "blocking_s") for e in saves)
         self._read(records)
         last_saved = max(map(_step, saves), default=0)
+        # Steps that a checkpoint kept although a crash came before their record was due.
         unlogged_s = max(0, min(kept_step, last_saved) - self._last_step) * self._step_s
         self.useful_s += unlogged_s
 
-        # What comes after its last record: steps that count or do not, saves, and its end
+        # After the last record come steps that count or do not, saves, and the end of the process.
         saved_s = math.fsum(_value(e, "blocking_s") for e in saves if _step(e) >= self._last_step)
         busy_until = self._logged_until + unlogged_s + saved_s
         lost_s = self.lost_steps * self._step_s
@@ -147,15 +150,15 @@ class _Start:
         self.lost_s = lost_s + self.rolled_back * self._step_s
 
     def _read(self, records: Sequence[Row]) -> None:
-        """What the records tell: time that was useful, evaluations, and when the last was made."""
+        """Sums up the records: useful time, evaluations, and the time of the last record."""
         self.useful_s = self.evaluation_s = 0.0
         self._last_step, self._logged_until = self.first_step, self.opened
         evaluated = False
-        elapsed_s: float | None = None  # on the run's own clock, which stands between starts
+        elapsed_s: float | None = None  # on the run's clock, which stops between starts
         for record in records:
             num_steps = _step(record) - self._last_step
             had_anomaly = self._had_anomaly(self._last_step, _step(record))
-            # The step time that it has holds the batch that was thrown away.
+            # The recorded mean step time includes the batch that was thrown away.
             step_s = self._step_s if had_anomaly else _value(record, "step_s")
             busy_s = num_steps * step_s
             self.useful_s += busy_s
@@ -179,11 +182,11 @@ def _starts(run: Run) -> list[_Start]:
     starts = []
     for i, (begin, end) in enumerate(pairwise([*at, len(run.events)])):
         later = opening[i + 1 :]
-        # A step counts as it was done last: by the last start that came from before it.
+        # A step counts as it was done last: by the last start that resumed before it.
         last_step = min(map(_step, later), default=math.inf)
         first_step = _step(opening[i])
         mine = [r for r in run.records if first_step < _step(r) <= last_step]
-        if first_step == 0 < last_step:  # an evaluation before the first step
+        if first_step == 0 < last_step:  # an evaluation before training is of step 0
             mine = [r for r in run.records if _step(r) == 0] + mine
         starts.append(
             _Start(
@@ -203,7 +206,7 @@ def _step(row: Row) -> int:
 
 
 def _value(row: Row, key: str) -> float:
-    """A number of a row; 0 where there is none, or none that is finite."""
+    """Returns a number of a row, or 0 if it is missing or not finite."""
     value = number(row.get(key))
     return value if value is not None and math.isfinite(value) else 0.0
 

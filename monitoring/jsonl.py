@@ -1,8 +1,8 @@
-"""`metrics.jsonl` and `samples.jsonl`: one JSON object a line, a step at most once.
+"""Reads and writes `metrics.jsonl` and `samples.jsonl`: one JSON object a line, in order of steps.
 
 JSON has no NaN. A float that is not finite is written as the string "NaN", "Infinity" or
-"-Infinity", which Python's `float()` and JavaScript's `Number()` read back; null would hide a run
-that diverged.
+"-Infinity", which Python's `float()` and JavaScript's `Number()` can read; null would hide that a
+run diverged.
 """
 
 import json
@@ -18,10 +18,10 @@ NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 def encode(record: Record) -> str:
-    """One line of JSON, without the line end.
+    """Returns one line of JSON, without the line end.
 
     Args:
-        record: Flat; floats keep full precision.
+        record: Flat record; floats keep full precision.
     """
     return json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False)
 
@@ -33,10 +33,10 @@ def _finite(value: float | int | str) -> float | int | str:
 
 
 def read_records(path: Path) -> list[dict[str, object]]:
-    """The records of a file, in order; lines torn by a crash are left out.
+    """Returns the records of a file in order, without lines torn by a crash.
 
     Args:
-        path: A file that `JsonlSink` wrote; an absent one has no records.
+        path: File that `JsonlSink` wrote; a missing file has no records.
     """
     if not path.exists():
         return []
@@ -45,7 +45,7 @@ def read_records(path: Path) -> list[dict[str, object]]:
 
 
 def _decode(line: bytes) -> dict[str, object] | None:
-    """The record in a line, or None when the writer was killed half-way through it."""
+    """Returns the record in a line, or None if the writer was killed halfway through it."""
     try:
         record = json.loads(line)
     except ValueError:  # not JSON, or not UTF-8
@@ -56,20 +56,21 @@ def _decode(line: bytes) -> dict[str, object] | None:
 
 
 def drop_lost_steps(path: Path, first_step: int) -> int:
-    """Remove what a resumed run is about to do again, and lines torn by the crash.
+    """Removes the steps that a resumed run is about to repeat, and lines torn by the crash.
 
     The file is replaced by one atomic rename, so a second crash here loses nothing.
 
     Args:
-        path: A `.jsonl` file; may be absent.
-        first_step: The last step that the checkpoint holds; 0 starts afresh and drops everything.
+        path: A `.jsonl` file, which may be missing.
+        first_step: Last step that the checkpoint holds; 0 starts afresh and drops everything.
 
     Returns:
-        How many lines were removed.
+        Number of removed lines.
     """
     if not path.exists():
         return 0
     num_dropped = 0
+    # A new file replaces the old one in one step, so that a second crash loses nothing.
     with path.open("rb") as old, staged_file(path) as staging, staging.open("wb") as new:
         for line in old:
             if _is_kept(_decode(line), first_step):
@@ -87,11 +88,11 @@ def _is_kept(record: dict[str, object] | None, first_step: int) -> bool:
 
 
 class JsonlSink:
-    """Appends records to a file, a flushed line at a time.
+    """Appends records to a file and flushes each line.
 
     Args:
-        path: The file; its folder must exist.
-        first_step: Step that the run goes on from; later lines in the file are dropped.
+        path: Path of the file; its folder must exist.
+        first_step: Step from which the run resumes; later lines in the file are dropped.
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
@@ -99,10 +100,10 @@ class JsonlSink:
         self._file = path.open("a", encoding="utf-8", newline="\n")
 
     def write(self, record: Record) -> None:
-        """Append one line and hand it to the operating system."""
+        """Appends one line and hands it to the operating system."""
         self._file.write(encode(record) + "\n")
         self._file.flush()
 
     def close(self, exit_status: str) -> None:
-        """Close the file."""
+        """Closes the file."""
         self._file.close()

@@ -1,19 +1,19 @@
-"""The one place that a training run writes its numbers to; rank 0 only.
+"""Logging of a training run's numbers to all of their destinations; on rank 0 only.
 
     MetricLogger.log(record) -> console     a bar or a plain line
                              -> jsonl       metrics.jsonl, one object a logged step
-                             -> wandb       when it is switched on
+                                                      -> wandb       if enabled
 
-Keys of a record (units in the names; absent when not known):
+Keys of a record (units in the names; unknown ones are absent):
 
-    step, loss (nats a token), grad_norm, lr, num_tokens (seen since the run began), tokens_per_s,
+    step, loss (nats per token), grad_norm, lr, num_tokens (since the run began), tokens_per_s,
     mfu (0 to 1), peak_memory_bytes, data_wait_s and step_s (means since the last record),
-    checkpoint_blocking_s; distillation_loss, cross_entropy and auxiliary_loss where `loss` is made
+    checkpoint_blocking_s; distillation_loss, cross_entropy and auxiliary_loss if `loss` is a sum
     of them;
     validation_loss and validation_bits_per_byte at evaluations.
 
-Added here: elapsed_s (time in training since the run began, without the time between a stop and the
-resume) and `resumed: true` on the first record after a resume.
+The logger adds elapsed_s (training time since the run began, without the time between a stop and
+the resume) and `resumed: true` on the first record after a resume.
 """
 
 import json
@@ -29,33 +29,33 @@ from monitoring.jsonl import JsonlSink, Record, read_records
 
 
 class Sink(Protocol):
-    """Where records go. A new sink is one final class in a file, and a line in `_extra_sinks`."""
+    """Receives records. A new sink is one final class in a file, and a line in `_extra_sinks`."""
 
     def write(self, record: Record) -> None:
-        """Take one logged step."""
+        """Takes one logged step."""
 
     def close(self, exit_status: str) -> None:
-        """Flush and let go."""
+        """Flushes and releases everything."""
 
 
 class MetricLogger:
     """Logs a run to the console, to `metrics.jsonl` and, if asked, to wandb.
 
-    Use it as a context manager: leaving it closes with `finished`, or `failed` after an exception,
-    unless `close` was called with another status before.
+    Use it as a context manager: on exit it closes with `finished`, or with `failed` after an
+    exception, unless `close` was called with another status before.
 
     Args:
-        cfg: Sinks beside the two that are always on.
-        run_dir: The run's folder; made when absent.
+        cfg: Settings of the sinks beside the two that are always on.
+        run_dir: Directory of the run; created if missing.
         run_name: Name shown on the console, in wandb and in the report.
-        total_steps: Where the run ends, if that is known.
-        first_step: Step of the checkpoint that the run goes on from, 0 for a new run. Records of
-            later steps were lost with the machine and are removed, so a step never appears twice.
-        settings: The resolved configuration, for wandb. A `num_parameters` in it is shown in the
+        total_steps: Last step of the run; None if it is not known.
+        first_step: Step of the checkpoint from which the run resumes, 0 for a new run. Records of
+            later steps are removed, because those steps are repeated: a step never appears twice.
+        settings: Resolved configuration, for wandb. Its `num_parameters`, if any, is shown in the
             report.
 
     Raises:
-        MissingExtraError: wandb is asked for and not installed.
+        MissingExtraError: wandb is enabled but not installed.
     """
 
     def __init__(
@@ -68,7 +68,8 @@ class MetricLogger:
         settings: dict[str, object],
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        extra_sinks = _extra_sinks(cfg, run_dir, run_name, settings)  # first: it can refuse
+        # The extra sinks come first: they may refuse, and then no file has been touched yet.
+        extra_sinks = _extra_sinks(cfg, run_dir, run_name, settings)
         metrics = JsonlSink(run_dir / "metrics.jsonl", first_step)
         self._samples = JsonlSink(run_dir / "samples.jsonl", first_step)
         self._console = build_console(run_name, total_steps, first_step, cfg.progress)
@@ -90,10 +91,11 @@ class MetricLogger:
             )
 
     def log(self, record: dict[str, float | int | str]) -> None:
-        """Write one record to every sink.
+        """Writes one record to every sink.
 
         Args:
-            record: Must have `step`; see the module for the other keys. Plain numbers, no tensors.
+            record: Plain numbers, not tensors, by the keys that the module lists; `step` is
+                mandatory.
         """
         elapsed_s = self._elapsed_before_s + time.monotonic() - self._started
         stamped = {**record, "elapsed_s": record.get("elapsed_s", elapsed_s)}
@@ -103,46 +105,46 @@ class MetricLogger:
             sink.write(stamped)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        """Show a generated text and append it to `samples.jsonl`.
+        """Shows a generated text and appends it to `samples.jsonl`.
 
         Args:
-            step: Step of the weights that wrote it.
-            prompt: What the model was given.
-            text: The continuation, without the prompt.
+            step: Step of the weights that generated the text.
+            prompt: Prompt that the model was given.
+            text: Continuation, without the prompt.
         """
         self._samples.write({"step": step, "prompt": prompt, "text": text})
         shown = (prompt + "[...]" + text).replace("\n", "\n  ")
         self.message(f"sample at step {step}:\n  {shown}")
 
     def message(self, text: str) -> None:
-        """Print a line, above the progress bar where there is one."""
+        """Prints a line, above the progress bar if there is one."""
         self._console.message(text)
 
     def progress(
         self, step: int, loss: float | None = None, tokens_per_s: float | None = None
     ) -> None:
-        """Advance the bar; for every step, without metrics or waiting for a device.
+        """Advances the bar; cheap enough for every step, as it never waits for a device.
 
         Args:
-            step: Steps done.
-            loss: Mean loss in nats a token, if it is at hand; None keeps the last one on screen.
-            tokens_per_s: Rate, if it is at hand.
+            step: Number of steps done.
+            loss: Mean loss in nats per token, if available; None keeps the last one on screen.
+            tokens_per_s: Throughput, if available; None keeps the last one on screen.
         """
         self._console.progress(step, loss, tokens_per_s)
 
     def close(self, exit_status: str) -> None:
-        """Close every sink; a second call does nothing.
+        """Closes every sink; a second call does nothing.
 
         Args:
-            exit_status: `finished`, `stopped` (start again to go on) or `failed`; kept in
-                `status.json`.
+            exit_status: Status to store in `status.json`: `finished`, `stopped` (can be resumed) or
+                `failed`.
         """
         if self._closed:
             return
         self._closed = True
         try:
             self._write_status(exit_status)
-        finally:  # the disk may be full
+        finally:  # writing the status fails on a full disk, and the sinks must close even so
             self._samples.close(exit_status)
             for sink in reversed(self._sinks):  # the console first: wandb prints when it ends
                 sink.close(exit_status)
@@ -173,6 +175,6 @@ def _extra_sinks(
 
 
 def _elapsed_s(path: Path) -> float:
-    """Seconds that the kept records of an earlier start took."""
+    """Returns the training time, in seconds, up to the last record that was kept."""
     seconds = [record.get("elapsed_s") for record in read_records(path)]
     return max((float(s) for s in seconds if isinstance(s, int | float)), default=0.0)

@@ -1,4 +1,4 @@
-"""`report.html`: a run on one self-contained page. `python -m monitoring.report runs/demo`."""
+"""Writes a run's page `report.html`; run as `python -m monitoring.report runs/demo`."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ from monitoring.run_charts import draw
 from monitoring.run_files import Run, mapping, mappings, number, read_run
 from monitoring.units import compact, duration, gibibytes, printable
 
-# Bounds on what is listed, so that the page stays below 2 MB whatever the run.
+# Limits on what is listed, so that the page stays below 2 MB for any run.
 MAX_SAMPLE_STEPS = 5
 MAX_SAMPLES_PER_STEP = 2
 MAX_SAMPLE_CHARS = 1_500
@@ -28,19 +28,19 @@ MAX_VALUE_CHARS = 500
 
 _STATUS = {
     "finished": "finished",
-    "stopped": "stopped, can go on",
+    "stopped": "stopped, can be resumed",
     "failed": "failed",
     "running": "running or killed",
 }
-# Where time goes, largest part of a good run first; what the bar and the table call it.
+# Parts of the run's time, with their labels in the bar and the table; the usually largest first.
 _SPENT = {
     "useful_s": "training that counts",
     "starting_s": "starting",
     "saving_s": "waiting for saves",
     "evaluation_s": "evaluation",
-    "lost_s": "steps done again (estimated)",
+    "lost_s": "repeated steps (estimated)",
     "ending_s": "ending: last evaluation, uploads, export",
-    "waiting_s": "nobody running",
+    "waiting_s": "not running",
     "other_s": "other",
 }
 _PLACES = {
@@ -59,7 +59,7 @@ _PLACES = {
 
 @dataclass(frozen=True)
 class Figure:
-    """One of the numbers at the top of the page."""
+    """Holds one of the numbers at the top of the page."""
 
     label: str
     value: str
@@ -67,17 +67,17 @@ class Figure:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `report.html` into a run directory; call it after `MetricLogger.close`.
+    """Writes `report.html` into a run directory; call it after `MetricLogger.close`.
 
     Args:
-        run_dir: With at least `metrics.jsonl`.
+        run_dir: Run directory, which has at least `metrics.jsonl`.
 
     Returns:
         Path of the page.
 
     Raises:
         ConfigError: `run_dir` has no `metrics.jsonl`.
-        DamagedError: One of its JSON or YAML files cannot be parsed.
+        DamagedError: A JSON or YAML file of the run cannot be parsed.
     """
     run = read_run(run_dir)
     page = Environment(
@@ -119,7 +119,7 @@ def _view(run: Run) -> dict[str, object]:
 
 
 def _subtitle(run: Run) -> str:
-    """`5,000 of 5,000 steps on 1 x NVIDIA H200, torch 2.13`, as far as it is known."""
+    """Returns `5,000 of 5,000 steps on 1 x NVIDIA H200, torch 2.13`, as far as it is known."""
     parts = []
     if run.records:
         total = run.status.get("total_steps")
@@ -199,24 +199,25 @@ def _notices(run: Run) -> list[str]:
 
 
 def _goodput(found: Goodput | None) -> dict[str, object]:
-    """What the section shows; nothing for a run that has not been anywhere yet."""
+    """Returns the content of the section; empty for a run that took no time yet."""
     if found is None or found.wall_s <= 0:
         return {}
     parts = [(label, getattr(found, name)) for name, label in _SPENT.items()]
     facts = [
         _plural(found.num_starts, "start"),
-        _plural(found.num_losses, "loss", "losses") + " without a word",
-        _plural(found.lost_steps, "step") + " done again",
+        _plural(found.num_losses, "loss", "losses") + " without a final event",
+        _plural(found.lost_steps, "step") + " repeated",
     ]
     if found.skipped_batches:
-        facts.append(_plural(found.skipped_batches, "batch", "batches") + " left out")
+        facts.append(_plural(found.skipped_batches, "batch", "batches") + " skipped")
     return {
-        "share": f"{math.floor(found.share * 1000) / 10:.1f} %",  # 100.0 % is nothing less
+        # Rounded down, so that 100.0 % means that nothing was lost.
+        "share": f"{math.floor(found.share * 1000) / 10:.1f} %",
         "wall": _exact_duration(found.wall_s),
         "spent": [
             (kind, label, _exact_duration(spent_s), spent_s / found.wall_s)
             for kind, (label, spent_s) in enumerate(parts, start=1)
-            if spent_s >= 0.05  # reads 0.0s
+            if spent_s >= 0.05  # anything less would read 0.0s
         ],
         "facts": ", ".join(facts),
     }
@@ -234,7 +235,7 @@ def _plural(number: int, one: str, many: str = "") -> str:
 
 
 def _samples(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Generated texts of a few steps, evenly spread, the last among them; by the same prompts."""
+    """Returns generated texts of a few evenly spread steps, the last included."""
     by_step: dict[int, list[tuple[str, str]]] = {}
     for sample in run.samples:
         if isinstance(step := sample["step"], int):
@@ -257,7 +258,7 @@ def _excerpt(text: object, limit: int = MAX_SAMPLE_CHARS) -> str:
 
 
 def _config_groups(config: dict[str, object]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Groups in the order of the file; settings that are in no group come first."""
+    """Returns the settings by group in the file's order; settings without a group come first."""
     loose = {key: value for key, value in config.items() if not isinstance(value, dict)}
     groups = [("general", loose)] if loose else []
     groups += [(key, value) for key, value in config.items() if isinstance(value, dict)]
@@ -325,13 +326,13 @@ def _memory(gpu: dict[str, object]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line.
+    """Runs the command line.
 
     Args:
-        argv: Arguments; those of the process when None.
+        argv: Arguments to parse; None takes those of the process.
 
     Returns:
-        Exit code.
+        Exit code of the process.
     """
     parser = argparse.ArgumentParser(prog="python -m monitoring.report", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="folder of a run, e.g. runs/demo")

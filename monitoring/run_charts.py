@@ -1,4 +1,4 @@
-"""Which charts the report draws of a run."""
+"""Selects the charts that the report draws of a run."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,12 +10,12 @@ from monitoring.units import compact
 
 @dataclass(frozen=True)
 class Drawing:
-    """A drawn chart; a wide one has a narrow double for small screens.
+    """Holds a drawn chart; a wide one has a narrow version for small screens.
 
     Attributes:
-        chart: What is drawn.
-        svg: The element to show.
-        narrow: What stands in for a wide one on a small screen.
+        chart: Chart that is drawn.
+        svg: Element to show.
+        narrow: Element that replaces a wide one on a small screen; empty if there is no wide one.
     """
 
     chart: Chart
@@ -24,12 +24,12 @@ class Drawing:
 
 
 def draw(run: Run) -> list[Drawing]:
-    """The charts of what was logged, in the order of the page.
+    """Returns the charts of all logged keys, in the order of the page.
 
-    Two share a row; the loss has a row of its own, and so has a last one without a neighbor.
+    Two charts share a row; the loss has a row of its own, and so has a last one without a neighbor.
 
     Args:
-        run: Keys that it never logged are left out.
+        run: Run to draw; keys that were never logged are left out.
     """
     loss = _loss_chart(run)
     small = [chart for chart in _small_charts(run) if chart.lines]
@@ -60,8 +60,8 @@ def _small_charts(run: Run) -> list[Chart]:
     lr = _line(run, "lr", "learning rate")
     norm = _noisy(run, "grad_norm", "gradient norm")
     time = _noisy(run, "step_s", "step")
-    time += _noisy(run, "data_wait_s", "of it, waiting for data", 2)
-    time += _line(run, "checkpoint_blocking_s", "beside it, saving", 3, dots=True)
+    time += _noisy(run, "data_wait_s", "waiting for data, included in it", 2)
+    time += _line(run, "checkpoint_blocking_s", "saving, in addition", 3, dots=True)
     memory = _line(run, "peak_memory_bytes", "memory", scale=2**-30)
     mfu = _noisy(run, "mfu", "MFU", scale=100)
     return [
@@ -78,7 +78,7 @@ def _small_charts(run: Run) -> list[Chart]:
 def _noisy(
     run: Run, key: str, label: str, series: int = 1, scale: float = 1, smooth_from: int = 1_000
 ) -> list[Line]:
-    """As `_line`; a long one lies faintly behind its running mean, else it is one solid band."""
+    """Returns `_line`, and for a long series the faint line with its running mean in front."""
     lines = _line(run, key, label, series, scale=scale)
     if not lines or len(lines[0].steps) < smooth_from:
         return lines
@@ -90,7 +90,7 @@ def _noisy(
 def _line(
     run: Run, key: str, label: str, series: int = 1, dots: bool = False, scale: float = 1
 ) -> list[Line]:
-    """The line of a key, or none where it was never logged with a finite value."""
+    """Returns the line of a key; an empty list if no finite value was logged."""
     steps, values = run.series(key)
     if not any(math.isfinite(v) for v in values):
         return []
@@ -98,7 +98,7 @@ def _line(
 
 
 def _scientific(value: float) -> str:
-    """`3e-4`."""
+    """Returns a number as `3e-4`."""
     if value == 0:
         return "0"
     exponent = math.floor(math.log10(abs(value)))

@@ -1,4 +1,4 @@
-"""A run directory as the report reads it. Only `metrics.jsonl` must be there."""
+"""Reads a run directory for the report. Only `metrics.jsonl` is mandatory."""
 
 import json
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from monitoring.jsonl import NOT_FINITE, read_records
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint.
+    """Describes a committed checkpoint.
 
     Attributes:
-        name: Of its folder.
-        size_bytes: Of all its files.
-        latest: The one that `LATEST` names.
+        name: Name of its folder.
+        size_bytes: Total size of its files.
+        latest: True if `LATEST` names it.
     """
 
     name: str
@@ -30,18 +30,18 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of a run.
+    """Holds everything that is known about a run.
 
     Attributes:
-        folder: The run directory.
-        records: Of `metrics.jsonl`, in order.
-        samples: Of `samples.jsonl`, in order.
-        events: Of `events.jsonl`, in order; empty when absent.
-        status: `status.json`; empty when absent, as the three below.
-        config: The resolved configuration.
-        environment: What `describe_environment` returned.
-        data: Digests and sources.
-        checkpoints: In order of their steps.
+        folder: Run directory.
+        records: Records of `metrics.jsonl`, in order.
+        samples: Samples of `samples.jsonl`, in order.
+        events: Events of `events.jsonl`, in order; empty if the file is missing.
+        status: Content of `status.json`; empty if missing, like the next three.
+        config: Resolved configuration of `config.yaml`.
+        environment: Result of `describe_environment`, from `environment.json`.
+        data: Digests and sources of the data, from `data.json`.
+        checkpoints: Checkpoints in order of their steps.
     """
 
     folder: Path
@@ -56,7 +56,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The run's name, or its folder's."""
+        """Name of the run, or of its folder if the status gives none."""
         return str(self.status.get("run_name") or self.folder.name)
 
     @property
@@ -65,10 +65,10 @@ class Run:
         return [cast(int, r["step"]) for r in self.records if r.get("resumed") is True]
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """The steps at which a key was logged, and its values there; some may not be finite.
+        """Returns the steps at which a key was logged, and its values there, finite or not.
 
         Args:
-            key: Of a record.
+            key: Key of a record.
         """
         points = [
             (cast(int, r["step"]), v) for r in self.records if (v := number(r.get(key))) is not None
@@ -77,10 +77,10 @@ class Run:
 
 
 def number(value: object) -> float | None:
-    """A logged number, "NaN" and the infinities among them; None for anything else.
+    """Returns a logged number, including "NaN" and the infinities; None for anything else.
 
     Args:
-        value: As JSON gave it.
+        value: Value as JSON gave it.
     """
     if isinstance(value, bool):
         return None
@@ -90,32 +90,32 @@ def number(value: object) -> float | None:
 
 
 def mapping(value: object) -> dict[str, object]:
-    """The value if it is a mapping, else an empty one.
+    """Returns the value if it is a mapping, else an empty one.
 
     Args:
-        value: As JSON gave it.
+        value: Value as JSON gave it.
     """
     return value if isinstance(value, dict) else {}
 
 
 def mappings(value: object) -> list[dict[str, object]]:
-    """The mappings in a list; empty for anything else.
+    """Returns the mappings in a list; an empty list for any other value.
 
     Args:
-        value: As JSON gave it.
+        value: Value as JSON gave it.
     """
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def read_run(run_dir: Path) -> Run:
-    """Read a run directory.
+    """Reads a run directory.
 
     Args:
-        run_dir: With at least `metrics.jsonl`, which may be empty.
+        run_dir: Run directory with `metrics.jsonl`, which may be empty.
 
     Raises:
-        ConfigError: It has no `metrics.jsonl`.
-        DamagedError: One of its JSON or YAML files cannot be parsed.
+        ConfigError: The directory has no `metrics.jsonl`.
+        DamagedError: A JSON or YAML file cannot be parsed.
     """
     if not (run_dir / "metrics.jsonl").is_file():
         raise ConfigError(
@@ -165,7 +165,7 @@ def _checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def _latest(folder: Path) -> str:
-    """Name of the newest checkpoint, whether `LATEST` is a link to it or a file that holds it."""
+    """Returns the name of the newest checkpoint; `LATEST` links to it or contains its name."""
     for pointer in (folder / "LATEST", folder.parent / "LATEST"):
         if pointer.is_symlink():
             return pointer.readlink().name

@@ -1,4 +1,4 @@
-"""How fast a run goes, and how much of the hardware that is.
+"""Measures how fast a run trains, and how much of the hardware's peak that is.
 
 Symbols: N parameters used in matrix products, L layers, H hidden size, T sequence length.
 """
@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 # Peak FLOP/s of one device by precision: dense, without structured sparsity (datasheets often print
-# the sparse figure, twice as large), matrix products with fp32 accumulation. `tf32` is fp32 through
-# tensor cores, `fp32` without them. A precision that the hardware lacks is absent.
-# The key is found in the name that `torch.cuda.get_device_name()` gives; the first match counts, so
-# the narrower names come first.
+# the sparse figure, which is twice as large), for matrix products with fp32 accumulation. `tf32` is
+# fp32 through tensor cores, `fp32` is without them. A precision that the hardware lacks is absent.
+# Each key is searched in the name that `torch.cuda.get_device_name()` returns; the first match
+# counts, so more specific names come first.
 PEAK_FLOPS: dict[str, dict[str, float]] = {
     # NVIDIA Blackwell datasheet (2025), column HGX B200: 4.5 PF bf16 and 2.2 PF tf32 with sparsity
     "B200": {"bf16": 2250e12, "fp16": 2250e12, "tf32": 1100e12, "fp32": 75e12},
@@ -52,21 +52,21 @@ PEAK_FLOPS: dict[str, dict[str, float]] = {
     "MI300X": {"bf16": 1307.4e12, "fp16": 1307.4e12, "tf32": 653.7e12, "fp32": 163.4e12},
 }
 
-# Parts of a device, and cards that only share a number with one in the table.
+# Parts of a device, and cards that only share a number with one in the table: no peak is known.
 _OTHER_DEVICE = re.compile(r"\bMIG\b|\b(Ti|SUPER|D|Laptop|Max-Q|VF|vGPU)\b")
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Peak dense FLOP/s of a device, or None when it is not in `PEAK_FLOPS`.
+    """Returns the peak dense FLOP/s of a device, or None if it is not in `PEAK_FLOPS`.
 
     Args:
-        device_name: As `torch.cuda.get_device_name()` gives it.
-        precision: Of the matrix products: `bf16`, `fp16`, `tf32` or `fp32`.
+        device_name: Name as `torch.cuda.get_device_name()` returns it.
+        precision: Precision of the matrix products: `bf16`, `fp16`, `tf32` or `fp32`.
     """
     if _OTHER_DEVICE.search(device_name):
         return None
     for name, peaks in PEAK_FLOPS.items():
-        # whole words: "L4" is not the L40, "B200" not the GB200; "V100-SXM" may end in "2"
+        # Whole words only: "L4" must not match L40, nor "B200" GB200; "V100-SXM" may end in "2".
         if re.search(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z]|(?<!SXM)\d)", device_name):
             return peaks.get(precision)
     return None
@@ -75,16 +75,16 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 def flops_per_token(
     num_parameters_in_matmuls: int, num_layers: int, hidden_size: int, seq_len: int
 ) -> float:
-    """Model FLOPs of training on one token, forward and backward: 6N + 12 L H T.
+    """Returns the model FLOPs of training on one token, forward and backward: 6N + 12 L H T.
 
-    Chowdhery et al. 2022, "PaLM", appendix B. Attention is counted in full, as if it were not
-    causal: the field's convention, which makes runs comparable. Recomputed activations do not
-    count.
+    Source: Chowdhery et al. 2022, "PaLM", appendix B. Attention is counted in full, as if it were
+    not causal; this convention makes runs comparable. Recomputed activations do not count.
 
     Args:
-        num_parameters_in_matmuls: N: the embedding table only if it is the output layer too.
+        num_parameters_in_matmuls: N, which includes the embedding only if it is also the output
+            layer.
         num_layers: L.
-        hidden_size: H: heads times head size.
+        hidden_size: H, heads times head size.
         seq_len: T.
     """
     return 6.0 * num_parameters_in_matmuls + 12.0 * num_layers * hidden_size * seq_len
@@ -93,27 +93,27 @@ def flops_per_token(
 def mfu(
     tokens_per_s: float, flops_per_token: float, device_name: str, precision: str, num_devices: int
 ) -> float | None:
-    """Model FLOPs utilization, 0 to 1; None on a device whose peak is not known.
+    """Returns the model FLOPs utilization, 0 to 1, or None if the device's peak is not known.
 
     Args:
-        tokens_per_s: Of all devices together.
-        flops_per_token: See the function of that name.
-        device_name: As `torch.cuda.get_device_name()` gives it.
-        precision: Of the matrix products: `bf16`, `fp16`, `tf32` or `fp32`.
-        num_devices: That train together.
+        tokens_per_s: Throughput of all devices together.
+        flops_per_token: FLOPs per token, see the function of that name.
+        device_name: Name as `torch.cuda.get_device_name()` returns it.
+        precision: Precision of the matrix products: `bf16`, `fp16`, `tf32` or `fp32`.
+        num_devices: Number of devices that train together.
     """
     peak = peak_flops(device_name, precision)
     return None if peak is None else tokens_per_s * flops_per_token / (peak * num_devices)
 
 
 class Throughput:
-    """Times training alone: evaluation, sampling and saving are paused out.
+    """Times training alone: evaluation, sampling and saving are excluded by pauses.
 
-    A GPU runs behind the program. Read `window()` after something that waits for the device, such
-    as fetching the loss, or the last steps are not counted in full.
+    A GPU runs behind the program. Call `window()` after something that waits for the device, as
+    fetching the loss does; otherwise the last steps are not counted in full.
 
     Args:
-        clock: Seconds, from any origin.
+        clock: Function that returns seconds from any origin.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -122,21 +122,21 @@ class Throughput:
         self._reset(clock())
 
     def step(self, num_tokens: int, data_wait_s: float) -> None:
-        """Count one step.
+        """Counts one step.
 
         Args:
-            num_tokens: Of the global batch.
-            data_wait_s: Time that the step waited for its batch.
+            num_tokens: Number of tokens in the global batch.
+            data_wait_s: Time that the step waited for its batch, in seconds.
         """
         self._num_steps += 1
         self._num_tokens += num_tokens
         self._data_wait_s += data_wait_s
 
     def window(self) -> dict[str, float]:
-        """Means since the last call: `tokens_per_s`; `step_s` and `data_wait_s`, both a step.
+        """Returns means since the last call: `tokens_per_s`, `step_s` and `data_wait_s`.
 
         Returns:
-            Nothing (an empty dict) when there was no step.
+            Means by name; an empty dict if there was no step.
         """
         assert self._paused_at is None, "window() while paused"
         now = self._clock()
@@ -152,19 +152,19 @@ class Throughput:
         }
 
     def pause(self) -> None:
-        """Stop the clock."""
+        """Stops the clock."""
         assert self._paused_at is None, "already paused"
         self._paused_at = self._clock()
 
     def resume(self) -> None:
-        """Start the clock again."""
+        """Starts the clock again."""
         assert self._paused_at is not None, "not paused"
         self._paused_s += self._clock() - self._paused_at
         self._paused_at = None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time spent in the block."""
+        """Excludes the time that is spent in the block."""
         self.pause()
         try:
             yield
@@ -180,14 +180,14 @@ class Throughput:
 
 
 def peak_memory_bytes(device: str) -> int:
-    """Most memory in use so far: allocated by torch on a GPU, resident on a CPU.
+    """Returns the peak memory so far: allocated by torch on a GPU, resident on a CPU.
 
     Args:
-        device: A torch device such as `cuda:0`, or `cpu`.
+        device: Name of a torch device such as `cuda:0` or `cpu`.
     """
     if not device.startswith("cuda"):
-        unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB, macOS bytes
+        unit = 1 if sys.platform == "darwin" else 1024  # Linux reports KiB, macOS bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    import torch  # seconds to import; only a run on a GPU asks
+    import torch  # takes seconds to import, and is needed only on a GPU
 
     return int(torch.cuda.max_memory_allocated(device))

@@ -1,14 +1,14 @@
-"""How numbers and texts are shown to people, the same on the console and in the report."""
+"""Formats numbers and texts for people, alike on the console and in the report."""
 
 import math
 import unicodedata
 
 
 def compact(value: float) -> str:
-    """`812`, `8.1k`, `1.2M`, `3.4B`: three figures at most, for counts and rates.
+    """Returns a count or rate in at most three figures: `812`, `8.1k`, `1.2M`, `3.4B`.
 
     Args:
-        value: A count or a rate.
+        value: Count or rate.
     """
     if not math.isfinite(value):
         return str(value)
@@ -19,10 +19,10 @@ def compact(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`8s`, `3m12s`, `2h05m`, `4d03h`.
+    """Returns a duration as `8s`, `3m12s`, `2h05m` or `4d03h`.
 
     Args:
-        seconds: A length of time.
+        seconds: Length of time in seconds.
     """
     total = round(seconds)
     if total < 60:
@@ -35,10 +35,10 @@ def duration(seconds: float) -> str:
 
 
 def gibibytes(num_bytes: float) -> str:
-    """`12.3 GiB`, or MiB when there is less than a tenth of one.
+    """Returns a size as `12.3 GiB`, or in MiB below a tenth of a GiB.
 
     Args:
-        num_bytes: A size in bytes.
+        num_bytes: Size in bytes.
     """
     if num_bytes < 0.1 * 2**30:
         return f"{num_bytes / 2**20:.1f} MiB"
@@ -46,10 +46,10 @@ def gibibytes(num_bytes: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Text without control characters: a model may generate escapes that drive the terminal.
+    """Returns text without control characters: generated escapes could drive the terminal.
 
     Args:
-        text: Anything; line ends and tabs stay.
+        text: Any text; line ends and tabs stay.
     """
     return "".join(c if c in "\n\t" or not _is_control(c) else "\ufffd" for c in text)
 

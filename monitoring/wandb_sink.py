@@ -1,4 +1,4 @@
-"""Weights & Biases: the only file that imports wandb."""
+"""The Weights & Biases sink, and the only file that imports wandb."""
 
 import secrets
 from collections.abc import Mapping
@@ -20,18 +20,17 @@ except ImportError as error:
 
 
 class WandbSink:
-    """Sends records to one wandb run, the same before and after a resume.
+    """Sends records to one wandb run, which stays the same after a resume.
 
     Offline, every start leaves its own folder under `run_dir/wandb`, all with one run id; send them
-    in order with `wandb sync --append`. Curves are drawn over `step`; the few steps that a
-    resumed run does again are drawn twice there (wandb takes no points back), but stand once in
-    `metrics.jsonl`.
+    in order with `wandb sync --append`. Curves are drawn over `step`. The few steps that a resumed
+    run repeats appear twice there, since wandb cannot delete points, but once in `metrics.jsonl`.
 
     Args:
-        cfg: Mode and project; not disabled.
-        run_dir: Where `wandb_run_id` and `wandb/` are kept.
-        run_name: Shown in wandb.
-        settings: The resolved configuration.
+        cfg: Mode and project; the mode is not `disabled`.
+        run_dir: Directory in which `wandb_run_id` and `wandb/` are kept.
+        run_name: Name shown in wandb.
+        settings: Resolved configuration.
     """
 
     def __init__(
@@ -44,10 +43,12 @@ class WandbSink:
                 name=run_name,
                 id=_run_id(run_dir / "wandb_run_id"),
                 mode="offline" if offline else "online",
-                resume=None if offline else "allow",  # offline ignores it, with a warning
+                resume=None if offline else "allow",  # offline mode ignores it with a warning
                 dir=str(run_dir),
                 config=dict(settings),
-                settings=wandb.Settings(console="off"),  # else it wraps stdout, and the bar with it
+                settings=wandb.Settings(
+                    console="off"
+                ),  # else it wraps stdout, which breaks the bar
             )
         except wandb.Error as error:
             raise ConfigError(
@@ -60,18 +61,18 @@ class WandbSink:
         self._run.define_metric("*", step_metric="step")
 
     def write(self, record: Record) -> None:
-        """Queue a record; a process of wandb's own sends it."""
+        """Queues a record, which a process of wandb's own sends."""
         self._run.log(dict(record))
 
     def close(self, exit_status: str) -> None:
-        """Send what is left and close the run as finished, preempted (stopped) or failed."""
+        """Sends the rest and closes the run as finished, preempted (stopped) or failed."""
         if exit_status == "stopped":
             self._run.mark_preempting()
         self._run.finish(exit_code=0 if exit_status == "finished" else 1)
 
 
 def _run_id(path: Path) -> str:
-    """The run's id; made up on the first start, found again on a resume."""
+    """Returns the run's id, which is made up on the first start and stored for a resume."""
     if not path.exists():
         path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()

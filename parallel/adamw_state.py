@@ -1,6 +1,6 @@
 """Canonical state of a model whose optimizer is a plain torch AdamW over its own parameters.
 
-Serves DDP and FSDP2, whose parameters differ (tensors, DTensors) and whose optimizers do not.
+It serves DDP and FSDP2: their parameters differ (tensors, DTensors), their optimizers do not.
 """
 
 import torch
@@ -11,9 +11,9 @@ from parallel.strategy import SLOTS, ReadTensors, trainable
 
 
 def canonical_state(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Tensor]:
-    """Parameters and moments by canonical name.
+    """Returns parameters and moments by canonical name.
 
-    Moments of a parameter never updated are zero; a frozen one has none.
+    Moments of a parameter that was never updated are zero; a frozen parameter has no moments.
     """
     state: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
@@ -32,17 +32,18 @@ def load_canonical_state(
     read: ReadTensors,
     num_updates: int,
 ) -> None:
-    """Fills parameters and moments in place."""
+    """Fills parameters and moments in place from a checkpoint."""
     read(canonical_state(parameters, optimizer))
     for parameter in trainable(parameters).values():
         optimizer.state[parameter]["step"].fill_(num_updates)
 
 
 def moments(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """AdamW's moments of a parameter, created as zeros where it was never updated."""
+    """Returns AdamW's moments of a parameter; creates them as zeros if it was never updated."""
     state = optimizer.state[parameter]
-    if not state:  # torch creates it in the first step; what AdamW would create then
+    if not state:  # torch creates the state in the first step; this is the state that it creates
         fused = optimizer.defaults["fused"]
+        # The fused kernel reads the step on the device; the others keep it on the CPU.
         device = parameter.device if fused else torch.device("cpu")
         state["step"] = torch.zeros((), dtype=torch.float32, device=device)
         for slot in SLOTS:

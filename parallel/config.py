@@ -1,6 +1,6 @@
-"""What a user may set about parallelism. Imports neither torch nor DeepSpeed: `--help` reads it.
+"""Settings of parallelism. Imports neither torch nor DeepSpeed, because `--help` reads it.
 
-`build()` imports the strategy that a config stands for; nothing else maps the one to the other.
+`build()` imports the strategy of a config; this is the only place that maps configs to strategies.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Dtype(Enum):
-    """Floating-point types by torch's names."""
+    """Lists floating-point types under torch's names."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -26,7 +26,7 @@ class Dtype(Enum):
 
 @dataclass
 class PrecisionConfig:
-    """Types of computation; master weights and optimizer state are always float32.
+    """Selects the types of computation; master weights and optimizer state are always float32.
 
     Attributes:
         param_dtype: Type of the weights in forward and backward.
@@ -39,16 +39,16 @@ class PrecisionConfig:
 
 @dataclass
 class DdpConfig:
-    """Every rank holds the whole model; gradients are all-reduced.
+    """Configures DDP: every rank holds the whole model, and gradients are all-reduced.
 
     Attributes:
-        bucket_cap_mb: Size of the buckets in which gradients are reduced while backward runs.
+        bucket_cap_mb: Size in MiB of the buckets in which gradients are reduced during backward.
     """
 
     bucket_cap_mb: int = setting(25, above=0, fix="use 25")
 
     def check(self, world_size: int, precision: PrecisionConfig) -> None:
-        """Raises ConfigError where autocast, which keeps gradients in float32, cannot obey."""
+        """Raises ConfigError for a reduce type other than float32, which autocast keeps."""
         if precision.reduce_dtype is not Dtype.float32:
             raise ConfigError(
                 "precision.reduce_dtype",
@@ -65,13 +65,13 @@ class DdpConfig:
 
 @dataclass
 class FsdpConfig:
-    """FSDP2: parameters, gradients and optimizer state in shards; with replicas it is HSDP.
+    """Configures FSDP2, which shards parameters, gradients and optimizer state; or HSDP.
 
     Attributes:
-        dp_replicate: Copies of the sharded model.
-        dp_shard: Ranks that one copy is spread over; -1 takes world_size / dp_replicate.
-        reshard_after_forward: Free gathered parameters after forward (as ZeRO-3) or keep them until
-            backward is done (as ZeRO-2: faster, more memory).
+        dp_replicate: Number of copies of the sharded model.
+        dp_shard: Number of ranks that hold one copy; -1 takes world_size / dp_replicate.
+        reshard_after_forward: True frees gathered parameters after forward (as ZeRO-3); False keeps
+            them until backward is done (as ZeRO-2: faster, more memory).
     """
 
     dp_replicate: int = 1
@@ -80,7 +80,7 @@ class FsdpConfig:
 
     @property
     def ranks_multiple_of(self) -> int:
-        """What the number of ranks must be a multiple of."""
+        """Divisor that the number of ranks must have."""
         return self.dp_replicate * max(1, self.dp_shard)
 
     def check(self, world_size: int, precision: PrecisionConfig) -> None:
@@ -110,12 +110,12 @@ class FsdpConfig:
 
 @dataclass
 class ZeroConfig:
-    """DeepSpeed ZeRO; needs the extra `spotforge[deepspeed]`.
+    """Configures DeepSpeed ZeRO, which needs the extra `spotforge[deepspeed]`.
 
     Attributes:
-        stage: 1 shards optimizer state, 2 gradients too, 3 parameters too.
-        offload_optimizer: Keep optimizer state in host memory.
-        offload_parameters: Keep parameters in host memory between uses (stage 3).
+        stage: Stage of ZeRO: 1 shards optimizer state, 2 also gradients, 3 also parameters.
+        offload_optimizer: True keeps optimizer state in host memory.
+        offload_parameters: True keeps parameters in host memory between uses (stage 3).
     """
 
     stage: int = setting(2, choices=(1, 2, 3), fix="use one of ZeRO's stages")
@@ -123,7 +123,7 @@ class ZeroConfig:
     offload_parameters: bool = False
 
     def check(self, world_size: int, precision: PrecisionConfig) -> None:
-        """Raises ConfigError for a stage that cannot do what is asked."""
+        """Raises ConfigError for an option that the stage does not support."""
         if self.offload_parameters and self.stage != 3:
             raise ConfigError(
                 "parallel.offload_parameters",

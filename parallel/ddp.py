@@ -27,7 +27,8 @@ from parallel.strategy import (
 )
 from parallel.world import World
 
-# Buffers (rotary frequencies) are constants. torch renamed the argument after 2.11.
+# Buffers (rotary frequencies) are constants, so syncing them is waste. torch renamed the argument
+# after 2.11.
 _ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
 _NO_BUFFER_SYNC: dict[str, Any] = {
     "forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers": False
@@ -35,7 +36,7 @@ _NO_BUFFER_SYNC: dict[str, Any] = {
 
 
 class DdpStrategy(Strategy):
-    """Every rank holds the whole model."""
+    """Keeps the whole model on every rank."""
 
     def __init__(self, config: DdpConfig, world: World, precision: PrecisionConfig) -> None:
         self._config, self._world, self._precision = config, world, precision
@@ -43,7 +44,7 @@ class DdpStrategy(Strategy):
         self._optimizer: Optimizer
         self._parameters: dict[str, nn.Parameter]
         self._buffers: dict[str, Tensor]
-        self._sparse: list[nn.Parameter]  # whose zeros stay
+        self._sparse: list[nn.Parameter]  # parameters whose zeros stay zero
 
     def setup(
         self,
@@ -67,18 +68,22 @@ class DdpStrategy(Strategy):
             device_ids=[self._world.device] if self._world.device.type == "cuda" else None,
             bucket_cap_mb=self._config.bucket_cap_mb,
             gradient_as_bucket_view=True,
-            find_unused_parameters=has_unused,  # which costs a walk through the graph at each step
+            find_unused_parameters=has_unused,  # costs a walk through the graph at each step
             **_NO_BUFFER_SYNC,
         )
         _order_buckets(replicated)
         return replicated
 
     def leave_unused(self, **inputs: Any) -> list[str]:
+        # A backward pass times zero shows which parameters get a gradient without changing any. It
+        # is
+        # not reduced, since DDP would wait for the gradients that never come.
         with self.accumulate(last=False):
             self.backward(self.forward(**inputs) * 0.0)
         unused = without_gradient(self._parameters)
         self._optimizer.zero_grad()
         if unused and isinstance(self._module, DistributedDataParallel):
+            # DDP fixes at construction whether it looks for unused parameters.
             self._module = self._replicate(self._module.module, has_unused=True)
         self._sparse = [p for p in self._sparse if p not in {self._parameters[n] for n in unused}]
         return unused
@@ -99,7 +104,7 @@ class DdpStrategy(Strategy):
             yield
 
     def backward(self, loss: Tensor) -> None:
-        (loss * self._world.world_size).backward()  # DDP averages
+        (loss * self._world.world_size).backward()  # undoes the mean that DDP takes over ranks
 
     def step(self, max_norm: float | None, skip_not_finite: bool = False) -> Tensor:
         for parameter in self._sparse:
@@ -128,10 +133,11 @@ class DdpStrategy(Strategy):
 
 
 def _order_buckets(module: DistributedDataParallel) -> None:
-    """Has DDP arrange its buckets for good, by a backward pass over nothing but the parameters.
+    """Makes DDP fix its buckets, by a backward pass through nothing but the parameters.
 
-    It does so after the first pass that it sees, by the order in which gradients came. The first
-    step of a resumed run would then be added up in another order than in the run that went on.
+    DDP rearranges its buckets after its first backward pass, by the order in which gradients came.
+    The first step of a resumed run would then sum gradients in another order than the same step of
+    an uninterrupted run, and differ in the last bits.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     module.module.forward = lambda: sum(p.sum() for p in parameters) * 0.0

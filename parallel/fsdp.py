@@ -32,7 +32,7 @@ from parallel.world import World
 
 
 class FsdpStrategy(Strategy):
-    """Every rank holds 1 / dp_shard of the parameters, gradients and optimizer state."""
+    """Keeps 1 / dp_shard of parameters, gradients and optimizer state on every rank."""
 
     def __init__(self, config: FsdpConfig, world: World, precision: PrecisionConfig) -> None:
         self._config, self._world, self._precision = config, world, precision
@@ -40,8 +40,8 @@ class FsdpStrategy(Strategy):
         self._module: FSDPModule
         self._optimizer: Optimizer
         self._parameters: dict[str, nn.Parameter]
-        self._buffers: dict[str, Tensor]  # whole on every rank
-        self._sparse: list[nn.Parameter]  # whose zeros stay
+        self._buffers: dict[str, Tensor]  # complete on every rank
+        self._sparse: list[nn.Parameter]  # parameters whose zeros stay zero
 
     def setup(
         self,
@@ -55,8 +55,10 @@ class FsdpStrategy(Strategy):
         mesh = init_device_mesh(
             self._world.device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard")
         )
+        # Without replicas the mesh has one axis: a second of size 1 would add an all-reduce.
         self._mesh = mesh if replicas > 1 else mesh["dp_shard"]
-        for frozen in frozen_children(module):  # before the root, which would take what is left
+        # Frozen children come before the root, which takes all parameters that are left.
+        for frozen in frozen_children(module):
             self._shard(frozen, materialize, True, MixedPrecisionPolicy())
         precision = MixedPrecisionPolicy(
             param_dtype=torch_dtype(self._precision.param_dtype.value),
@@ -66,8 +68,10 @@ class FsdpStrategy(Strategy):
         self._module = self._shard(module, materialize, reshards, precision)
         for part in module.modules():
             if isinstance(part, FSDPModule):
-                part.set_gradient_divide_factor(1.0)  # sum, not mean,
-                part.set_force_sum_reduction_for_comms(True)  # without NCCL's pre-multiplied sum
+                # The loop divides the loss by the global number of tokens, so gradients are summed.
+                part.set_gradient_divide_factor(1.0)
+                # Otherwise NCCL multiplies before the sum, which other backends do not.
+                part.set_force_sum_reduction_for_comms(True)
         model = module.get_submodule("model")
         self._parameters, self._buffers = dict(model.named_parameters()), persistent_buffers(model)
         self._sparse = [self._parameters[name] for name in sorted(keep_zeros)]
@@ -82,10 +86,12 @@ class FsdpStrategy(Strategy):
     ) -> FSDPModule:
         options: dict[str, Any] = {"mesh": self._mesh, "mp_policy": precision}
         for block in sharded_blocks(module.get_submodule("model")):
-            materialize(block)  # one block in full at a time: sharding frees what others hold
+            # One complete block at a time: sharding frees most of it before the next is filled.
+            materialize(block)
             fully_shard(block, reshard_after_forward=reshards, **options)
         materialize(module)
-        # The root's parameters (embedding, head) are needed again as soon as backward begins.
+        # The root's parameters (embedding, head) are needed again as soon as backward begins, so
+        # freeing them after forward would only cost another gather.
         return fully_shard(module, reshard_after_forward=False, **options)
 
     def leave_unused(self, **inputs: Any) -> list[str]:
@@ -116,7 +122,7 @@ class FsdpStrategy(Strategy):
         norm = nn.utils.clip_grad_norm_(
             self._parameters.values(), torch.inf if max_norm is None else max_norm
         )
-        if isinstance(norm, DTensor):
+        if isinstance(norm, DTensor):  # each rank has only the norm of its shards
             norm = norm.full_tensor()
         if not skip_not_finite or torch.isfinite(norm):
             self._optimizer.step()

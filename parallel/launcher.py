@@ -1,6 +1,7 @@
-"""What a launcher (torchrun, `python -m launch supervise`, ...) told this process of its place.
+"""Reads what a launcher (torchrun, `python -m launch supervise`, ...) told this process.
 
-It is read here and nowhere else. Imports no torch: it is asked before there is anything to import.
+This is the only module that reads these variables. It imports no torch, because it is used before
+the decision whether torch is needed.
 """
 
 import os
@@ -17,24 +18,24 @@ VARIABLES = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
-# A job of one process a machine (Kubeflow's PyTorchJob) is told of the others only.
+# A job with one process per machine (Kubeflow's PyTorchJob) sets only the other variables.
 _LOCAL = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-# Launchers that start several on a machine, and number them in words of their own.
+# Local ranks under launchers that start several processes per machine, by their own variables.
 _OTHER_LOCAL_RANKS = ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 _FIX = "start the ranks with torchrun, or unset all of " + ", ".join(VARIABLES)
 
 
 @dataclass(frozen=True)
 class Place:
-    """This process among those that a launcher started.
+    """Describes the place of this process among those that a launcher started.
 
     Attributes:
-        rank: From 0, of all.
-        world_size: How many there are.
-        local_rank: From 0, of those on this machine.
-        local_world_size: How many are on this machine.
-        master_addr: Host at which they meet.
-        master_port: Its port.
+        rank: Number of this process among all, from 0.
+        world_size: Number of all processes.
+        local_rank: Number of this process among those on this machine, from 0.
+        local_world_size: Number of processes on this machine.
+        master_addr: Host at which the processes meet.
+        master_port: Port on that host.
     """
 
     rank: int
@@ -46,12 +47,12 @@ class Place:
 
 
 def read_place(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """The place in the environment; None without a launcher.
+    """Returns the place that the environment describes, or None without a launcher.
 
-    Where all but both LOCAL_ variables are there, this is the only process of its machine.
+    If both LOCAL_ variables and no others are missing, this is the only process of its machine.
 
     Raises:
-        ConfigError: Some of the variables are there and others are not, or they cannot be true.
+        ConfigError: Some of the variables are missing, or their values contradict each other.
     """
     given = {name: environment[name] for name in VARIABLES if name in environment}
     if not given:
@@ -61,7 +62,7 @@ def read_place(environment: Mapping[str, str] = os.environ) -> Place | None:
         given |= _LOCAL
     for name in VARIABLES:
         if not given.get(name, "").strip():
-            rule = f"is not set, and {next(iter(given))}={next(iter(given.values()))} is"
+            rule = f"must be set, since {next(iter(given))}={next(iter(given.values()))} is set"
             raise ConfigError(name, given.get(name, ""), rule, _FIX)
     numbers = {name: _number(name, given[name]) for name in VARIABLES if name != "MASTER_ADDR"}
     for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
@@ -72,7 +73,7 @@ def read_place(environment: Mapping[str, str] = os.environ) -> Place | None:
         rule = f"must be at most WORLD_SIZE, which is {numbers['WORLD_SIZE']}"
         raise ConfigError("LOCAL_WORLD_SIZE", numbers["LOCAL_WORLD_SIZE"], rule, _FIX)
     if not 0 < numbers["MASTER_PORT"] < 1 << 16:
-        raise ConfigError("MASTER_PORT", numbers["MASTER_PORT"], "is no port", _FIX)
+        raise ConfigError("MASTER_PORT", numbers["MASTER_PORT"], "must be from 1 to 65535", _FIX)
     return Place(
         rank=numbers["RANK"],
         world_size=numbers["WORLD_SIZE"],
@@ -86,4 +87,4 @@ def read_place(environment: Mapping[str, str] = os.environ) -> Place | None:
 def _number(name: str, text: str) -> int:
     if text.strip().isascii() and text.strip().isdecimal():
         return int(text)
-    raise ConfigError(name, text, "must be a number from 0", _FIX)
+    raise ConfigError(name, text, "must be an integer from 0", _FIX)

@@ -1,10 +1,10 @@
-"""What the training loop knows about parallelism, and all that it knows.
+"""The interface between the training loop and parallelism.
 
-A strategy is an interface or a leaf: `ddp.py`, `fsdp.py` and `zero.py` are the leaves, and none
-overrides anything that another implements. Names and shapes in `state()` are canonical: names of
-parameters and persistent buffers as Hugging Face has them, global shapes, moments of what is
-trained as `optim.<name>.<slot>`. That is why a checkpoint of one strategy at one world size loads
-under any other.
+`Strategy` is the interface; `ddp.py`, `fsdp.py` and `zero.py` implement it, and no implementation
+inherits from another. Names and shapes in `state()` are canonical: parameters and persistent
+buffers have the names that Hugging Face gives them, shapes are global, and moments of trained
+parameters are named `optim.<name>.<slot>`. Therefore a checkpoint of one strategy at one world
+size loads under any other.
 """
 
 from abc import ABC, abstractmethod
@@ -17,24 +17,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-# Fills the parameters and buffers of a part of the model, which are on the meta device until then.
+# Fills the parameters and buffers of a part of the model, which are on the meta device before.
 Materialize = Callable[[nn.Module], None]
-# Takes the model's parameters by canonical name.
+# Makes the optimizer of the model's parameters, given by canonical name.
 BuildOptimizer = Callable[[dict[str, nn.Parameter]], Optimizer]
 # Fills the given tensors, by canonical name, from a checkpoint.
 ReadTensors = Callable[[dict[str, Tensor]], None]
 
-# AdamW's state of each parameter, as torch and DeepSpeed both name it.
+# Slots of AdamW's state for each parameter, under the names that torch and DeepSpeed use.
 SLOTS = ("exp_avg", "exp_avg_sq")
 
 
 class Strategy(ABC):
-    """Data parallelism of one kind over all ranks.
+    """Trains a model with one kind of data parallelism over all ranks.
 
     The module given to `setup` holds the Hugging Face model as `module.model`, and its forward
-    returns the summed loss. Its other children are frozen (a teacher): each holds a model as
-    `child.model` in the same way, keeps the type that it has, and has no gradients, no optimizer
-    state and no place in `state()`. A strategy that shards parameters shards theirs too.
+    returns the summed loss. Its other children are frozen, for example a teacher. Each of them
+    holds a model as `child.model`, keeps its types, and has no gradients, no optimizer state and no
+    entries in `state()`. A strategy that shards parameters shards theirs as well.
     """
 
     @abstractmethod
@@ -47,31 +47,31 @@ class Strategy(ABC):
     ) -> None:
         """Materializes the model part by part, distributes it, and builds its optimizer.
 
-        Model and optimizer are set up jointly, since FSDP replaces the parameters and DeepSpeed
-        fuses both. A strategy that shards never holds more than one part in full.
+        Model and optimizer are set up together, since FSDP replaces the parameters and DeepSpeed
+        combines both. A sharding strategy never holds more than one part of the model in full.
 
         Args:
-            module: As above.
-            materialize: Fills a part.
-            build_optimizer: Makes an AdamW.
-            keep_zeros: Parameters, by canonical name, of which elements that are zero stay zero:
-                gradients go through `without_zeros` before the norm is taken.
+            module: Module as described for the class.
+            materialize: Function that fills a part of the model.
+            build_optimizer: Function that makes an AdamW.
+            keep_zeros: Canonical names of parameters whose zero elements stay zero: their gradients
+                pass through `without_zeros` before the norm is taken.
         """
 
     @abstractmethod
     def leave_unused(self, **inputs: Any) -> list[str]:
-        """Has updates leave alone what the loss does not depend on, decay included; collective.
+        """Excludes parameters that the loss does not depend on from updates and decay; collective.
 
-        Some models hold parameters that take no part in it: the attention to an encoder that a
-        decoder does without, what only chooses among tokens. AdamW passes over them, as they have
-        no gradient; DDP would wait for one for ever, and DeepSpeed take zeros for it and decay
-        them. Called once after `setup`, before there is state to load; changes no value.
+        Some models hold such parameters: the attention to an encoder that a decoder lacks, a router
+        that only selects tokens. AdamW skips them, since they have no gradient, but DDP would
+        wait for their gradients for ever, and DeepSpeed would assume zeros and decay them. Called
+        once after `setup`, before a state is loaded; changes no value.
 
         Args:
-            inputs: Those of a forward that is computed for it, and backpropagated to zeros.
+            inputs: Inputs of a forward pass, whose loss is backpropagated times zero.
 
         Returns:
-            Their names, in the model's order.
+            Names of the unused parameters, in the model's order.
         """
 
     @abstractmethod
@@ -80,22 +80,23 @@ class Strategy(ABC):
 
     @abstractmethod
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
-        """Encloses forward and backward of one micro-batch; gradients are reduced at the last."""
+        """Encloses forward and backward of a micro-batch; gradients are reduced in the last one."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Backpropagates. Gradients are *summed* over micro-batches and ranks, never averaged."""
+        """Backpropagates; gradients are *summed* over micro-batches and ranks, never averaged."""
 
     @abstractmethod
     def step(self, max_norm: float | None, skip_not_finite: bool = False) -> Tensor:
-        """Clips the global gradient norm, updates, and zeroes the gradients.
+        """Clips the global gradient norm, updates the parameters, and zeroes the gradients.
 
         Args:
             max_norm: Largest norm; None does not clip.
-            skip_not_finite: Where the norm is not finite, update nothing; waits for the device.
+            skip_not_finite: True skips the update if the norm is not finite, which waits for the
+                device.
 
         Returns:
-            The norm before clipping, a scalar on the device (reading it waits for the device).
+            Norm before clipping, a scalar on the device; reading it waits for the device.
         """
 
     @abstractmethod
@@ -104,22 +105,26 @@ class Strategy(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """This rank's share of the canonical state: DTensors, or whole tensors it alone writes."""
+        """Returns this rank's share of the canonical state: DTensors, or its own whole tensors."""
 
     @abstractmethod
     def load_state(self, read: ReadTensors, num_updates: int) -> None:
-        """Replaces model and optimizer state by that of a checkpoint.
+        """Replaces model and optimizer state by those of a checkpoint.
 
         Args:
-            read: Fills tensors from the checkpoint; may be called several times with a few of them,
-                so that no rank needs room for all.
-            num_updates: Optimizer steps behind that state (AdamW's bias correction).
+            read: Function that fills tensors from the checkpoint. It may be called several times
+                with
+                a few tensors each, so that no rank needs memory for all.
+            num_updates: Number of optimizer steps behind that state, for AdamW's bias correction.
         """
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the buffers that are part of a model's state (a router's bias, a layer's scale), by
-    canonical name. Those that a model computes from its configuration are not among them."""
+    """Returns by canonical name the buffers that are part of a model's state.
+
+    Examples are a router's bias and a layer's scale. Buffers that a model computes from its
+    configuration are not included.
+    """
     return {
         f"{prefix}.{name}".lstrip("."): buffer
         for prefix, module in model.named_modules()
@@ -129,33 +134,33 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def trainable(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Returns the parameters that an optimizer updates; some models hold frozen ones."""
+    """Returns the parameters that an optimizer updates; some models have frozen ones."""
     return {name: p for name, p in parameters.items() if p.requires_grad}
 
 
 def without_gradient(parameters: dict[str, nn.Parameter]) -> list[str]:
-    """Returns names of the trainable parameters that a backward pass has left without one."""
+    """Returns the names of the trainable parameters without a gradient after a backward pass."""
     return [name for name, p in trainable(parameters).items() if p.grad is None]
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks that are recomputed or compiled as one; none is within another.
+    """Returns the blocks that are recomputed or compiled as a unit; blocks are never nested.
 
-    Hugging Face lists their class names as `_no_split_modules`, as accelerate uses them. It lists
-    parts of blocks beside them at times (Mamba's mixer).
+    Hugging Face lists their class names as `_no_split_modules`, which accelerate uses. In some
+    models the list also names parts of blocks (Mamba's mixer).
     """
     return _outermost(model, lambda module: True)
 
 
 def sharded_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks that can be gathered and freed alone: those of `decoder_blocks`, or within them.
+    """Returns the blocks that can be gathered and freed alone: decoder blocks or parts of them.
 
-    A parameter that several blocks share (Zamba 2), or that is tied to something outside of its
-    block (RoBERTa's embedding), has to be gathered for all of them at once. A block that holds one
-    is left out, and what is left out is gathered with the whole model.
+    A parameter that several blocks share (Zamba 2), or that is tied to a parameter outside its
+    block (RoBERTa's embedding), must be gathered for all users at once. A block with such a
+    parameter is not returned; its parameters are gathered with the whole model.
 
     Args:
-        model: With its ties: before it is materialized.
+        model: Model with tied parameters, before it is materialized.
     """
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
 
@@ -167,11 +172,11 @@ def sharded_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _outermost(model: nn.Module, accepts: Callable[[nn.Module], bool]) -> list[nn.Module]:
-    """Modules of the classes in `_no_split_modules` that are accepted and in no other such one."""
+    """Returns the outermost accepted modules of the classes in `_no_split_modules`."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     found: list[nn.Module] = []
     inside: set[nn.Module] = set()
-    for module in model.modules():  # parents come first
+    for module in model.modules():  # yields parents before their children
         if module not in inside and type(module).__name__ in names and accepts(module):
             found.append(module)
             inside.update(module.modules())
@@ -180,23 +185,23 @@ def _outermost(model: nn.Module, accepts: Callable[[nn.Module], bool]) -> list[n
 
 @torch.no_grad()
 def without_zeros(grad: Tensor, weight: Tensor) -> Tensor:
-    """Zeroes in place the gradient of every element that is zero, and returns it.
+    """Zeroes in place the gradient of every element whose weight is zero, and returns it.
 
-    AdamW then leaves it at zero: so are its moments, and what decay takes from it. The weights of
-    the moment are all the mask there is. So nothing is stored beside them, a checkpoint holds it,
-    and a run that is resumed masks what the run that went on would. One that passes through zero
-    by chance has moments, and goes on with them.
+    AdamW then keeps the weight at zero, because its moments stay zero and decay takes a share of
+    zero. The mask is derived from the current weights, so nothing is stored beside them, and a
+    resumed run masks the same elements as an uninterrupted run. A weight that passes through zero
+    by chance has nonzero moments, and continues with them.
     """
-    return grad.mul_(weight != 0)  # a gradient that is no number stays none, to be seen
+    return grad.mul_(weight != 0)  # NaN times 0 stays NaN, so that the norm check sees it
 
 
 def frozen_children(module: nn.Module) -> list[nn.Module]:
-    """What the module given to `setup` holds beside the model that is trained."""
+    """Returns the children of the module given to `setup` other than the trained model."""
     return [child for name, child in module.named_children() if name != "model"]
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """`float32` -> `torch.float32`."""
+    """Returns the torch type of a name: `torch.float32` for `float32`."""
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype

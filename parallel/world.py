@@ -1,4 +1,4 @@
-"""The ranks of a run: who this process is, and how it agrees with the others."""
+"""The ranks of a run: the place of this process among them, and how they agree."""
 
 import os
 import threading
@@ -16,10 +16,10 @@ from core.errors import Interrupted, SpotforgeError
 from parallel.launcher import Place, read_place
 
 _TIMEOUT = timedelta(minutes=30)
-# One rank may fetch a checkpoint or export for long while the others wait for it. A rank that is
-# lost closes its connections, and one that hangs is the supervisor's to find.
+# One rank may fetch a checkpoint or export for a long time while the others wait for it. A lost
+# rank closes its connections, and the supervisor finds a hung one, so a long timeout does no harm.
 _CONTROL_TIMEOUT = timedelta(hours=24)
-# The launcher starts all ranks at about the same time; machines that are busy take minutes.
+# The launcher starts all ranks at about the same time, but a busy machine may take minutes.
 _RENDEZVOUS_S = 600.0
 _POLL_S = 0.05
 _STOP = "stop"
@@ -28,13 +28,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among `world_size` others.
+    """Represents this process among `world_size` ranks, and communicates with the others.
 
     Attributes:
-        device: Where the model lives: this rank's GPU, or the CPU.
-        control: gloo group for flags and counts; it never waits for a GPU.
-        saving: gloo group of the background thread that writes checkpoints.
-        store: Keys that all ranks see, without a collective.
+        device: Device of the model: the GPU of this rank, or the CPU.
+        control: gloo group for flags and counts, which never waits for a GPU.
+        saving: gloo group of the background thread that writes checkpoints. A group of its own
+            keeps its collectives from mixing with those of the loop.
+        store: Keys that all ranks can read and write without a collective.
     """
 
     rank: int
@@ -47,53 +48,56 @@ class World:
     store: dist.Store
 
     def barrier(self) -> None:
-        """Waits until every rank is here."""
+        """Waits until every rank has called it."""
         dist.barrier(group=self.control)
 
     def sum(self, *values: float) -> list[float]:
-        """Adds each value up over all ranks; what flags and counts ride on."""
+        """Returns the sum of each value over all ranks; used for flags and counts."""
+        # float64 is exact for integers up to 2**53, more than any count of tokens.
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self.control)
         return total.tolist()
 
     def max(self, *values: float) -> list[float]:
-        """The largest of each value over all ranks."""
+        """Returns the maximum of each value over all ranks."""
         largest = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
         return largest.tolist()
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, on every rank; it is pickled."""
+        """Returns the values of all ranks, on every rank; values are pickled."""
         values: list[T] = [value] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values
 
     def from_first(self, value: T) -> T:
-        """The first rank's value, on every rank; it is pickled."""
+        """Returns the first rank's value, on every rank; the value is pickled."""
         values = [value]
         dist.broadcast_object_list(values, group=self.control)
         return values[0]
 
     def announce_stop(self) -> None:
-        """Tells the ranks that are not in a collective: they are preparing data, or waiting."""
+        """Tells ranks that are outside of collectives, preparing data or waiting, to stop."""
         self.store.set(_STOP, "")
 
     def stop_announced(self) -> bool:
-        """Whether any rank has announced a stop; asks the store's host."""
+        """Returns whether any rank has announced a stop; asks the host of the store."""
         return self.store.check([_STOP])
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Runs a block that can fail on one rank alone so that it fails on all or on none.
+        """Makes a block that can fail on one rank fail on all ranks or on none.
 
         Raises:
-            SpotforgeError: On every rank, that of the lowest rank on which the block raised one.
+            SpotforgeError: The error of the lowest rank on which the block raised one.
         """
         error: SpotforgeError | None = None
         try:
             yield
         except SpotforgeError as e:
             error = e
+        # Every rank reaches this collective, whether its block failed or not. Other exceptions are
+        # bugs and pass through: the rank dies, and its lost connection ends the others.
         for found in self.gather(error):
             if found is not None:
                 found.seen_by_all = True
@@ -102,33 +106,33 @@ class World:
 
 @contextmanager
 def join_world(stop_requested: Callable[[], bool] = lambda: False) -> Iterator[World]:
-    """Joins the ranks that the launcher described in the environment; see `parallel.launcher`.
+    """Joins the ranks that the launcher describes in the environment; see `parallel.launcher`.
 
-    Without a launcher the world is this one process, with the same groups, so that one code path
-    serves both.
+    Without a launcher the world is this one process, with the same groups, so that the same code
+    serves both cases.
 
     Args:
-        stop_requested: Asked while the other ranks are waited for.
+        stop_requested: Function that is polled while the other ranks are awaited.
 
     Raises:
-        ConfigError: The environment describes half a launcher, or an impossible one.
-        Interrupted: Told to stop before all ranks were there.
-        SpotforgeError: They were not there in time, or could not be reached.
+        ConfigError: The environment of the launcher is incomplete or contradictory.
+        Interrupted: A stop was requested before all ranks had joined.
+        SpotforgeError: The other ranks did not join in time, or could not be reached.
     """
     place = read_place()
     world = _connect(None) if place is None else _meet(place, stop_requested)
     if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)  # of this thread; ranks are connected in another
+        torch.cuda.set_device(world.device)  # per thread, and _connect ran in another one
     try:
         yield world
     finally:
         dist.destroy_process_group()
-        if place is None:
-            os.environ.pop("LOCAL_RANK", None)  # that DeepSpeed was given: half a launcher
+        if place is None:  # remove what DeepSpeed was given: it would look like half a launcher
+            os.environ.pop("LOCAL_RANK", None)
 
 
 def _meet(place: Place, stop_requested: Callable[[], bool]) -> World:
-    """Connects in a thread of its own: in C++, where it waits, no signal reaches Python."""
+    """Connects in a separate thread, since no signal reaches Python while C++ waits."""
     found: list[World | Exception] = []
 
     def connect() -> None:
@@ -146,8 +150,8 @@ def _meet(place: Place, stop_requested: Callable[[], bool]) -> World:
             raise Interrupted(f"told to stop while {where} waited for the others; nothing was lost")
         if time.monotonic() > deadline:
             raise SpotforgeError(
-                f"{where}: the others did not come within {_RENDEZVOUS_S:.0f} s; look at how they "
-                "ended, and start all of them again"
+                f"{where}: the other ranks did not join within {_RENDEZVOUS_S:.0f} s; see how they "
+                "ended, and start all ranks again"
             )
         thread.join(_POLL_S)
     if isinstance(found[0], dist.DistError):

@@ -1,6 +1,6 @@
-"""DeepSpeed ZeRO stages 1-3, in the same checkpoint format as everything else.
+"""DeepSpeed ZeRO stages 1-3, in the same checkpoint format as the other strategies.
 
-DeepSpeed's own partitioned state never reaches the disk: it is read and written a parameter at a
+DeepSpeed's own partitioned state never reaches the disk: it is read and written one parameter at a
 time through `deepspeed.utils.safe_{get,set}_full_*` (deepspeed/utils/tensor_fragment.py).
 """
 
@@ -35,23 +35,23 @@ from parallel.strategy import (
 )
 from parallel.world import World
 
-# Attribute of a parameter (PARAM_COMM_DTYPE_ATTR_NAME of deepspeed/runtime/torch_autocast.py).
+# Parameter attribute, PARAM_COMM_DTYPE_ATTR_NAME in deepspeed/runtime/torch_autocast.py.
 _GATHERED_TYPE = "comm_dtype"
-_CHUNK_NUMEL = 64 * 1024 * 1024  # elements of a checkpoint that are held in full at once
+_CHUNK_NUMEL = 64 * 1024 * 1024  # elements of a checkpoint that are held in full at a time
 
 
 class ZeroStrategy(Strategy):
-    """Optimizer state (1), gradients (2) and parameters (3) in shards, by DeepSpeed."""
+    """Shards optimizer state (1), gradients (2) and parameters (3) with DeepSpeed."""
 
     def __init__(self, config: ZeroConfig, world: World, precision: PrecisionConfig) -> None:
         self._deepspeed = _import_deepspeed(world.device)
-        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it looks nowhere else
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed reads only this
         self._config, self._world, self._precision = config, world, precision
         self._engine: Any = None
         self._module: nn.Module
         self._build_optimizer: BuildOptimizer
         self._parameters: dict[str, nn.Parameter]
-        self._buffers: dict[str, Tensor]  # whole on every rank
+        self._buffers: dict[str, Tensor]  # complete on every rank
 
     def setup(
         self,
@@ -61,6 +61,9 @@ class ZeroStrategy(Strategy):
         keep_zeros: Collection[str] = (),
     ) -> None:
         if self._config.stage == 3:
+            # Frozen children first, then the trained model; in each, blocks before the rest, so
+            # that no
+            # rank ever holds more than one block in full.
             for part in (*frozen_children(module), module):
                 for block in sharded_blocks(part.get_submodule("model")):
                     materialize(block)
@@ -74,16 +77,16 @@ class ZeroStrategy(Strategy):
         self._module, self._build_optimizer = module, build_optimizer
         self._initialize(unused=[])
         for name in keep_zeros:
-            # It reduces, clips and updates in one step: masked before, on each rank the same. The
-            # parameter is whole then, at stage 3 too.
+            # DeepSpeed reduces, clips and updates in one call, so gradients are masked before that,
+            # alike on each rank. The parameter is gathered at that time, even at stage 3.
             parameter = self._parameters[name]
             parameter.register_hook(partial(_without_zeros, parameter))
 
     def _initialize(self, unused: list[str]) -> None:
-        """Makes DeepSpeed's engine, whose optimizer takes no decay from what is unused."""
+        """Creates DeepSpeed's engine, in which unused parameters have no weight decay."""
         optimizer = self._build_optimizer(trainable(self._parameters))
-        if unused:  # it updates all, those without a gradient by one of zeros
-            passive = [self._parameters[name] for name in unused]  # in the order of all ranks
+        if unused:  # DeepSpeed updates all parameters, those without a gradient with zeros
+            passive = [self._parameters[name] for name in unused]  # same order on all ranks
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if p not in set(passive)]
             optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
@@ -95,7 +98,8 @@ class ZeroStrategy(Strategy):
             dist_init_required=False,
         )
         for frozen in frozen_children(self._module):
-            for parameter in frozen.parameters():  # else gathered in the type of autocast
+            # Without the attribute a parameter is gathered in its own type, not in autocast's.
+            for parameter in frozen.parameters():
                 vars(parameter).pop(_GATHERED_TYPE, None)
         self._create_moments()
 
@@ -105,12 +109,13 @@ class ZeroStrategy(Strategy):
             parameter.register_hook(partial(_note, used, name))
             for name, parameter in trainable(self._parameters).items()
         ]
-        with self.accumulate(last=False):  # the zeros are added to, as another micro-batch's are
+        with self.accumulate(last=False):  # adds zeros, like the gradients of a micro-batch
             self.backward(self.forward(**inputs) * 0.0)
         for hook in hooks:
             hook.remove()
         unused = [name for name in trainable(self._parameters) if name not in used]
         if unused:
+            # Parameter groups are fixed once the engine exists.
             self._engine.destroy()
             self._initialize(unused)
         return unused
@@ -125,12 +130,13 @@ class ZeroStrategy(Strategy):
         yield
 
     def backward(self, loss: Tensor) -> None:
-        # DeepSpeed averages over ranks.
+        # Undoes the mean that DeepSpeed takes over ranks.
         self._engine.backward(loss * self._world.world_size, scale_wrt_gas=False)
 
     def step(self, max_norm: float | None, skip_not_finite: bool = False) -> Tensor:
-        # DeepSpeed never updates where the norm is not finite, and waits for the device anyway.
-        self._engine.optimizer.clip_grad = max_norm or 0.0  # 0 switches clipping off
+        # DeepSpeed itself skips an update whose norm is not finite, and waits for the device
+        # anyway.
+        self._engine.optimizer.clip_grad = max_norm or 0.0  # 0 disables clipping
         self._engine.step()
         return torch.as_tensor(self._engine.get_global_grad_norm(), device=self._world.device)
 
@@ -144,7 +150,7 @@ class ZeroStrategy(Strategy):
         share: dict[str, Tensor] = {}
         for i, (name, parameter) in enumerate(self._parameters.items()):
             mine = i % self._world.world_size == self._world.rank
-            # Gathering is collective; one rank keeps what was gathered, on the host.
+            # Gathering is collective; one rank keeps the gathered tensor in host memory.
             if not parameter.requires_grad:
                 with self._whole(parameter):
                     if mine:
@@ -162,6 +168,7 @@ class ZeroStrategy(Strategy):
 
     @torch.no_grad()
     def load_state(self, read: ReadTensors, num_updates: int) -> None:
+        # All ranks read the same chunks, since setting values is collective at stage 3.
         for names in _chunks({n: _full_shape(p) for n, p in self._parameters.items()}):
             for slot in (None, *SLOTS):
                 there = {n: self._parameters[n] for n in names}
@@ -181,16 +188,16 @@ class ZeroStrategy(Strategy):
             state["step"].fill_(num_updates)
 
     def _partition(self, module: nn.Module) -> None:
-        """Turns whole parameters into ZeRO-3 ones, of which each rank keeps its part."""
+        """Turns complete parameters into ZeRO-3 parameters, of which each rank keeps a part."""
         self._deepspeed.zero.Init(
             module=module, config_dict_or_path=self._deepspeed_config(), dtype=torch.float32
         )
 
     def _create_moments(self) -> None:
-        """Makes zeros before the first step, so that there is state to save or replace.
+        """Creates zero moments before the first step, so that there is state to save or replace.
 
-        DeepSpeed leaves that to the first step, and at stages 1 and 2 links the moments to
-        parameters when only the first of the parameter groups has any.
+        DeepSpeed creates them in the first step. At stages 1 and 2 it also links moments to
+        parameters only if the first parameter group has moments.
         """
         wrapper = self._engine.optimizer
         if self._config.stage == 3:
@@ -203,11 +210,11 @@ class ZeroStrategy(Strategy):
             wrapper._lazy_init_hp_params_optimizer_state()
 
     def _set_master_copy(self, parameter: nn.Parameter, value: Tensor, slot: str | None) -> None:
-        """What the optimizer works on: the parameter, or one of its moments."""
+        """Sets the tensor that the optimizer works on: the parameter, or one of its moments."""
         from deepspeed import utils
 
         if self._config.stage == 3:
-            # DeepSpeed's setters of whole values forget that the last rank's part is padded.
+            # DeepSpeed's setters of complete values ignore that the last rank's part is padded.
             part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
             size, num_ranks = part.numel(), self._world.world_size
             padded = nn.functional.pad(value.flatten(), (0, size * num_ranks - value.numel()))
@@ -223,14 +230,14 @@ class ZeroStrategy(Strategy):
             set_state(parameter, value, slot)
 
     def _set_working_copy(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """The parameter that forward uses."""
+        """Sets the parameter that forward uses."""
         with self._whole(parameter, modifier_rank=0):
             parameter.copy_(value)
 
     def _whole(
         self, parameter: nn.Parameter, modifier_rank: int | None = None
     ) -> AbstractContextManager[None]:
-        """Gathers a parameter; what `modifier_rank` makes of it is what all keep."""
+        """Gathers a parameter; the value that `modifier_rank` leaves is kept by all ranks."""
         if self._config.stage != 3:
             return nullcontext()
         gathered: AbstractContextManager[None] = self._deepspeed.zero.GatheredParameters(
@@ -245,14 +252,14 @@ class ZeroStrategy(Strategy):
         if self._config.offload_parameters:
             zero["offload_param"] = {"device": "cpu"}
         return {
-            # The loop accumulates; DeepSpeed is told at which micro-batch to reduce.
+            # The loop accumulates; it tells DeepSpeed at which micro-batch to reduce.
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
-            # torch's fused AdamW serves the CPU too, without compiling an extension.
+            # torch's fused AdamW runs on the CPU too, without a compiled extension.
             "zero_force_ds_cpu_optimizer": False,
-            # Its own bf16 mode rounds the master weights to bfloat16 before the first step.
+            # DeepSpeed's own bf16 mode rounds the master weights to bfloat16 before the first step.
             "torch_autocast": {
                 "enabled": self._precision.param_dtype is Dtype.bfloat16,
                 "dtype": "bfloat16",
@@ -260,12 +267,12 @@ class ZeroStrategy(Strategy):
             "communication_data_type": {"float32": "fp32", "bfloat16": "bfp16"}[
                 self._precision.reduce_dtype.value
             ],
-            "steps_per_print": 2**31,
+            "steps_per_print": 2**31,  # never: the run has its own log
         }
 
 
 def _without_zeros(parameter: nn.Parameter, grad: Tensor) -> Tensor:
-    return without_zeros(grad.clone(), parameter)  # a hook may not change what it is given
+    return without_zeros(grad.clone(), parameter)  # a hook must not modify its argument
 
 
 def _note(used: set[str], name: str, _: Tensor) -> None:
@@ -278,7 +285,7 @@ def _full_shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def _chunks(shapes: dict[str, torch.Size]) -> Iterator[list[str]]:
-    """Groups of names of about `_CHUNK_NUMEL` elements together."""
+    """Yields groups of names, each with about `_CHUNK_NUMEL` elements in total."""
     names: list[str] = []
     numel = 0
     for name, shape in shapes.items():
@@ -292,8 +299,8 @@ def _chunks(shapes: dict[str, torch.Size]) -> Iterator[list[str]]:
 
 def _import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for one and warns
-    # It uses names that torch is about to retire, at every step: nothing that a user could mend.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it probes for one and warns
+    # DeepSpeed uses deprecated names of torch in every step, which a user cannot change.
     warnings.filterwarnings("ignore", r"`?torch\.(distributed|jit)\.", FutureWarning)
     warnings.filterwarnings("ignore", r"`?torch\.(distributed|jit)\.", DeprecationWarning)
     try:
@@ -311,10 +318,10 @@ def _import_deepspeed(device: torch.device) -> Any:
 
 
 def _build_cpu_extension() -> None:
-    """Compiles DeepSpeed's shared-memory collectives, once for all ranks and runs of this machine.
+    """Compiles DeepSpeed's shared-memory collectives once for all ranks and runs on this machine.
 
-    torch's own lock file outlives a killed build and makes every later start wait for ever. Under
-    our lock, which the kernel releases, one that is there is stale.
+    torch's own lock file survives a killed build and makes every later start wait for ever. Our
+    lock is released by the kernel, so a lock file of torch's that exists while we hold it is stale.
     """
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
     from torch.utils.cpp_extension import get_default_build_root

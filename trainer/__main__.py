@@ -13,7 +13,7 @@ from trainer.config import TrainerConfig
 
 
 def _run(config: TrainerConfig, job: Job) -> int:
-    if job.is_of_sweep:  # is a run of its own, named by what it changes
+    if job.is_of_sweep:  # each job of a sweep is a run, named by what it changes
         config.run.name += f"/{job.change}"
         config.run.dir += f"/{job.change}"
     from trainer.launching import launch
@@ -22,15 +22,16 @@ def _run(config: TrainerConfig, job: Job) -> int:
 
 
 def main() -> int:
-    """Entry point; returns the exit code of the run."""
+    """Runs the program; returns its exit code."""
     return TRAINER.main(_run)
 
 
 def _stop_at_once(number: int, frame: FrameType | None) -> NoReturn:
-    """Ends this process while it has nothing to save; what it does then need not end well."""
+    """Ends this process at once, while it has nothing to save."""
     name = signal.Signals(number).name
     said = f"{name} before training began: nothing was saved or lost; the same command starts it\n"
-    os.write(2, said.encode())  # in the middle of anything, another write to stderr too
+    # Not print: the signal may come in the middle of another write to stderr.
+    os.write(2, said.encode())
     os._exit(ExitCode.START_AGAIN)
 
 

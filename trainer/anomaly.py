@@ -1,4 +1,4 @@
-"""Losses that should not be learned from: not a number, or far above those before."""
+"""Detects losses that should not be learned from: not finite, or far above the previous ones."""
 
 import math
 import statistics
@@ -10,11 +10,11 @@ from core.errors import ConfigError
 from core.settings.rules import setting
 
 _WINDOW = 100
-_FEWEST = 20  # losses before a spike can be told from the start of training
+_FEWEST = 20  # fewer losses are the start of training, in which a spike cannot be recognized
 
 
 class AnomalyAction(Enum):
-    """What to do about one."""
+    """Lists the reactions to an anomaly."""
 
     stop = "stop"
     skip = "skip"
@@ -23,17 +23,17 @@ class AnomalyAction(Enum):
 
 @dataclass
 class AnomalyConfig:
-    """What to do when a loss or a gradient is not finite, or a loss leaps.
+    """Configures the reaction to a loss or gradient that is not finite, and to a spike of the loss.
 
     Attributes:
-        action: What an anomaly does to the run: `stop` ends it with an error and keeps the last
-            good checkpoint; it looks when the loss is logged or saved. `skip` updates nothing and
-            goes on with the next batch. `rollback` goes back to the last good checkpoint and on
-            with the batches after this one (as in Chowdhery et al. 2022, "PaLM", 5.1). Both look at
-            every step, which waits for the device once a step.
-        loss_spike: Robust standard deviations above the median of the last 100 losses that make a
-            spike, e.g. 10; null minds only losses and gradients that are not finite.
-        max_in_a_row: Anomalies without a good step between them after which the run fails.
+        action: Reaction to an anomaly: `stop` ends the run with an error and keeps the last good
+            checkpoint; losses are checked when they are logged or saved. `skip` skips the update
+            and continues with the next batch. `rollback` returns to the last good checkpoint and
+            continues with the batches after this one (as in Chowdhery et al. 2022, "PaLM", 5.1).
+            `skip` and `rollback` check every step, which waits for the device once a step.
+        loss_spike: Threshold of a spike, in robust standard deviations above the median of the last
+            100 losses, e.g. 10; null checks only for values that are not finite.
+        max_in_a_row: Number of anomalies without a good step between them at which the run fails.
     """
 
     action: AnomalyAction = AnomalyAction.stop
@@ -41,7 +41,7 @@ class AnomalyConfig:
     max_in_a_row: int = setting(3, above=0, fix="use 3")
 
     def cross_check(self, key: str) -> None:
-        """Raises ConfigError for a bound on losses that nothing would look at."""
+        """Raises ConfigError for a spike threshold that no check would use."""
         if self.loss_spike is not None and self.action is AnomalyAction.stop:
             raise ConfigError(
                 f"{key}.loss_spike",
@@ -52,22 +52,24 @@ class AnomalyConfig:
 
 
 class LossWatch:
-    """Judges one loss after another; the same on every rank, since all see the global loss."""
+    """Judges losses one after another, alike on every rank, since all see the global loss."""
 
     def __init__(self, config: AnomalyConfig) -> None:
         self._threshold = config.loss_spike
         self._losses: deque[float] = deque(maxlen=_WINDOW)
 
     def verdict(self, loss: float) -> str | None:
-        """What is wrong with a loss, or None; one that is well is remembered."""
+        """Returns what is wrong with a loss, or None; a good loss is remembered."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if self._threshold is not None and len(self._losses) >= _FEWEST:
             median = statistics.median(self._losses)
             deviation = statistics.median(abs(x - median) for x in self._losses)
-            # 1.4826: the median deviation of a normal distribution in standard deviations
+            # 1.4826 turns the median deviation of a normal distribution into its standard
+            # deviation. The floor of 0.1% keeps a flat loss from calling every small change a
+            # spike.
             limit = median + self._threshold * 1.4826 * max(deviation, 1e-3 * abs(median))
             if loss > limit:
-                return f"the loss leapt to {loss:.4g} (median {median:.4g}, limit {limit:.4g})"
+                return f"the loss spiked to {loss:.4g} (median {median:.4g}, limit {limit:.4g})"
         self._losses.append(loss)
         return None

@@ -1,13 +1,13 @@
-"""Attention as a model's own file writes it down, which is what all faster kinds are held to."""
+"""Selects a model's reference attention, which faster implementations must agree with."""
 
 from typing import Any
 
 
 def plain_attention(hf_config: Any) -> str:
-    """Returns transformers' name of the attention that a model is defined by.
+    """Returns transformers' name of the attention that defines a model.
 
-    That is its eager attention, but for Falcon with ALiBi: transformers 5.23 adds the biases twice
-    in eager attention, to the scores and in the mask, and once in sdpa, as the model was trained.
+    It is eager attention, except for Falcon with ALiBi: transformers 5.23 adds the biases twice in
+    eager attention, to the scores and in the mask, but once in sdpa, as the model was trained.
 
     Args:
         hf_config: Transformers' config of the model.

@@ -1,7 +1,7 @@
-"""What `python -m trainer` is set by, for all who compose it: the program, the planner, healing.
+"""The settings of `python -m trainer`, for all that compose them: the program, planner, healing.
 
-Every dataclass is `/schema/<group>/<name>`, from which an option's YAML starts, so that a misspelt
-key or a wrong type fails before anything runs. Imports no torch.
+Every dataclass is registered as `/schema/<group>/<name>`, from which the YAML file of an option
+starts, so that a misspelt key or a wrong type fails before anything runs. Imports no torch.
 """
 
 from core.settings.command import Command

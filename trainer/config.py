@@ -1,8 +1,8 @@
-"""The trainer's settings: the root of the tree.
+"""The root of the trainer's settings.
 
-A package's dataclasses live beside their consumer, or in the package's `config.py` where the
-consumer imports torch: composing a config (for `--help`, for the planner) must not. A config with a
-leaf behind it has `build()`. `schemas.py` tells Hydra about them.
+A dataclass of settings is defined beside its consumer, or in the `config.py` of its package if the
+consumer imports torch, since composing settings (for `--help`, for the planner) must not. Settings
+that select an implementation have a method `build()`. `command.py` registers them with Hydra.
 """
 
 from __future__ import annotations
@@ -37,21 +37,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class ModelConfig:
-    """What every kind of model has.
+    """Configures what all kinds of models have in common.
 
     Attributes:
-        attn_implementation: Transformers' name of the attention kernel; null: as it chooses.
-        fused_loss: Compute head and cross-entropy together, in chunks, so that the logits of a
-            batch are never held: `auto` where the model's logits are the product of its hidden
-            states and its head, as is tried before the first step; `true` refuses a model that does
-            more; `false` has transformers compute the logits.
+        attn_implementation: Transformers' name of the attention kernel; null: transformers chooses.
+        fused_loss: Fusion of head and cross-entropy, computed in chunks, so that the logits of a
+            batch are never stored: `auto` fuses if the model's logits are the product of its hidden
+            states and its head, which is tested before the first step; `true` refuses other models;
+            `false` lets transformers compute the logits.
     """
 
     attn_implementation: str | None = "sdpa"
-    fused_loss: Any = "auto"  # OmegaConf would make the text "true" of true with `str | bool`
+    # The type is Any because OmegaConf would turn true into the text "true" for `str | bool`.
+    fused_loss: Any = "auto"
 
     def cross_check(self, key: str) -> None:
-        """Raises ConfigError for a way to compute the loss that there is not."""
+        """Raises ConfigError for an unknown value of `fused_loss`."""
         if not (self.fused_loss == "auto" or isinstance(self.fused_loss, bool)):
             rule = "must be auto, true or false"
             raise ConfigError(f"{key}.fused_loss", self.fused_loss, rule, "use auto")
@@ -59,11 +60,12 @@ class ModelConfig:
 
 @dataclass
 class NamedModelConfig(ModelConfig):
-    """A model described here, with random weights (`model=tiny`, `model=llama_8b`, ...).
+    """Configures a model described by its config, with random weights (`model=tiny`, ...).
 
     Attributes:
         model_type: Transformers' name of the architecture, e.g. `llama`.
-        vocab_size: Rows of the embedding; null: the tokenizer's, up to a multiple of 64.
+        vocab_size: Rows of the embedding; null: those of the tokenizer, rounded up to a multiple of
+            64.
         config: Further fields of that architecture's transformers config.
     """
 
@@ -74,14 +76,15 @@ class NamedModelConfig(ModelConfig):
 
 @dataclass
 class PathModelConfig(ModelConfig):
-    """A model described by a Hugging Face folder or hub name.
+    """Configures a model described by a Hugging Face folder or hub name.
 
     Attributes:
         path: Folder or hub name.
         revision: Commit, tag or branch of a hub repository.
-        weights: Load its weights (`model=pretrained`), or draw random ones (`model=config`).
-        keep_zeros: Weights of its matrices (not of embeddings) that are exactly zero stay so, as
-            fine-tuning of a pruned model wants.
+        weights: True loads its weights (`model=pretrained`), false draws random ones
+            (`model=config`).
+        keep_zeros: True keeps weights of matrices (not of embeddings) that are exactly zero at
+            zero, as needed for fine-tuning a pruned model.
     """
 
     path: str = MISSING
@@ -93,7 +96,7 @@ class PathModelConfig(ModelConfig):
         self.path = expanded(self.path)
 
     def cross_check(self, key: str) -> None:
-        """Raises ConfigError, too, for zeros of random weights, which have none."""
+        """Raises ConfigError also for `keep_zeros` with random weights, which have no zeros."""
         super().cross_check(key)
         if self.keep_zeros and not self.weights:
             rule = "random weights have no zeros to keep"
@@ -103,7 +106,7 @@ class PathModelConfig(ModelConfig):
 
 @dataclass
 class PretrainConfig:
-    """Predict the next token of the data."""
+    """Configures pretraining: predict the next token of the data."""
 
     def build(
         self, model: PreTrainedModel, config: ModelConfig, tokenizer_fingerprint: str
@@ -115,20 +118,20 @@ class PretrainConfig:
 
 @dataclass
 class DistillConfig:
-    """Predict what a larger model, the teacher, predicts (Hinton et al., arXiv 1503.02531).
+    """Configures distillation: predict what a larger model, the teacher, predicts.
 
-    Pruned language models are healed by the divergence alone, without cross-entropy (Minitron,
-    arXiv 2407.14679 and 2408.11796), and at temperature 1 the distributions are those that models
-    are used with: so are the defaults. FSDP and ZeRO-3 shard the teacher; under DDP and ZeRO 1 and
-    2 every rank holds it whole.
+    Source: Hinton et al., arXiv 1503.02531. The defaults are the divergence alone, without
+    cross-entropy, as pruned language models are healed (Minitron, arXiv 2407.14679 and 2408.11796),
+    and temperature 1, since models are used with those distributions. FSDP and ZeRO-3 shard the
+    teacher; under DDP, ZeRO-1 and ZeRO-2 every rank holds all of it.
 
     Attributes:
         teacher: Hugging Face folder or hub name of a model with the student's vocabulary.
         revision: Commit, tag or branch of a hub repository.
-        temperature: Logits of both are divided by it.
+        temperature: Divisor of the logits of both models.
         weight: Share of the divergence from the teacher in the loss; the rest, to 1, is
             cross-entropy with the data.
-        teacher_dtype: Type in which the teacher is held and computes.
+        teacher_dtype: Type of the teacher's weights and computation.
     """
 
     teacher: str = MISSING
@@ -164,11 +167,11 @@ def _check_run_name(key: str, name: str) -> None:
 
 @dataclass
 class RunConfig:
-    """Which run this is.
+    """Names the run and its folder.
 
     Attributes:
-        name: Names the run directory and the run in trackers.
-        dir: Folder that everything a run leaves behind is in.
+        name: Name of the run directory, and of the run in trackers.
+        dir: Folder that holds everything a run writes.
     """
 
     name: str = setting("default", check=_check_run_name)
@@ -177,12 +180,13 @@ class RunConfig:
 
 @dataclass
 class StopConfig:
-    """When to finish: whichever comes first.
+    """Configures when training finishes: at the first limit that is reached.
 
     Attributes:
-        steps: Optimizer steps; null: as many as the others allow. All three null is refused.
-        tokens: Tokens that the model is trained on; null: as for steps.
-        minutes: Time on the clock; null: as for steps.
+        steps: Largest number of optimizer steps; null sets no limit. At least one limit must be
+            set.
+        tokens: Largest number of training tokens; null sets no limit.
+        minutes: Longest training time in minutes; null sets no limit.
     """
 
     steps: int | None = setting(None, above=0)
@@ -190,7 +194,7 @@ class StopConfig:
     minutes: float | None = setting(None, above=0)
 
     def cross_check(self, key: str) -> None:
-        """Raises ConfigError where no limit is set."""
+        """Raises ConfigError if no limit is set."""
         if self == StopConfig():
             fix = f"set {key}.steps, {key}.tokens or {key}.minutes"
             raise ConfigError(key, "null", "nothing would end this run", fix)
@@ -198,10 +202,11 @@ class StopConfig:
 
 @dataclass
 class LogConfig:
-    """How often metrics are written.
+    """Configures how often metrics are written.
 
     Attributes:
-        every_steps: Steps from one line of metrics to the next; each waits for the device once.
+        every_steps: Number of steps between two lines of metrics; each line waits for the device
+            once.
     """
 
     every_steps: int = setting(10, above=0)
@@ -209,16 +214,17 @@ class LogConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Validation loss and a generated sample.
+    """Configures validation and generated samples.
 
     Attributes:
-        every_steps: Steps between evaluations; null evaluates at the end only.
-        at_start: Evaluate before the first step, too, as step 0; a resumed run does not.
-        max_samples: Held-out samples of `data.max_seq_len` tokens to use; null uses all.
+        every_steps: Number of steps between evaluations; null evaluates at the end only.
+        at_start: True also evaluates before the first step, as step 0, unless the run is resumed.
+        max_samples: Number of held-out samples of `data.max_seq_len` tokens to use; null uses all.
         sample_prompt: Text to continue at each evaluation; an empty one begins a text, null
             generates nothing.
-        sample_tokens: Tokens to generate.
-        sample_temperature: 0 takes the likeliest token; small models then repeat themselves.
+        sample_tokens: Number of tokens to generate.
+        sample_temperature: Temperature of sampling; at 0 the most likely token is taken, which
+            makes small models repeat themselves.
     """
 
     every_steps: int | None = setting(None, above=0)
@@ -231,17 +237,18 @@ class EvaluationConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When to save, how many to keep, and where.
+    """Configures when checkpoints are saved, how many are kept, and where.
 
     Attributes:
-        interval: Time between saves: `auto` weighs what a save costs against what a preemption
-            loses, a number is steps, `10min` is time, `end` saves only at the end and when told to
+        interval: Time between saves: `auto` weighs the cost of a save against the loss at a
+            preemption, a number is steps, `10min` is time, `end` saves only at the end and on a
             stop.
-        mean_hours_between_preemptions: Hours between two preemptions that `auto` expects until it
+        mean_hours_between_preemptions: Hours between two preemptions that `auto` assumes until it
             has seen some.
-        keep_last: Number of committed checkpoints that stay; the oldest go first.
-        keep_every: Checkpoints of steps that this divides stay for good; null: none.
-        asynchronous: Write in the background; off waits for each checkpoint to be on disk.
+        keep_last: Number of newest committed checkpoints to keep.
+        keep_every: Divisor of the steps whose checkpoints are kept for good; null keeps none for
+            good.
+        asynchronous: True writes in the background; false waits until each checkpoint is on disk.
         upload: URL of a folder in an object store (`s3://bucket/run`, any fsspec URL) to which each
             checkpoint is copied in the background; a run on a new machine resumes from there.
     """
@@ -272,12 +279,12 @@ class CheckpointConfig:
 
 @dataclass
 class FakeQuantConfig:
-    """Weights of linear layers in decoder blocks are rounded in forward (trainer/fake_quant.py).
+    """Configures rounding of linear layers' weights in decoder blocks (trainer/fake_quant.py).
 
     Attributes:
         bits: Bits of a rounded weight; null: nothing is rounded.
-        group_size: Consecutive inputs that share a scale; null: all of a row.
-        scale_dtype: Type in which the quantized model will hold scales.
+        group_size: Number of consecutive inputs that share a scale; null: all of a row.
+        scale_dtype: Type in which the quantized model will store scales.
     """
 
     bits: int | None = setting(None, least=2, most=8, fix="use 4 or 8")
@@ -285,7 +292,7 @@ class FakeQuantConfig:
     scale_dtype: Dtype = Dtype.bfloat16
 
     def cross_check(self, key: str) -> None:
-        """Raises ConfigError for groups of weights that nothing rounds."""
+        """Raises ConfigError for a group size without bits."""
         if self.bits is None and self.group_size is not None:
             rule = f"has no effect without {key}.bits"
             raise ConfigError(f"{key}.group_size", self.group_size, rule, "set bits, too")
@@ -293,10 +300,10 @@ class FakeQuantConfig:
 
 @dataclass
 class ExportConfig:
-    """The Hugging Face folder.
+    """Configures the export as a Hugging Face folder.
 
     Attributes:
-        at_end: Write the folder when the run finishes.
+        at_end: True writes the folder when the run finishes.
         dtype: Type of its weights; float32 reproduces the training model's logits exactly.
     """
 
@@ -308,32 +315,34 @@ if TYPE_CHECKING:
     AnyModelConfig = NamedModelConfig | PathModelConfig
     AnyObjectiveConfig = PretrainConfig | DistillConfig
 else:
-    # OmegaConf takes no union of dataclasses, and a subclass only of the one that is named: to it a
-    # group is anything, and the schema that an option starts from types it.
+    # OmegaConf supports no union of dataclasses, and accepts subclasses only of the declared class.
+    # So a group is declared as Any, and the schema that an option starts from gives it its type.
     AnyModelConfig = AnyObjectiveConfig = DataConfig = ParallelConfig = ScheduleConfig = Any
 
 
 @dataclass
 class TrainerConfig:
-    """`python -m trainer`.
+    """Configures `python -m trainer`.
 
     Attributes:
         seed: Seed of initial weights, sample order and dropout.
-        nproc: Processes on this machine: `auto` takes every GPU, else 1. Under torchrun it must
-            agree.
-        global_batch_size: Samples of one optimizer step, over all ranks.
-        micro_batch_size: Samples of one forward on one rank, at most. Accumulation follows from the
-            two, and any number of ranks can share a batch: sizes differ by one sample then.
-        deterministic: Only deterministic kernels (slower on a GPU).
-        compile: torch.compile each decoder block.
-        activation_checkpointing: Recompute each decoder block in backward instead of storing it.
-        resume: `auto` goes on from the newest valid checkpoint of `run.dir`, `never` starts anew in
-            an empty one, and a path resumes from that checkpoint.
+        nproc: Number of processes on this machine: `auto` takes every GPU, or 1 without a GPU.
+            Under torchrun it must agree.
+        global_batch_size: Number of samples of one optimizer step, over all ranks.
+        micro_batch_size: Largest number of samples of one forward on one rank. The two sizes
+            determine accumulation; any number of ranks can share a batch, with sizes that differ by
+            one sample.
+        deterministic: True uses only deterministic kernels (slower on a GPU).
+        compile: True applies torch.compile to each decoder block.
+        activation_checkpointing: True recomputes each decoder block in backward instead of storing
+            it.
+        resume: Checkpoint to start from: `auto` takes the newest valid one of `run.dir`, `never`
+            starts anew in an empty `run.dir`, a path names one.
         allow_changes: Keys that may differ from the checkpoint's although they change what is
             trained.
-        shutdown_timeout_s: How long ranks may take to save after SIGTERM before they are killed.
-        hang_timeout_s: How long all ranks may show no progress before the supervisor (nproc above
-            1) prints their stacks and starts them again.
+        shutdown_timeout_s: Time that ranks have to save after SIGTERM before they are killed.
+        hang_timeout_s: Time without progress on any rank after which the supervisor (nproc above 1)
+            prints the stacks of all ranks and restarts them.
     """
 
     run: RunConfig = field(default_factory=RunConfig)
@@ -372,7 +381,7 @@ class TrainerConfig:
 
     @property
     def total_steps(self) -> int | None:
-        """Steps after which the run is finished; None when only the clock ends it."""
+        """Number of steps after which the run is finished; None if only the clock ends it."""
         limits = []
         if self.stop.steps is not None:
             limits.append(self.stop.steps)
@@ -381,11 +390,11 @@ class TrainerConfig:
         return min(limits, default=None)
 
     def grad_accum_steps(self, world_size: int) -> int:
-        """Micro-batches of one step on one rank."""
+        """Returns the number of micro-batches of one step on one rank."""
         return -(-self.global_batch_size // (self.micro_batch_size * world_size))
 
     def check(self, world_size: int) -> None:
-        """Raises ConfigError for settings that cannot hold together on `world_size` ranks."""
+        """Raises ConfigError for settings that are not valid together on `world_size` ranks."""
         self.schedule.check(self.total_steps)
         self.parallel.check(world_size, self.precision)
         if self.compile and isinstance(self.parallel, ZeroConfig):
@@ -395,7 +404,7 @@ class TrainerConfig:
 
 
 def resolve(config: TrainerConfig) -> dict[str, Any]:
-    """The settings as plain data, to be stored and compared."""
+    """Returns the settings as plain data, to be stored and compared."""
     text = json.dumps(asdict(config), default=_enum_value)
     settings: dict[str, Any] = json.loads(text)
     return settings | {"total_steps": config.total_steps}
@@ -404,4 +413,4 @@ def resolve(config: TrainerConfig) -> dict[str, Any]:
 def _enum_value(item: object) -> Any:
     if isinstance(item, Enum):
         return item.value
-    raise TypeError(f"{type(item).__name__} has no place in a configuration")
+    raise TypeError(f"{type(item).__name__} is not allowed in a configuration")

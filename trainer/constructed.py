@@ -1,4 +1,4 @@
-"""Values that a model's constructor gives and its `_init_weights` does not give again."""
+"""Values that a model's constructor sets and its `_init_weights` does not set again."""
 
 import copy
 
@@ -9,16 +9,16 @@ from transformers import PreTrainedModel
 
 
 def constructed_values(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
-    """Buffers and vectors of a model as its constructor leaves them, by name, on the CPU.
+    """Returns a model's buffers and vectors as its constructor sets them, by name, on the CPU.
 
-    A model on the meta device has forgotten them: learned activations (Apertus), biases that are
-    tied (RoBERTa), buffers that a parent computes (Falcon H1). Parameters of two or more dimensions
-    are left out, and go back to the meta device as soon as they are registered, so that no more
-    than one of them is ever held.
+    A model on the meta device has lost them: learned activations (Apertus), tied biases (RoBERTa),
+    buffers that a parent module computes (Falcon H1). Parameters of two or more dimensions are not
+    returned; they are moved to the meta device when they are registered, so that at most one of
+    them is in memory at a time.
 
     Args:
-        model: On any device; only its class and its config are used.
-        seed: Of what the constructor draws.
+        model: Model on any device; only its class and its config are used.
+        seed: Seed of the constructor's random values.
     """
 
     def without_matrices(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
@@ -26,7 +26,7 @@ def constructed_values(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
             return parameter
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
-    # torch declares hooks that return nothing, and documents those that return a parameter.
+    # torch's type hints lack hooks that return a parameter, which its documentation allows.
     hook = register_module_parameter_registration_hook(without_matrices)  # type: ignore[arg-type]
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):

@@ -1,20 +1,20 @@
-"""What PyTorch on a CPU needs of the C library."""
+"""Settings of the C library's memory allocator for PyTorch on a CPU."""
 
 import ctypes
 import sys
 
-# glibc's malloc.h
+# Options of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_MMAP_MAX = -4
 
 
 def keep_freed_memory() -> None:
-    """Lets malloc keep what the last step freed for the next one.
+    """Makes malloc keep freed memory for the next step.
 
-    A step allocates and frees large temporaries; by default glibc returns each to the kernel, and
-    the next step pays for the page faults again: about an eighth of a small model's step time. Does
-    nothing where the C library is not glibc.
+    A step allocates and frees large temporaries. By default glibc returns each to the kernel, and
+    the next step pays for the page faults again, about an eighth of a small model's step time. Does
+    nothing if the C library is not glibc.
     """
     if sys.platform != "linux":
         return
@@ -25,10 +25,10 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Has malloc return what is freed to the kernel at once, from 64 KiB on.
+    """Makes malloc return freed blocks of 64 KiB and more to the kernel at once.
 
-    Where a model goes through memory a part at a time, what glibc keeps of each in between adds up:
-    by itself it maps large blocks less and less often. Does nothing where the C library is not
+    If a model is loaded part by part, the memory that glibc keeps between parts adds up, because
+    glibc raises its threshold for mapped blocks over time. Does nothing if the C library is not
     glibc.
     """
     if sys.platform != "linux":

@@ -1,4 +1,4 @@
-"""Distillation: the student is trained towards its teacher's distribution.
+"""Distillation: the student is trained to match its teacher's distribution.
 
 Shapes: B sequences of T tokens, N = B x T, H hidden size (the teacher has its own), V vocabulary.
 """
@@ -24,10 +24,11 @@ from trainer.teacher import Teacher
 
 
 class DistillationLoss(Objective):
-    """weight * T^2 * KL(teacher || student) + (1 - weight) * cross-entropy, summed over targets.
+    """Computes the weighted sum of divergence from the teacher and cross-entropy.
 
+    It is weight * T^2 * KL(teacher || student) + (1 - weight) * cross-entropy, summed over targets.
     Both distributions are taken at temperature T; T^2 keeps the size of the gradients (Hinton et
-    al., arXiv 1503.02531, section 2). The student's auxiliary loss is added, if it has one.
+    al., arXiv 1503.02531, section 2). The student's auxiliary loss is added if it has one.
     """
 
     def __init__(
@@ -87,16 +88,16 @@ class DistillationLoss(Objective):
 
 
 def divergence_sum(student: Tensor, teacher: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(teacher || student), summed over rows with a target.
+    """Returns T^2 * KL(teacher || student), summed over rows with a target.
 
     Args:
-        student: (N, V) logits.
-        teacher: (N, V) logits.
-        targets: (N) int64 with IGNORE_INDEX.
+        student: Logits of the student, (N, V).
+        teacher: Logits of the teacher, (N, V).
+        targets: Next tokens, (N) int64 with IGNORE_INDEX.
         temperature: T.
 
     Returns:
-        Scalar of the logits' type.
+        Divergence, a scalar of the logits' type.
     """
     log_q = F.log_softmax(student / temperature, dim=1)
     log_p = F.log_softmax(teacher / temperature, dim=1)
@@ -115,21 +116,23 @@ def fused_linear_distillation(
     temperature: float,
     distillation_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`DistillationLoss` from hidden states, the logits of a few rows at a time.
+    """Computes `DistillationLoss` from hidden states, a few rows of logits at a time.
 
-    Gradients are made in forward, as in `fused_linear_cross_entropy`; of the teacher there are
-    none. The teacher's logits are computed in its own type, autocast or not.
+    Gradients are computed in forward, as in `fused_linear_cross_entropy`, for the student only. The
+    teacher's logits are computed in its own type, also under autocast.
 
     Args:
-        hidden: (N, H), the student's.
-        weight: (V, H), of the dtype of `hidden`.
-        bias: (V) or None.
-        teacher_hidden: (N, H of the teacher).
-        teacher_weight: (V, H of the teacher), of the dtype of `teacher_hidden`.
-        teacher_bias: (V) or None.
-        targets: (N) int64 with IGNORE_INDEX.
+        hidden: Hidden states of the student, (N, H).
+        weight: Weight of the student's head, (V, H), in the type of `hidden`.
+        bias: Bias of the student's head, (V), or None.
+        teacher_hidden: Hidden states of the teacher, (N, H of the teacher).
+        teacher_weight: Weight of the teacher's head, (V, H of the teacher), in the type of
+            `teacher_hidden`.
+        teacher_bias: Bias of the teacher's head, (V), or None.
+        targets: Next tokens, (N) int64 with IGNORE_INDEX.
         temperature: T.
-        distillation_weight: Of the divergence; the rest, to 1, is of cross-entropy.
+        distillation_weight: Weight of the divergence; the rest, to 1, is the weight of
+            cross-entropy.
 
     Returns:
         T^2 * KL and cross-entropy, both without a gradient, and the loss; float32 scalars.
@@ -166,9 +169,11 @@ class _FusedLinearDistillation(torch.autograd.Function):
             target = targets[rows]
             counted = target != IGNORE_INDEX
             index = target.clamp_min(0).unsqueeze(1)  # (n, 1)
-            logits = F.linear(hidden[rows], weight, bias).float()  # (n, V), as all that follow
+            logits = F.linear(hidden[rows], weight, bias).float()  # (n, V), as all matrices below
             with torch.autocast(hidden.device.type, enabled=False):
                 taught = F.linear(teacher_hidden[rows], teacher_weight, teacher_bias).float()
+            # In place where possible: several matrices of this size would not fit beside each
+            # other.
             log_p = _log_softmax_(taught.div_(temperature))
             log_q = _log_softmax_(logits / temperature)
             p = log_p.exp()
@@ -179,6 +184,7 @@ class _FusedLinearDistillation(torch.autograd.Function):
             entropy += losses.masked_fill_(~counted, 0.0).sum()
             if not grads.wanted:
                 continue
+            # d/dlogits of T^2 * KL is T * (q - p).
             grad = log_q.exp_().sub_(p).mul_(distillation_weight * temperature)
             if distillation_weight < 1:
                 hard = logits.sub_(log_norm).exp_()
@@ -194,7 +200,7 @@ class _FusedLinearDistillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         *_, scale = grad_outputs
-        grads, ctx.grads = ctx.grads, ()  # used once: scaled in place
+        grads, ctx.grads = ctx.grads, ()  # scaled in place, so they can be used only once
         return *(None if g is None else g.mul_(scale) for g in grads), None, None, None, None
 
 

@@ -1,4 +1,4 @@
-"""One sample before the first step, so that a model which cannot compute says so in a line."""
+"""Computes one sample before the first step, so that a broken model fails with one line."""
 
 import os
 import traceback
@@ -12,7 +12,7 @@ from trainer.config import TrainerConfig
 from trainer.evaluation import evaluating
 from trainer.objective import Objective
 
-# What lies below a model's code when ranks talk: a lost rank is not the model's fault.
+# Code below a model's in the stack when ranks communicate: a lost rank is not the model's fault.
 _COMMUNICATION = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}")
 
 
@@ -22,8 +22,9 @@ def check_forward(
     """Computes a sample of the run's length in the run's precision; collective.
 
     Raises:
-        ConfigError: If transformers' code of the model cannot.
+        ConfigError: The model's code in transformers cannot compute it.
     """
+    # Ids below 64 are in every vocabulary.
     tokens = torch.arange(config.data.max_seq_len, device=world.device).unsqueeze(0) % 64
     try:
         with evaluating(module):
@@ -45,7 +46,7 @@ def check_forward(
 
 
 def _is_of_the_model(error: Exception) -> bool:
-    """Whether transformers' code of a model raised it, or torch on its behalf."""
+    """Returns whether the model's code in transformers raised an error, or torch on its behalf."""
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     models = f"{os.sep}transformers{os.sep}"
     inner = [i for i, file in enumerate(files) if models in file]

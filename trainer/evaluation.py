@@ -1,4 +1,4 @@
-"""Validation loss and generated text, in the same sharded forward as training."""
+"""Computes the validation loss and generates text, with the same sharded forward as training."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from trainer.objective import Objective
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Has the module evaluate: without dropout, auxiliary losses and gradients."""
+    """Puts the module in evaluation mode: no dropout, no auxiliary losses, no gradients."""
     module.eval()
     try:
         with torch.no_grad():
@@ -32,10 +32,10 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def held_out_batches(
     config: TrainerConfig, data: PreparedData, world: World, apart: bool
 ) -> Iterator[Batch]:
-    """This rank's share of the held-out samples; as many batches as on every other rank.
+    """Returns this rank's share of the held-out samples; all ranks get equally many batches.
 
     Raises:
-        ConfigError: At once, if they do not make one sample.
+        ConfigError: The held-out data is too short for one sample; raised at once.
     """
     return validation_batches(
         data,
@@ -57,16 +57,17 @@ def evaluate(
     world: World,
     stop_requested: Callable[[], bool],
 ) -> dict[str, float] | None:
-    """Mean loss over the held-out samples; collective.
+    """Computes the mean loss over the held-out samples; collective.
 
     Returns:
-        `validation_loss` in nats a token and `validation_bits_per_byte`, which compares across
-        tokenizers; None where a rank was told to stop meanwhile.
+        Metrics `validation_loss`, in nats per token, and `validation_bits_per_byte`, which compares
+        across tokenizers; None if a rank was told to stop meanwhile.
     """
     total = torch.zeros((), device=world.device)
     num_targets = 0.0
     with evaluating(module):
         for batch in held_out_batches(config, data, world, module.apart):
+            # Ranks agree on a stop before each forward, which is collective.
             count, stop = world.sum(batch.num_targets, stop_requested())
             if stop:
                 return None
@@ -82,13 +83,13 @@ def evaluate(
 
 
 def prompt_ids(config: TrainerConfig, tokenizer: Any) -> list[int]:
-    """Tokens of `evaluation.sample_prompt`; of an empty one the token that a text begins with.
+    """Returns the tokens of `evaluation.sample_prompt`, or the first token of a text if empty.
 
-    A prompt is the beginning of a document: where those have a BOS (`data.add_bos`, resolved), it
-    has one, too.
+    A prompt begins a document, so it has a BOS if `data.add_bos`, resolved, is true.
 
     Raises:
-        ConfigError: If there are none: the tokenizer knows neither a beginning nor an end.
+        ConfigError: There is no token: the prompt is empty, and the tokenizer has no BOS and no
+            EOS.
     """
     prompt = config.evaluation.sample_prompt
     assert prompt is not None
@@ -98,7 +99,7 @@ def prompt_ids(config: TrainerConfig, tokenizer: Any) -> list[int]:
         ids = [bos, *ids]
     if ids:
         return ids
-    # Texts end with EOS, and the next one follows: where there is no BOS, it begins with EOS.
+    # A text ends with EOS and the next one follows; without a BOS, texts therefore begin after EOS.
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if first is None:
         raise ConfigError(
@@ -118,10 +119,10 @@ def generate(
     world: World,
     stop_requested: Callable[[], bool],
 ) -> str | None:
-    """Continues `evaluation.sample_prompt`; collective. None where a rank was told to stop.
+    """Continues `evaluation.sample_prompt`; collective. Returns None if a rank was told to stop.
 
-    Every rank runs the same sharded forward, a whole one a token, and rank 0 chooses: the model is
-    never gathered for it. The choice is seeded, so a step of a run always says the same.
+    Every rank runs the same sharded forward once per token, and rank 0 chooses the token, so the
+    model is never gathered. The choice is seeded: a step of a run always generates the same text.
     """
     ids = prompt_ids(config, tokenizer)
     prompt_len = len(ids)
@@ -138,6 +139,7 @@ def generate(
                 choice = torch.multinomial(probabilities, 1, generator=generator)
             else:
                 choice = logits.argmax(-1, keepdim=True)
+            # Ranks may compute slightly different logits, so all take rank 0's choice.
             dist.broadcast(choice, src=0)
             ids.append(int(choice.item()))
     text: str = tokenizer.decode(ids[prompt_len:])

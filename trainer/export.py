@@ -1,4 +1,4 @@
-"""Turns any checkpoint into an ordinary Hugging Face folder, without a GPU."""
+"""Exports any checkpoint as an ordinary Hugging Face folder, without a GPU."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ from trainer.data.tokenizer import check_tokenizer, fingerprint, load_tokenizer
 from trainer.model import Materializer, build_meta_model
 from trainer.weights import WeightGroup, WeightsReader, canonical_names, saving_groups
 
-_SHARD_BYTES = 5 * 10**9  # what the hub recommends for one file
-_NUM_PROBED = 16  # tokens whose logits are compared
+_SHARD_BYTES = 5 * 10**9  # size of one file that the hub recommends
+_NUM_PROBED = 16  # number of tokens whose logits are compared
 
 
 @dataclass
 class ExportArguments:
-    """`python -m trainer.export`.
+    """Configures `python -m trainer.export`.
 
     Attributes:
         run: Run directory, or the name of a run under `runs/`.
         checkpoint: Name of a checkpoint of the run; null takes the newest valid one.
-        out: Folder to write; null means `export` in the run directory.
+        out: Folder to write; null takes `export` in the run directory.
         dtype: Type of the weights.
     """
 
@@ -81,20 +81,20 @@ python -m trainer.export run=runs/demo checkpoint=step-00001000 out=exports/demo
 
 
 def export_checkpoint(checkpoint: Path, out: Path, dtype: Dtype) -> None:
-    """Writes safetensors, config, tokenizer and `lineage.json`, and replaces `out` at once.
+    """Writes safetensors, config, tokenizer and `lineage.json`, and replaces `out` atomically.
 
-    Tensors are named and shaped as `save_pretrained` would. Holds one shard of about 5 GB at a
-    time. What was written is read again before it takes its place.
+    Tensors have the names and shapes that `save_pretrained` gives them. One shard of about 5 GB is
+    held at a time. The written files are verified before they replace `out`.
 
     Args:
-        checkpoint: A committed, verified checkpoint.
-        out: The Hugging Face folder.
+        checkpoint: Committed, verified checkpoint.
+        out: Hugging Face folder to write.
         dtype: Type of its weights; float32 reproduces the training model's logits exactly.
 
     Raises:
-        ConfigError: If it cannot be written, `out` holds something else, or transformers loads its
-            tokenizer as another.
-        SpotforgeError: If the folder does not hold what the checkpoint does.
+        ConfigError: The folder cannot be written, `out` contains other files, or transformers loads
+            its tokenizer as another one.
+        SpotforgeError: The written weights differ from the checkpoint's.
     """
     _check_replaceable(out)
     try:
@@ -121,7 +121,7 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: Dtype) -> None:
 
 
 def _check_replaceable(out: Path) -> None:
-    """Raises ConfigError unless `out` is absent, empty, or an export of ours and nothing else."""
+    """Raises ConfigError unless `out` is missing, empty, or contains only an earlier export."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -133,24 +133,24 @@ def _check_replaceable(out: Path) -> None:
     strange = sorted(files - known)
     if strange:
         raise ConfigError(
-            "out", out, f"holds {strange[0]}, which is of no export", "choose an empty folder"
+            "out", out, f"contains {strange[0]}, which no export wrote", "choose an empty folder"
         )
 
 
 def _check_tokenizer(checkpoint: Path, folder: Path) -> None:
-    """Raises ConfigError where others would make other tokens of a text than training did."""
+    """Raises ConfigError if the exported tokenizer makes other tokens than the one in training."""
     if fingerprint(load_tokenizer(str(folder))) != read_state(checkpoint).tokenizer_fingerprint:
-        # A class may name a token more and make the same of every text.
+        # A class may name an additional token and still make the same tokens of every text.
         check_tokenizer(folder, PreTrainedTokenizerFast.from_pretrained(checkpoint / ASSETS))
 
 
 class _Weights:
-    """The model's tensors in a checkpoint, in the types of the export.
+    """Reads the model's tensors from a checkpoint, in the types of the export.
 
     Args:
-        checkpoint: A verified checkpoint.
-        folder: Its config.json.
-        dtype: Of the export.
+        checkpoint: Verified checkpoint.
+        folder: Folder with its config.json.
+        dtype: Type of the export.
     """
 
     def __init__(self, checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
@@ -167,7 +167,7 @@ class _Weights:
         self._absent = self._read_absent()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors by their names in the model."""
+        """Returns tensors by their names in the model."""
         names = list(names)
         wanted = {self._canonical[n] for n in names} - self._absent.keys()
         found = {n: torch.empty_like(self._stored[n], device="cpu") for n in wanted}
@@ -176,10 +176,10 @@ class _Weights:
         return {n: found[self._canonical[n]].to(self._dtypes[n]) for n in names}
 
     def _read_absent(self) -> dict[str, Tensor]:
-        """Buffers that a checkpoint of an earlier release does not have, from what it began with.
+        """Returns the buffers that an earlier release did not save, from the initial model.
 
         Raises:
-            ConfigError: If the model that was trained is not there any more.
+            ConfigError: The initial model is no longer available.
         """
         absent = set(self._canonical.values()) - self._stored.keys()
         if not absent:
@@ -196,8 +196,8 @@ class _Weights:
                 fill(model.get_submodule(name.rpartition(".")[0]))
             found = {name: model.get_buffer(name) for name in absent}
         print(
-            f"{self._checkpoint.name} is of a release that did not save buffers; "
-            f"{', '.join(sorted(absent))} are those that training began with",
+            f"{self._checkpoint.name} was saved by a release that did not save buffers; "
+            f"{', '.join(sorted(absent))} are taken from the initial model",
             file=sys.stderr,
         )
         return found
@@ -222,18 +222,19 @@ def _write_weights(weights: _Weights, folder: Path, stored_names: list[str] | No
 
 
 def _check_reads_back(weights: _Weights, folder: Path) -> None:
-    """Raises SpotforgeError unless the folder holds what the checkpoint does.
+    """Raises SpotforgeError unless the folder has the same weights as the checkpoint.
 
-    Every tensor is compared, bit for bit. Where two models fit in half of the memory that is free,
-    transformers loads the folder, and its logits are compared with those of the checkpoint, too.
+    Every tensor is compared bit for bit. If two models fit into half of the free memory,
+    transformers also loads the folder, and its logits are compared with the checkpoint's.
     """
     model = weights.model
     reader = WeightsReader(PathModelConfig(path=str(folder)), model)
     for name in model.state_dict():
         written = reader(name)
         if not torch.equal(written, weights.read([name])[name]):
-            raise SpotforgeError(f"the export of {name} does not hold what was trained")
+            raise SpotforgeError(f"the exported {name} differs from the trained one")
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    # Two models have to fit into half of the free memory.
     if 4 * size > psutil.virtual_memory().available:
         return
     with torch.random.fork_rng(), torch.no_grad():
@@ -252,9 +253,9 @@ def _check_reads_back(weights: _Weights, folder: Path) -> None:
 def save_weights(
     tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes safetensors that others may read, as any other file; by itself they are 0600."""
+    """Writes safetensors with the permissions of a new file; the library makes them 0600."""
     save_file(tensors, path, {"format": "pt", **(metadata or {})})
-    umask = os.umask(0)
+    umask = os.umask(0)  # the umask can only be read by setting it
     os.umask(umask)
     path.chmod(0o666 & ~umask)
 
@@ -276,7 +277,7 @@ def _size_bytes(group: WeightGroup) -> int:
 
 
 def _origin(checkpoint: Path, dtype: Dtype) -> dict[str, Any]:
-    """Returns where the weights come from."""
+    """Returns the origin of the weights, for `lineage.json`."""
     state = read_state(checkpoint)
     model = state.config["model"]
     return {
@@ -300,7 +301,7 @@ def _origin(checkpoint: Path, dtype: Dtype) -> dict[str, Any]:
 def _find_run(name: str) -> Path:
     run = find_run(name, holds="checkpoints")
     if run is None:
-        raise ConfigError("run", name, "is no run directory with checkpoints", "give runs/<name>")
+        raise ConfigError("run", name, "is not a run with checkpoints", "give runs/<name>")
     return run.absolute()
 
 
@@ -336,7 +337,7 @@ def _run(arguments: ExportArguments, job: Job) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Command line; returns the exit code."""
+    """Runs the command line; returns the exit code."""
     return EXPORT.main(_run, argv or ["--help"])
 
 

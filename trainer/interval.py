@@ -1,8 +1,8 @@
-"""When to save: after so many steps, so much time, or as often as it pays.
+"""Decides when to save: after a number of steps, after a time, or as often as it pays.
 
-Saving costs time, and so does repeating what was lost since the last save. The sum is least at the
-interval of Young (1974) and Daly (2006), which depends on what a save costs and on how often the
-machine goes away: both are measured here, as the run goes.
+Saving costs time, and so does repeating the steps since the last save. The sum is smallest at the
+interval of Young (1974) and Daly (2006), which depends on the cost of a save and on the rate of
+losses of the machine. Both are measured during the run.
 """
 
 import math
@@ -15,19 +15,19 @@ from dataclasses import dataclass
 from core.errors import ConfigError
 
 _SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
-# Until a save was measured: soon enough to lose little, late enough that the machine is warm.
+# Before the first save was measured: early enough to lose little, late enough for stable timing.
 _FIRST_SAVE_S = 60.0
 _SAVES_REMEMBERED = 5
 
 
 @dataclass(frozen=True)
 class Interval:
-    """What `checkpoint.interval` says; at most one is set, and neither means at the end only.
+    """Holds the parsed `checkpoint.interval`; with no attribute set, saves happen only at the end.
 
     Attributes:
-        steps: Steps between saves.
-        seconds: Seconds between saves.
-        auto: By measured cost and preemption rate.
+        steps: Number of steps between saves.
+        seconds: Time between saves, in seconds.
+        auto: True derives the interval from the measured cost and the preemption rate.
     """
 
     steps: int | None = None
@@ -36,10 +36,10 @@ class Interval:
 
     @classmethod
     def parse(cls, text: str) -> "Interval":
-        """Reads `auto`, `end`, a number of steps, or a time such as `90s`, `10min`, `1.5h`.
+        """Parses `auto`, `end`, a number of steps, or a time such as `90s`, `10min`, `1.5h`.
 
         Raises:
-            ConfigError: For anything else.
+            ConfigError: The text has another form.
         """
         if text == "auto":
             return cls(auto=True)
@@ -59,15 +59,16 @@ class Interval:
 
 
 def optimal_interval_s(cost_s: float, mtbf_s: float) -> float:
-    """Time to train between two saves, so that least time is lost altogether.
+    """Returns the training time between two saves that minimizes the total time lost.
 
-    Daly 2006, "A higher order estimate of the optimum checkpoint interval for restart dumps",
-    eq. 37; its first term is Young 1974, sqrt(2 C M).
+    Source: Daly 2006, "A higher order estimate of the optimum checkpoint interval for restart
+    dumps", eq. 37; its first term is Young 1974, sqrt(2 C M).
 
     Args:
-        cost_s: C, what a save takes from training.
-        mtbf_s: M, mean time between losses of the machine.
+        cost_s: C, the time that a save takes from training.
+        mtbf_s: M, the mean time between losses of the machine.
     """
+    # The series is not valid here; Daly sets the interval to M.
     if cost_s >= 2 * mtbf_s:
         return mtbf_s
     ratio = cost_s / (2 * mtbf_s)
@@ -75,21 +76,21 @@ def optimal_interval_s(cost_s: float, mtbf_s: float) -> float:
 
 
 def expected_mtbf_s(prior_s: float, trained_s: float, num_losses: int) -> float:
-    """Mean time between losses: what was expected, counted as one loss, and what was seen.
+    """Returns the mean time between losses, given a prior that counts as one loss.
 
-    The posterior mean of an exponential rate whose Gamma prior weighs as much as one loss.
+    It is the posterior mean of an exponential rate whose Gamma prior has the weight of one loss.
     """
     return (prior_s + trained_s) / (1 + num_losses)
 
 
 class SaveSchedule:
-    """Says when the next save is due; asked on one rank, which tells the others.
+    """Tells when the next save is due; asked on one rank, which tells the others.
 
     Args:
-        interval: The user's choice.
-        mtbf_s: Mean time between losses of the machine; only `auto` needs it.
-        costs_s: What saves of earlier starts took from training, in order.
-        clock: Seconds, from any origin.
+        interval: Interval that the user chose.
+        mtbf_s: Mean time between losses of the machine; used by `auto` only.
+        costs_s: Time that each save of earlier starts took from training, in order.
+        clock: Function that returns seconds from any origin.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class SaveSchedule:
 
     @property
     def interval_s(self) -> float | None:
-        """Seconds between saves, where time decides."""
+        """Seconds between saves; None if time does not decide."""
         if not self._interval.auto:
             return self._interval.seconds
         if not self._costs_s:
@@ -113,13 +114,13 @@ class SaveSchedule:
         return optimal_interval_s(math.fsum(self._costs_s) / len(self._costs_s), self._mtbf_s)
 
     def due(self, step: int) -> bool:
-        """Whether to save after `step`."""
+        """Returns whether to save after `step`."""
         if self._interval.steps is not None:
             return step % self._interval.steps == 0
         interval_s = self.interval_s
         return interval_s is not None and self._clock() - self._since >= interval_s
 
     def saved(self, blocking_s: float) -> None:
-        """Takes note of a save, and of what it took from training."""
+        """Records a save and the time that it took from training."""
         self._costs_s.append(blocking_s)
         self._since = self._clock()

@@ -1,9 +1,9 @@
 """Starts the ranks of a run on this machine, or joins those that a launcher started.
 
 python -m trainer nproc=2           this process becomes `python -m launch supervise`, which starts
-                                    two ranks, and again when one is lost
-torchrun ... -m trainer ...         the ranks are there: RANK, WORLD_SIZE, ...
-SkyPilot, one call a node           the nodes are there: SKYPILOT_NODE_IPS, ...; the first becomes
+                                    two ranks, and restarts them if one is lost
+torchrun ... -m trainer ...         the launcher started the ranks: RANK, WORLD_SIZE, ...
+SkyPilot, one call per node         the nodes exist: SKYPILOT_NODE_IPS, ...; the first becomes
                                     the supervisor and the others join it
 """
 
@@ -34,17 +34,18 @@ _PORT = 29400
 
 
 def launch(config: TrainerConfig, isolated: bool = False, given: Collection[str] = ()) -> int:
-    """Runs `config` on all of its ranks.
+    """Runs `config` on all ranks of this machine.
 
     Args:
-        config: The run.
-        isolated: Come back in any case, and give even a single rank a process of its own: for a
-            caller that has more runs to come (DeepSpeed keeps the process groups of the first one
-            for ever). Otherwise several ranks take this process over.
+        config: Settings of the run.
+        isolated: True returns in any case, and runs even a single rank in a process of its own. A
+            caller with more runs to come needs that, since DeepSpeed never releases the process
+            groups of the first one. False lets the supervisor of several ranks replace this
+            process.
         given: Keys that the user set; the others have their defaults.
 
     Returns:
-        The exit code: 0 finished, 33 stopped with all steps saved, 2 refused, 1 failed.
+        Exit code: 0 finished, 33 stopped with all steps saved, 2 refused, 1 failed.
     """
     try:
         place = read_place()
@@ -61,18 +62,20 @@ def launch(config: TrainerConfig, isolated: bool = False, given: Collection[str]
         return e.exit_code
     if isolated:
         return _run(command)
+    # exec discards buffered output. It keeps the process id, so that signals reach the supervisor
+    # directly.
     sys.stdout.flush()
     os.execve(command[0], command, environment())
 
 
 def run_rank(config: TrainerConfig, given: Collection[str] = ()) -> int:
-    """Runs this process's rank; prints what went wrong, once for all ranks that can tell."""
+    """Runs this process's rank; prints an error once for all ranks that report the same."""
     with StopSignal() as stop:
         heartbeat = Heartbeat()
         place: Place | None = None
         try:
             place = read_place()
-            from trainer.run import train  # seconds of imports, in which a signal may come
+            from trainer.run import train  # imports for seconds, so signals are handled before
 
             return train(config, stop, heartbeat, given)
         except SpotforgeError as e:
@@ -89,15 +92,16 @@ def run_rank(config: TrainerConfig, given: Collection[str] = ()) -> int:
                 print(full, file=sys.stderr, flush=True)
                 return ExitCode.BAD_CONFIG
             heartbeat.failed()
-            # A rank that loses another fails too: its launcher's SIGTERM says that it is the echo.
+            # A rank that loses another one fails as well. If its launcher sends SIGTERM within 3 s,
+            # the failure is a consequence, and its traceback would hide the cause.
             if not (place is not None and stop.wait(seconds=3)):
                 traceback.print_exc()
             return ExitCode.FAILED
 
 
 def _supervisor(config: TrainerConfig, given: Collection[str], num_nodes: int) -> list[str]:
-    """The command that starts the ranks of this machine and keeps them going."""
-    # auto: GPUs are counted again before each start, since one may be gone by then
+    """Returns the command that starts the ranks of this machine and restarts lost ones."""
+    # nproc=auto is passed on: GPUs are counted before each start, since one may be lost by then.
     options = ["--nproc", config.nproc, "--grace", str(config.shutdown_timeout_s)]
     if int(os.environ.get("SKYPILOT_NODE_RANK", 0)) > 0:
         head = os.environ["SKYPILOT_NODE_IPS"].split("\n")[0]
@@ -106,6 +110,7 @@ def _supervisor(config: TrainerConfig, given: Collection[str], num_nodes: int) -
         options += ["--hang-timeout", str(config.hang_timeout_s)]
         options += ["--events", str(config.run_dir / "supervisor.jsonl")]
         if isinstance(config.parallel, FsdpConfig):
+            # With replicas, FSDP can use only certain numbers of ranks.
             options += ["--multiple-of", str(config.parallel.ranks_multiple_of)]
         if num_nodes > 1:
             options += ["--listen", str(_PORT), "--nodes", str(num_nodes)]
@@ -115,9 +120,10 @@ def _supervisor(config: TrainerConfig, given: Collection[str], num_nodes: int) -
 
 
 def _freeze(config: TrainerConfig, given: Collection[str]) -> Path:
-    """The configuration, and which keys of it were given, in a file that is named by its content.
+    """Writes the configuration and the given keys to a file named by their content; returns it.
 
-    Ranks that start again days later are given what was asked for, not what YAML files say by then.
+    Ranks that are restarted days later get the settings of the first start, even if YAML files have
+    changed since.
     """
     name = digest_of([resolve(config), sorted(given)])[:16]
     folder = Path(config.data.cache_dir).expanduser().absolute() / "launched"
@@ -133,7 +139,7 @@ def _freeze(config: TrainerConfig, given: Collection[str]) -> Path:
 
 
 def _run(command: list[str]) -> int:
-    """Runs a program that is told what this one is told; returns its exit code."""
+    """Runs a program to which signals are forwarded; returns its exit code."""
     with Child(command, environment()) as child, passed_on(child):
         code = child.wait()
     assert code is not None
@@ -155,7 +161,7 @@ def _local_ranks(config: TrainerConfig) -> int:
 
 
 def _check_launcher(config: TrainerConfig, place: Place) -> None:
-    """An `nproc` that contradicts the launcher is refused rather than ignored."""
+    """Raises ConfigError for an `nproc` that contradicts the launcher."""
     if config.nproc != "auto" and _parse_nproc(config.nproc) != place.local_world_size:
         raise ConfigError(
             "nproc",

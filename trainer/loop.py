@@ -1,4 +1,4 @@
-"""The training loop. All that it knows of parallelism is `Strategy`, and of ranks `World`."""
+"""The training loop. It knows parallelism only as `Strategy`, and ranks only as `World`."""
 
 import dataclasses
 import hashlib
@@ -30,10 +30,10 @@ from trainer.stopping import StopSignal
 
 
 class TrainingLoop:
-    """One optimizer step after another, from `state` on, with what each of them needs.
+    """Runs one optimizer step after another, starting from `state`.
 
     Raises:
-        ConfigError: If the data does not make one sample to train on, or one to validate with.
+        ConfigError: The data is too short for one sample to train on, or to validate with.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class TrainingLoop:
         self.checkpointer, self.reporter = checkpointer, reporter
         self.stop, self.heartbeat = stop, heartbeat
         self.state = state
-        assert state.order is not None, "the run names it at its start, or when it is gone on with"
+        assert state.order is not None, "the run sets it at its start or when it resumes"
         self.order = state.order
         self.checkpoints = config.run_dir / "checkpoints"
         self.loss_watch = LossWatch(config.anomaly)
@@ -68,24 +68,25 @@ class TrainingLoop:
         self.save_schedule = SaveSchedule(
             Interval.parse(config.checkpoint.interval), mtbf_s, save_costs_s(config.run_dir)
         )
-        held_out_batches(config, data, world, module.apart)
+        held_out_batches(config, data, world, module.apart)  # raises now if there is no sample
         if config.evaluation.sample_prompt is not None:
-            prompt_ids(config, data.tokenizer)  # refused now, if at all
+            prompt_ids(config, data.tokenizer)  # raises now if the prompt has no tokens
         self.loader = self._loader(state.num_samples)
 
     def run(self) -> tuple[TrainerState, ExitCode]:
         """Trains until the run is finished or told to stop.
 
         Returns:
-            The last state, of which a checkpoint is committed, and FINISHED or START_AGAIN.
+            Last state, whose checkpoint is committed, and FINISHED or START_AGAIN.
 
         Raises:
-            ConfigError: On every rank, if a checkpoint could not be written.
-            DivergedError: On every rank, at a loss that `config.anomaly` does not put up with.
+            ConfigError: A checkpoint could not be written; raised on every rank.
+            DivergedError: A loss is not acceptable by `config.anomaly`; raised on every rank.
         """
         config, world, strategy, state = self.config, self.world, self.strategy, self.state
         total_steps = config.total_steps
         throughput = Throughput()
+        # As if the run had never stopped, so that stop.minutes counts the time of all starts.
         began = time.monotonic() - state.elapsed_s
         saved_step = state.step if state.step else None
         blocked_s = 0.0
@@ -101,7 +102,7 @@ class TrainingLoop:
                 batches = next(self.loader)
                 data_wait_s = time.perf_counter() - wait_began
 
-                # 2. What all ranks must agree on, in one small collective on the CPU
+                # 2. All that ranks must agree on, in one small collective on the CPU
                 num_targets, stop, time_up, save_failed, save_due = world.sum(
                     sum(batch.num_targets for batch in batches),
                     self.stop.requested(),
@@ -110,7 +111,7 @@ class TrainingLoop:
                     world.rank == 0 and self.save_schedule.due(state.step + 1),
                 )
                 if save_failed:
-                    self.checkpointer.wait()  # raises, on every rank
+                    self.checkpointer.wait()  # raises the error on every rank
                 if stop:
                     outcome = ExitCode.START_AGAIN
                 if stop or time_up:
@@ -134,8 +135,8 @@ class TrainingLoop:
                 )
                 throughput.step(num_tokens, data_wait_s)
 
-                # 4. Now and then: metrics (the only place that waits for the device), a checkpoint,
-                #    validation. Saved first: no failure in what follows may cost the step.
+                # 4. Periodically: metrics (the only place that waits for the device), a checkpoint,
+                #    validation. The save comes first, so that no later failure loses the step.
                 last = state.step == total_steps
                 evaluates = last or _due(state.step, config.evaluation.every_steps)
                 record: dict[str, Any] | None = None
@@ -168,6 +169,7 @@ class TrainingLoop:
                         self.reporter.log(record)
         finally:
             self.loader.close()
+        # A stop or the end of the time may come between two saves.
         if saved_step != state.step:
             self._save(state, loss)
         self.checkpointer.wait()
@@ -176,7 +178,7 @@ class TrainingLoop:
     def _train_step(
         self, batches: list[Batch], num_targets: float, step: int
     ) -> tuple["_StepLoss", Tensor, str | None]:
-        """One update; the global loss, the gradient norm, and why nothing was updated, if so.
+        """Runs one update; returns the global loss, the gradient norm, and any reason to skip it.
 
         The loss is summed, then divided by the global count, so every split of a global batch gives
         the same gradient.
@@ -184,7 +186,7 @@ class TrainingLoop:
         config, world, strategy = self.config, self.world, self.strategy
         loss = _StepLoss(num_targets)
         anomaly = None
-        torch.manual_seed(_step_seed(config.seed, step, world.rank))  # dropout
+        torch.manual_seed(_step_seed(config.seed, step, world.rank))  # for dropout
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
             on_device = batch.to(world.device)
@@ -193,8 +195,8 @@ class TrainingLoop:
                 loss.add({"loss": loss_sum.detach(), **self.module.parts})
                 if last and self.judges_every_loss:
                     anomaly = self.loss_watch.verdict(loss.value())
-                # A gradient that is not finite is thrown away by every strategy: the one way to
-                # take back micro-batches that were accumulated or reduced already.
+                # Every strategy discards a gradient that is not finite. NaN is the one way to take
+                # back micro-batches that were already accumulated or reduced.
                 strategy.backward(loss_sum / (num_targets if anomaly is None else math.nan))
         grad_norm = strategy.step(config.optim.max_norm, skip_not_finite=self.judges_every_loss)
         if anomaly is None and self.judges_every_loss and not math.isfinite(grad_norm.item()):
@@ -202,9 +204,9 @@ class TrainingLoop:
         return loss, grad_norm, anomaly
 
     def _recover(self, anomaly: str, loss: float, state: TrainerState) -> TrainerState:
-        """Where to go on after a batch that was not learned from; the same on every rank.
+        """Returns the state to continue from after a batch was skipped; the same on every rank.
 
-        The batch is never read again: after a rollback the run goes on with the batches behind it.
+        The batch is never read again: after a rollback the run continues with the batches after it.
         """
         self.anomalies_in_a_row += 1
         if self.anomalies_in_a_row > self.config.anomaly.max_in_a_row:
@@ -219,14 +221,15 @@ class TrainingLoop:
         newest = dataclasses.replace(self.config, resume="auto")
         checkpoint = find_checkpoint(newest, self.checkpoints, self.world, self.reporter)
         if checkpoint is None:
-            raise self._diverged(state, f"{anomaly}, and there is no checkpoint to go back to")
+            raise self._diverged(state, f"{anomaly}, and there is no checkpoint to roll back to")
         saved = read_state(checkpoint)
-        self.reporter.say(f"{what}; rolling back to {checkpoint.name} and on with later batches")
+        self.reporter.say(f"{what}; rolling back to {checkpoint.name}, then using later batches")
         self.reporter.event("rollback", state.step, to_step=saved.step, loss=loss, reason=anomaly)
         self.reporter.roll_back(saved.step)
         self.strategy.load_state(state_reader(checkpoint), num_updates=saved.step)
         self.loader.close()
         self.loader = self._loader(num_samples)
+        # The data and the clock move on; everything else is as it was saved.
         return dataclasses.replace(
             saved,
             num_samples=num_samples,
@@ -245,12 +248,12 @@ class TrainingLoop:
         good = committed(self.checkpoints)
         kept = f"{good[0].name} was saved before" if good else "nothing was saved before"
         return DivergedError(
-            f"step {state.step}: {what}; {kept}. Lower optim.lr or optim.max_norm, look at the data"
+            f"step {state.step}: {what}; {kept}. Lower optim.lr or optim.max_norm, check the data"
             ", or set anomaly.action=skip or rollback"
         )
 
     def _save(self, state: TrainerState, loss: "_StepLoss | None") -> float:
-        """Seconds that it took from training; weights of a loss that is no number are not kept."""
+        """Saves and returns the seconds it took from training; raises if the loss is not finite."""
         self.heartbeat.at("save", state.step)
         if loss is not None:
             self._refuse_divergence(state, loss.value(), 0.0)
@@ -259,7 +262,7 @@ class TrainingLoop:
         return blocked_s
 
     def _evaluate_and_log(self, record: dict[str, Any]) -> None:
-        """Adds validation metrics to the record of a step; where that fails, it is kept without."""
+        """Logs a step with its validation metrics, or without them if the evaluation fails."""
         try:
             metrics = self._evaluate(record["step"])
         except Exception as e:
@@ -271,7 +274,7 @@ class TrainingLoop:
         self.reporter.log(record | metrics)
 
     def _evaluate(self, step: int) -> dict[str, Any]:
-        """Validation metrics and a sample; nothing where a rank was told to stop meanwhile."""
+        """Returns validation metrics and shows a sample; returns {} if a rank was told to stop."""
         config, world = self.config, self.world
         self.heartbeat.at("evaluate", step)
         metrics = evaluate(config, self.data, self.strategy, self.module, world, self._poll)
@@ -312,7 +315,7 @@ class TrainingLoop:
 
 
 class _StepLoss:
-    """The loss of a step and its parts, summed over ranks and read when somebody asks for them."""
+    """Sums the loss of a step and its parts; sums over ranks when the value is first read."""
 
     def __init__(self, num_targets: float) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -320,12 +323,12 @@ class _StepLoss:
         self._means: dict[str, float] | None = None
 
     def add(self, sums: dict[str, Tensor]) -> None:
-        """Counts a micro-batch of this rank."""
+        """Adds a micro-batch of this rank."""
         for name, value in sums.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def means(self) -> dict[str, float]:
-        """Over all ranks' targets. Collective the first time, and waits for the device."""
+        """Returns means over all ranks' targets; the first call is collective and waits."""
         if self._means is None:
             total = torch.stack([*self._sums.values()])
             dist.all_reduce(total)
@@ -336,7 +339,7 @@ class _StepLoss:
         return self._means
 
     def value(self) -> float:
-        """Nats a token of what is trained for; as `means`."""
+        """Returns the training loss in nats per token; see `means`."""
         return self.means()["loss"]
 
 
@@ -345,6 +348,7 @@ def _due(step: int, every_steps: int | None) -> bool:
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
-    """A fresh seed each step, so that a resume needs no saved generator state."""
+    """Returns a new seed for each step, so that a resume needs no saved generator state."""
     digest = hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()
+    # 63 bits fit into a signed 64-bit integer.
     return int.from_bytes(digest[:8], "little") >> 1

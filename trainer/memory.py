@@ -1,4 +1,4 @@
-"""How much memory a rank will need: for the planner, which imports no torch, and for a check.
+"""Estimates the memory of a rank: for the planner, which imports no torch, and for a check.
 
 Symbols: N parameters, t tokens of a micro-batch, H hidden size, I MLP size, V vocabulary.
 """
@@ -12,9 +12,9 @@ from parallel.config import DdpConfig, Dtype, FsdpConfig, ZeroConfig
 from trainer.config import DistillConfig, TrainerConfig
 from trainer.shape import ModelShape, model_shape, teacher_shape
 
-# Bytes that one token leaves for backward in one decoder block: (of H, of I, of the queries, of the
-# keys), in float32 and under bf16 autocast. Fitted to what transformers 5.23 saves with sdpa
-# attention; tests/trainer/test_memory.py holds it to 5%.
+# Bytes that one token stores for backward in one decoder block, per element of H, of I, of the
+# queries and of the keys, in float32 and under bf16 autocast. Fitted to what transformers 5.23
+# saves with sdpa attention; tests/trainer/test_memory.py checks it to 5%.
 _SAVED_BYTES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "llama": ((24, 16, 8, 8), (26, 8, 4, 4)),
     "mistral": ((24, 16, 8, 8), (26, 8, 4, 4)),
@@ -22,31 +22,32 @@ _SAVED_BYTES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "qwen3": ((24, 16, 16, 16), (26, 8, 10, 10)),
     "gpt2": ((32, 20, 0, 0), (20, 10, 0, 0)),
 }
-# Logits that the fused loss holds at a time on a GPU: `_CHUNK_NUMEL` of trainer/objective.py.
+# Logits that the fused loss holds at a time on a GPU: `_CHUNK_NUMEL` in trainer/objective.py.
 _LOGITS_NUMEL = 2**26
-# As many matrices of that size, float32, are alive at once: logits; of a distillation the student's
-# logits, both distributions and their logarithms (tests/trainer/test_memory.py counts them).
+# Number of float32 matrices of that size that exist at once: the logits, or in distillation the
+# student's logits, both distributions and their logarithms (counted in
+# tests/trainer/test_memory.py).
 _LOSS_MATRICES, _DISTILLATION_MATRICES = 1, 4
-# Assumed: the CUDA context, NCCL's buffers, and what the allocator cannot use.
+# An assumption for the CUDA context, NCCL's buffers, and fragmentation.
 _OVERHEAD_BYTES = 1.5 * 2**30
-_MARGIN = 1.1  # by which a plan may be wrong: only what is further beyond a GPU is refused
+_MARGIN = 1.1  # tolerance of the estimate: only a plan beyond this share of a GPU is refused
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one GPU, and on its host.
+    """Holds the bytes needed on one GPU, and on its host.
 
     Attributes:
         parameters: Float32 weights that the rank holds.
-        gradients: Of these.
+        gradients: Gradients of those weights.
         optimizer: AdamW's two moments, and ZeRO's own copy of the weights.
-        gathered: Weights in the type of computation, or those of other ranks, for as long as they
-            are used; buffers to reduce gradients in.
-        activations: What backward needs of one micro-batch.
-        loss: Logits at hand, and the gradients that the fused loss makes in forward.
-        teacher: Weights of a distillation's teacher, held and gathered; it has nothing else.
-        overhead: Assumed, for what is not the model's.
-        host: In host memory (ZeRO's offload).
+        gathered: Weights in the type of computation, or those of other ranks, while they are used,
+            and buffers for reducing gradients.
+        activations: Tensors that backward needs of one micro-batch.
+        loss: Logits held at a time, and the gradients that the fused loss computes in forward.
+        teacher: Weights of a distillation's teacher, held and gathered; it has no other state.
+        overhead: Assumed memory that is not the model's.
+        host: Bytes in host memory (ZeRO's offload).
     """
 
     parameters: float
@@ -61,7 +62,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> float:
-        """On the GPU."""
+        """Bytes on the GPU."""
         return (
             self.parameters
             + self.gradients
@@ -75,29 +76,30 @@ class MemoryPlan:
 
 
 def plan_memory(config: TrainerConfig, shape: ModelShape, world_size: int) -> MemoryPlan:
-    """What one rank needs at its peak, at the end of forward.
+    """Returns the memory of one rank at its peak, at the end of forward.
 
     Args:
-        config: The run.
-        shape: Of its model.
-        world_size: Ranks.
+        config: Settings of the run.
+        shape: Shape of its model.
+        world_size: Number of ranks.
 
     Raises:
-        ConfigError: If the size of a teacher is not known, as in `teacher_shape`.
+        ConfigError: The size of the teacher is not known, as in `teacher_shape`.
     """
     is_bf16 = config.precision.param_dtype is Dtype.bfloat16
+    # A micro-batch is never larger than a rank's share of the global batch.
     rows = min(config.micro_batch_size, -(-config.global_batch_size // world_size))
     tokens = rows * config.data.max_seq_len
     compute_bytes = 2 if is_bf16 else 4
     state = _state(config, shape, world_size, compute_bytes)
     teacher = teacher_shape(config)
     embedding = shape.vocab_size * shape.hidden_size
-    if config.model.fused_loss is not False:  # auto, too: most families can
+    if config.model.fused_loss is not False:  # auto counts as fused, which most families support
         logits = min(_LOGITS_NUMEL, tokens * shape.vocab_size)
         matrices = _LOSS_MATRICES if teacher is None else _DISTILLATION_MATRICES
         loss = 4.0 * matrices * logits + 4.0 * embedding
         loss += tokens * shape.hidden_size * compute_bytes
-    else:  # and, of a distillation, the teacher's logits, both logarithms and what they make
+    else:  # distillation also holds the teacher's logits, both logarithms and their product
         floats = 2 if teacher is None else 6
         loss = (4.0 * floats + compute_bytes) * tokens * shape.vocab_size
     on_gpu, on_host = (0.0, 0.0) if teacher is None else _teacher(config, teacher, world_size)
@@ -112,21 +114,21 @@ def plan_memory(config: TrainerConfig, shape: ModelShape, world_size: int) -> Me
 
 
 def check_memory(config: TrainerConfig, world_size: int, gpu_bytes: int) -> None:
-    """Refuses what cannot fit, before minutes are paid for that end in an out-of-memory error.
+    """Refuses a run that cannot fit, before minutes are spent on an out-of-memory error.
 
     Args:
-        config: The run.
-        world_size: Ranks.
-        gpu_bytes: Memory of the smallest GPU.
+        config: Settings of the run.
+        world_size: Number of ranks.
+        gpu_bytes: Memory of the smallest GPU, in bytes.
 
     Raises:
-        ConfigError: With the least change after which it fits.
+        ConfigError: The run does not fit; the fix is the smallest change that makes it fit.
     """
     try:
         shape = model_shape(config)
         plan = plan_memory(config, shape, world_size)
     except ConfigError:
-        return  # a family whose size is not known: its GPU will say
+        return  # a family whose size is not known: the GPU itself will tell
     limit = _MARGIN * gpu_bytes
     if plan.total <= limit:
         return
@@ -151,11 +153,12 @@ def check_memory(config: TrainerConfig, world_size: int, gpu_bytes: int) -> None
 def _ways_out(
     config: TrainerConfig, world_size: int
 ) -> Iterator[tuple[list[str], TrainerConfig, int]]:
-    """Changes that need less memory, the smallest first: words, and what they make."""
+    """Yields changes that need less memory, the smallest first: words, settings, ranks."""
     most_ranks = min(1024, config.global_batch_size)
     ranks = [world_size, *(2**i for i in range(11) if world_size < 2**i <= most_ranks)]
     rows = [config.micro_batch_size >> i for i in range(config.micro_batch_size.bit_length())]
     parallels = [config.parallel, FsdpConfig()]
+    # The product varies its last factor fastest, so cheaper changes come before more ranks.
     for num_ranks, parallel, checkpointing, batch in product(
         ranks, parallels, sorted({config.activation_checkpointing, True}), rows
     ):
@@ -184,14 +187,15 @@ def _state(
     parallel, n = config.parallel, float(shape.num_parameters)
     block = float(shape.num_block_parameters)
     root = n - shape.num_layers * block  # embedding, output layer, last norm
-    cast = compute_bytes * n if compute_bytes < 4 else 0.0  # autocast keeps what it has cast
+    cast = compute_bytes * n if compute_bytes < 4 else 0.0  # autocast caches its casts
     if isinstance(parallel, DdpConfig):
         return {"parameters": 4 * n, "gradients": 4 * n, "optimizer": 8 * n, "gathered": cast}
     if isinstance(parallel, FsdpConfig):
         part = n / (world_size // parallel.dp_replicate)
-        # Two blocks at a time are whole, or all of them; and as many gradients in float32.
+        # Two blocks are gathered at a time, or all of them, plus as many float32 gradients.
         whole = root + (2 * block if parallel.reshard_after_forward else n - root)
         gathered = compute_bytes * whole + 4 * (2 * block + root)
+        # A single rank gathers nothing; only autocast's copies remain.
         if world_size == 1:
             gathered = cast
         return {
@@ -203,7 +207,7 @@ def _state(
     assert isinstance(parallel, ZeroConfig)
     part = n / world_size
     whole = 2 * block + root if parallel.stage == 3 else n
-    states = 12 * part  # two moments and DeepSpeed's own copy of the weights
+    states = 12 * part  # two moments and DeepSpeed's own float32 copy of the weights
     weights = 4 * (part if parallel.stage == 3 else n)
     gradients = 4 * (n if parallel.stage == 1 else part)
     host = states * parallel.offload_optimizer + weights * parallel.offload_parameters
@@ -217,7 +221,7 @@ def _state(
 
 
 def _teacher(config: TrainerConfig, shape: ModelShape, world_size: int) -> tuple[float, float]:
-    """Bytes of its weights on the GPU and on the host: shared out as those that are trained are."""
+    """Returns the bytes of the teacher's weights on GPU and host, sharded like trained weights."""
     parallel, objective = config.parallel, config.objective
     assert isinstance(objective, DistillConfig)
     size = 2.0 if objective.teacher_dtype is Dtype.bfloat16 else 4.0
@@ -239,6 +243,6 @@ def _activations(config: TrainerConfig, shape: ModelShape, tokens: int, is_bf16:
     sizes = (shape.hidden_size, shape.intermediate_size, shape.attention_size, keys)
     saved = _SAVED_BYTES[shape.family][is_bf16]
     block = float(sum(size * times for size, times in zip(sizes, saved, strict=True)))
-    if config.activation_checkpointing:  # inputs of all blocks, and the insides of one
+    if config.activation_checkpointing:  # inputs of all blocks, and the inner tensors of one
         return tokens * (shape.num_layers * 4.0 * shape.hidden_size + block)
     return tokens * shape.num_layers * block

@@ -1,4 +1,4 @@
-"""Builds the model without ever holding it: on the meta device first, then part by part."""
+"""Builds the model without holding it in full: on the meta device first, then part by part."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from trainer.weights import WeightsReader
 
 
 def hf_config_of(config: NamedModelConfig | PathModelConfig) -> Any:
-    """Transformers' config of the model.
+    """Returns transformers' config of the model.
 
     Raises:
-        ConfigError: If there is none of that name, or a field is misspelt.
+        ConfigError: There is no such model, or a field is misspelt.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -54,7 +54,7 @@ def hf_config_of(config: NamedModelConfig | PathModelConfig) -> Any:
             "model.model_type", config.model_type, _first_line(e), "use a type transformers knows"
         ) from e
     for field in config.config:
-        # transformers would keep an unknown field and ignore it.
+        # transformers would store an unknown field and ignore it.
         if not _has_field(known, field):
             close = difflib.get_close_matches(field, known.to_dict(), n=1)
             raise ConfigError(
@@ -76,12 +76,12 @@ def hf_config_of(config: NamedModelConfig | PathModelConfig) -> Any:
 def _has_field(known: Any, field: str) -> bool:
     try:
         return hasattr(known, field)
-    except RuntimeError:  # one of which each layer has its own
+    except RuntimeError:  # raised for a field of which each layer has its own value
         return True
 
 
 def _check_not_quantized(hf_config: Any, config: PathModelConfig) -> None:
-    """Raises ConfigError for a model whose files hold codes, which are no weights to train."""
+    """Raises ConfigError for a quantized model, whose files hold codes instead of weights."""
     for part in (hf_config, hf_config.get_text_config()):
         quantization = getattr(part, "quantization_config", None)
         if quantization is None:
@@ -102,11 +102,11 @@ def build_meta_model(
     tokenizer_size: int,
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """The architecture on the meta device: shapes, no memory.
+    """Returns the model on the meta device, which has shapes but uses no memory.
 
     Raises:
-        ConfigError: If the architecture is unknown, a field of it is misspelt, or the tokenizer has
-            more tokens than the embedding has rows.
+        ConfigError: The architecture is unknown, a field is misspelt, or the tokenizer has more
+            tokens than the embedding has rows.
     """
     hf_config = hf_config_of(config)
     text_config = hf_config.get_text_config()
@@ -122,14 +122,14 @@ def build_meta_model(
             "use the model's own tokenizer (data.tokenizer=auto with model=pretrained), a smaller "
             "data.tokenizer_vocab_size, or a larger model.vocab_size",
         )
-    # Of an encoder-decoder (BART), the causal language model is the decoder.
+    # The causal language model of an encoder-decoder (BART) is its decoder.
     if hf_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not (
         getattr(hf_config, "is_decoder", True) or getattr(hf_config, "is_encoder_decoder", False)
     ):
         raise ConfigError(
             "model",
             hf_config.model_type,
-            "an encoder sees the tokens that it is to predict",
+            "is an encoder, which sees the tokens that it is to predict",
             "choose a causal language model, or one whose config says is_decoder=true",
         )
     if config.attn_implementation == "eager" != plain_attention(hf_config):
@@ -156,13 +156,13 @@ def _build(hf_config: Any, dtype: torch.dtype, attn_implementation: str | None) 
         try:
             _on_meta(hf_config, dtype, None)
         except Exception:
-            pass  # then the attention is not what is wrong
+            pass  # the attention is not the cause
         else:
             raise ConfigError(
                 "model.attn_implementation",
                 attn_implementation,
                 f"{hf_config.model_type} cannot be built with it ({_first_sentence(error)})",
-                "set model.attn_implementation=null, and transformers chooses",
+                "set model.attn_implementation=null, so that transformers chooses",
             ) from error
     raise ConfigError(
         "model",
@@ -183,7 +183,7 @@ def _on_meta(
 
 
 def _fit_special_tokens(config: NamedModelConfig, text_config: Any) -> None:
-    """Takes back special tokens of a family's first model that a smaller vocabulary lacks."""
+    """Clears a family's default special tokens that are outside of a smaller vocabulary."""
     for name in {"pad_token_id", "bos_token_id", "eos_token_id"} - config.config.keys():
         given = getattr(text_config, name, None)
         ids = given if isinstance(given, list) else [given]
@@ -192,7 +192,7 @@ def _fit_special_tokens(config: NamedModelConfig, text_config: Any) -> None:
 
 
 def set_special_token(described: Any, name: str, value: int | None, otherwise: int) -> None:
-    """Sets `pad_token_id` and its like; families that cannot be without one take the other."""
+    """Sets `pad_token_id` or a similar field; where None is refused, sets `otherwise`."""
     try:
         setattr(described, name, value)
     except StrictDataclassError:
@@ -202,15 +202,15 @@ def set_special_token(described: Any, name: str, value: int | None, otherwise: i
 class Materializer:
     """Fills one part of a meta model after another with the run's initial weights.
 
-    Random weights come from the model's own initialisation, one module at a time under a seed of
-    its name: the same weights whatever the strategy, the order or the number of ranks. Pretrained
-    ones, persistent buffers among them, are read from the safetensors files, only those of the part
-    at hand.
+    Random weights come from the model's own initialization, one module at a time, each under a seed
+    derived from its name: they are the same for every strategy, order and number of ranks.
+    Pretrained weights, including persistent buffers, are read from the safetensors files, only
+    those of the part at hand.
 
     Attributes:
-        sparse: Names of the parameters whose zeros stay: with `model.keep_zeros` all matrices but
-            embeddings, else none.
-        num_zeros: Zeros in these, as far as they are filled.
+        sparse: Names of the parameters whose zeros stay zero: with `model.keep_zeros` all matrices
+            except embeddings, otherwise none.
+        num_zeros: Number of zeros in the sparse parameters that are filled so far.
     """
 
     def __init__(
@@ -232,26 +232,29 @@ class Materializer:
         keeps_zeros = isinstance(config, PathModelConfig) and config.keep_zeros
         self.sparse = _matrices(model) if keeps_zeros else set()
         self.num_zeros = 0
+        # Modules outside of the model (a teacher) are filled by their own materializer.
         self._done: set[nn.Module] = {m for m in module.modules() if m not in self._names}
 
     @property
     def stored_names(self) -> list[str] | None:
-        """Names of the tensors in the files; None where weights are drawn at random."""
+        """Names of the tensors in the files; None for random weights."""
         return None if self._read is None else self._read.stored_names
 
     @torch.no_grad()
     def __call__(self, part: nn.Module) -> None:
-        """Materializes what is not yet, of `part` and below."""
+        """Materializes `part` and its submodules, except those that are already filled."""
         modules = [m for m in _children_first(part) if m not in self._done]
         for module in modules:
+            # Not recursive: children are in the list themselves unless they are filled already.
             module.to_empty(device=self._device, recurse=False)
             for _, tensor in _own_tensors(module):
                 if tensor.is_floating_point():
-                    tensor.fill_(torch.nan)  # what nothing initialises shows below
+                    tensor.fill_(torch.nan)  # marks uninitialized values for the check below
+        # Forked, so that filling weights leaves the run's own random state unchanged.
         with torch.random.fork_rng(
             devices=[self._device] if self._device.type == "cuda" else [],
         ):
-            for module in modules:  # a parent may refine what its children drew (GPT-2)
+            for module in modules:  # children first: a parent may refine their values (GPT-2)
                 torch.manual_seed(_seed_of(self._seed, self._names[module]))
                 self._owners[module]._init_weights(module)
         for name, tensor in self._tensors(modules):
@@ -263,7 +266,7 @@ class Materializer:
                 self._fill_unset(name, tensor)
         self._done.update(modules)
         if all(m in self._done for m in self._names):
-            self._model.tie_weights()  # ties are between modules; to_empty parted them
+            self._model.tie_weights()  # to_empty separated tied parameters of different modules
             if self.sparse and not self.num_zeros:
                 raise ConfigError(
                     "model.keep_zeros",
@@ -277,7 +280,7 @@ class Materializer:
         return isinstance(tensor, nn.Parameter) or name in self._buffers
 
     def _fill_unset(self, name: str, tensor: Tensor) -> None:
-        """Gives what `_init_weights` leaves alone the value that the constructor gives it."""
+        """Gives a tensor that `_init_weights` does not set its value from the constructor."""
         if self._constructed is None:
             self._constructed = constructed_values(self._model, self._seed)
         if name in self._constructed:
@@ -294,14 +297,14 @@ class Materializer:
                 )
 
     def _tensors(self, modules: list[nn.Module]) -> Iterator[tuple[str, Tensor]]:
-        """Parameters and buffers of these modules, by their names in the model."""
+        """Yields the parameters and buffers of modules, by their names in the model."""
         for module in modules:
             for name, tensor in _own_tensors(module):
                 yield f"{self._names[module]}.{name}".removeprefix("."), tensor
 
 
 def prepare_training(model: PreTrainedModel, *, compile: bool, checkpointing: bool) -> None:
-    """Switches on recomputation and compilation, block by block, before any sharding."""
+    """Enables recomputation and compilation of each block; call it before sharding."""
     model.train()
     for block in decoder_blocks(model):
         if checkpointing:
@@ -311,13 +314,13 @@ def prepare_training(model: PreTrainedModel, *, compile: bool, checkpointing: bo
 
 
 def _matrices(model: nn.Module) -> set[str]:
-    """Names of the parameters of two or more dimensions that are no embedding."""
+    """Returns the names of parameters of two or more dimensions, except embeddings."""
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     return {n for n, p in model.named_parameters() if p.ndim >= 2 and p not in embeddings}
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and buffers of a module itself."""
+    """Returns the parameters and buffers of a module itself, without its children's."""
     return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
 
 
@@ -326,9 +329,9 @@ def _has_nan(tensor: Tensor) -> bool:
 
 
 def _owners(model: PreTrainedModel) -> dict[nn.Module, PreTrainedModel]:
-    """The innermost transformers model around each module: it knows how to initialise it."""
+    """Returns for each module the innermost transformers model around it, which initializes it."""
     owners: dict[nn.Module, PreTrainedModel] = {}
-    for module in model.modules():  # parents come first
+    for module in model.modules():  # yields parents before their children
         if isinstance(module, PreTrainedModel):
             owners |= dict.fromkeys(module.modules(), module)
     return owners
@@ -345,7 +348,7 @@ def _seed_of(seed: int, name: str) -> int:
 
 
 def _first_sentence(error: Exception) -> str:
-    """What is wrong; transformers goes on with whom to ask for it."""
+    """Returns the first sentence, which says what is wrong; advice by transformers follows it."""
     return _first_line(error).partition(". ")[0]
 
 

@@ -1,4 +1,4 @@
-"""What is trained for: the model and its loss in one module. Here: next-token prediction.
+"""Objectives: a model with its loss in one module. This module has next-token prediction.
 
 Shapes: B sequences of T tokens, N = B x T, H hidden size, V vocabulary.
 """
@@ -15,22 +15,22 @@ from torch import Tensor, nn
 from parallel.strategy import Materialize
 from trainer.data.loader import IGNORE_INDEX
 
-# Logits held at once, in elements: they stay in the cache of a CPU, and keep a GPU busy.
+# Number of logits held at once: they fit into a CPU's cache, and keep a GPU busy.
 _CHUNK_NUMEL = {"cpu": 2**22, "cuda": 2**26}
 
 
 class Objective(nn.Module, ABC):
-    """A Hugging Face causal LM, `model`, and the loss that it is trained for.
+    """Combines a Hugging Face causal LM, `model`, with the loss that it is trained on.
 
-    Head and loss are inside forward so that a strategy which gathers parameters around forward has
-    the head's weight there. `trainer/probe.py` finds out what the model at hand needs.
+    Head and loss are inside forward, so that a strategy that gathers parameters around forward has
+    the head's weight there. `trainer/probe.py` finds out what the given model needs.
 
     Attributes:
-        fused: Whether head and loss are computed together; else transformers computes the logits.
-        auxiliary: Whether the model's own loss (routers out of balance, z-loss) is added.
-        apart: Whether the documents of a sample are to be given in rows of their own.
-        parts: What the loss of the last forward in training is made of, by the name of its metric:
-            sums over targets, float32 scalars without a gradient. Empty where it is of one piece.
+        fused: True if head and loss are computed together; otherwise transformers computes logits.
+        auxiliary: True if the model's own loss (load balance of routers, z-loss) is added.
+        apart: True if each document of a sample needs a row of its own.
+        parts: Parts of the last training loss by the name of their metric: sums over targets, as
+            float32 scalars without a gradient. Empty if the loss has only one part.
     """
 
     def __init__(self, model: nn.Module, fused: bool) -> None:
@@ -47,46 +47,46 @@ class Objective(nn.Module, ABC):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Loss, or the next token's logits where there are no targets.
+        """Returns the loss, or without targets the next token's logits.
 
         Args:
-            input_ids: (B, T) int64.
-            targets: (B, T) int64; IGNORE_INDEX bears no loss.
-            position_ids: (B, T) int64, restarting at 0 with each document; None counts up.
-            attention_mask: (B, T) int64, 0 for padding at the end of a row; None: there is none.
+            input_ids: Token ids, (B, T) int64.
+            targets: Next tokens, (B, T) int64; IGNORE_INDEX has no loss.
+            position_ids: Positions, (B, T) int64, from 0 in each document; None counts up.
+            attention_mask: Mask, (B, T) int64, 0 for padding at the end of a row; None: no padding.
 
         Returns:
-            The loss summed over targets, a float32 scalar: the objective's in training, plain
-            cross-entropy in evaluation, so that objectives compare; or (B, V) logits after the last
-            position.
+            Loss summed over targets, a float32 scalar: the objective's loss in training, plain
+            cross-entropy in evaluation, so that objectives can be compared; or (B, V) logits
+            after the last position.
         """
 
     @abstractmethod
     def materializer(self, model: Materialize, device: torch.device) -> Materialize:
-        """What fills all of this module part by part, given what fills the parts of `model`."""
+        """Returns a function that fills this module part by part, given one for `model`."""
 
     def states(
         self, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """What the loss is made of, and the model's own loss.
+        """Returns the input of the loss, and the model's own loss.
 
         Returns:
-            (N, H) hidden states that the head makes logits of where the loss is fused, else (N, V)
-            logits; and the auxiliary loss, a scalar mean, or None where it is not wanted.
+            (N, H) hidden states, the head's input, if the loss is fused, otherwise (N, V) logits;
+            and the auxiliary loss, a scalar mean, or None if it is not used.
         """
         inputs = model_inputs(input_ids, position_ids)
         if not (self.training and self.auxiliary):
             return outputs_of(self.model, self.fused, inputs).flatten(0, 1), None
         if attention_mask is not None:
-            # No document is changed by what comes after it, but routers would be told to balance
-            # padding, too.
+            # Causal attention hides padding from the documents, but without a mask routers would
+            # balance the padding too.
             inputs["attention_mask"] = attention_mask
         outputs, auxiliary = outputs_and_own_loss(self.model, self.fused, inputs)
         return outputs.flatten(0, 1), auxiliary
 
 
 class NextTokenLoss(Objective):
-    """Summed cross-entropy on packed samples, and the model's auxiliary loss if it has one."""
+    """Computes summed cross-entropy on packed samples, plus the model's auxiliary loss if any."""
 
     def forward(
         self,
@@ -110,7 +110,7 @@ class NextTokenLoss(Objective):
 
 
 def model_inputs(input_ids: Tensor, position_ids: Tensor | None) -> dict[str, Any]:
-    """Arguments of a model's forward."""
+    """Returns the arguments of a model's forward."""
     inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
     if position_ids is not None:
         inputs["position_ids"] = position_ids
@@ -118,13 +118,13 @@ def model_inputs(input_ids: Tensor, position_ids: Tensor | None) -> dict[str, An
 
 
 def next_logits(model: Any, input_ids: Tensor) -> Tensor:
-    """(B, V) logits after the last position."""
+    """Returns the logits (B, V) after the last position."""
     logits: Tensor = model(**model_inputs(input_ids, None), logits_to_keep=1).logits[:, -1]
     return logits
 
 
 def outputs_of(model: Any, hidden: bool, inputs: dict[str, Any]) -> Tensor:
-    """(B, T, H) hidden states that the head makes logits of, or (B, T, V) logits."""
+    """Returns the head's input, (B, T, H) hidden states, or (B, T, V) logits."""
     outputs: Tensor = (
         model.base_model(**inputs).last_hidden_state if hidden else model(**inputs).logits
     )
@@ -132,11 +132,11 @@ def outputs_of(model: Any, hidden: bool, inputs: dict[str, Any]) -> Tensor:
 
 
 def outputs_and_own_loss(model: Any, hidden: bool, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """As `outputs_of`, and what the model adds to cross-entropy where it is given labels.
+    """Returns the same as `outputs_of`, and what the model adds to cross-entropy given labels.
 
-    That is the auxiliary loss as each family of transformers defines it, times its coefficient; 0
-    where a family or its config wants none. Hidden states are those that the head was given, which
-    made the logits of one position of them only.
+    The addition is the auxiliary loss as each family of transformers defines it, times its
+    coefficient, or 0 if the family or its config has none. Hidden states are taken from the input
+    of the head, which is then given only one position, to save the other logits.
     """
     given: list[Tensor] = []
 
@@ -156,7 +156,7 @@ def outputs_and_own_loss(model: Any, hidden: bool, inputs: dict[str, Any]) -> tu
 
 @contextmanager
 def _without_cross_entropy(model: Any) -> Iterator[None]:
-    """Has a model that is given labels return a loss of what it adds to cross-entropy only."""
+    """Makes a model that is given labels return only its additions to cross-entropy."""
     own = model.loss_function
     model.loss_function = _nothing
     try:
@@ -166,22 +166,23 @@ def _without_cross_entropy(model: Any) -> Iterator[None]:
 
 
 def _nothing(logits: Tensor, *_: Any, **__: Any) -> Tensor:
-    return logits.new_zeros((), dtype=torch.float32)  # a new one: models add to it in place
+    # A new tensor each time, since models add to it in place.
+    return logits.new_zeros((), dtype=torch.float32)
 
 
 def over_targets(mean: Tensor, targets: Tensor) -> Tensor:
-    """A mean over a micro-batch, weighted by the targets (B, T) in it: a sum, as the loss is."""
+    """Returns a mean over a micro-batch times its number of targets (B, T): a sum like the loss."""
     return mean.float() * (targets != IGNORE_INDEX).sum()
 
 
 def cross_entropy_sum(model: Any, fused: bool, states: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross-entropy, a float32 scalar.
+    """Returns the summed cross-entropy, a float32 scalar.
 
     Args:
-        model: Whose head it is.
-        fused: What `states` are.
-        states: (N, H) hidden states, or (N, V) logits.
-        targets: (B, T) int64 with IGNORE_INDEX.
+        model: Model whose head is used.
+        fused: True if `states` are hidden states.
+        states: Hidden states (N, H), or logits (N, V).
+        targets: Next tokens, (B, T) int64 with IGNORE_INDEX.
     """
     if fused:
         return fused_linear_cross_entropy(*with_head(model, states), targets.flatten())
@@ -191,9 +192,9 @@ def cross_entropy_sum(model: Any, fused: bool, states: Tensor, targets: Tensor) 
 
 
 def with_head(model: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What logits are the product of: (N, H) hidden states, the head's (V, H) weight, its bias.
+    """Returns the factors of the logits: hidden states (N, H), the head's weight (V, H), its bias.
 
-    The first two are of autocast's type where it is on.
+    Under autocast the first two have autocast's type.
     """
     head = model.get_output_embeddings()
     weight, bias = head.weight, getattr(head, "bias", None)
@@ -206,20 +207,20 @@ def with_head(model: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None
 def fused_linear_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
 ) -> Tensor:
-    """`cross_entropy(hidden @ weight.T + bias, targets, reduction="sum")`, a few rows at a time.
+    """Returns `cross_entropy(hidden @ weight.T + bias, targets, reduction="sum")` in chunks.
 
-    Gradients are made in forward while a chunk's logits are at hand (as Liger-Kernel does,
-    arXiv 2410.10989), so nothing of size N x V is stored and nothing is computed twice. The scale
-    of the incoming gradient is applied in backward.
+    Gradients are computed in forward while a chunk's logits are in memory (as in Liger-Kernel,
+    arXiv 2410.10989), so nothing of size N x V is stored and nothing is computed twice. Backward
+    applies the scale of the incoming gradient.
 
     Args:
-        hidden: (N, H).
-        weight: (V, H), of the dtype of `hidden`.
-        bias: (V) or None.
-        targets: (N) int64 with IGNORE_INDEX.
+        hidden: Hidden states, (N, H).
+        weight: Weight of the head, (V, H), in the type of `hidden`.
+        bias: Bias of the head, (V), or None.
+        targets: Next tokens, (N) int64 with IGNORE_INDEX.
 
     Returns:
-        float32 scalar.
+        Loss, a float32 scalar.
     """
     loss: Tensor = _FusedLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, targets
@@ -244,7 +245,8 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             total += losses.masked_fill_(~counted, 0.0).sum()
             if not grads.wanted:
                 continue
-            grad = logits.sub_(log_norm).exp_()  # softmax, in the logits' memory
+            # The gradient of cross-entropy is softmax minus one at the target.
+            grad = logits.sub_(log_norm).exp_()  # softmax, in the memory of the logits
             grad.scatter_add_(1, index, -torch.ones_like(log_norm))
             grads.add(rows, grad.mul_(counted.unsqueeze(1)))
         ctx.grads = grads.finish()
@@ -253,18 +255,18 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grad_outputs
-        grads, ctx.grads = ctx.grads, ()  # used once: scaled in place
+        grads, ctx.grads = ctx.grads, ()  # scaled in place, so they can be used only once
         return *(None if g is None else g.mul_(scale) for g in grads), None
 
 
 class HeadGradients:
-    """Gradients of hidden states and head, added up chunk by chunk from those of the logits.
+    """Accumulates gradients of hidden states and head from chunks of the logits' gradient.
 
     Args:
-        hidden: (N, H).
-        weight: (V, H).
-        bias: (V) or None.
-        wants: Which of the three need one, first.
+        hidden: Hidden states, (N, H).
+        weight: Weight of the head, (V, H).
+        bias: Bias of the head, (V), or None.
+        wants: Flags, in this order, for the three that need a gradient.
     """
 
     def __init__(
@@ -273,11 +275,12 @@ class HeadGradients:
         self.wanted = any(wants[:3])
         self._hidden, self._weight, self._bias = hidden, weight, bias
         self._of_hidden = torch.empty_like(hidden) if self.wanted else None
+        # In float32, since adding many small chunks in bfloat16 would lose digits.
         self._of_weight = torch.zeros_like(weight, dtype=torch.float32) if wants[1] else None
         self._of_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
 
     def add(self, rows: slice, grad: Tensor) -> None:
-        """Counts a chunk, of whose logits `grad` (n, V), float32, is the gradient."""
+        """Adds a chunk, given the gradient of its logits, (n, V) float32."""
         if self._of_bias is not None:
             self._of_bias += grad.sum(0)
         grad = grad.to(self._hidden.dtype)
@@ -285,13 +288,14 @@ class HeadGradients:
         assert self._of_hidden is not None
         torch.mm(grad, self._weight, out=self._of_hidden[rows])
         if self._of_weight is not None:
+            # addmm_ needs equal types, so a bfloat16 product is added in a second step.
             if grad.dtype is torch.float32:
                 self._of_weight.addmm_(grad.T, chunk)
             else:
                 self._of_weight += grad.T @ chunk
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Those of hidden states, weight and bias, in their types."""
+        """Returns the gradients of hidden states, weight and bias, in their types."""
         weight, bias = self._of_weight, self._of_bias
         return (
             self._of_hidden,
@@ -301,6 +305,7 @@ class HeadGradients:
 
 
 def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """Rows of which the logits are held at once."""
+    """Returns slices of rows whose logits are held at once."""
+    # The larger the vocabulary, the fewer rows, so that chunks have about the same size.
     rows = max(1, _CHUNK_NUMEL.get(hidden.device.type, 2**22) // weight.shape[0])
     return [slice(i, i + rows) for i in range(0, hidden.shape[0], rows)]

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW, with decay on what multiplies."""
+"""The optimizer: AdamW, with weight decay on weights that multiply."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-# Last parts of names of tensors that state-space models hold as matrices and that multiply nothing.
+# Last parts of names of tensors that state-space models store as matrices but do not multiply with.
 _RATES = ("A_log", "dt_bias")
 
 
 class Decay(Enum):
-    """Which parameters are under weight decay."""
+    """Lists the rules that select parameters for weight decay."""
 
     auto = "auto"
     matrices = "matrices"
@@ -26,18 +26,18 @@ class Decay(Enum):
 
 @dataclass
 class AdamWConfig:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101), torch's fused implementation.
+    """Configures AdamW (Loshchilov & Hutter, arXiv 1711.05101), in torch's fused implementation.
 
     Attributes:
-        lr: Peak learning rate; the schedule scales it.
-        beta1: Decay of the mean of gradients, for each step.
-        beta2: Decay of the mean of their squares, for each step.
-        eps: Added to the root of that mean, which keeps the quotient finite.
-        weight_decay: Decay of the parameters that `decay` names, relative to the learning rate.
-        decay: Parameters that decay: `matrices` are those of two or more dimensions; `auto` leaves
-            out those of them that are biases (of experts), norms (of heads) or rates (`A_log`) by
-            their names, or that the model marks with `_no_weight_decay`.
-        max_norm: Largest global gradient norm; null switches clipping off.
+        lr: Peak learning rate, which the schedule scales.
+        beta1: Decay of the running mean of gradients, per step.
+        beta2: Decay of the running mean of squared gradients, per step.
+        eps: Constant added to the root of that mean, which keeps the quotient finite.
+        weight_decay: Decay of the parameters that `decay` selects, relative to the learning rate.
+        decay: Rule that selects decayed parameters: `matrices` takes those of two or more
+            dimensions; `auto` excludes those that are biases (of experts), norms (of heads) or
+            rates (`A_log`) by their names, or that the model marks with `_no_weight_decay`.
+        max_norm: Largest global gradient norm; null disables clipping.
     """
 
     lr: float = setting(3e-4, above=0, fix="try 3e-4")
@@ -52,8 +52,9 @@ class AdamWConfig:
         """Builds the optimizer.
 
         Args:
-            parameters: By canonical name; they may be shards, whose own shapes say nothing.
-            decayed: Names of those under weight decay.
+            parameters: Parameters by canonical name; they may be shards, whose shapes are not
+                global.
+            decayed: Names of the parameters under weight decay.
         """
         from torch.optim import AdamW
 
@@ -77,11 +78,11 @@ class AdamWConfig:
 
 
 def decayed_names(model: nn.Module, decay: Decay) -> set[str]:
-    """Names of the parameters of `model` that are under weight decay.
+    """Returns the names of the parameters of `model` that are under weight decay.
 
     Args:
-        model: As transformers built it: its marks are on the parameters that it made.
-        decay: The rule.
+        model: Model as transformers built it: its marks are on the original parameters.
+        decay: Rule that selects them.
     """
     matrices = {name: p for name, p in model.named_parameters() if p.ndim >= 2}
     if decay is Decay.matrices:

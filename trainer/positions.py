@@ -1,4 +1,4 @@
-"""How many positions a model has a table for."""
+"""Checks the number of positions for which a model has a table."""
 
 import copy
 from typing import Any
@@ -9,32 +9,32 @@ from transformers import PreTrainedModel
 
 from core.errors import ConfigError
 
-# Fields of a transformers config that say how long a sequence may be.
+# Fields of a transformers config that limit the length of a sequence.
 _FIELDS = ("max_position_embeddings", "max_target_positions", "n_positions", "max_seq_len")
 
 
 def check_positions(model: PreTrainedModel, max_seq_len: int) -> str | None:
     """Refuses sequences that are longer than a table of positions in the model.
 
-    A table is what changes its shape with the number of positions in the config. Rotary positions
-    and ALiBi's are computed for any length as a rule: those of a longer sequence are only said.
+    A table is recognized by a shape that changes with the number of positions in the config. Rotary
+    positions and ALiBi are usually computed for any length: longer sequences only cause a message.
 
     Args:
-        model: On any device; a second one is built on the meta device where it comes to that.
-        max_seq_len: Tokens of a sample.
+        model: Model on any device; if needed, a second one is built on the meta device.
+        max_seq_len: Number of tokens in a sample.
 
     Returns:
-        What to say about samples that are longer than the model was made for, if they are.
+        Message about samples that are longer than the model was made for, or None.
 
     Raises:
-        ConfigError: If the table is shorter.
+        ConfigError: A table is shorter than a sample.
     """
     config = model.config.get_text_config(decoder=True)
     for field in _FIELDS:
         length = getattr(config, field, None)
         if not isinstance(length, int):
             continue
-        # Tables with a padding row begin behind it (RoBERTa's), so that fewer positions are left.
+        # Tables with a padding row start after it (RoBERTa), which leaves fewer positions.
         pad_token_id = getattr(config, "pad_token_id", None) or 0
         if max_seq_len <= length - pad_token_id - 1:
             continue
@@ -56,7 +56,8 @@ def check_positions(model: PreTrainedModel, max_seq_len: int) -> str | None:
 
 
 def _table_length(model: PreTrainedModel, config: Any, field: str, length: int) -> int | None:
-    """Positions that fit into the shortest table; None where there is none."""
+    """Returns the number of positions in the shortest table, or None without a table."""
+    # The same model with twice as many positions shows which tensors depend on their number.
     longer = copy.deepcopy(model.config)
     setattr(longer.get_text_config(decoder=True), field, 2 * length)
     with torch.device("meta"):

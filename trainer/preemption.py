@@ -1,12 +1,12 @@
-"""Who tells a run that its machine is going away: a file, or the cloud's metadata service.
+"""Asks whether the machine is about to be taken away: by a file, or by a cloud's metadata service.
 
     notice file  anything that can create a file: a scheduler's hook, an operator, a test
     AWS          two minutes ahead; a rebalance recommendation often earlier
     GCP          30 s ahead
     Azure        30 s ahead
 
-A leaf's `poll()` asks once. What keeps asking, and bears with a service that fails, is
-`StopSignal.watch` in a thread of its own: nothing here may cost a step or end a run.
+`poll()` of a source asks once. `StopSignal.watch` polls in a thread of its own and tolerates a
+service that fails: nothing here may delay a step or end a run.
 """
 
 from __future__ import annotations
@@ -26,41 +26,41 @@ _LINK_LOCAL = "http://169.254.169.254"
 
 
 class NoticeSource(Protocol):
-    """Something that may announce the end of this machine.
+    """Is implemented by sources that may announce the end of this machine.
 
     Attributes:
-        what: The setting behind it, for messages.
+        what: Setting that selects the source, for messages.
     """
 
     what: str
 
     def poll(self) -> str | None:
-        """What was announced, in one line; None while nothing is.
+        """Returns an announcement in one line, or None.
 
         Raises:
-            OSError: It did not answer.
-            ValueError: It answered something else than is documented.
+            OSError: The source did not answer.
+            ValueError: The answer has another form than documented.
         """
         ...
 
 
 class CloudNotice(NoticeSource, Protocol):
-    """The metadata service of one cloud."""
+    """Is implemented by the metadata service of one cloud."""
 
     def identify(self) -> None:
-        """Returns if this machine belongs to that cloud; raises as `poll()` does if not."""
+        """Returns if this machine belongs to that cloud; otherwise raises as `poll()` does."""
         ...
 
 
 @dataclass
 class PreemptionConfig:
-    """Where to look for notice that this machine is going away.
+    """Configures where to look for notices that this machine will be taken away.
 
     Attributes:
-        notice_file: Stop when this file exists; whoever creates it removes it before a restart.
-        cloud: Whose metadata service to ask: none, auto (finds out), aws, gcp or azure.
+        notice_file: File whose existence stops the run; its creator removes it before a restart.
+        cloud: Cloud whose metadata service to ask: none, auto (detects it), aws, gcp or azure.
         metadata_url: Base URL of a metadata service other than the cloud's own.
-        poll_s: Seconds from one look to the next; AWS advises 5.
+        poll_s: Time between two requests, in seconds; AWS advises 5.
     """
 
     notice_file: str | None = None
@@ -69,7 +69,7 @@ class PreemptionConfig:
     poll_s: float = setting(5.0, above=0, below=math.inf, fix="use 5")
 
     def cross_check(self, key: str) -> None:
-        """Raises ConfigError for a cloud that is not known, and a service that nothing asks."""
+        """Raises ConfigError for an unknown cloud, and for a URL that has no effect."""
         if self.cloud not in ("none", "auto", *_CLOUDS):
             known = f"use none, auto, {', '.join(_CLOUDS)}"
             raise ConfigError(f"{key}.cloud", self.cloud, "there is no such cloud", known)
@@ -81,7 +81,7 @@ class PreemptionConfig:
                     f"{key}.metadata_url",
                     self.metadata_url,
                     f"has no effect with {key}.cloud=none",
-                    f"set {key}.cloud to the cloud whose service that is",
+                    f"set {key}.cloud to the cloud of that service",
                 )
             if not self.metadata_url.startswith(("http://", "https://")):
                 raise ConfigError(
@@ -92,7 +92,7 @@ class PreemptionConfig:
                 )
 
     def build(self) -> list[NoticeSource]:
-        """The sources to poll; asks none of them yet."""
+        """Returns the sources to poll, without asking them yet."""
         sources: list[NoticeSource] = []
         if self.notice_file is not None:
             sources.append(NoticeFile(Path(self.notice_file).expanduser().absolute()))
@@ -104,7 +104,7 @@ class PreemptionConfig:
 
 
 class NoticeFile:
-    """Announces once `path` exists."""
+    """Announces a stop once `path` exists."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -116,14 +116,14 @@ class NoticeFile:
 
 
 class AwsNotice:
-    """Spot interruptions and rebalance recommendations of EC2, by version 2 of its service.
+    """Reads spot interruptions and rebalance recommendations of EC2, by version 2 of its service.
 
     Sources, under https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/:
     spot-instance-termination-notices.html, rebalance-recommendations.html,
     configuring-instance-metadata-service.html (tokens).
     """
 
-    _TOKEN_TTL_S = 6 * 3600  # the longest there is
+    _TOKEN_TTL_S = 6 * 3600  # the maximum
 
     def __init__(self, url: str | None = None) -> None:
         self._url = url or _LINK_LOCAL
@@ -131,7 +131,7 @@ class AwsNotice:
         self.what = f"preemption.cloud=aws ({self._url})"
 
     def identify(self) -> None:
-        """See `CloudNotice`: no other cloud gives such tokens."""
+        """See `CloudNotice`; no other cloud issues such tokens."""
         self._token = self._new_token()
 
     def poll(self) -> str | None:
@@ -143,15 +143,15 @@ class AwsNotice:
         notice = self._get("/latest/meta-data/events/recommendations/rebalance")
         if notice is not None:
             since = _field(notice, "noticeTime")
-            return f"AWS recommends since {since} to leave this instance (rebalance)"
+            return f"AWS has recommended since {since} to leave this instance (rebalance)"
         return None
 
     def _get(self, path: str) -> dict[str, Any] | None:
-        """The object at `path`; None where there is none, which AWS says by 404."""
+        """Returns the object at `path`, or None if there is none, which AWS reports as 404."""
         if self._token is None:
             self._token = self._new_token()
         status, body = self._ask(path, self._token)
-        if status == 401:  # expired
+        if status == 401:  # the token has expired
             self._token = self._new_token()
             status, body = self._ask(path, self._token)
         return None if status == 404 else _object(_ok(status, body))
@@ -164,13 +164,13 @@ class AwsNotice:
         try:
             return _word(_ok(*_request(f"{self._url}/latest/api/token", ttl, method="PUT")))
         except OSError as e:
-            # The answer may travel one hop unless told otherwise; a container is one further.
+            # By default the response may travel one hop; a container is one hop further away.
             hint = "in a container, set the instance's metadata hop limit to 2"
             raise OSError(f"no session token: {e}; {hint}") from e
 
 
 class GcpNotice:
-    """Preemption of a Compute Engine instance.
+    """Reads the preemption of a Compute Engine instance.
 
     Source: https://cloud.google.com/compute/docs/instances/create-use-spot (detect preemption).
     """
@@ -194,10 +194,10 @@ class GcpNotice:
 
 
 class AzureNotice:
-    """Evictions of a spot VM and deletions from a scale set, among Azure's scheduled events.
+    """Reads evictions of a spot VM and deletions from a scale set in Azure's scheduled events.
 
-    All VMs of a scale set see the events of all, so that only those which name this VM count. The
-    first request switches the service on, which can take two minutes: it times out until then.
+    All VMs of a scale set see the events of all, so only events that name this VM count. The first
+    request enables the service, which can take two minutes, and times out until then.
 
     Source: https://learn.microsoft.com/en-us/azure/virtual-machines/linux/scheduled-events
     """
@@ -224,7 +224,7 @@ class AzureNotice:
         for event in events:
             kind = _field(event, "EventType")
             if kind in ("Preempt", "Terminate") and self._vm in _names(event):
-                # Empty once it has begun
+                # NotBefore is empty once the event has begun.
                 return f"Azure will {kind.lower()} this VM at {event.get('NotBefore') or 'once'}"
         return None
 
@@ -233,9 +233,9 @@ class AzureNotice:
 
 
 class AutoNotice:
-    """Asks each cloud once whether this machine is one of its own, then that one alone.
+    """Asks each cloud once whether it owns this machine, then polls only that cloud.
 
-    Somewhere else than in a cloud, no one answers, and there is nothing to announce.
+    Outside of a cloud no service answers, and there is nothing to announce.
     """
 
     def __init__(self, clouds: list[CloudNotice]) -> None:
@@ -263,13 +263,13 @@ _CLOUDS: dict[str, type[AwsNotice] | type[GcpNotice] | type[AzureNotice]] = {
 
 
 def _request(url: str, headers: dict[str, str], method: str = "GET") -> tuple[int, str]:
-    """Status and text; any status is an answer. Never by a proxy: it would speak of itself.
+    """Returns status and text; any status is an answer. Uses no proxy, which would ask elsewhere.
 
     Raises:
-        OSError: No answer, or none in time.
-        ValueError: Not text.
+        OSError: There is no answer within the timeout.
+        ValueError: The answer is not text.
     """
-    # 40 ms to import: not for --help
+    # Imported here because it takes 40 ms, which --help need not spend.
     from http.client import HTTPException
     from urllib.error import HTTPError
     from urllib.request import ProxyHandler, Request, build_opener
@@ -282,7 +282,7 @@ def _request(url: str, headers: dict[str, str], method: str = "GET") -> tuple[in
     except HTTPError as e:
         with e:
             return e.code, ""
-    except HTTPException as e:  # not HTTP, or cut short
+    except HTTPException as e:  # the answer is not HTTP, or incomplete
         raise OSError(f"no HTTP answer: {e!r}") from e
 
 
@@ -293,7 +293,7 @@ def _ok(status: int, body: str) -> str:
 
 
 def _word(text: str) -> str:
-    """A token or a name, and not the page of some other web server."""
+    """Returns a token or a name; refuses the page of some other web server."""
     word = text.strip()
     if not word.isascii() or len(word.split()) != 1 or "<" in word:
         raise ValueError(f"not a word: {word[:80]!r}")

@@ -1,9 +1,9 @@
-"""What the loaded model is asked once, before the first step.
+"""Asks the loaded model, once before the first step, how it computes.
 
-Families differ in what they do behind their head, in what they add to cross-entropy, and in whether
-positions that restart keep documents apart. No list of names could say which does what, so a few
-tokens are computed in each way, under the strategy and in the precision of the run, and compared
-with what transformers makes of them.
+Families differ in what they do after their head, in what they add to cross-entropy, and in whether
+restarting positions separates documents. No list of names could cover this. So a few tokens are
+computed in each way, under the strategy and in the precision of the run, and compared with what
+transformers computes.
 
 Shapes: B sequences of T tokens, H hidden size, V vocabulary.
 """
@@ -36,12 +36,12 @@ from trainer.objective import (
 POSITIONS, APART = "positions", "apart"
 
 _NUM_TOKENS = 16
-# What the head makes is multiplied by it: caps show then however small the logits are. It is a
-# power of two, so that nothing is rounded.
+# The head's output is multiplied by this gain, so that caps on logits show even if the logits are
+# small. It is a power of two, so that multiplying rounds nothing.
 _GAIN = 1024.0
-# Share of the largest value by which equal results may differ, by the type that is computed in.
+# Relative difference, to the largest value, up to which results count as equal, by type.
 _TOLERANCE = {Dtype.float32: 1e-5, Dtype.bfloat16: 2e-2}
-# The same for what follows a document and changes nothing but how its sums are rounded.
+# The same for padding after a document, which changes only how its sums are rounded.
 _ROUNDING = {Dtype.float32: 1e-3, Dtype.bfloat16: 1e-1}
 
 
@@ -55,23 +55,23 @@ def settle(
     say: Callable[[str], None],
     given: Collection[str] = (),
 ) -> None:
-    """Decides how `module` computes loss and documents, and notes it in `resolved`; collective.
+    """Decides how `module` computes loss and documents, and records it in `resolved`; collective.
 
-    A run that goes on computes as it began. One that began before any of this was asked has no such
-    notes in its settings, and gets none.
+    A resumed run computes as it began. A run that began before this module existed has no such
+    records in its settings, and gets none.
 
     Args:
-        config: Of this run.
-        module: Is told; its model is loaded.
-        strategy: Has set it up.
-        world: The ranks.
-        resolved: The settings as they are stored; is changed.
-        saved: Those of the checkpoint that the run goes on from, if it does.
-        say: Prints a line.
-        given: Keys that the user set: `model.fused_loss=auto` among them is asked again.
+        config: Settings of this run.
+        module: Objective to set up, with its model loaded.
+        strategy: Strategy that has set it up.
+        world: Ranks of the run.
+        resolved: Settings to be stored; they are changed.
+        saved: Settings of the checkpoint from which the run resumes, or None.
+        say: Function that prints a line.
+        given: Keys that the user set; `model.fused_loss=auto` among them decides anew.
 
     Raises:
-        ConfigError: If the model cannot be trained as the config says, or not as it began.
+        ConfigError: The model cannot be trained as configured, or not as the run began.
     """
     probe = Probe(config, module, strategy, world)
     notes = {} if saved is None else dict(saved.get("probe", {}))
@@ -128,37 +128,37 @@ def leave_unused(
     world: World,
     say: Callable[[str], None],
 ) -> None:
-    """Has training leave alone the parameters that the loss does not depend on; collective.
+    """Excludes parameters that the loss does not depend on from training; collective.
 
     Args:
-        config: Of this run.
-        module: As `settle` left it: what an auxiliary loss depends on takes part.
-        strategy: Has set it up, and has not loaded any state.
-        world: The ranks.
-        say: Prints a line.
+        config: Settings of this run.
+        module: Objective as `settle` left it: what an auxiliary loss depends on is trained.
+        strategy: Strategy that has set it up, and has not loaded any state.
+        world: Ranks of the run.
+        say: Function that prints a line.
     """
     model: Any = module.model
     refuse_layerdrop(model.config.get_text_config(), world.world_size)
     vocab_size = model.config.get_text_config().vocab_size
     length = max(2, min(_NUM_TOKENS, config.data.max_seq_len))
     tokens = (torch.arange(length, device=world.device) % vocab_size)[None]
-    model.eval()  # of layers that are dropped at random, all take part
+    model.eval()  # otherwise layers may be dropped at random and look unused
     try:
         unused = strategy.leave_unused(input_ids=tokens, targets=tokens)
     finally:
         model.train()
     if unused:
         say(
-            f"{len(unused)} parameters of {type(model).__name__} take no part in its loss, and "
-            f"stay as they are: {unused[0]}{', ...' if len(unused) > 1 else ''}"
+            f"{len(unused)} parameters of {type(model).__name__} do not affect its loss, and are "
+            f"not trained: {unused[0]}{', ...' if len(unused) > 1 else ''}"
         )
 
 
 def refuse_layerdrop(text_config: Any, world_size: int) -> None:
-    """Raises ConfigError where ranks would leave out different layers in the same step.
+    """Raises ConfigError if ranks would drop different layers in the same step.
 
-    A layer that one rank has left out gets no gradient there: DDP fails, and FSDP waits for ever
-    for a rank that does not gather the layer.
+    A layer that one rank drops gets no gradient there: DDP fails, and FSDP waits for ever for a
+    rank that does not gather the layer.
     """
     for name in ("layerdrop", "decoder_layerdrop"):
         share = getattr(text_config, name, 0.0)
@@ -166,7 +166,7 @@ def refuse_layerdrop(text_config: Any, world_size: int) -> None:
             raise ConfigError(
                 f"model.config.{name}",
                 share,
-                "leaves out layers at random, on each rank others",
+                "drops layers at random, different ones on each rank",
                 f"add +model.config.{name}=0, or set it in the config.json of a model that is "
                 "loaded",
             )
@@ -218,13 +218,13 @@ def _kept_apart(probe: "Probe", name: str, say: Callable[[str], None]) -> str:
 
 
 class Probe:
-    """Asks the model of an objective, and its teacher if it has one; every question is collective.
+    """Asks the model of an objective, and its teacher if any; every question is collective.
 
     Args:
-        config: Of the run.
-        module: Whose models they are.
-        strategy: Has set it up.
-        world: The ranks.
+        config: Settings of the run.
+        module: Objective that holds the models.
+        strategy: Strategy that has set it up.
+        world: Ranks of the run.
     """
 
     def __init__(
@@ -235,12 +235,13 @@ class Probe:
         self._max_seq_len = config.data.max_seq_len
         self._tolerance = _TOLERANCE[config.precision.param_dtype]
         self._rounding = _ROUNDING[config.precision.param_dtype]
+        # A separate generator is alike on all ranks and leaves the run's random state unchanged.
         self._generator = torch.Generator().manual_seed(config.seed)
 
     def unfusable(self) -> str | None:
-        """The class of a model whose loss cannot be made of hidden states and head alone, if any.
+        """Returns the class of a model whose loss needs more than hidden states and head, or None.
 
-        That is one whose logits are not their product, or whose auxiliary loss is made of logits.
+        Its logits are not the product of the two, or its auxiliary loss depends on the logits.
         """
         for model in self._models:
             (difference,) = self._compare(_fused_difference, model)
@@ -254,16 +255,16 @@ class Probe:
         return None
 
     def auxiliary_loss(self) -> bool:
-        """Whether transformers trains the model on more than cross-entropy.
+        """Returns whether transformers trains the model on more than cross-entropy.
 
         Raises:
-            ConfigError: If it does on another loss than cross-entropy and auxiliary losses.
+            ConfigError: Its loss has parts other than cross-entropy and auxiliary losses.
         """
         model = self._module.model
         loss, entropy, own = self._compare(_losses, model)
         allowed = self._tolerance * abs(loss)
         if abs(loss - own) <= allowed:
-            return False  # its cross-entropy is not transformers' common one; ours takes its place
+            return False  # its cross-entropy differs from the common one; ours replaces it
         if not abs(loss - entropy - own) <= allowed:
             raise ConfigError(
                 "model",
@@ -275,19 +276,19 @@ class Probe:
         return own != 0
 
     def has_more_than_entropy(self) -> bool:
-        """Whether transformers trains the model on more, of whatever kind."""
+        """Returns whether transformers trains the model on more than cross-entropy, of any kind."""
         try:
             return self.auxiliary_loss()
         except ConfigError:
             return True
 
     def documents(self) -> str | None:
-        """How the documents of a sample are kept apart.
+        """Returns how the documents of a sample are kept apart.
 
         Returns:
-            POSITIONS, if positions that restart do so: no document is changed by the one before it,
-            and each comes out as it does alone. APART, if each needs a row of its own. None, if it
-            comes out otherwise there, too, with padding behind it.
+            POSITIONS if restarting positions separate them: no document is changed by the one
+            before it, and each gives the same result as alone. APART if each needs a row of its
+            own. None if even there padding after a document changes it.
         """
         found = [self._documents(model) for model in self._models]
         return next((way for way in (None, APART) if way in found), POSITIONS)
@@ -305,7 +306,7 @@ class Probe:
         leak = difference = math.inf
         if _takes_positions(model):
             packed = self._packed(model, rows)
-            # The same rows behind other first documents: the later ones must not change by a bit.
+            # The same rows after other first documents: the later ones must not change by a bit.
             changed = self._packed(model, [[self._tokens(model, len(r[0])), *r[1:]] for r in rows])
             later = [
                 i for i, place in enumerate(n for row in rows for n in range(len(row))) if place
@@ -314,7 +315,7 @@ class Probe:
             difference = _distance(alone, packed) / largest
         rounding, leak, difference = self._world.max(rounding, leak, difference)
         is_causal = rounding <= self._rounding
-        # Experts compute tokens in groups: which others are in them makes a difference in rounding.
+        # Experts compute tokens in groups, whose other members affect rounding.
         has_experts = any(name.endswith("experts") for name, _ in model.named_modules())
         if leak <= (self._tolerance if has_experts else 0.0) and (
             difference <= max(self._tolerance, 4 * rounding if is_causal else 0.0)
@@ -323,7 +324,7 @@ class Probe:
         return APART if is_causal else None
 
     def _packed(self, model: Any, rows: list[list[Tensor]]) -> list[Tensor]:
-        """What comes out of each document, (T, H) or (T, V), when rows of them share positions."""
+        """Returns the output of each document, (T, H) or (T, V), from rows of several documents."""
         input_ids = torch.stack([torch.cat(row) for row in rows])
         positions = torch.stack(
             [torch.cat([torch.arange(len(document)) for document in row]) for row in rows]
@@ -343,24 +344,24 @@ class Probe:
         return self._ask(outputs_of, model, self._module.fused, inputs).float()
 
     def _compare(self, question: Callable[[Any, Tensor], Tensor], model: Any) -> list[float]:
-        """Numbers that a question makes of a few tokens; the same on every rank."""
+        """Returns numbers that a question computes from a few tokens; equal on all ranks."""
         length = max(2, min(_NUM_TOKENS, self._max_seq_len))
         input_ids = torch.stack([self._tokens(model, length) for _ in range(2)])
         answer = self._ask(question, model, input_ids.to(self._world.device))
         return self._world.max(*answer.tolist())
 
     def _ask(self, question: Callable[..., Tensor], model: Any, *arguments: Any) -> Tensor:
-        """What a question answers where the strategy calls the module, with all weights there.
+        """Returns the answer of a question that is asked inside the strategy's forward.
 
-        A frozen model is asked inside the child that holds it: its weights are there only while
-        that one is called.
+        All weights are gathered there. A frozen model is asked inside the child that holds it,
+        because its weights are gathered only during that child's forward.
         """
         module: Any = self._module
         held = (child for child in frozen_children(module) if child.get_submodule("model") is model)
         owner: Any = next(held, module)
         owner.forward = partial(question, model, *arguments)
         if owner is not module:
-            module.forward = lambda: owner()  # a module by itself would become a child
+            module.forward = lambda: owner()  # a module assigned here would become a child
         try:
             with evaluating(module):
                 return self._strategy.forward()
@@ -370,13 +371,13 @@ class Probe:
                 del module.forward
 
     def _tokens(self, model: Any, length: int) -> Tensor:
-        """(T) int64, the same on every rank."""
+        """Returns random tokens, (T) int64, the same on every rank."""
         vocab_size = model.config.get_text_config().vocab_size
         return torch.randint(vocab_size, (length,), generator=self._generator)
 
 
 def _fused_difference(model: Any, input_ids: Tensor) -> Tensor:
-    """How far logits are from the product of hidden states and head: a share of it, (1)."""
+    """Returns the relative difference between logits and hidden states times head: (1)."""
     inputs = model_inputs(input_ids, None)
     head = model.get_output_embeddings()
     with head.register_forward_hook(lambda _, __, output: output * _GAIN):
@@ -390,7 +391,7 @@ def _fused_difference(model: Any, input_ids: Tensor) -> Tensor:
 
 
 def _losses(model: Any, input_ids: Tensor) -> Tensor:
-    """Transformers' loss, the cross-entropy of the next token, and what is the model's own: (3)."""
+    """Returns transformers' loss, the next token's cross-entropy, and the model's own loss: (3)."""
     inputs = model_inputs(input_ids, None)
     loss = model(**inputs, labels=input_ids).loss
     logits, own = outputs_and_own_loss(model, False, inputs)
@@ -399,24 +400,24 @@ def _losses(model: Any, input_ids: Tensor) -> Tensor:
 
 
 def _own_losses(model: Any, input_ids: Tensor) -> Tensor:
-    """The model's own loss, with logits of all positions and of one: (2)."""
+    """Returns the model's own loss, with logits of all positions and of one: (2)."""
     inputs = model_inputs(input_ids, None)
     return torch.stack([outputs_and_own_loss(model, h, inputs)[1].float() for h in (False, True)])
 
 
 def _takes_positions(model: Any) -> bool:
-    """Whether there is an argument for them, heeded or not."""
+    """Returns whether forward has an argument for positions, used or not."""
     parameters = inspect.signature(model.base_model.forward).parameters.values()
     return any(p.name == "position_ids" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _lengths(max_seq_len: int) -> list[list[int]]:
-    """Of two and three documents that fill a sample: windows and chunks of attention show."""
+    """Returns lengths of two and three documents in a sample, which show attention windows."""
     first, second = max(1, 3 * max_seq_len // 8), max(1, max_seq_len // 4)
     sizes = [[first, max_seq_len - first], [second, first, max_seq_len - first - second]]
     return [[size for size in row if size] for row in sizes]
 
 
 def _distance(outputs: list[Tensor], others: list[Tensor]) -> float:
-    """The largest difference of documents, of which the others may be padded."""
+    """Returns the largest difference between documents, of which `others` may be padded."""
     return max((a - b[: len(a)]).abs().max().item() for a, b in zip(outputs, others, strict=True))

@@ -1,6 +1,6 @@
-"""`python -m trainer.rank FILE`: one rank of a run that `python -m trainer` has launched.
+"""Runs one rank of a run that `python -m trainer` has launched: `python -m trainer.rank FILE`.
 
-FILE holds the settings of the run; it comes from `trainer.launching`, never from a user.
+FILE contains the settings of the run; `trainer.launching` writes it, never a user.
 """
 
 import sys

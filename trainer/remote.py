@@ -1,10 +1,10 @@
-"""Checkpoints in an object store, through fsspec: `s3://`, `gs://`, `az://`, `file://`, ...
+"""Stores checkpoints in an object store through fsspec: `s3://`, `gs://`, `az://`, `file://`, ...
 
     <url>/step-00001000/__0_0.distcp ...   as on disk (see checkpoint.py)
-    <url>/step-00001000/manifest.json      uploaded last: without it there is no checkpoint
+    <url>/step-00001000/manifest.json      uploaded last; without it there is no checkpoint
 
-An object store has no rename, so the manifest is what commits: it is written after all else was
-seen to be there, and removed before anything else is.
+An object store has no rename, so the manifest commits a checkpoint: it is written once all other
+files are known to be there, and removed before any other file.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ T = TypeVar("T")
 
 
 class RemoteCheckpoints:
-    """The checkpoints of one run under a URL. Methods may be called from any thread.
+    """Stores the checkpoints of one run under a URL. Methods may be called from any thread.
 
-    What fails is tried again with growing pauses, since stores refuse a request now and then by
-    design; SpotforgeError says what failed to the end.
+    Failed requests are repeated with growing pauses, because stores refuse requests now and then by
+    design; SpotforgeError reports the last failure.
 
     Args:
-        url: Of the folder that holds them, in any of fsspec's file systems.
+        url: URL of the folder that holds them, in any of fsspec's file systems.
 
     Raises:
-        ConfigError: If there is no such file system, or its package is not installed.
+        ConfigError: There is no such file system, or its package is not installed.
     """
 
     def __init__(self, url: str) -> None:
-        if "://" not in url:  # fsspec would take it for a local path: s3:/bucket/run, too
+        if "://" not in url:  # fsspec would take it, even s3:/bucket/run, for a local path
             raise ConfigError(_KEY, url, "must be a URL", "e.g. s3://bucket/run, file:///mnt/run")
-        # Folders appear by themselves in a store, and shall do so on a local disk.
+        # Folders need not be created in an object store; on a local disk fsspec must create them.
         options = {"auto_mkdir": True} if url.startswith(("file://", "local://")) else {}
         try:
-            # An instance of our own, whose listings are never remembered: others write there too.
+            # A new instance without a cache of listings, since other processes write there too.
             self._fs, root = fsspec.url_to_fs(url, skip_instance_cache=True, **options)
         except ImportError as e:
             package = getattr(e.__cause__, "name", None) or str(e)
@@ -64,24 +64,24 @@ class RemoteCheckpoints:
         self._fs.dircache.use_listings_cache = False
         self._root = root.rstrip("/")
         if not self._root:
-            raise ConfigError(_KEY, url, "names no bucket or folder", "e.g. s3://bucket/run")
+            raise ConfigError(_KEY, url, "must name a bucket or folder", "e.g. s3://bucket/run")
         if set("*?[") & set(self._root):  # fsspec would take it for a pattern
-            raise ConfigError(_KEY, url, "may not contain *, ? or [", "choose another folder")
+            raise ConfigError(_KEY, url, "must not contain *, ? or [", "choose another folder")
         self.url = url.rstrip("/")
-        self._jitter = random.Random()  # not the global one, whose state training may rely on
+        self._jitter = random.Random()  # not the global generator, whose state training may use
 
     def check(self) -> None:
-        """Writes, reads and deletes a few bytes.
+        """Writes, reads and deletes a few bytes, so that a wrong URL fails at the start of the run.
 
         Raises:
-            ConfigError: If one of these is not possible: refused now, not after the first hour.
+            ConfigError: One of these operations fails.
         """
         path, content = f"{self._root}/.probe-{uuid.uuid4().hex}", b"spotforge"
 
         def probe() -> None:
             self._fs.pipe_file(path, content)
             if self._fs.cat_file(path) != content:
-                raise OSError("what was written is not what is read")
+                raise OSError("the content read differs from the content written")
             self._fs.rm_file(path)
 
         try:
@@ -91,22 +91,22 @@ class RemoteCheckpoints:
             raise ConfigError(_KEY, self.url, rule, "check the URL and the credentials") from e
 
     def names(self) -> list[str]:
-        """Committed checkpoints, newest first."""
+        """Returns the committed checkpoints, newest first."""
         return [name for name in self._all_names() if self._is_committed(name)]
 
     def read(self, name: str, file: str) -> bytes:
-        """One small file of a committed checkpoint, unverified."""
+        """Returns one small file of a committed checkpoint, unverified."""
         path = f"{self._base(name)}/{file}"
         content: bytes = self._retried(f"reading {path}", lambda: self._fs.cat_file(path))
         return content
 
     def upload(self, checkpoint: Path, files: Iterable[str]) -> None:
-        """Uploads these files of a checkpoint, which is not committed before `commit` says so.
+        """Uploads some files of a checkpoint, which only `commit` makes complete.
 
-        Every rank may upload its own; what an earlier attempt has left is overwritten.
+        Every rank may upload its own files; what an earlier attempt left is overwritten.
         """
         base = self._base(checkpoint.name)
-        # Committed before: from here on it is neither the old one nor the new one.
+        # A committed checkpoint of that name is a mix of old and new from here on.
         self._withdraw(checkpoint.name)
         for file in files:
             self._put(checkpoint / file, f"{base}/{file}")
@@ -115,7 +115,7 @@ class RemoteCheckpoints:
         """Makes an uploaded checkpoint one that `names` returns.
 
         Raises:
-            SpotforgeError: If a file of its manifest is not there in full.
+            SpotforgeError: A file of its manifest is missing or incomplete.
         """
         base = self._base(checkpoint.name)
         sizes = self._sizes(base)
@@ -129,19 +129,19 @@ class RemoteCheckpoints:
         self._put(checkpoint / MANIFEST, f"{base}/{MANIFEST}")
 
     def download(self, name: str, folder: Path, beat: Callable[[], None] = lambda: None) -> Path:
-        """Fetches a checkpoint and commits it in `folder`, in place of one of that name.
+        """Downloads a checkpoint and commits it in `folder`, replacing one of that name.
 
         Args:
-            name: One of `names()`.
-            folder: Where checkpoints are.
-            beat: Called at every piece that has come.
+            name: Name among `names()`.
+            folder: Folder of checkpoints.
+            beat: Function called for every received piece.
 
         Returns:
-            Its path, `folder / name`.
+            Path of the checkpoint, `folder / name`.
 
         Raises:
-            DamagedError: Naming the first file that is missing, short or altered.
-            ConfigError: If the disk has no room for it.
+            DamagedError: A file is missing, short or altered; names the first one.
+            ConfigError: The disk is too small for it.
         """
         manifest, files = self._manifest(name)
         with staged_folder(folder / name, replace=True) as staging:
@@ -152,7 +152,7 @@ class RemoteCheckpoints:
         return folder / name
 
     def delete(self, name: str) -> None:
-        """Removes a checkpoint, its manifest first: one that is half deleted is not committed."""
+        """Removes a checkpoint, its manifest first, so that a partial one is not committed."""
         self._withdraw(name)
         try:
             base = self._base(name)
@@ -161,10 +161,10 @@ class RemoteCheckpoints:
             pass
 
     def remove_incomplete(self, except_names: Iterable[str] = ()) -> None:
-        """Removes what uploads that were killed have left.
+        """Removes what killed uploads have left.
 
         Args:
-            except_names: Checkpoints that are being uploaded.
+            except_names: Checkpoints whose upload is in progress.
         """
         for name in set(self._all_names()) - set(except_names):
             if not self._is_committed(name):
@@ -183,7 +183,7 @@ class RemoteCheckpoints:
         return sorted(filter(_NAME.fullmatch, found), reverse=True)
 
     def _is_committed(self, name: str) -> bool:
-        # Not fs.exists: some file systems take a refused request for "no".
+        # Not fs.exists: some file systems report a refused request as "does not exist".
         path = f"{self._base(name)}/{MANIFEST}"
         try:
             self._retried(f"asking for {name}", lambda: self._fs.info(path))
@@ -192,7 +192,7 @@ class RemoteCheckpoints:
         return True
 
     def _sizes(self, base: str) -> dict[str, int]:
-        """Bytes of every file below `base`, by path."""
+        """Returns the size in bytes of every file below `base`, by path."""
         try:
             found = self._retried("listing", lambda: self._fs.find(base, detail=True))
         except FileNotFoundError:
@@ -205,11 +205,12 @@ class RemoteCheckpoints:
         def put() -> None:
             try:
                 self._fs.put_file(str(local), path)
+                # An upload may be cut short without an error.
                 found = self._fs.info(path)["size"]
-            except FileNotFoundError as e:  # no such bucket, or not there after all
+            except FileNotFoundError as e:  # there is no such bucket, or the file was not stored
                 raise OSError(_line(e)) from e
             if found != size_bytes:
-                raise OSError(f"of {size_bytes} bytes {found} arrived")
+                raise OSError(f"expected {size_bytes} bytes, got {found}")
 
         self._retried(f"uploading {local.parent.name}/{local.name}", put)
 
@@ -228,7 +229,7 @@ class RemoteCheckpoints:
             beat()
             self._fs.get_file(path, str(local), callback=_Beat(beat))
             if local.stat().st_size != entry["size_bytes"]:
-                raise OSError(f"of {entry['size_bytes']} bytes {local.stat().st_size} arrived")
+                raise OSError(f"expected {entry['size_bytes']} bytes, got {local.stat().st_size}")
 
         what = f"downloading {name}/{file}"
         try:
@@ -241,7 +242,7 @@ class RemoteCheckpoints:
             raise self._damaged(name, f"{file} {fault}")
 
     def _manifest(self, name: str) -> tuple[bytes, Manifest]:
-        """Returns the manifest as it is, and the files that it lists."""
+        """Returns the raw manifest, and the files that it lists."""
         path = f"{self._base(name)}/{MANIFEST}"
         try:
             content: bytes = self._retried(f"reading {path}", lambda: self._fs.cat_file(path))
@@ -252,14 +253,17 @@ class RemoteCheckpoints:
             }
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise self._damaged(name, f"{MANIFEST} cannot be read ({_line(e)})") from e
+        # The manifest comes from outside: a path such as ../../.bashrc must not be written.
         for file in files:
             parts = PurePosixPath(file).parts
             if not parts or parts[0] == "/" or ".." in parts or "\0" in file or file == MANIFEST:
-                raise self._damaged(name, f"{MANIFEST} lists {file!r}, which is no file inside it")
+                raise self._damaged(
+                    name, f"{MANIFEST} lists {file!r}, which is not inside the checkpoint"
+                )
         return content, files
 
     def _withdraw(self, name: str) -> None:
-        """Makes a checkpoint one that `names` does not return, if it is committed."""
+        """Removes a checkpoint's manifest, so that `names` no longer returns it."""
         path = f"{self._base(name)}/{MANIFEST}"
         try:
             self._retried(f"removing {path}", lambda: self._fs.rm_file(path))
@@ -267,7 +271,7 @@ class RemoteCheckpoints:
             pass
 
     def _retried(self, what: str, action: Callable[[], T]) -> T:
-        """Calls `action` until it succeeds; FileNotFoundError is an answer, and passed on."""
+        """Calls `action` until it succeeds; FileNotFoundError is an answer and is raised."""
         try:
             return self._attempt(action, _ATTEMPTS)
         except FileNotFoundError:
@@ -283,7 +287,8 @@ class RemoteCheckpoints:
                 return action()
             except FileNotFoundError:
                 raise
-            except Exception:  # every package behind fsspec has errors of its own
+            except Exception:  # every package behind fsspec raises its own errors
+                # The random factor keeps ranks from repeating their requests at the same moment.
                 time.sleep(_BACKOFF_S * 2**attempt * self._jitter.uniform(0.5, 1.5))
         return action()
 
@@ -293,7 +298,7 @@ class RemoteCheckpoints:
 
 
 class _Beat(Callback):  # type: ignore[misc]
-    """Passes on that a piece of a file has come."""
+    """Reports each received piece of a file."""
 
     def __init__(self, beat: Callable[[], None]) -> None:
         super().__init__()

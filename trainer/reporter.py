@@ -1,4 +1,4 @@
-"""What a run tells the world: files in the run directory and lines on the console, from rank 0."""
+"""Reports a run: files in the run directory and lines on the console, from rank 0."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from trainer.heartbeat import PROCESS_BEGAN
 
 
 class Reporter:
-    """Silent on every rank but 0; `log` is collective all the same."""
+    """Reports on rank 0 and is silent on other ranks; `log` is nevertheless collective."""
 
     def __init__(
         self,
@@ -46,12 +46,12 @@ class Reporter:
         self._events = EventLog(config.run_dir / "events.jsonl")
 
     def event(self, event: str, step: int, **details: float | int | str) -> None:
-        """Takes note of what happened to the run (`monitoring/events.py`); any thread may."""
+        """Records an event of the run (`monitoring/events.py`); safe to call from any thread."""
         if self._world.rank == 0:
             self._events.write(event, step, **details)
 
     def say(self, text: str) -> None:
-        """A line for the person who watches."""
+        """Prints a line for the user."""
         if self._world.rank != 0:
             return
         if self._logger is not None:
@@ -60,18 +60,18 @@ class Reporter:
             print(text, flush=True)
 
     def open(self, state: TrainerState) -> None:
-        """Describes the run in its directory, once nothing can be refused.
+        """Writes the description of the run to its directory, once nothing can be refused any more.
 
         Args:
-            state: From which it goes on.
+            state: State from which the run starts or resumes.
         """
         if self._world.rank != 0:
             return
         first_step = state.step
         run_dir = self._config.run_dir
         (run_dir / "config.yaml").write_text(yaml.safe_dump(self._resolved, sort_keys=False))
-        # In this order: until data.json names the order of samples, that of a run from before
-        # orders had names is known by the Python of its environment.json alone.
+        # The order matters: until data.json names the rule of the samples' order, an old run's rule
+        # is known only from the Python version in its environment.json, which is overwritten here.
         for name, content in (
             ("data.json", self._data.describe() | {"order": state.order}),
             ("environment.json", describe_environment()),
@@ -97,7 +97,7 @@ class Reporter:
         self._open_sinks(first_step)
 
     def roll_back(self, step: int) -> None:
-        """Takes the metrics of later steps back."""
+        """Removes the metrics of later steps."""
         if self._logger is not None:
             self._logger.close("running")
             self._open_sinks(step)
@@ -108,12 +108,12 @@ class Reporter:
             self._logger.progress(step)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Writes the metrics of one step; collective: memory and waits are the worst rank's."""
+        """Writes the metrics of one step; collective, with the maximum of memory and waits."""
         memory, data_wait_s = self._world.max(
             peak_memory_bytes(self._world.device.type), record.get("data_wait_s", 0.0)
         )
         record |= {"peak_memory_bytes": int(memory)}
-        if "data_wait_s" in record:  # before the first step nothing was waited for
+        if "data_wait_s" in record:  # missing before the first step
             record["data_wait_s"] = data_wait_s
         self.keep(record)
 
@@ -133,23 +133,23 @@ class Reporter:
             self._logger.log(record)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        """Shows and keeps a generated text."""
+        """Shows and stores a generated text."""
         if self._logger is not None:
             self._logger.sample(step, prompt, text)
 
     def close(self, status: str) -> None:
-        """Ends the sinks and writes the report."""
+        """Closes the sinks and writes the report."""
         if self._logger is None:
             return
         self._logger.close(status)
         self._logger = None
         if self._config.monitoring.report:
-            from monitoring.report import write_report  # matplotlib is slow to start with
+            from monitoring.report import write_report  # imports matplotlib, which is slow
 
             write_report(self._config.run_dir)
 
     def say_what_next(self, checkpoint: Path) -> None:
-        """Where everything is, and what to try."""
+        """Prints where the results are, and what to try next."""
         run_dir = self._config.run_dir
         self.say(f"\ncheckpoint  {_short(checkpoint)}")
         for name, path in (("export", run_dir / "export"), ("report", run_dir / "report.html")):
@@ -182,20 +182,20 @@ class Reporter:
 
 
 def count_losses(run_dir: Path) -> int:
-    """How often the run went away without a word: a start that a start follows, and no end."""
+    """Returns how often the run crashed: the number of starts without an end."""
     marks = [e["event"] for e in read_events(run_dir)]
     marks = [mark for mark in marks if mark in ("start", "stop", "finish", "fail")]
     return sum(a == b == "start" for a, b in itertools.pairwise([*marks, "start"]))
 
 
 def save_costs_s(run_dir: Path) -> list[float]:
-    """What each save took from training, in order."""
+    """Returns the time that each save took from training, in seconds, in order."""
     saves = [e for e in read_events(run_dir) if e["event"] == "checkpoint"]
     return [cast(float, save["blocking_s"]) for save in saves]
 
 
 def check_run_dir(config: TrainerConfig) -> None:
-    """Raises ConfigError where the run directory could not be written; creates nothing."""
+    """Raises ConfigError if the run directory cannot be written; creates nothing."""
     folder = config.run_dir
     while not folder.exists():
         folder = folder.parent
@@ -211,7 +211,7 @@ def check_run_dir(config: TrainerConfig) -> None:
 
 
 def _rows(config: TrainerConfig, world_size: int) -> str:
-    """Samples of a micro-batch: `4`, or `3-4` where they are not shared out evenly."""
+    """Returns the samples of a micro-batch: `4`, or `3-4` if ranks have different numbers."""
     sizes = {
         len(rows)
         for rank in split_step(config.global_batch_size, config.micro_batch_size, world_size)
@@ -221,13 +221,14 @@ def _rows(config: TrainerConfig, world_size: int) -> str:
 
 
 def _last_step(run_dir: Path) -> int:
-    """The last step that an earlier start has logged."""
+    """Returns the last step that an earlier start has logged."""
     return max((int(str(r["step"])) for r in read_records(run_dir / "metrics.jsonl")), default=0)
 
 
 def _flops_per_token(model: PreTrainedModel, seq_len: int) -> float:
     text = model.config.get_text_config()
     embedding = model.get_input_embeddings().weight
+    # An embedding is a lookup, not a product, unless it is also the output layer.
     in_matmuls = sum(
         p.numel()
         for p in model.parameters()
@@ -237,7 +238,7 @@ def _flops_per_token(model: PreTrainedModel, seq_len: int) -> float:
 
 
 def _short(path: Path) -> str:
-    """Relative to where the user is, if that is shorter."""
+    """Returns a path relative to the working directory, if it lies there."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:

@@ -1,4 +1,4 @@
-"""Finds the checkpoint to go on from, and refuses one that belongs to another run."""
+"""Finds the checkpoint to resume from, and refuses one that belongs to another run."""
 
 import json
 import shutil
@@ -26,8 +26,8 @@ from trainer.data.order import OrderRule
 from trainer.remote import RemoteCheckpoints
 from trainer.reporter import Reporter
 
-# A difference in one of these trains something else. All others (strategy, ranks, micro-batch,
-# paths, logging, ...) change where and how, and are only mentioned.
+# A difference in one of these keys changes what is trained. All others (strategy, ranks,
+# micro-batch, paths, logging, ...) change where and how, and are only reported.
 _MEANING = (
     "seed",
     "global_batch_size",
@@ -47,9 +47,9 @@ _MEANING = (
     "precision",
 )
 
-# What a key stands for in the settings of runs that were begun before there was one.
+# Values that runs had before a key existed.
 _BEFORE_KEYS = {"optim.decay": "matrices", "data.add_bos": False}
-# Keys of data that are heeded where it is read, or say where it is: its digest is the same.
+# Keys of data that do not affect its digest: they apply when it is read, or say where it is.
 _NOT_IN_DIGEST = ("data.max_seq_len", "data.mask_documents", "data.cache_dir", "data.verify")
 
 
@@ -61,19 +61,19 @@ def find_checkpoint(
     remote: RemoteCheckpoints | None = None,
     beat: Callable[[], None] = lambda: None,
 ) -> Path | None:
-    """The newest valid checkpoint, or the one asked for; collective.
+    """Returns the newest valid checkpoint, or the requested one; collective.
 
     Args:
-        config: Whose `resume` says which.
-        folder: Where this run's checkpoints are.
-        world: Every rank verifies its share of the files.
-        reporter: Is told what was passed over, and why.
-        remote: Where they are too; what is missing or damaged on disk is fetched.
-        beat: Called now and then while it is.
+        config: Settings, whose `resume` selects the checkpoint.
+        folder: Folder of this run's checkpoints.
+        world: Ranks of the run; each verifies its share of the files.
+        reporter: Reporter of the checkpoints that are passed over, with reasons.
+        remote: Object store with copies; what is missing or damaged on disk is downloaded.
+        beat: Function called regularly during a download.
 
     Raises:
-        DamagedError: If the one asked for, or every one there is, is damaged.
-        ConfigError: If there should be one and is not, or should be none and is.
+        DamagedError: The requested checkpoint is damaged, or all existing ones are.
+        ConfigError: A checkpoint is missing, or exists where `resume=never` allows none.
     """
     damaged: DamagedError | None = None
     with world.together():
@@ -94,20 +94,20 @@ def find_checkpoint(
             continue
         return candidate
     if damaged is not None:
-        raise damaged  # starting from nothing would hide it
+        raise damaged  # starting from scratch would hide the damage
     return None
 
 
 def stored_config(config: TrainerConfig) -> dict[str, Any] | None:
-    """The settings of the run that this one goes on with, before its checkpoint is looked at.
+    """Returns the settings of the run to be resumed, before its checkpoint is verified.
 
-    Data is prepared before there is a checkpoint, and as it was for the run that it belongs to.
+    Data is prepared before the checkpoint is read, in the way of the run that it belongs to.
 
     Returns:
-        None where there is nothing to go on with, or nothing that can be read.
+        Stored settings; None if there is nothing to resume, or nothing that can be read.
 
     Raises:
-        ConfigError: If there is nothing on disk, and the object store cannot be used.
+        ConfigError: There is nothing on disk, and the object store cannot be used.
     """
     if config.resume == "never":
         return None
@@ -115,7 +115,7 @@ def stored_config(config: TrainerConfig) -> dict[str, Any] | None:
     if config.resume != "auto":
         checkpoints = [Path(config.resume).expanduser()]
     for checkpoint in checkpoints:
-        with suppress(OSError, ValueError, KeyError, TypeError):  # it is told of when it is checked
+        with suppress(OSError, ValueError, KeyError, TypeError):  # reported by verification
             stored: dict[str, Any] = json.loads((checkpoint / TRAINER).read_bytes())["config"]
             return stored
     if config.checkpoint.upload is not None and config.resume == "auto":
@@ -131,12 +131,12 @@ def stored_config(config: TrainerConfig) -> dict[str, Any] | None:
 def set_newer_aside(
     folder: Path, checkpoint: Path, remote: RemoteCheckpoints | None, reporter: Reporter
 ) -> None:
-    """Moves this run's checkpoints of later steps out of the way; on rank 0.
+    """Renames this run's checkpoints of later steps, on rank 0.
 
-    They are damaged, or the user went back behind them: the next resume must not take them.
+    They are damaged, or the user went back before them: the next resume must not take them.
 
     Raises:
-        ConfigError: Where the object store has newer ones, which only their owner may delete.
+        ConfigError: The object store has newer ones, which only their owner may delete.
     """
     newer = [p for p in committed(folder) if p.name > checkpoint.name]
     if remote is not None and checkpoint.parent != folder:
@@ -145,7 +145,7 @@ def set_newer_aside(
             raise ConfigError(
                 "resume",
                 checkpoint,
-                f"{remote.url} holds {ahead[0]}, which the next resume would take",
+                f"{remote.url} contains {ahead[0]}, which the next resume would take",
                 "delete it there, or set another checkpoint.upload",
             )
     for path in newer:
@@ -158,12 +158,13 @@ def set_newer_aside(
 def keep_what_was_found(
     resolved: dict[str, Any], saved: dict[str, Any], given: Collection[str]
 ) -> None:
-    """Carries over what was found out or chosen when the run began.
+    """Takes over what was found out or chosen when the run began.
 
     Args:
-        resolved: Settings of this run; is changed.
-        saved: Those of the checkpoint.
-        given: Keys that the user set: their `auto` is a wish, and is compared as any other value.
+        resolved: Settings of this run; they are changed.
+        saved: Settings of the checkpoint.
+        given: Keys that the user set; their `auto` is a choice, and is compared like any other
+            value.
     """
     if resolved["model"]["fused_loss"] == "auto" and "model.fused_loss" not in given:
         resolved["model"]["fused_loss"] = saved["model"]["fused_loss"]
@@ -173,7 +174,7 @@ def keep_what_was_found(
     if resolved["optim"]["decay"] == "auto" and "optim.decay" not in given:
         resolved["optim"]["decay"] = before
     if "decay" not in saved["optim"] and resolved["optim"]["decay"] == before:
-        del resolved["optim"]["decay"]  # so that the next start knows, too
+        del resolved["optim"]["decay"]  # so that the next resume sees an old run as well
 
 
 def check_same_run(
@@ -182,14 +183,14 @@ def check_same_run(
     """Compares what a checkpoint was trained with to what this run would train with.
 
     Args:
-        config: This run's settings.
-        state: This run's state if it began anew.
-        saved: The checkpoint's state.
-        say: Prints a line.
+        config: Settings of this run.
+        state: State of this run if it began anew.
+        saved: State of the checkpoint.
+        say: Function that prints a line.
 
     Raises:
-        ConfigError: For the first difference that would change what is trained and is not listed in
-            `allow_changes`.
+        ConfigError: A difference changes what is trained and is not listed in `allow_changes`;
+            names the first one.
     """
     before, now = _BEFORE_KEYS | _flat(saved.config), _BEFORE_KEYS | _flat(state.config)
     before |= {"data": saved.data_digest, "data.tokenizer": saved.tokenizer_fingerprint}
@@ -205,7 +206,7 @@ def check_same_run(
             raise ConfigError(
                 "allow_changes", key, "there is no such key", "name a key of the config"
             )
-    # The digest of the data follows from what it is made of.
+    # A change of the data's digest follows from an allowed change of its settings.
     implied = {
         "data"
         for key in before.keys() | now.keys()
@@ -215,10 +216,10 @@ def check_same_run(
         and _within(key, config.allow_changes)
     }
     changes = []
-    digests = ("data", "data.tokenizer")  # last: a setting that changed them says more
+    digests = ("data", "data.tokenizer")  # last: the setting that changed them is more precise
     for key in sorted(before.keys() | now.keys(), key=lambda key: (key in digests, key)):
         old, new = before.get(key), now.get(key)
-        if old == new or (key not in before and not new):  # unknown then, off now
+        if old == new or (key not in before and not new):  # a new key that is off changes nothing
             continue
         binding = key in bound or _within(key, _MEANING)
         if binding and not (_within(key, config.allow_changes) or key in implied):
@@ -235,14 +236,15 @@ def check_same_run(
 
 
 def order_of(saved: TrainerState, run_dir: Path) -> OrderRule:
-    """The rule by which a run that is gone on with orders its samples.
+    """Returns the rule by which a resumed run orders its samples.
 
-    Runs from before rules had names added weights with the `sum` of their Python. environment.json
-    names that Python until such a run is gone on with; data.json names the rule from then on.
+    Runs from before rules had names added weights with the `sum` of their Python version.
+    environment.json contains that version until such a run is resumed; afterwards data.json names
+    the rule.
 
     Args:
         saved: State of the checkpoint.
-        run_dir: The directory of its run; what is missing in it means Python 3.11.
+        run_dir: Directory of its run; if the version is missing there, Python 3.11 is assumed.
     """
     if saved.order is not None:
         return saved.order
@@ -260,15 +262,15 @@ def order_of(saved: TrainerState, run_dir: Path) -> OrderRule:
 def check_same_model(checkpoint: Path, model: nn.Module, say: Callable[[str], None]) -> None:
     """Compares a checkpoint's tensors with those of the model.
 
-    Checkpoints of earlier releases have no buffers, and moments of frozen parameters.
+    Checkpoints of earlier releases lack buffers, and have moments of frozen parameters.
 
     Args:
-        checkpoint: A verified checkpoint.
-        model: On the meta device.
-        say: Prints a line.
+        checkpoint: Verified checkpoint.
+        model: Model on the meta device.
+        say: Function that prints a line.
 
     Raises:
-        ConfigError: If they are not the same.
+        ConfigError: Names or shapes differ.
     """
     parameters, buffers = dict(model.named_parameters()), persistent_buffers(model)
     wanted = {name: tensor.shape for name, tensor in (*parameters.items(), *buffers.items())}
@@ -280,7 +282,7 @@ def check_same_model(checkpoint: Path, model: nn.Module, say: Callable[[str], No
     frozen = {m for n in parameters.keys() - trainable(parameters).keys() for m in moments[n]}
     if absent:
         say(
-            f"resume: {checkpoint.name} is of a release that did not save buffers; "
+            f"resume: {checkpoint.name} was saved by a release that did not save buffers; "
             f"{', '.join(sorted(absent))} are the model's own"
         )
     for name in sorted((wanted.keys() | stored.keys()) - absent - frozen):
@@ -295,9 +297,9 @@ def check_same_model(checkpoint: Path, model: nn.Module, say: Callable[[str], No
 
 
 def state_reader(checkpoint: Path) -> ReadTensors:
-    """Returns what fills tensors from a checkpoint that `check_same_model` has passed.
+    """Returns a function that fills tensors from a checkpoint that `check_same_model` accepted.
 
-    Buffers that it does not have, as those of earlier releases, stay as they are.
+    Buffers that the checkpoint lacks, as those of earlier releases do, keep their values.
     """
     stored = tensor_shapes(checkpoint)
 
@@ -310,7 +312,7 @@ def state_reader(checkpoint: Path) -> ReadTensors:
 def _candidates(
     config: TrainerConfig, folder: Path, remote: RemoteCheckpoints | None
 ) -> list[tuple[Path, bool]]:
-    """Newest first; whether to fetch it: of the same step, what is on disk comes first."""
+    """Returns (path, whether to fetch it), newest first and local copies before remote ones."""
     if config.resume not in ("auto", "never"):
         path = Path(config.resume).expanduser().absolute()
         if not path.is_dir():
@@ -325,15 +327,16 @@ def _candidates(
         raise ConfigError(
             "resume",
             "never",
-            f"{folder.parent} holds checkpoints of an earlier run",
-            "choose another run.name, or use resume=auto to go on with it",
+            f"{folder.parent} contains checkpoints of an earlier run",
+            "choose another run.name, or use resume=auto to continue it",
         )
+    # Descending, so `not` puts the local copy of a step before the remote one.
     found.sort(key=lambda candidate: (candidate[0], not candidate[1]), reverse=True)
     return [(folder / name, stored) for name, stored in found]
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is none, or the end of it was lost."""
+    """Returns the JSON object in a file; empty if the file is missing or truncated."""
     try:
         content = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
@@ -351,7 +354,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    """As it is written in a configuration."""
+    """Returns a value as it is written in a configuration."""
     return "null" if value is None else str(value)
 
 

@@ -65,22 +65,23 @@ from trainer.weights import find_file
 def train(
     config: TrainerConfig, stop: StopSignal, heartbeat: Heartbeat, given: Collection[str] = ()
 ) -> ExitCode:
-    """Joins the other ranks and runs, or goes on with, the run that `config` describes.
+    """Joins the other ranks and starts or resumes the run that `config` describes.
 
     Args:
-        config: The run.
-        stop: Told of signals.
-        heartbeat: Beats.
+        config: Settings of the run.
+        stop: Flag that signals set.
+        heartbeat: Heartbeat of this rank.
         given: Keys that the user set; the others have their defaults.
 
     Returns:
         FINISHED, or START_AGAIN after a stop signal, with all steps saved.
 
     Raises:
-        SpotforgeError: If the configuration, the data or the disk does not allow it.
+        SpotforgeError: The configuration, the data or the disk does not allow the run.
     """
     _set_up_process(config)
     place = read_place()
+    # One rank per machine polls: all ranks of a machine get the same notice.
     if place is None or place.local_rank == 0:
         stop.watch(config.preemption.build(), config.preemption.poll_s)
     with join_world(stop.requested) as world:
@@ -94,19 +95,19 @@ def train_in(
     heartbeat: Heartbeat,
     given: Collection[str] = (),
 ) -> ExitCode:
-    """The run on one of the ranks of `world`; see `train`."""
+    """Runs training on one of the ranks of `world`; see `train`."""
     poll = _Poll(world, stop, heartbeat)
     with world.together():
         config.check(world.world_size)
 
-    # 1. Data: prepared once, by whichever rank comes first
+    # 1. Data: prepared once, by the first rank that gets there
     heartbeat.at("data", 0)
     with world.together():
         check_run_dir(config)
         if world.device.type == "cuda":
             gpu = torch.cuda.get_device_properties(world.device)
             check_memory(config, world.world_size, gpu.total_memory)
-        model_config = hf_config_of(config.model)  # refused before the data is prepared, if at all
+        model_config = hf_config_of(config.model)  # before the data is prepared, since it may raise
         stored = stored_config(config) if world.rank == 0 else None
     stored = world.from_first(stored)
     begun_before = stored is not None and "add_bos" not in stored["data"]
@@ -125,7 +126,7 @@ def train_in(
         if config.data.verify:
             data.verify(world.local_rank, world.local_world_size, poll)
 
-    # 2. The model, on the meta device until its strategy knows where each part goes
+    # 2. The model, on the meta device until its strategy decides where each part goes
     with world.together():
         model = build_meta_model(config.model, vocab_size_of(data.tokenizer))
         _set_special_tokens(config.model, model, data)
@@ -134,18 +135,18 @@ def train_in(
         module = config.objective.build(model, config.model, data.tokenizer_fingerprint)
     resolved = resolve(config)
     if begun_before and not data.add_bos:
-        del resolved["data"]["add_bos"]  # so that the next start knows, too
+        del resolved["data"]["add_bos"]  # so that the next resume sees an old run as well
     reporter = Reporter(config, resolved, data, model, world)
     if too_long is not None:
         reporter.say(too_long)
 
     with _locked(config, world):
-        # 3. The checkpoint to go on from: refused here, if at all, before anything is written
+        # 3. The checkpoint to resume from: refused here, if at all, before anything is written
         folder = config.run_dir / "checkpoints"
         state = TrainerState(
             0, 0, 0, 0.0, data.digest, data.tokenizer_fingerprint, resolved, OrderRule.exact
         )
-        before = None  # settings of the run so far
+        before = None  # stored settings of the run to be resumed
         with world.together():
             remote = _open_remote(config, world)
         checkpoint = find_checkpoint(config, folder, world, reporter, remote, heartbeat.beat)
@@ -160,12 +161,12 @@ def train_in(
                 reporter.say(f"resuming after step {saved.step}, from {checkpoint} ({why})")
                 if config.total_steps is not None and saved.step > config.total_steps:
                     reporter.say(
-                        f"resume: step {saved.step} is behind the {config.total_steps} steps that "
-                        "were asked for; nothing is trained"
+                        f"resume: step {saved.step} is beyond the {config.total_steps} requested "
+                        "steps; nothing is trained"
                     )
                 order = order_of(saved, checkpoint.parent.parent)
                 if order is not saved.order and len(data.sources) > 1:
-                    reporter.say(f"resume: the checkpoint names no order of samples; it is {order}")
+                    reporter.say(f"resume: the checkpoint names no order of samples; using {order}")
                 state = dataclasses.replace(saved, config=resolved, order=order)
                 if world.rank == 0:
                     set_newer_aside(folder, checkpoint, remote, reporter)
@@ -176,6 +177,7 @@ def train_in(
         )
         decay = Decay(resolved["optim"].get("decay", "matrices"))
         decayed = decayed_names(model, decay)
+        # Filling and distributing a large model takes minutes, which a stop must not wait for.
         poll.refuse_to_start()
         with world.together():
             strategy: Strategy = config.parallel.build(world, config.precision)
@@ -187,11 +189,12 @@ def train_in(
                 weights.sparse,
             )
         if weights.sparse:
-            reporter.say(f"keep_zeros: {weights.num_zeros} weights are zero, and stay so")
+            reporter.say(f"keep_zeros: {weights.num_zeros} weights are zero and stay zero")
         with world.together():
             check_forward(config, strategy, module, world)
             settle(config, module, strategy, world, resolved, before, reporter.say, given)
             leave_unused(config, module, strategy, world, reporter.say)
+        # After the probes, since finding unused parameters may rebuild the optimizer without state.
         if checkpoint is not None:
             strategy.load_state(state_reader(checkpoint), num_updates=state.step)
         poll.refuse_to_start()
@@ -222,10 +225,10 @@ def train_in(
         reporter.open(state)
         try:
             state, outcome = loop.run()
-            # 6. What is handed on
+            # 6. The results
             _finish(config, world, reporter, checkpointer, stop, state.step, outcome)
         except BaseException as e:
-            with suppress(OSError):  # of a full disk, say: it must not take the reason's place
+            with suppress(OSError):  # for example of a full disk: it must not hide the first error
                 reporter.event("fail", heartbeat.step, error=f"{type(e).__name__}: {e}")
                 reporter.close("failed")
             raise
@@ -239,13 +242,13 @@ def _with_bos(config: TrainerConfig, add_bos: bool) -> TrainerConfig:
 
 
 class _Poll:
-    """Asked at every pause outside the loop: beats, and hears of a stop on any rank.
+    """Is polled in pauses outside the loop: sends a heartbeat, and notices a stop on any rank.
 
-    Ranks are apart there (one prepares data, the others wait for it), so the word goes round
+    Ranks are not in step there (one prepares data, the others wait for it), so a stop is announced
     through the store instead of a collective.
     """
 
-    _EVERY_S = 0.5  # it asks another process
+    _EVERY_S = 0.5  # each question goes to another process
 
     def __init__(self, world: World, stop: StopSignal, heartbeat: Heartbeat) -> None:
         self._world, self._stop, self._heartbeat = world, stop, heartbeat
@@ -262,17 +265,17 @@ class _Poll:
         return self._world.stop_announced()
 
     def refuse_to_start(self) -> None:
-        """Raises Interrupted on every rank if any was told to stop; collective."""
+        """Raises Interrupted on every rank if any rank was told to stop; collective."""
         self._heartbeat.beat()
         if any(self._world.sum(self._stop.requested())):
-            stopped = Interrupted("told to stop before training went on; nothing was lost")
+            stopped = Interrupted("told to stop before training started; nothing was lost")
             stopped.seen_by_all = True
             raise stopped
 
 
 @contextmanager
 def _locked(config: TrainerConfig, world: World) -> Iterator[None]:
-    """Holds the run directory, by rank 0 for all."""
+    """Locks the run directory, on rank 0 for all ranks."""
     with ExitStack() as stack:
         with world.together():
             if world.rank == 0:
@@ -282,11 +285,11 @@ def _locked(config: TrainerConfig, world: World) -> Iterator[None]:
                 raise ConfigError(
                     "run.dir",
                     config.run_dir,
-                    "this machine does not see what rank 0 has written there",
+                    "this machine does not see what rank 0 wrote there",
                     "put run.dir on a file system that all machines of the run share",
                 )
         yield
-        world.barrier()  # rank 0 lets go of it when all are done
+        world.barrier()  # rank 0 releases the lock once all ranks are done
 
 
 def _open_remote(config: TrainerConfig, world: World) -> RemoteCheckpoints | None:
@@ -298,7 +301,7 @@ def _open_remote(config: TrainerConfig, world: World) -> RemoteCheckpoints | Non
         raise ConfigError(
             "checkpoint.upload",
             url,
-            "lies in the run directory, where checkpoints are already",
+            "is inside the run directory, which already has the checkpoints",
             "name a folder on another disk",
         )
     remote.check()
@@ -328,7 +331,7 @@ def _finish(
         reporter.event("finish", step)
     else:
         reporter.event("stop", step, reason=reasons[0] if reasons else "unknown")
-        reporter.say(  # before the report, whose drawing takes seconds
+        reporter.say(  # before the report, whose charts take seconds to draw
             f"stopped after saving {checkpoint} ({reasons[0] if reasons else 'unknown'}); the same "
             "command goes on from there"
         )
@@ -340,14 +343,15 @@ def _finish(
 def _set_up_process(config: TrainerConfig) -> None:
     keep_freed_memory()
     if config.deterministic:
+        # cuBLAS is deterministic only with a fixed workspace, which is read at its first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 
 
 def _set_special_tokens(config: ModelConfig, model: Any, data: PreparedData) -> None:
-    """Has a model from scratch end its texts as the data's end, not as its family's first model.
+    """Gives a model from scratch the special tokens of the data's tokenizer, not its family's.
 
-    What `model.config` sets itself stays, and so does a padding token that the model has.
+    Values that `model.config` sets stay, and so does a padding token that the model has.
     """
     if not isinstance(config, NamedModelConfig):
         return
@@ -367,12 +371,12 @@ def _save_assets(
     stored_names: list[str] | None,
     folder: Path,
 ) -> None:
-    """What an export needs beside tensors."""
+    """Writes what an export needs beside tensors."""
     model.config.save_pretrained(folder)
     given = None
     if isinstance(config, PathModelConfig):
         given = find_file(config, GENERATION_CONFIG_NAME)
-    if given is not None:  # as it came: all ends of text, sampling defaults
+    if given is not None:  # an unchanged copy keeps all end tokens and sampling defaults
         shutil.copyfile(given, folder / GENERATION_CONFIG_NAME)
     elif model.generation_config is not None:
         model.generation_config.save_pretrained(folder)

@@ -1,9 +1,9 @@
-"""Saving without waiting for the disk, and copying to an object store without waiting for it.
+"""Saves checkpoints without waiting for the disk, and uploads them without waiting for the store.
 
-save()     staged: copied to host memory; training goes on
+save()     staged: copied to host memory; training continues
            written: by every rank, in the background, over a process group of its own
-           committed: one rename; the older ones that need not stay are removed
-           uploaded: by rank 0, in a third thread, its manifest last
+           committed: by one rename; older checkpoints that need not stay are removed
+           uploaded: by rank 0, in a third thread, the manifest last
 """
 
 from __future__ import annotations
@@ -55,20 +55,22 @@ from trainer.remote import RemoteCheckpoints
 
 
 class Tell(Protocol):
-    """Takes note of an event (`monitoring/events.py`); any thread may call it."""
+    """Records an event (`monitoring/events.py`); safe to call from any thread."""
 
     def __call__(self, event: str, step: int, **details: float | int | str) -> None: ...
 
 
 class Checkpointer:
-    """Saves in the background, and lets the loop know when that failed.
+    """Saves in the background, and reports failures to the loop.
 
     Args:
-        folder: Where checkpoints go.
-        save_assets: Writes what an export needs beside the tensors (config, tokenizer) to a folder.
-        tell: Takes note of committed and uploaded checkpoints, on rank 0.
-        remote: Where they are copied, if anywhere; only rank 0 needs it.
-        beat: Called now and then while the main thread waits.
+        config: Settings of checkpoints.
+        folder: Folder of the checkpoints.
+        world: Ranks of the run.
+        save_assets: Function that writes what an export needs beside tensors (config, tokenizer).
+        tell: Function that records committed and uploaded checkpoints, on rank 0.
+        remote: Object store to copy them to, or None; only rank 0 needs it.
+        beat: Function called regularly while the main thread waits.
     """
 
     def __init__(
@@ -96,17 +98,17 @@ class Checkpointer:
         """Stages a copy and writes it in the background; collective.
 
         Args:
-            tensors_of: Returns this rank's share of the canonical state (`Strategy.state`).
-            state: The rest of it.
+            tensors_of: Function that returns this rank's share of the canonical state.
+            state: State other than tensors.
 
         Returns:
-            Seconds that training was blocked.
+            Time that training was blocked, in seconds.
 
         Raises:
-            ConfigError: On every rank, if the disk has no room for it or an earlier save failed.
+            ConfigError: The disk is too small or an earlier save failed; raised on every rank.
         """
         began = time.perf_counter()
-        self.wait()
+        self.wait()  # one save at a time: the stager's buffers are still in use by the last one
         tensors = tensors_of()
         self._check_space(tensors)
         if self._stager is None:
@@ -121,15 +123,15 @@ class Checkpointer:
 
     @property
     def failed(self) -> bool:
-        """Whether the save under way has failed on this rank; `wait()` raises it on all."""
+        """True if the current save has failed on this rank; `wait()` raises the error on all."""
         pending = self._pending
         return pending is not None and pending.done() and pending.exception() is not None
 
     def wait(self) -> None:
-        """Waits until the save under way is committed; collective.
+        """Waits until the current save is committed; collective.
 
         Raises:
-            ConfigError: On every rank, if it could not be written.
+            ConfigError: The checkpoint could not be written; raised on every rank.
         """
         if self._pending is None:
             return
@@ -149,12 +151,12 @@ class Checkpointer:
         """Waits until the newest checkpoint is in the object store; on rank 0, not collective.
 
         Returns:
-            Why it is not; None where all is well, or nothing is uploaded.
+            Reason for a failure; None if there was none, or nothing is uploaded.
         """
         return None if self._uploader is None else self._uploader.wait(self._beat)
 
     def close(self) -> None:
-        """Ends the background threads; an upload under way is given up."""
+        """Ends the background threads; a current upload is given up."""
         self._writer.shutdown(wait=True)
         if self._uploader is not None:
             self._uploader.close()
@@ -162,7 +164,7 @@ class Checkpointer:
             self._stager.close()
 
     def _write(self, tensors: dict[str, Tensor], state: TrainerState, blocking_s: float) -> None:
-        """In the background thread of every rank."""
+        """Writes and commits a checkpoint in the background thread of every rank."""
         began = time.perf_counter()
         name = step_name(state.step)
         final = self._folder / name
@@ -175,10 +177,12 @@ class Checkpointer:
             if rank == 0:
                 self._save_assets(staging / ASSETS)
                 write_file(staging / TRAINER, json.dumps(dataclasses.asdict(state), indent=1))
-            # Each rank vouches for the bytes that it wrote; rank 0 for the rest.
+            # Each rank hashes the files that it wrote; rank 0 also hashes the assets.
             mine = manifest_of(staging, lambda path: _writer_of(path) == rank)
-        except (Exception, CheckpointException) as e:  # the latter is no Exception
+        except (Exception, CheckpointException) as e:  # the latter does not derive from Exception
             error = e
+        # Every rank takes part in this collective, even after an error, so that none waits for
+        # ever.
         digests: list[Manifest | None] = [None] * self._world.world_size
         dist.all_gather_object(digests, mine, group=group)
         try:
@@ -204,24 +208,26 @@ class Checkpointer:
                 remove(staging)
             raise
         finally:
-            dist.barrier(group=group)  # `save` returns nowhere before the commit
+            dist.barrier(group=group)  # no rank may see its save as done before the commit
 
     def _commit(self, staging: Path, final: Path) -> None:
-        commit(staging, final, replace=True)  # of a damaged one that was passed over
+        commit(staging, final, replace=True)  # a damaged one of that name was skipped by resume
         write_file(self._folder / LATEST, final.name + "\n")
-        # A newer one is damaged, or left behind by the user: neither may push out this one.
+        # Newer checkpoints are damaged or abandoned by the user; they must not displace this one.
         names = [p.name for p in committed(self._folder) if p.name <= final.name]
         being_uploaded = self._uploader.busy if self._uploader is not None else set()
         for name in outdated(names, self._config.keep_last, self._config.keep_every):
             if name not in being_uploaded:
                 trash = staging_of(self._folder / name)
-                (self._folder / name).rename(trash)  # not committed from here on
+                # From the rename on it is not committed, even if the deletion is interrupted.
+                (self._folder / name).rename(trash)
                 shutil.rmtree(trash)
 
     def _check_space(self, tensors: dict[str, Tensor]) -> None:
-        """Refuses before a byte is written where it is plain that the disk is too small."""
+        """Refuses a save before anything is written if the disk is plainly too small."""
         mine = sum(_local(t).numel() * _local(t).element_size() for t in tensors.values())
         need = torch.tensor(mine, dtype=torch.float64)
+        # All ranks write into the same folder, so the sum of their shares must fit.
         dist.all_reduce(need, group=self._world.control)
         with self._world.together():
             if self._world.rank == 0:
@@ -249,8 +255,8 @@ class Checkpointer:
 class Uploader:
     """Copies committed checkpoints to the object store, one at a time, the newest first.
 
-    One that comes while another is under way waits; one that waits when a newer one comes is left
-    out, since the newer one is what a resume would take.
+    A checkpoint that arrives during an upload waits. If a newer one arrives meanwhile, the waiting
+    one is dropped, since a resume would take the newer one.
     """
 
     def __init__(self, remote: RemoteCheckpoints, config: CheckpointConfig, tell: Tell) -> None:
@@ -270,13 +276,13 @@ class Uploader:
             return {path.name for path in (self._waiting, self._current) if path is not None}
 
     def submit(self, checkpoint: Path) -> None:
-        """Uploads a committed checkpoint as soon as the one before is done."""
+        """Uploads a committed checkpoint once the current upload is done."""
         with self._changed:
             self._waiting = checkpoint
             self._changed.notify_all()
 
     def wait(self, beat: Callable[[], None]) -> str | None:
-        """Waits until nothing is left to do; returns why the last upload failed, if it did."""
+        """Waits until all uploads are done; returns the reason if the last one failed."""
         with self._changed:
             while self._waiting is not None or self._current is not None:
                 self._changed.wait(timeout=1)
@@ -284,7 +290,7 @@ class Uploader:
             return self._error
 
     def close(self) -> None:
-        """Takes no more; the thread ends with the process where it is in the middle of a file."""
+        """Accepts no more uploads; a current one ends with the process."""
         with self._changed:
             self._closed, self._waiting = True, None
             self._changed.notify_all()
@@ -299,6 +305,7 @@ class Uploader:
                 self._current, self._waiting = self._waiting, None
                 checkpoint = self._current
                 assert checkpoint is not None
+            # Outside of the lock, so that `submit` never waits for the network.
             error = self._upload(checkpoint)
             with self._changed:
                 self._current, self._error = None, error
@@ -311,11 +318,13 @@ class Uploader:
             files = json.loads((checkpoint / MANIFEST).read_text())["files"]
             self._remote.upload(checkpoint, sorted(files))
             self._remote.commit(checkpoint)
+            # As on disk, newer checkpoints must not displace this one.
             names = [n for n in self._remote.names() if n <= checkpoint.name]
             for name in outdated(names, self._config.keep_last, self._config.keep_every):
                 self._remote.delete(name)
-            self._remote.remove_incomplete()  # of uploads that were killed
-        except (SpotforgeError, OSError) as e:  # training goes on: the checkpoint is on this disk
+            self._remote.remove_incomplete()  # left by killed uploads
+        except (SpotforgeError, OSError) as e:
+            # Training continues, since the checkpoint is on this disk.
             self._tell("upload_failed", step, error=str(e))
             print(f"{checkpoint.name} was not uploaded: {e}", file=sys.stderr, flush=True)
             return str(e)
@@ -327,6 +336,7 @@ def _stager(device: torch.device) -> DefaultStager:
     cuda = device.type == "cuda"
     return DefaultStager(
         StagingOptions(
+            # From pinned memory on, a copy from the GPU needs no intermediate buffer.
             use_pinned_memory=cuda,
             use_shared_memory=False,
             use_async_staging=False,
@@ -340,13 +350,13 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _writer_of(path: Path) -> int:
-    """Returns the rank that answers for a file of a checkpoint."""
-    found = re.match(r"__(\d+)_", path.name)  # dcp names a rank's files so
+    """Returns the rank that hashes a file of a checkpoint."""
+    found = re.match(r"__(\d+)_", path.name)  # dcp puts the rank into names of files
     return int(found[1]) if found else 0
 
 
 def _os_error(error: BaseException) -> OSError | None:
-    """The operating system's word behind a failed save (dcp wraps those of all ranks)."""
+    """Returns the OSError behind a failed save, or None (dcp wraps the errors of all ranks)."""
     if isinstance(error, OSError):
         return error
     for inner, _ in getattr(error, "failures", {}).values():

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the step, so a resume needs no state."""
+"""Learning-rate schedules: pure functions of the step, so that a resume needs no state."""
 
 import math
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from core.settings.rules import setting
 
 @dataclass
 class CosineConfig:
-    """Linear warm-up, then half a cosine down to `min_lr_ratio` (arXiv 1608.03983).
+    """Warms up linearly, then decays along half a cosine to `min_lr_ratio` (arXiv 1608.03983).
 
     Attributes:
-        warmup_steps: Steps from 0 to the peak.
+        warmup_steps: Number of steps from 0 to the peak.
         min_lr_ratio: Learning rate at the last step, relative to the peak.
     """
 
@@ -20,14 +20,15 @@ class CosineConfig:
     min_lr_ratio: float = setting(0.1, least=0, most=1, fix="try 0.1")
 
     def check(self, total_steps: int | None) -> int | None:
-        """Number of steps that the shape depends on; ConfigError where it is not known."""
+        """Returns the number of steps on which the shape depends; raises ConfigError if unknown."""
         return _known(total_steps, "cosine", warmup_steps=self.warmup_steps)
 
     def scale(self, step: int, total_steps: int | None) -> float:
-        """Factor on the peak learning rate at `step` (0-based)."""
+        """Returns the factor on the peak learning rate at `step` (0-based)."""
         assert total_steps is not None
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
+        # The last step is total_steps - 1, where the rate reaches its minimum.
         progress = (step - self.warmup_steps) / max(1, total_steps - 1 - self.warmup_steps)
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (
             1 + math.cos(math.pi * progress)
@@ -36,11 +37,11 @@ class CosineConfig:
 
 @dataclass
 class WarmupStableDecayConfig:
-    """Linear warm-up, a constant stretch, and a linear decay at the end (arXiv 2404.06395).
+    """Warms up linearly, stays constant, and decays linearly at the end (arXiv 2404.06395).
 
     Attributes:
-        warmup_steps: Steps from 0 to the peak.
-        decay_steps: Steps from the peak down to `min_lr_ratio`.
+        warmup_steps: Number of steps from 0 to the peak.
+        decay_steps: Number of steps from the peak down to `min_lr_ratio`.
         min_lr_ratio: Learning rate at the last step, relative to the peak.
     """
 
@@ -49,13 +50,13 @@ class WarmupStableDecayConfig:
     min_lr_ratio: float = setting(0.0, least=0, most=1, fix="try 0.1")
 
     def check(self, total_steps: int | None) -> int | None:
-        """Number of steps that the shape depends on; ConfigError where it is not known."""
+        """Returns the number of steps on which the shape depends; raises ConfigError if unknown."""
         return _known(
             total_steps, "wsd", warmup_steps=self.warmup_steps, decay_steps=self.decay_steps
         )
 
     def scale(self, step: int, total_steps: int | None) -> float:
-        """Factor on the peak learning rate at `step` (0-based)."""
+        """Returns the factor on the peak learning rate at `step` (0-based)."""
         assert total_steps is not None
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
@@ -67,20 +68,20 @@ class WarmupStableDecayConfig:
 
 @dataclass
 class ConstantConfig:
-    """Linear warm-up, then the peak learning rate for as long as the run goes.
+    """Warms up linearly, then stays at the peak learning rate.
 
     Attributes:
-        warmup_steps: Steps from 0 to the peak.
+        warmup_steps: Number of steps from 0 to the peak.
     """
 
     warmup_steps: int = setting(100, least=0, fix="0: no warm-up")
 
     def check(self, total_steps: int | None) -> int | None:
-        """Nothing depends on the length of the run: it may end by the clock, or be extended."""
+        """Returns None: the shape does not depend on the run's length, which may change."""
         return None
 
     def scale(self, step: int, total_steps: int | None) -> float:
-        """Factor on the peak learning rate at `step` (0-based)."""
+        """Returns the factor on the peak learning rate at `step` (0-based)."""
         return min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
 
 

@@ -1,4 +1,4 @@
-"""The size of a model, from its configuration alone: for the planner, which imports no torch."""
+"""Computes the size of a model from its configuration: for the planner, which imports no torch."""
 
 import json
 from dataclasses import dataclass
@@ -8,8 +8,7 @@ from typing import Any
 from core.errors import ConfigError
 from trainer.config import DistillConfig, NamedModelConfig, PathModelConfig, TrainerConfig
 
-# What transformers takes where a config says nothing, by architecture. `bias` names the
-# projections that have one.
+# Defaults of transformers for fields that a config does not set, by architecture.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {
         "vocab_size": 32000,
@@ -56,19 +55,19 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder.
+    """Holds the sizes of a decoder.
 
     Attributes:
         family: Transformers' name of the architecture.
-        vocab_size: Rows of the embedding.
+        vocab_size: Number of rows of the embedding.
         hidden_size: Width of the residual stream.
         intermediate_size: Width inside the MLP.
-        num_layers: Decoder blocks.
-        qkv_size: Outputs of the query, key and value projections together.
-        attention_size: Inputs of the output projection: heads times head size.
-        num_parameters: All; a tied output layer counts once.
-        num_parameters_in_matmuls: Without the embedding, unless it is the output layer too.
-        num_block_parameters: Of one decoder block.
+        num_layers: Number of decoder blocks.
+        qkv_size: Number of outputs of the query, key and value projections together.
+        attention_size: Number of inputs of the output projection: heads times head size.
+        num_parameters: Number of all parameters; a tied output layer counts once.
+        num_parameters_in_matmuls: Number without the embedding, unless it is also the output layer.
+        num_block_parameters: Number of parameters of one decoder block.
     """
 
     family: str
@@ -84,18 +83,18 @@ class ModelShape:
 
 
 def model_shape(config: TrainerConfig) -> ModelShape:
-    """Sizes of the model that a run would build.
+    """Returns the sizes of the model that a run would build.
 
-    Where a tokenizer is to be trained, its vocabulary is taken to be as large as it may be.
+    If a tokenizer is to be trained, its vocabulary is assumed to have the largest allowed size.
 
     Raises:
-        ConfigError: The architecture is none of those that are known here, or there is no
-            `config.json`.
+        ConfigError: The size of this architecture is not known here, or there is no `config.json`.
     """
     model = config.model
     if isinstance(model, NamedModelConfig):
         fields = dict(model.config)
         vocab_size = model.vocab_size or _tokenizer_vocab_size(config)
+        # The model rounds a tokenizer's size up in the same way (trainer/model.py).
         fields |= {"vocab_size": -(-vocab_size // 64) * 64 if not model.vocab_size else vocab_size}
         return _shape_of(model.model_type, fields, "model.model_type")
     assert isinstance(model, PathModelConfig)
@@ -104,10 +103,10 @@ def model_shape(config: TrainerConfig) -> ModelShape:
 
 
 def teacher_shape(config: TrainerConfig) -> ModelShape | None:
-    """Sizes of the teacher of a distillation; None where there is none.
+    """Returns the sizes of the teacher of a distillation; None without one.
 
     Raises:
-        ConfigError: As `model_shape`.
+        ConfigError: See `model_shape`.
     """
     objective, key = config.objective, "objective.teacher"
     if not isinstance(objective, DistillConfig):
@@ -118,15 +117,15 @@ def teacher_shape(config: TrainerConfig) -> ModelShape | None:
 
 def _shape_of(family: str, fields: dict[str, Any], key: str) -> ModelShape:
     if family not in _DEFAULTS:
-        rule = "its size is not known without building it"
-        raise ConfigError(key, family, rule, f"known are {', '.join(sorted(_DEFAULTS))}")
+        rule = "has no size that is known without building it"
+        raise ConfigError(key, family, rule, f"use one of {', '.join(sorted(_DEFAULTS))}")
     fields = fields | {"model_type": family}
     fields = _DEFAULTS[family] | {name: v for name, v in fields.items() if v is not None}
     return _gpt2(fields) if family == "gpt2" else _llama(fields, family)
 
 
 def _llama(fields: dict[str, Any], family: str) -> ModelShape:
-    """Llama and what is built like it: RMS norms, SwiGLU, grouped queries."""
+    """Returns the sizes of Llama and models built like it: RMS norms, SwiGLU, grouped queries."""
     hidden, inner = fields["hidden_size"], fields["intermediate_size"]
     heads = fields["num_attention_heads"]
     head_dim = fields.get("head_dim", hidden // heads)
@@ -134,7 +133,7 @@ def _llama(fields: dict[str, Any], family: str) -> ModelShape:
     queries = heads * head_dim
     matrices = hidden * (queries + 2 * kv) + queries * hidden + 3 * hidden * inner
     vectors = 2 * hidden
-    if family == "qwen2":  # always, and not on the output projection
+    if family == "qwen2":  # always has biases, but none on the output projection
         vectors += queries + 2 * kv
     elif fields.get("attention_bias", False) and family != "mistral":
         vectors += queries + 2 * kv + hidden
@@ -194,7 +193,7 @@ def _tokenizer_vocab_size(config: TrainerConfig) -> int:
     if data.tokenizer in ("auto", "train"):
         return int(data.tokenizer_vocab_size)
     if not file.is_file():
-        rule = "its vocabulary's size is not known without loading it"
+        rule = "has a vocabulary whose size is not known without loading it"
         fix = "give a folder with tokenizer.json, or set model.vocab_size"
         raise ConfigError("data.tokenizer", data.tokenizer, rule, fix)
     content = json.loads(file.read_text(encoding="utf-8"))
@@ -212,7 +211,7 @@ def _config_json(name: str, revision: str | None, key: str) -> dict[str, Any]:
             cached = try_to_load_from_cache(name, "config.json", revision=revision)
             path = Path(cached) if isinstance(cached, str) else path
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:  # not there, no JSON, or no name of a repository
+    except (OSError, ValueError) as e:  # missing, not JSON, or not a valid repository name
         rule = "has no config.json that can be read here"
         fix = "give a folder, or load the model once so that it is in the hub's cache"
         raise ConfigError(key, name, rule, fix) from e

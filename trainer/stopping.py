@@ -1,4 +1,4 @@
-"""Turns a signal, or a notice of preemption, into a flag that all ranks agree on."""
+"""Turns a signal or a notice of preemption into a flag that all ranks agree on."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from trainer.preemption import NoticeSource
 
 _WAIT_POLL_S = 0.02
 _JOIN_S = 1.0
-_PATIENCE_S = 180.0  # Azure's service may take two minutes to wake up
+_PATIENCE_S = 180.0  # Azure's service may take two minutes to start
 
 
 class StopSignal:
     """Catches SIGTERM, SIGUSR1 and SIGINT while it is entered, and watches for notices.
 
-    It only sets a flag: the loop sends it along with a collective that each step makes anyway, so
-    that no rank stops alone. A signal may come several times (a terminal and a launcher both pass
-    it on), so a second one changes nothing.
+    It only sets a flag. The loop sends the flag along with a collective of each step, so no rank
+    stops alone. A signal may come several times (a terminal and a launcher both forward it), so a
+    second one changes nothing.
 
-    Under a supervisor, which sets SPOTFORGE_RANK_DIR, a rank that was told to stop says why in
-    `stop_reason.txt` there.
+    Under a supervisor, which sets SPOTFORGE_RANK_DIR, a rank that was told to stop writes the
+    reason to `stop_reason.txt` in that folder.
     """
 
     _SIGNALS: dict[int, str] = {
@@ -37,13 +37,13 @@ class StopSignal:
     }
 
     def __init__(self) -> None:
-        # The flag is a list that only grows, not a threading.Event: a handler runs between any two
-        # instructions of the main thread, and would wait for ever for a lock that this one holds.
+        # A list that only grows, not a threading.Event: a signal handler runs between any two
+        # instructions of the main thread, and would deadlock on a lock that this thread holds.
         self._reasons: list[str] = []
         self._previous: dict[int, object] = {}
         self._watcher: threading.Thread | None = None
-        self._closed = threading.Event()  # ends the watcher; no handler touches it
-        self._recording = threading.Lock()  # nor this
+        self._closed = threading.Event()  # ends the watcher; handlers never use it
+        self._recording = threading.Lock()  # handlers never use it
         self._recorded = False
 
     def __enter__(self) -> StopSignal:
@@ -59,25 +59,25 @@ class StopSignal:
     ) -> None:
         self._closed.set()
         if self._watcher is not None:
-            self._watcher.join(_JOIN_S)  # a request under way ends by itself, unheard
+            self._watcher.join(_JOIN_S)  # a request in progress ends by its own timeout
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-        self.requested()  # a signal that came since the last time it was asked is recorded too
+        self.requested()  # records a signal that came since the last call
 
     @property
     def reason(self) -> str | None:
-        """Why this process was told to stop; the first reason, if there are several."""
+        """Reason to stop that this process was given first; None if there is none."""
         return self._reasons[0] if self._reasons else None
 
     def requested(self) -> bool:
-        """Whether this process was told to stop. Not for signal handlers: it may write a file."""
+        """Returns whether this process was told to stop; may write a file, so not for handlers."""
         if not self._reasons:
             return False
         self._record(self._reasons[0])
         return True
 
     def wait(self, seconds: float) -> bool:
-        """Waits for the flag for at most `seconds`."""
+        """Waits up to `seconds` for the flag; returns whether it is set."""
         deadline = time.monotonic() + seconds
         while not self.requested():
             left_s = deadline - time.monotonic()
@@ -89,10 +89,10 @@ class StopSignal:
     def watch(self, sources: Sequence[NoticeSource], poll_s: float) -> None:
         """Polls `sources` in the background until one of them announces something.
 
-        A source that fails is asked again, and said to fail on stderr once that has lasted for
-        three minutes: until it answers, nobody would hear a notice.
+        A source that fails is polled again. After three minutes of failures a message is printed,
+        since notices are missed until it answers.
         """
-        assert self._watcher is None, "watched already"
+        assert self._watcher is None, "already watching"
         if sources:
             watched = [_Watched(source) for source in sources]
             self._watcher = threading.Thread(
@@ -101,6 +101,7 @@ class StopSignal:
             self._watcher.start()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        # Appending to a list takes no lock, which makes it safe in a signal handler.
         self._reasons.append(self._SIGNALS[number])
 
     def _poll(self, watched: list[_Watched], poll_s: float) -> None:
@@ -130,7 +131,7 @@ class StopSignal:
 
 
 class _Watched:
-    """A source of notices, and how long it has been failing."""
+    """Polls a source of notices, and keeps track of how long it has been failing."""
 
     def __init__(self, source: NoticeSource) -> None:
         self._source = source
@@ -140,7 +141,7 @@ class _Watched:
     def poll(self) -> str | None:
         try:
             notice = self._source.poll()
-        except Exception as e:  # whatever is wrong with it, training does not depend on it
+        except Exception as e:  # whatever fails here, training does not depend on it
             self._failed(e)
             return None
         self._failing_since, self._said = None, False
@@ -155,7 +156,7 @@ class _Watched:
             self._said = True
             print(
                 f"{self._source.what}: no usable answer for {failing_s:.0f} s ({error}); still "
-                "asking, but until it answers a notice goes unseen",
+                "asking, but until it answers notices are missed",
                 file=sys.stderr,
                 flush=True,
             )

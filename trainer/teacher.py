@@ -1,4 +1,4 @@
-"""The teacher of a distillation: a pretrained model that is asked and never trained."""
+"""The teacher of a distillation: a pretrained model that is evaluated and never trained."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +20,9 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 
 class Teacher(nn.Module):
-    """A frozen model that computes in its own type, whatever the run's precision.
+    """Holds a frozen model that computes in its own type, for any precision of the run.
 
-    It is in evaluation mode for good: without dropout, and drawing no random numbers.
+    It always stays in evaluation mode: no dropout, no random numbers.
     """
 
     def __init__(
@@ -34,30 +34,30 @@ class Teacher(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "Teacher":
-        """Stays in evaluation mode, as its parent goes from one to the other."""
+        """Stays in evaluation mode, whatever mode its parent is set to."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, position_ids: Tensor | None, hidden: bool) -> Tensor:
-        """What it makes of a batch.
+        """Computes the teacher's output for a batch.
 
         Args:
-            input_ids: (B, T) int64.
-            position_ids: (B, T) int64, or None.
-            hidden: Return the last hidden states, which its head makes logits of.
+            input_ids: Token ids, (B, T) int64.
+            position_ids: Positions, (B, T) int64, or None.
+            hidden: True returns the last hidden states, the input of its head.
 
         Returns:
-            (B, T, H) hidden states, or (B, T, V) logits; of its type.
+            Hidden states (B, T, H), or logits (B, T, V), in the teacher's type.
         """
         with torch.autocast(input_ids.device.type, enabled=False):
             return outputs_of(self.model, hidden, model_inputs(input_ids, position_ids))
 
     def materializer(self, module: nn.Module, device: torch.device) -> Materialize:
-        """What fills its parts with its weights.
+        """Returns a function that fills the teacher's parts with its weights.
 
         Args:
-            module: What the parts are given of: it holds this one.
-            device: Where they go.
+            module: Module that contains this one, and whose parts are passed to the function.
+            device: Device of the weights.
         """
         with _about(self._config):
             materialize = Materializer(module, self.model, self._path, 0, device)
@@ -75,11 +75,10 @@ def build_teacher(
     model_config: ModelConfig,
     tokenizer_fingerprint: str,
 ) -> Teacher:
-    """The teacher on the meta device: its shapes, and files that are known to be there.
+    """Returns the teacher on the meta device, after checking that its files exist.
 
     Raises:
-        ConfigError: If there is no such model, it has no weights, or its tokens are not the
-            student's.
+        ConfigError: There is no such model, it has no weights, or its tokens are not the student's.
     """
     path = PathModelConfig(
         path=config.teacher,
@@ -111,7 +110,7 @@ def build_teacher(
 
 @contextmanager
 def _about(config: DistillConfig) -> Iterator[None]:
-    """Has errors about a model name the key that this one is set by."""
+    """Turns errors about a model into errors about `objective.teacher`."""
     try:
         yield
     except ConfigError as e:

@@ -1,12 +1,12 @@
-"""Weights as they lie in a Hugging Face folder, and as the model holds them in memory.
+"""Maps weights between a Hugging Face folder and the model in memory.
 
 Transformers 5 renames, splits and joins tensors between the two (experts are one tensor each on
-disk and one for all in memory, `embed_out` becomes `lm_head`). Both ways are taken here by its own
-rules (`conversion_mapping.py` and `core_model_loading.py` of transformers), a few tensors at a
-time: `from_pretrained` and `save_pretrained` hold the whole model.
+disk and one for all in memory, `embed_out` becomes `lm_head`). Both directions follow its rules
+(`conversion_mapping.py` and `core_model_loading.py` of transformers), but a few tensors at a time,
+while `from_pretrained` and `save_pretrained` hold the whole model.
 
-A group is what has to be converted together: the tensors on one side that make the tensors on the
-other. What a group becomes is known before anything is read: it is converted on the meta device.
+A group contains the tensors that must be converted together, on both sides. Its result is known
+before anything is read, because the group is first converted on the meta device.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# What stands for a number by itself; codes of a quantized model need their scales.
+# Types that are numbers by themselves; codes of a quantized model need their scales.
 _NUMBERS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
-# Returns a tensor by the name that it has on the side it is read from.
+# Returns a tensor by its name on the side that is read.
 Read = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
 class WeightGroup:
-    """Tensors that are converted together.
+    """Describes tensors that are converted together.
 
     Attributes:
-        sources: Their names before.
-        targets: Names, shapes and types of what they become, on the meta device.
-        convert: Reads the sources and makes the targets.
+        sources: Names of the tensors before conversion.
+        targets: Names, shapes and types of the results, on the meta device.
+        convert: Function that reads the sources and makes the targets.
     """
 
     sources: tuple[str, ...]
@@ -76,20 +76,20 @@ class WeightGroup:
 class WeightsReader:
     """Reads a parameter or persistent buffer by its name in a model.
 
-    It holds one group of tensors at most. The model is told which of transformers' conversions its
-    files made use of, as `from_pretrained` does, so that an export undoes these.
+    At most one group of tensors is held. The model is told which of transformers' conversions its
+    files used, as `from_pretrained` does, so that an export reverts them.
 
     Attributes:
         stored_names: Names of the tensors in the files.
 
     Args:
-        config: The folder or hub repository.
-        model: On any device; only its names, shapes and types count.
+        config: Folder or hub repository.
+        model: Model on any device; only its names, shapes and types count.
 
     Raises:
-        ConfigError: If the files lack a tensor of the model, hold one that nothing explains, or
-            hold one of another shape or kind of number.
-        DamagedError: If a file cannot be read.
+        ConfigError: The files lack a tensor of the model, contain one that the model has no place
+            for, or contain one of another shape or kind of number.
+        DamagedError: A file cannot be read.
     """
 
     def __init__(self, config: PathModelConfig, model: PreTrainedModel) -> None:
@@ -116,19 +116,20 @@ class WeightsReader:
         if there not in self._converted:
             self._converted.clear()
             self._converted = self._group_of[there].convert(self._read_stored)
+        # Popped, so that the tensors of a group are freed one after another.
         return self._converted.pop(there)
 
     def __contains__(self, name: str) -> bool:
         return any(n in self._group_of for n in (name, *self._twins.get(name, ())))
 
     def _read_stored(self, name: str) -> Tensor:
-        # Opened anew each time: what is mapped of a file that stays open counts as memory in use.
+        # Opened each time: mapped pages of a file that stays open count as memory in use.
         with safe_open(self._files[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
     def _check_tied(self, config: PathModelConfig) -> None:
-        """Raises ConfigError where parameters that the model ties are stored as different ones."""
+        """Raises ConfigError if parameters that the model ties differ in the files."""
         stored = [
             (name, twin)
             for name, twins in self._twins.items()
@@ -136,13 +137,13 @@ class WeightsReader:
             if name < twin and {name, twin} <= self._group_of.keys()
         ]
         for pair in stored:
+            # One pair at a time, so that no more than two groups are held.
             one, other = (self._group_of[n].convert(self._read_stored)[n] for n in pair)
             if not torch.equal(one, other):
                 raise ConfigError(
                     "model.path",
                     config.path,
-                    f"its config ties {pair[0]} and {pair[1]}, and its weights hold two different "
-                    "ones",
+                    f"its config ties {pair[0]} and {pair[1]}, but their weights differ",
                     "set tie_word_embeddings to false in its config.json if both are meant",
                 )
 
@@ -150,12 +151,12 @@ class WeightsReader:
 def saving_groups(
     model: PreTrainedModel, stored_names: Iterable[str] | None = None
 ) -> list[WeightGroup]:
-    """Returns what `save_pretrained` would write of `model`, group by group.
+    """Returns the tensors that `save_pretrained` would write for `model`, in groups.
 
     Args:
-        model: On the meta device, of the type in which it is saved.
+        model: Model on the meta device, in the type in which it is saved.
         stored_names: Names in the files that it was loaded from; None for a model that was not
-            loaded, or of which that is not known.
+            loaded, or if they are not known.
     """
     if stored_names is not None:
         conversions = get_model_conversion_mapping(model)
@@ -163,7 +164,7 @@ def saving_groups(
         _use_conversions(model, conversions)
         reverted = [c for c in conversions if c.was_used()]
     else:
-        # As transformers: without files nobody knows whether there was a prefix.
+        # As in transformers: without files it is not known whether names had a prefix.
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         reverted = [c for c in conversions if not isinstance(c, PrefixChange)]
     reversed_ones = [c.reverse_transform() for c in reverted[::-1]]
@@ -185,9 +186,9 @@ def saving_groups(
 
 
 def canonical_names(model: PreTrainedModel) -> dict[str, str]:
-    """Returns the name in checkpoints of every tensor of `model`, twins of tied ones included.
+    """Returns the checkpoint name of every tensor of `model`, including twins of tied ones.
 
-    A tied parameter has one canonical name: the first by which `named_parameters` reaches it.
+    A tied parameter has one canonical name: the first under which `named_parameters` yields it.
     """
     names = {name: name for name in model.state_dict()}
     first: dict[int, str] = {}
@@ -197,7 +198,7 @@ def canonical_names(model: PreTrainedModel) -> dict[str, str]:
 
 
 def find_file(config: PathModelConfig, name: str) -> str | None:
-    """Path of a file of the folder or hub repository; None where it has none of that name."""
+    """Returns the path of a file in the folder or hub repository; None if it does not exist."""
     path: str | None = cached_file(
         config.path, name, revision=config.revision, _raise_exceptions_for_missing_entries=False
     )
@@ -205,12 +206,11 @@ def find_file(config: PathModelConfig, name: str) -> str | None:
 
 
 def _weight_files(config: PathModelConfig) -> dict[str, str]:
-    """Returns the file of each stored tensor; a single file goes before an index, as transformers
-    has it.
+    """Returns the file of each stored tensor; as in transformers, a single file precedes an index.
 
     Raises:
-        ConfigError: If there are no safetensors, or one of several files is missing.
-        DamagedError: If the file or the index cannot be read.
+        ConfigError: There are no safetensors, or one of several files is missing.
+        DamagedError: The file or the index cannot be read.
     """
     single = find_file(config, _SINGLE)
     if single is not None:
@@ -231,7 +231,7 @@ def _weight_files(config: PathModelConfig) -> dict[str, str]:
             "model.path", config.path, f"{_INDEX} has no weight_map", "download it again"
         ) from e
     files: dict[str, str] = {}
-    for shard in shards:  # what the files hold counts, not what the index says: so transformers
+    for shard in shards:  # as in transformers, the files' content counts, not the index's
         path = find_file(config, shard)
         if path is None:
             raise ConfigError("model.path", config.path, f"{shard} is missing", "download it again")
@@ -250,7 +250,7 @@ def _names_in(config: PathModelConfig, path: str) -> list[str]:
 
 
 def _described(config: PathModelConfig, files: dict[str, str]) -> dict[str, Tensor]:
-    """Shape and type of each stored tensor, on the meta device."""
+    """Returns shape and type of each stored tensor, as tensors on the meta device."""
     described: dict[str, Tensor] = {}
     for path in sorted(set(files.values())):
         with safe_open(path, framework="pt") as file:
@@ -277,13 +277,13 @@ def _loading_groups(
     """Sorts stored tensors into groups, as `convert_and_load_state_dict_in_model` does.
 
     Args:
-        model: Whose tensors they become.
-        conversions: Transformers' for it; each notes whether it was used.
+        model: Model of the results.
+        conversions: Transformers' conversions for it; each records whether it was used.
         stored: Tensors on the meta device by their names in the files.
-        convert: Whether the groups are wanted, or only the notes.
+        convert: True makes the groups; False only records which conversions are used.
 
     Returns:
-        The groups, and the stored names that become no tensor of the model.
+        Groups, and the stored names for which the model has no tensor.
     """
     renamings = [c for c in conversions if not isinstance(c, WeightConverter)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
@@ -295,11 +295,13 @@ def _loading_groups(
     unexplained: list[str] = []
     for name in sorted(stored, key=dot_natural_key):
         renamed = name
+        # As in transformers, all renamings apply in turn, but only the first converter that
+        # matches.
         for renaming in renamings:
             renamed, _ = renaming.rename_source_key(renamed)
         renamed, pattern = _converted_name(renamed, converters)
         renamed = _with_prefix(renamed, prefix, wanted)
-        if renamed not in wanted and name in wanted:  # of this form already
+        if renamed not in wanted and name in wanted:  # the file already has the model's names
             renamed, pattern = name, None
         if renamed not in wanted:
             unexplained.append(name)
@@ -323,12 +325,12 @@ def _loading_groups(
 
 
 def _use_conversions(model: PreTrainedModel, conversions: list[Any]) -> None:
-    """Has a model remember the conversions that matched a name, as `from_pretrained` does."""
+    """Stores in a model the conversions that matched a name, as `from_pretrained` does."""
     vars(model)["_weight_conversions"] = [c for c in conversions if c.was_used()]
 
 
 def _converted_name(name: str, converters: list[Any]) -> tuple[str, str | None]:
-    """The name that the first converter to match gives, and the pattern that matched."""
+    """Returns the name given by the first converter that matches, and its pattern."""
     for converter in converters:
         renamed, pattern = converter.rename_source_key(name)
         if pattern is not None:
@@ -337,7 +339,7 @@ def _converted_name(name: str, converters: list[Any]) -> tuple[str, str | None]:
 
 
 def _with_prefix(name: str, prefix: str, wanted: Mapping[str, Tensor]) -> str:
-    """A checkpoint may be one of the bare model, or the model may be the bare one."""
+    """Returns a name with the base model's prefix added or removed, as the model requires."""
     if not prefix:
         return name
     if name.startswith(prefix):
@@ -355,6 +357,7 @@ def _joined(
     model: PreTrainedModel, target: str, converter: Any, members: list[tuple[str, str]]
 ) -> Callable[[Read], dict[str, Tensor]]:
     def make(read: Read) -> dict[str, Tensor]:
+        # A converter collects tensors, so each conversion needs a fresh copy.
         fresh = deepcopy(converter)
         for pattern, name in members:
             fresh.add_tensor(target, name, pattern, read(name))
@@ -365,7 +368,7 @@ def _joined(
 
 
 def _twins(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
-    """Other names of each tied parameter."""
+    """Returns the other names of each tied parameter."""
     of_parameter: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         of_parameter.setdefault(id(parameter), []).append(name)
@@ -377,13 +380,13 @@ def _twins(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
 
 
 def _saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What `save_pretrained` takes of the model's state: one name of what is tied."""
+    """Returns the tensors that `save_pretrained` writes, with one name for tied tensors."""
     ignored = set(model._keys_to_ignore_on_save or ())
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     saved: dict[str, Tensor] = {}
     seen: set[int] = set()
     state = model.state_dict(keep_vars=True)
-    for name in sorted(state, key=lambda n: n in tied):  # the name that others are tied to first
+    for name in sorted(state, key=lambda n: n in tied):  # names that others are tied to first
         tensor = state[name]
         if name not in ignored and id(tensor) not in seen:
             seen.add(id(tensor))
@@ -416,10 +419,10 @@ def _check_missing(
 def _check_unexplained(
     config: PathModelConfig, model: PreTrainedModel, unexplained: list[str]
 ) -> None:
-    """Raises ConfigError for a tensor that transformers would warn about and leave out."""
+    """Raises ConfigError for a tensor that transformers would warn about and ignore."""
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())
     buffers = [name for name, _ in model.named_buffers()]
-    # Buffers that older releases of transformers saved and newer ones compute.
+    # Buffers that older versions of transformers saved and newer ones compute.
     if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
         ignored.add(r"rotary_emb\.inv_freq")
     if any(name.endswith("position_ids") for name in buffers):
@@ -441,7 +444,7 @@ def _check_kind(
     found = group.targets[name]
     if found.shape != wanted.shape:
         fix = "config.json and the weights are of different models: download both again"
-        # Tokens that were added to a model change this alone.
+        # Adding tokens to a model changes only this size.
         if found.shape[1:] == wanted.shape[1:] and wanted.shape[0] == vocab_size:
             fix = (
                 f"set vocab_size={found.shape[0]} in its config.json if these weights are meant, "
@@ -459,7 +462,7 @@ def _check_kind(
             "model.path",
             config.path,
             f"{group.sources[0]} is {_name(found.dtype)}, and {name} of the model is "
-            f"{_name(wanted.dtype)}: these are codes of a quantized model, or of another one",
+            f"{_name(wanted.dtype)}: these are codes of a quantized model, or of another model",
             "give the model that it was made from",
         )
 

@@ -1,1 +1,1 @@
-"""Processes that this one starts: how they start, talk, are watched, and end."""
+"""Child processes: how they are started, talk to their parent, are watched, and end."""

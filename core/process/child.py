@@ -1,7 +1,8 @@
-"""Programs that this process starts: they die with it, and its terminal is not theirs.
+"""Child programs that die with this process and do not share its terminal.
 
-On Linux such a program is killed when the thread that started it ends, so it has to be started by a
-thread that lives as long as it does. Elsewhere only one that reads its standard input hears of it.
+On Linux the kernel kills a child when the thread that started it ends, so a child must be started
+by a thread that lives as long as it does. On other systems a child learns that its parent is gone
+only if it reads its standard input.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from core.errors import ConfigError
 if TYPE_CHECKING:
     import asyncio
 
-_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+_PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 _KILL_S = 5.0
 _POLL_S = 0.5
 
@@ -32,33 +33,33 @@ def popen(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
     """Starts a program.
 
     Args:
-        command: The program and its words.
-        options: Those of `subprocess.Popen` that differ from `_options`.
+        command: Program and its arguments.
+        options: Options of `subprocess.Popen` that differ from the defaults in `_options`.
     """
     return subprocess.Popen(command, **_options(options))
 
 
 async def spawn(command: Sequence[str], **options: Any) -> asyncio.subprocess.Process:
-    """Starts a program for the event loop that runs; see `popen`."""
-    import asyncio  # here, since a command's --help needs none of it
+    """Starts a program for the running event loop; see `popen`."""
+    import asyncio  # imported here because --help does not need it
 
     return await asyncio.create_subprocess_exec(*command, **_options(options))
 
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:
     defaults: dict[str, Any] = {
-        "stdin": subprocess.DEVNULL,  # a program that waits for a key waits for ever
+        "stdin": subprocess.DEVNULL,  # a program that asks for a key would wait for ever
         "preexec_fn": _die_with_parent(),
     }
     if "process_group" not in given:
-        # Ctrl-C reaches this process only, which decides what it means; and the program and all
-        # that it starts can be killed together.
+        # In a session of its own the child gets no Ctrl-C: this process decides what that
+        # means. The child and all that it starts can also be killed together.
         defaults["start_new_session"] = True
     return defaults | given
 
 
 def _die_with_parent() -> Callable[[], None] | None:
-    """Returns what a child calls before it becomes its program."""
+    """Returns the function that a child calls between fork and exec, or None off Linux."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None, use_errno=True)
@@ -67,23 +68,24 @@ def _die_with_parent() -> Callable[[], None] | None:
     def before_exec() -> None:
         if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
             raise OSError(ctypes.get_errno(), "prctl")
-        if os.getppid() != parent:  # it died before we asked
+        # The parent may have died before prctl took effect, and then no signal would come.
+        if os.getppid() != parent:
             os._exit(1)
 
     return before_exec
 
 
 def check_program(command: Sequence[str]) -> None:
-    """Raises ConfigError where there is no such program."""
+    """Raises ConfigError if the program does not exist."""
     if shutil.which(command[0]) is None:
         raise ConfigError("COMMAND", command[0], "no such program", "check its path")
 
 
 def describe_exit(code: int) -> str:
-    """Returns `died of SIGKILL` or `failed with exit code 1`.
+    """Returns how a program ended, as `died of SIGKILL` or `failed with exit code 1`.
 
     Args:
-        code: As Popen has it: -N for a program that died of signal N.
+        code: Return code as Popen gives it: -N for a program that died of signal N.
     """
     if code >= 0:
         return f"{'failed' if code else 'ended'} with exit code {code}"
@@ -94,26 +96,26 @@ def describe_exit(code: int) -> str:
 
 
 def exit_code(code: int) -> int:
-    """Returns what a shell would say: 128 + N for a program that died of signal N."""
+    """Returns the exit code as a shell reports it: 128 + N for a program that died of signal N."""
     return code if code >= 0 else 128 - code
 
 
 def kill_group(pid: int) -> None:
-    """Sends SIGKILL to a program that leads its process group, and to what it has started."""
-    # Nobody may be left in it, which macOS calls a lack of permission.
+    """Sends SIGKILL to a program that leads its process group, and to all that it started."""
+    # macOS reports an empty process group as a lack of permission.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
 
 
 class Child:
-    """A program that runs until it ends, or until this is left; a context manager.
+    """Runs a program until it ends or until this context manager is left.
 
     Args:
-        command: The program and its words.
-        env: Its environment; None: this process's.
+        command: Program and its arguments.
+        env: Environment of the program; None passes on this process's.
 
     Raises:
-        OSError: It cannot be started.
+        OSError: The program cannot be started.
     """
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
@@ -121,14 +123,14 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Its process id, which is that of its group too."""
+        """Process id of the program, which is also the id of its process group."""
         return self._process.pid
 
     def wait(self, seconds: float | None = None) -> int | None:
-        """Waits for its end, for at most `seconds`.
+        """Waits until the program ends, for at most `seconds`.
 
         Returns:
-            The code, -N where it died of signal N; None while it runs.
+            Return code, -N if it died of signal N; None while the program runs.
         """
         try:
             return self._process.wait(seconds)
@@ -136,7 +138,7 @@ class Child:
             return None
 
     def send(self, number: signal.Signals) -> None:
-        """Sends a signal to the program, if it still runs; SIGKILL also to what it has started."""
+        """Sends a signal to a running program; SIGKILL also reaches all that it started."""
         if self._process.poll() is not None:
             return
         if number == signal.SIGKILL:
@@ -145,13 +147,14 @@ class Child:
             self._process.send_signal(number)
 
     def kill(self) -> None:
-        """Kills the program, if it still runs, and in any case what it has left behind."""
+        """Kills the program if it still runs, and in any case what it left behind."""
         kill_group(self.pid)
 
     def close(self) -> None:
-        """Kills all of it, and waits a moment for its end."""
+        """Kills the program and all that it started, and waits up to 5 s for its end."""
         self.kill()
-        self.wait(_KILL_S)  # what is stuck in the kernel stays; nothing more can be done to it
+        # A process in an uninterruptible system call may outlast the wait; nothing ends it sooner.
+        self.wait(_KILL_S)
 
     def __enter__(self) -> Self:
         return self
@@ -162,12 +165,12 @@ class Child:
 
 @dataclass(frozen=True)
 class Finished:
-    """A program that has ended.
+    """Holds the result of a program that has ended.
 
     Attributes:
-        code: -N where it died of signal N.
-        out: What it wrote to standard output.
-        err: What it wrote to standard error.
+        code: Return code, -N if it died of signal N.
+        out: Text that the program wrote to standard output.
+        err: Text that the program wrote to standard error.
     """
 
     code: int
@@ -176,9 +179,9 @@ class Finished:
 
     @property
     def last_line(self) -> str:
-        """The last line of standard error that is not empty, which mostly tells what failed."""
+        """Last non-empty line of standard error, which usually names the failure."""
         lines = [line.strip() for line in self.err.splitlines() if line.strip()]
-        return lines[-1] if lines else "it said nothing"
+        return lines[-1] if lines else "it printed no error"
 
 
 def run(
@@ -187,17 +190,17 @@ def run(
     timeout_s: float | None = None,
     poll: Callable[[], None] | None = None,
 ) -> Finished:
-    """Runs a program to its end, and keeps what it says.
+    """Runs a program to its end and returns its output.
 
     Args:
-        command: The program and its words.
-        env: Its environment; None: this process's.
-        timeout_s: It is killed after so many seconds; None: never.
-        poll: Called twice a second; the program is killed where it raises.
+        command: Program and its arguments.
+        env: Environment of the program; None passes on this process's.
+        timeout_s: Time after which the program is killed, in seconds; None sets no limit.
+        poll: Function called twice a second; the program is killed if it raises.
 
     Raises:
-        OSError: It cannot be started.
-        TimeoutError: It was killed after `timeout_s`.
+        OSError: The program cannot be started.
+        TimeoutError: The program was killed after `timeout_s`.
     """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = popen(command, env=env, encoding="utf-8", errors="replace", **pipes)
@@ -215,6 +218,7 @@ def run(
             if poll is not None:
                 poll()
     finally:
+        # Only an error or a timeout leaves the program running here.
         if process.returncode is None:
             kill_group(process.pid)
             with contextlib.suppress(subprocess.TimeoutExpired):

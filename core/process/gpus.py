@@ -1,15 +1,16 @@
-"""The GPUs that a process may use, found without torch, whose import alone takes seconds.
+"""Finds the GPUs that a process may use without torch, whose import alone takes seconds.
 
-NVIDIA's driver is asked each time, since it no longer lists a GPU that fell off the bus. Containers
-without the driver's `utility` capability have no `nvidia-smi`; there the device files count, of
-which a container is given only its own. CUDA_VISIBLE_DEVICES then chooses, as CUDA reads it: the
-first name that is none hides itself and all that follow, `-1` and nothing at all are such names,
-and a GPU that is named twice hides all. A process sees one MIG instance at most; such count only
-where CUDA_VISIBLE_DEVICES names them, which a machine with whole GPUs beside MIG instances needs.
+NVIDIA's driver is asked each time, because it stops listing a GPU that fell off the bus. Containers
+without the driver's `utility` capability have no `nvidia-smi`; there the device files are counted,
+of which a container has only its own. CUDA_VISIBLE_DEVICES is applied as CUDA does: the first name
+that is not valid hides itself and all that follow, `-1` and the empty string are such names, and a
+GPU that is named twice hides all. A process sees at most one MIG instance. MIG instances count only
+where CUDA_VISIBLE_DEVICES names them, as a machine with whole GPUs beside MIG instances needs.
 
-AMD's GPUs are those that the kernel driver lists and whose render node is there, as containers get
-no other; HIP chooses of what ROCR_VISIBLE_DEVICES lets through. They count where the torch that is
-installed is a build for ROCm: any other does not use the graphics unit of an AMD processor.
+AMD's GPUs are those that the kernel driver lists and whose render node exists, since containers get
+only the render nodes of their own GPUs. ROCR_VISIBLE_DEVICES filters first, then
+HIP_VISIBLE_DEVICES. They count only if the installed torch is a ROCm build: other builds cannot use
+the integrated graphics unit of an AMD processor.
 """
 
 import asyncio
@@ -24,24 +25,24 @@ from pathlib import Path
 from core.process.child import kill_group, popen, spawn
 
 ANSWER_S = 30.0  # a driver with a broken GPU may never answer
-_KILL_S = 1.0
+_KILL_S = 1.0  # time that a killed nvidia-smi gets to end
 _DEV, _KFD = Path("/dev"), Path("/sys/class/kfd/kfd/topology/nodes")
 
 
 class NoAnswer(Exception):
-    """The driver does not answer."""
+    """Reports that the driver does not answer."""
 
     def __str__(self) -> str:
         return f"nvidia-smi does not answer within {ANSWER_S:.0f} s"
 
 
 def has_gpu() -> bool:
-    """Whether a process may use a GPU, without asking the driver whether it works."""
+    """Returns whether a process may use a GPU, without asking the driver whether it works."""
     return bool(_visible(None))
 
 
 def visible_gpus() -> list[str]:
-    """Returns the GPUs that a process may use, as CUDA_VISIBLE_DEVICES can name them.
+    """Returns the GPUs that a process may use, under names that CUDA_VISIBLE_DEVICES accepts.
 
     Raises:
         NoAnswer: The driver does not answer.
@@ -50,7 +51,7 @@ def visible_gpus() -> list[str]:
 
 
 async def visible_gpus_async() -> list[str]:
-    """Returns what `visible_gpus` does, while the event loop goes on."""
+    """Returns the same as `visible_gpus` without blocking the event loop."""
     try:
         process = await spawn(["nvidia-smi", "-L"], **_PIPES)
     except OSError:
@@ -68,13 +69,13 @@ async def visible_gpus_async() -> list[str]:
 
 
 def ask_driver(*words: str) -> str | None:
-    """Returns what `nvidia-smi` prints; None where it is not installed.
+    """Returns the output of `nvidia-smi`, or None if it is not installed.
 
     Args:
-        words: Its arguments.
+        words: Arguments of `nvidia-smi`.
 
     Raises:
-        NoAnswer: It does not answer.
+        NoAnswer: The driver does not answer within `ANSWER_S`.
     """
     try:
         process = popen(["nvidia-smi", *words], encoding="utf-8", errors="replace", **_PIPES)
@@ -97,13 +98,15 @@ _PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
 
 
 def _visible(listing: str | None) -> list[str]:
-    """Returns the GPUs that a process may use.
+    """Returns the GPUs that a process may use, after the environment's filters.
 
     Args:
-        listing: Lines as `GPU 0: NVIDIA H100 (UUID: GPU-0a1b...)`; None: nobody makes such a list.
+        listing: Lines such as `GPU 0: NVIDIA H100 (UUID: GPU-0a1b...)`; None if there is no
+            `nvidia-smi`.
     """
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listing is None and _is_rocm():
+        # HIP counts within what ROCR lets through, from 0; the older CUDA name works on ROCm too.
         chosen = os.environ.get("HIP_VISIBLE_DEVICES", chosen)
         there = choose(os.environ.get("ROCR_VISIBLE_DEVICES"), _amd_gpus())
         return choose(chosen, [str(i) for i in range(len(there))])
@@ -120,13 +123,13 @@ def choose(
     uuids: Sequence[str] | None = None,
     instances: Sequence[str] = (),
 ) -> list[str]:
-    """Returns what a list as CUDA_VISIBLE_DEVICES lets through.
+    """Returns the GPUs that a list in CUDA_VISIBLE_DEVICES syntax selects.
 
     Args:
-        chosen: Indices or (starts of) UUIDs, with commas between; None lets all GPUs through.
-        indices: All GPUs.
-        uuids: Those of each; None where nobody tells, so that any is believed.
-        instances: The UUIDs of MIG instances.
+        chosen: Indices or prefixes of UUIDs, separated by commas; None selects all GPUs.
+        indices: Indices of all GPUs.
+        uuids: UUID of each GPU; None if they are unknown, so that any UUID is accepted.
+        instances: UUIDs of MIG instances.
     """
     if chosen is None or not indices:
         return list(indices)
@@ -140,9 +143,10 @@ def choose(
             those = [name]
         else:
             those = [uuid for uuid in (*uuids, *instances) if uuid.startswith(name)]
-        if len(those) != 1:  # there is none, or nobody knows which is meant
+        if len(those) != 1:  # no GPU has this name, or the prefix is ambiguous
             break
         found += those
+    # CUDA hides every GPU if one is named twice, and shows a process one MIG instance at most.
     if len(set(found)) < len(found):
         return []
     if any(name.startswith("MIG-") for name in found):
@@ -158,11 +162,11 @@ def _is_rocm() -> bool:
 
 
 def _amd_gpus() -> list[str]:
-    """Returns the indices of the GPUs that AMD's kernel driver lists."""
+    """Returns the indices of the GPUs that AMD's kernel driver lists and this process may open."""
     count = 0
     for node in _KFD.glob("*/properties"):
         found = dict(re.findall(r"^(\w+) (\d+)$", node.read_text(), re.MULTILINE))
-        # A processor is a node, too, without compute units.
+        # A CPU is a node as well, with no compute units.
         if found.get("simd_count", "0") != "0":
             count += (_DEV / f"dri/renderD{found.get('drm_render_minor')}").exists()
     return [str(i) for i in range(count)]

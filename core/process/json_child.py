@@ -1,6 +1,7 @@
-"""A child process that talks in lines of JSON, as seen from its parent.
+"""The parent's end of a child process that speaks JSON lines.
 
-It dies with the parent, however that ends: its standard input closes, and Linux kills it.
+The child dies with its parent, however the parent ends: its standard input closes, and Linux
+kills it.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class ChildEnded(SpotforgeError):
-    """The process ended before it did what was waited for; its last words say why."""
+    """Reports that the process ended before it did what was awaited; its last words say why."""
 
 
 class JsonChild:
-    """One process, from its start to its end; its own end of the pipes is `json_lines.py`.
+    """Holds one child process from start to end; `json_lines.py` is the child's end of the pipes.
 
     Attributes:
-        heard_s: When there was a line, by the monotonic clock.
-        fatal: Why it ends, where it said so itself.
+        heard_s: Time of the last line from the child, by the monotonic clock.
+        fatal: Reason for its end that the child itself reported; None if it reported none.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class JsonChild:
         self._process, self._hear = process, hear
         self.heard_s = time.monotonic()
         self.fatal: str | None = None
-        self._said: deque[str] = deque(maxlen=20)  # the last lines of standard error
+        self._said: deque[str] = deque(maxlen=20)  # last lines of standard error
         self._reader = asyncio.create_task(self._read())
         self._errors = asyncio.create_task(self._read_errors())
         self._unsent: list[bytes] = []
@@ -59,9 +60,9 @@ class JsonChild:
         """Starts a process.
 
         Args:
-            command: Program and arguments.
-            hear: Called with the kind and the content of each line that it says.
-            env: Its environment; None: this process's.
+            command: Program and its arguments.
+            hear: Function called with the kind and the content of each line from the child.
+            env: Environment of the child; None passes on this process's.
         """
         process = await spawn(
             command,
@@ -70,19 +71,19 @@ class JsonChild:
             stderr=asyncio.subprocess.PIPE,
             limit=_BLOCK_BYTES,
             env=env,
-            # Ctrl-C is for this process. Not a session: Linux shares a CPU among sessions, and an
-            # engine that is busy would have its gateway wait for its half.
+            # Ctrl-C is meant for this process. A group instead of a session: Linux divides CPU time
+            # among sessions (autogroup), so a busy engine would take half of its gateway's share.
             process_group=0,
         )
         return cls(process, hear)
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """Process id of the child."""
         return self._process.pid
 
     def say(self, kind: str, content: Any) -> None:
-        """Writes a line to it; all of one turn of the event loop are one write."""
+        """Writes a line to the child; lines of one turn of the event loop are one write."""
         if not self._unsent:
             asyncio.get_running_loop().call_soon(self._send)
         self._unsent.append(_encode({kind: content}).encode() + b"\n")
@@ -91,15 +92,16 @@ class JsonChild:
         stdin, lines = self._process.stdin, b"".join(self._unsent)
         self._unsent.clear()
         assert stdin is not None
+        # A child that is gone is reported by its reader, not by the writer.
         if not stdin.is_closing():
             with contextlib.suppress(ConnectionError):
                 stdin.write(lines)
 
     async def unless_it_ends(self, wanted: Awaitable[T]) -> T:
-        """Waits for something that the process is to do.
+        """Returns the result of an awaitable, or raises if the process ends first.
 
         Raises:
-            ChildEnded: The process ended before.
+            ChildEnded: The process ended first.
         """
         future = asyncio.ensure_future(wanted)
         try:
@@ -111,26 +113,26 @@ class JsonChild:
             future.cancel()
 
     async def ends_within(self, seconds: float) -> bool:
-        """Waits for its last line, and returns whether that came by then."""
+        """Waits up to `seconds` for the child to close its output; returns whether it did."""
         await asyncio.wait([self._reader], timeout=seconds)
         return self._reader.done()
 
     def look(self) -> Look:
-        """Returns how it fares; to be asked every `LOOK_S`."""
+        """Returns how the child fares; call it every `LOOK_S`."""
         return self._liveness.look(self.heard_s)
 
     async def last_words(self) -> str:
-        """Waits for its end, and returns how it ended and what it said of that."""
+        """Waits for the child's end and returns how it ended and the reason that it gave."""
         code = await self._process.wait()
         await self._errors
         said = self.fatal
-        if said is None and code != -signal.SIGKILL:  # who is killed has no words for it
+        if said is None and code != -signal.SIGKILL:  # a killed process could not give a reason
             said = next((line for line in reversed(self._said) if line), None)
         ended = describe_exit(code)
-        return f"{ended}: {said}" if said else f"{ended}, and said nothing"
+        return f"{ended}: {said}" if said else f"{ended}, without a message"
 
     async def kill(self) -> None:
-        """Kills it, and waits for its end."""
+        """Kills the child and waits for its end."""
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
@@ -150,8 +152,8 @@ class JsonChild:
                             self.fatal = content
                         else:
                             self._hear(kind, content)
-        except Exception as e:  # whatever a process says, its end is what it costs
-            self.fatal = f"what it said makes no sense: {type(e).__name__}: {e}"
+        except Exception as e:  # whatever is wrong with its output, only this child may fail for it
+            self.fatal = f"its output is not valid: {type(e).__name__}: {e}"
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
 
@@ -161,5 +163,6 @@ class JsonChild:
         while block := await self._process.stderr.read(_BLOCK_BYTES):
             *lines, rest = (rest + block).split(b"\n")
             self._said.extend(line.decode(errors="replace").rstrip() for line in lines)
-            rest = rest[-_LAST_WORDS_BYTES:]  # a bar of progress never ends its line
+            rest = rest[-_LAST_WORDS_BYTES:]  # a progress bar never ends its line
+        # Of a progress bar, the text after the last carriage return is what a terminal would show.
         self._said.append(rest.decode(errors="replace").rpartition("\r")[2].rstrip())

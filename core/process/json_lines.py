@@ -1,7 +1,7 @@
-"""The program's end of a pipe on which each line is a JSON object: `{kind: content}`.
+"""The child's end of a pipe on which each line is a JSON object: `{kind: content}`.
 
-What libraries print goes to standard error, so that nothing but such lines is on standard output.
-Only the standard library is imported: a Python of another environment loads this file as well.
+Output of libraries is redirected to standard error, so standard output carries only JSON lines.
+Only the standard library is imported, because a Python of another environment loads this file too.
 """
 
 import json
@@ -11,46 +11,47 @@ from collections.abc import Iterable
 from queue import Empty, SimpleQueue
 from typing import Any
 
-IDLE_S = 0.5  # a program with nothing to do says so this often, as a sign of life
+IDLE_S = 0.5  # interval at which an idle program sends a sign of life
 _BLOCK_BYTES = 1 << 20
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 Message = tuple[str, Any]  # kind and content
 
 
 class JsonLines:
-    """Standard input and output of a program, which ends when its parent is gone."""
+    """Reads and writes messages on standard input and output; ends when the parent is gone."""
 
     def __init__(self) -> None:
         self._out = os.dup(1)
-        os.dup2(2, 1)  # what libraries print is not for the parent
+        os.dup2(2, 1)  # libraries that print must not write into the protocol
         self._queue: SimpleQueue[list[Message]] = SimpleQueue()
         self._lock = threading.Lock()
-        # A thread of its own sees that the parent is gone even while the program computes.
+        # A separate thread notices that the parent is gone even while the program computes.
         threading.Thread(target=self._read, daemon=True).start()
 
     def say(self, kind: str, content: Any) -> None:
-        """Writes one line."""
+        """Writes one message."""
         self.say_all([(kind, content)])
 
     def say_all(self, messages: Iterable[Message]) -> None:
-        """Writes a line for each message, all at once."""
+        """Writes a line for each message, all in one piece."""
         data = memoryview(b"".join(_encode({k: v}).encode() + b"\n" for k, v in messages))
         try:
+            # A pipe may take only part of the data; the lock keeps lines of two threads apart.
             with self._lock:
                 while data:
                     data = data[os.write(self._out, data) :]
         except OSError:
-            os._exit(0)
+            os._exit(0)  # the parent closed the pipe: nobody is left to report to
 
     def post(self, kind: str, content: Any) -> None:
-        """Lets a thread of the program be heard beside the parent."""
+        """Queues a message from a thread of this program as if the parent had sent it."""
         self._queue.put([(kind, content)])
 
     def heard(self, wait_s: float = 0) -> list[Message]:
-        """Returns all that was said since; waits for the first message while there is none.
+        """Returns all messages since the last call.
 
         Args:
-            wait_s: How long it waits, in seconds.
+            wait_s: Longest wait for the first message, in seconds.
         """
         messages: list[Message] = []
         try:
@@ -66,4 +67,4 @@ class JsonLines:
             *lines, rest = (rest + block).split(b"\n")
             if lines:
                 self._queue.put([item for line in lines for item in json.loads(line).items()])
-        os._exit(0)  # at once: the parent is gone, and so is whoever wanted the answers
+        os._exit(0)  # at once: the parent is gone, and nobody wants the answers any more

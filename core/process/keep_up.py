@@ -1,4 +1,4 @@
-"""A process that is started again, later and later, when it does not stay."""
+"""Restarts a process that ends, with growing delays while it keeps failing."""
 
 import asyncio
 import logging
@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 
 from core.errors import SpotforgeError
 
-_STABLE_S = 60.0  # a process that lived this long has not failed in a row
-_BACKOFF_S = (0.0, 0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # by failures in a row
+_STABLE_S = 60.0  # a process that lived this long starts a new count of failures
+_BACKOFF_S = (0.0, 0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # by consecutive failures
 
 
 async def keep_up(
@@ -18,20 +18,20 @@ async def keep_up(
     end: Callable[[str], Awaitable[None]],
     start: Callable[[], Awaitable[None]],
 ) -> None:
-    """Starts a process again whenever it died or hung, until this is cancelled.
+    """Restarts a process whenever it dies or hangs, until this coroutine is cancelled.
 
     Args:
-        name: What the log calls it.
-        log: Where that is written down.
-        watch: Returns why the process that is there is not to be kept, once that is so.
-        end: Ends the process, and hands over what it had; it is told why.
-        start: Starts another; raises SpotforgeError where that does not come up.
+        name: Name of the process in the log.
+        log: Logger for restarts and failures.
+        watch: Waits until the running process must be replaced, and returns the reason.
+        end: Ends the process and hands over its work; receives the reason.
+        start: Starts another process; raises SpotforgeError if it does not come up.
     """
-    failures = 0  # in a row
+    failures = 0  # consecutive
     while True:
         began_s = time.monotonic()
         why = await watch()
-        log.warning("%s: %s; it is started again", name, why)
+        log.warning("%s: %s; restarting it", name, why)
         await end(why)
         failures = 0 if time.monotonic() - began_s > _STABLE_S else failures + 1
         is_up = False

@@ -1,4 +1,4 @@
-"""Tells a process that does nothing from one that a busy host does not let do anything.
+"""Tells a process that hangs from one that a busy host does not schedule.
 
 Sources: proc_pid_stat(5), and Documentation/scheduler/sched-stats.rst of Linux.
 """
@@ -9,20 +9,20 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-LOOK_S = 0.25  # between two looks at a process
-_LATE_S = 0.15  # beyond it this process stood still itself, which says nothing of the other
+LOOK_S = 0.25  # interval between two looks at a process
+_LATE_S = 0.15  # a look later than this means that this process was not scheduled either
 _NANOSECONDS = 1e9
 
 
 class Look(NamedTuple):
-    """What a look at a process shows.
+    """Holds what one look at a process shows.
 
     Attributes:
-        had_s: Seconds since the last look that the process had for whatever it does: without those
-            that it waited for a CPU, and those that this process was too late to look.
-        still_s: Seconds that it had in a row in which it said nothing, used no CPU time and waited
-            for nothing.
-        silent_s: Seconds that it had since it said something.
+        had_s: Seconds since the last look in which the process could run: without the time it
+            waited for a CPU, and without intervals in which this process itself was late to look.
+        still_s: Consecutive seconds in which it could run but sent nothing, used no CPU time and
+            waited for nothing.
+        silent_s: Seconds in which it could run since it last sent something.
     """
 
     had_s: float
@@ -31,12 +31,13 @@ class Look(NamedTuple):
 
 
 class _Threads(NamedTuple):
-    """The threads of a process, all together.
+    """Sums up the threads of a process.
 
     Attributes:
-        used_s: CPU time of those that are there, in seconds.
-        waited_s: Seconds that each waited for a CPU, by thread; a wait counts once it is over.
-        wants: Whether one of them runs, waits for a CPU, or for a disk.
+        used_s: CPU time of the current threads, in seconds.
+        waited_s: Time that each thread waited for a CPU, in seconds, by thread id; the kernel
+            counts a wait once it is over.
+        wants: True if a thread runs, waits for a CPU, or waits for a disk.
     """
 
     used_s: float
@@ -45,10 +46,10 @@ class _Threads(NamedTuple):
 
 
 class Liveness:
-    """Looks at a process every `LOOK_S`.
+    """Watches a process, which is to be looked at every `LOOK_S`.
 
     Args:
-        pid: The process.
+        pid: Process id of the watched process.
     """
 
     def __init__(self, pid: int) -> None:
@@ -58,19 +59,21 @@ class Liveness:
         self._threads = _Threads(0.0, {}, False)
 
     def look(self, heard_s: float) -> Look:
-        """Returns how the process fares.
+        """Returns how the process has fared since the last look.
 
-        On a host with more to do than it can, both this process and the other stand still now and
-        then, and neither is a sign that the other hangs.
+        On an overloaded host both this process and the watched one stand still now and then, which
+        is not a sign that the watched one hangs.
 
         Args:
-            heard_s: When it said something for the last time, by the monotonic clock.
+            heard_s: Time at which it last sent something, by the monotonic clock.
         """
         now_s, before = time.monotonic(), self._threads
         passed_s, self._looked_s = now_s - self._looked_s, now_s
         threads = self._threads = _threads_of(self._pid)
         waited_s = [s - before.waited_s.get(name, 0.0) for name, s in threads.waited_s.items()]
         has_waited = max(waited_s, default=0.0) > 0
+        # The longest wait of a thread counts in full: with more work than CPUs, the thread that
+        # matters may be the one that waits.
         is_late = passed_s > LOOK_S + _LATE_S
         had_s = 0.0 if is_late else max(0.0, passed_s - max(waited_s, default=0.0))
         if heard_s != self._heard_s:
@@ -85,13 +88,14 @@ class Liveness:
 
 
 def _threads_of(pid: int) -> _Threads:
-    """Returns the threads of a process; where that is unknown, those of one that sleeps."""
+    """Returns the threads of a process; where the system does not tell, those of an idle one."""
     used_s, waited_s, wants = 0.0, {}, False
     for task in Path(f"/proc/{pid}/task").glob("*"):
         try:
+            # The command's name may contain spaces and parentheses; the state follows the last ")".
             state = (task / "stat").read_text().rpartition(")")[2].split()[0]
             used, waited, _ = map(int, (task / "schedstat").read_text().split())
-        except (OSError, ValueError, IndexError):  # it ended, or this system does not say
+        except (OSError, ValueError, IndexError):  # the thread ended, or the system lacks schedstat
             continue
         used_s += used / _NANOSECONDS
         waited_s[task.name] = waited / _NANOSECONDS

@@ -1,4 +1,4 @@
-"""The signals that mean: stop, save, end."""
+"""Handling of the signals that ask a process to stop, save and end."""
 
 import signal
 import sys
@@ -9,46 +9,46 @@ from types import FrameType
 from core.errors import ExitCode
 from core.process.child import Child
 
-# SIGHUP: the terminal is gone. After `nohup` it is ignored, and stays so.
+# SIGHUP means that the terminal is gone. Under `nohup` it is ignored, and stays ignored.
 _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def heeded() -> list[signal.Signals]:
-    """Returns the signals that stop this process: all of them but an ignored SIGHUP."""
+    """Returns the signals that stop this process: all stop signals but an ignored SIGHUP."""
     return [s for s in _STOP if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
 
 
 def exit_at_once() -> None:
-    """Has a signal end this process from now on, as nothing has been started yet."""
+    """Makes stop signals end this process at once, while nothing has been started yet."""
     for number in heeded():
         signal.signal(number, lambda *_: sys.exit(ExitCode.START_AGAIN))
 
 
 def call_on_stop(stop: Callable[[str], None]) -> None:
-    """Has the running event loop call `stop` with the name of each signal that comes."""
-    import asyncio  # here, since a command's --help needs none of it
+    """Makes the running event loop call `stop` with the name of each stop signal."""
+    import asyncio  # imported here because --help does not need it
 
     for number in heeded():
         asyncio.get_running_loop().add_signal_handler(number, stop, number.name)
 
 
 def hold() -> None:
-    """Blocks the signals for good: the exit code is settled, and none may change it any more."""
+    """Blocks the stop signals for good, so that none changes an exit code that is settled."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
 
 
 @contextmanager
 def passed_on(child: Child) -> Iterator[list[signal.Signals]]:
-    """Passes each signal that comes meanwhile on to a child, which decides what it means.
+    """Forwards each stop signal to a child, which decides what it means.
 
     Yields:
-        Those that came so far.
+        List of the signals that have come so far.
     """
     came: list[signal.Signals] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         came.append(signal.Signals(number))
-        # A program that heeds the others may not know that a closed terminal means: stop.
+        # A program that handles the other signals may not know that SIGHUP asks it to stop too.
         child.send(signal.SIGTERM if number == signal.SIGHUP else came[-1])
 
     before = {number: signal.signal(number, forward) for number in heeded()}

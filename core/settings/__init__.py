@@ -1,8 +1,8 @@
-"""Settings of every program: typed dataclasses, composed from `configs/` and words on a line.
+"""Settings of every program: typed dataclasses, composed from `configs/` and the command line.
 
-rules.py     what a field may hold, and the one function that checks it
-keys.py      which keys a tree of dataclasses has, and what their docstrings say of them
+rules.py     the rules that a field's value must keep, and the function that checks them
+keys.py      the keys of a tree of dataclasses, with their descriptions from the docstrings
 command.py   a program's command line: read, composed, checked, run
-refusals.py  errors of Hydra and OmegaConf as one line of ours
+refusals.py  errors of Hydra and OmegaConf turned into one-line errors
 help.py      the page that `--help` prints
 """

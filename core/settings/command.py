@@ -1,8 +1,8 @@
-"""A program's command line: words and options in any order, composed, checked, run.
+"""The command line of a program: words and options in any order, composed, checked, run.
 
-A word is `key=value` or `group=option`, as Hydra reads it. Hydra composes; what it and OmegaConf
-refuse leaves here as one line (refusals.py). Hydra is imported where something is composed, so that
-`--help` comes at once.
+A word is `key=value` or `group=option` in Hydra's syntax. Hydra composes the settings; errors of
+Hydra and OmegaConf become one-line errors (refusals.py). Hydra is imported only where settings are
+composed, so that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
-_registered: set[tuple[str, type]] = set()  # Hydra's store is one for the process, too
+_registered: set[tuple[str, type]] = set()  # Hydra's config store is global to the process
 _SHOWN = ("job", "hydra", "all")
-# Another name of an option, and what there is without a value.
+# Short names of options.
 _SHORT = {"-h": "--help", "-c": "--cfg", "-cd": "--config-dir", "-m": "--multirun"}
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What was asked for.
+    """Holds the parsed command line.
 
     Attributes:
-        words: `key=value` and `group=option`.
-        config_dir: A folder with more options; None: only ours.
-        show: `job`, `hydra` or `all`: print that part of the configuration instead of running it.
-        flags: Which of `--help`, `--version`, `--resolve` and `--multirun` are given.
+        words: Words of the form `key=value` or `group=option`.
+        config_dir: Folder with additional options of groups; None uses only ours.
+        show: Part of the configuration to print instead of running it: `job`, `hydra` or `all`.
+        flags: Given options among `--help`, `--version`, `--resolve` and `--multirun`.
     """
 
     words: tuple[str, ...] = ()
@@ -55,12 +55,13 @@ class CommandLine:
 
 @dataclass(frozen=True)
 class Job:
-    """What is composed and run.
+    """Describes one job: a run of the program with one set of settings.
 
     Attributes:
-        words: The whole command line's, or those of one job of a sweep.
+        words: Words of the whole command line, or of one job of a sweep.
         given: Keys that the words set; the others have their defaults.
-        change: What this job of a sweep changes, as `optim.lr=0.001,seed=1`; None: it is no sweep.
+        change: Words that differ in this job of a sweep, as `optim.lr=0.001,seed=1`; None without a
+            sweep.
     """
 
     words: tuple[str, ...]
@@ -69,27 +70,27 @@ class Job:
 
     @property
     def is_of_sweep(self) -> bool:
-        """Whether there are more jobs."""
+        """True if the job is one of a sweep."""
         return self.change is not None
 
 
 @dataclass(frozen=True)
 class Command:
-    """A program and its settings.
+    """Describes a program and its settings.
 
     Attributes:
-        program: As it is typed, e.g. `python -m trainer`.
-        about: One sentence for `--help`.
-        schema: The dataclass of the settings.
-        root: `configs/<root>.yaml` is what they start from; without that file, the dataclass is.
-        at: Where the dataclass stands in the composed tree; empty: it is the tree.
+        program: Command as a user types it, e.g. `python -m trainer`.
+        about: Sentence that opens `--help`.
+        schema: Dataclass of the settings.
+        root: Name of the file `configs/<root>.yaml` that the settings start from; if it does not
+            exist, they start from the dataclass.
+        at: Dotted path of the dataclass in the composed tree; empty if it is the root.
         groups: Dataclasses of the options, by group and schema (`configs/<group>/` starts from
-            `/schema/<group>/<schema>`). In `group.NAME` a group has several options at once, by
-            name.
-        short: Keys that have a shorter name, by that name.
-        sweeps: Whether there is `--multirun`.
-        examples: For `--help`.
-        notes: For the end of `--help`: signals and exit codes.
+            `/schema/<group>/<schema>`). A group `group.NAME` holds several options, by name.
+        short: Full keys by their short names.
+        sweeps: True if the program has `--multirun`.
+        examples: Text of examples for `--help`.
+        notes: Text about signals and exit codes that ends `--help`.
     """
 
     program: str
@@ -104,17 +105,17 @@ class Command:
     notes: str = ""
 
     def main(self, run: Callable[[Any, Job], int], arguments: Sequence[str] | None = None) -> int:
-        """Reads the command line and does what it says.
+        """Reads the command line, runs its jobs, and returns the exit code.
 
         All jobs of a sweep are composed and checked before the first one runs.
 
         Args:
-            run: Called with the settings and the words that made them; returns an exit code. A
-                sweep ends at a failure.
-            arguments: Those of the process, unless given.
+            run: Function called with the settings and the job; returns an exit code. The first
+                failure ends a sweep.
+            arguments: Arguments to read; None reads those of the process.
 
         Returns:
-            The exit code.
+            Exit code of the process.
         """
         try:
             line = self.read(sys.argv[1:] if arguments is None else arguments)
@@ -127,6 +128,7 @@ class Command:
             jobs = self._jobs(line)
             if line.show is not None:
                 return _print("\n".join(self._shown(line, job.words) for job in jobs))
+            # A list, not a generator: all jobs are checked before the first one runs.
             for config, job in [(self.compose(j.words, line.config_dir), j) for j in jobs]:
                 code = run(config, job)
                 if code != ExitCode.FINISHED:
@@ -137,10 +139,10 @@ class Command:
             return e.exit_code
 
     def read(self, arguments: Sequence[str]) -> CommandLine:
-        """Reads words and options in any order.
+        """Parses words and options in any order.
 
         Raises:
-            ConfigError: For an option that there is not, is given twice or lacks its value.
+            ConfigError: An option is unknown, is given twice or lacks its value.
         """
         flags = ["--help", "--version", "--resolve", *(["--multirun"] if self.sweeps else [])]
         valued = ["--cfg", *(["--config-dir"] if self.has_files else [])]
@@ -169,7 +171,7 @@ class Command:
                 raise ConfigError("option", argument, "there is no such option", fix)
         show, folder = found.pop("--cfg", None), found.pop("--config-dir", None)
         if show is not None and show not in _SHOWN:
-            raise ConfigError("--cfg", show, f"is none of {', '.join(_SHOWN)}", "use --cfg job")
+            raise ConfigError("--cfg", show, f"must be one of {', '.join(_SHOWN)}", "use --cfg job")
         return CommandLine(
             words=tuple(words),
             config_dir=None if folder is None else folder_of_options(folder),
@@ -178,14 +180,14 @@ class Command:
         )
 
     def compose(self, words: Sequence[str] = (), config_dir: Path | None = None) -> Any:
-        """Composes the settings, as an instance of the dataclass, and checks them.
+        """Returns the composed and checked settings, as an instance of the dataclass.
 
         Args:
-            words: `key=value` and `group=option`.
-            config_dir: A folder with more options.
+            words: Words of the form `key=value` or `group=option`.
+            config_dir: Folder with additional options of groups.
 
         Raises:
-            ConfigError: For whatever is wrong with them.
+            ConfigError: A word or a value is not valid.
         """
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
@@ -202,7 +204,7 @@ class Command:
         return config[self.at] if self.at and isinstance(config, dict) else config
 
     def compose_tree(self, words: Sequence[str] = (), config_dir: Path | None = None) -> DictConfig:
-        """Composes the settings as OmegaConf's tree, in which values may be missing."""
+        """Returns the composed settings as an OmegaConf tree, in which values may be missing."""
         from omegaconf import open_dict
 
         tree = self._compose(words, config_dir)
@@ -212,12 +214,12 @@ class Command:
 
     @property
     def has_files(self) -> bool:
-        """Whether `configs/` has a file to start from."""
+        """True if `configs/` has a root file for this program."""
         return (CONFIG_DIR / f"{self.root}.yaml").exists()
 
     @cached_property
     def keys(self) -> list[Key]:
-        """All keys, those of the groups' options among them."""
+        """All keys of the program, including those of the options of its groups."""
         groups = [group.partition(".")[0] for group in self.groups]
         keys = list(keys_of(self.schema, self.at, skip=groups))
         for group, schemas in self.groups.items():
@@ -227,7 +229,7 @@ class Command:
 
     @cached_property
     def group_names(self) -> list[str]:
-        """The groups that a word may choose an option of, as the root file lists them."""
+        """Names of the groups that a word may choose an option of, in the root file's order."""
         if not self.has_files:
             return []
         path = CONFIG_DIR / f"{self.root}.yaml"
@@ -236,14 +238,14 @@ class Command:
         return [name for name in names if not name.startswith("override ")]
 
     def options_with(self, key: Key) -> list[str]:
-        """The options, in `configs/`, that have a key of a group."""
+        """Returns the options in `configs/` that have a given key of a group."""
         group = key.group.partition(".")[0]
         start = f"/schema/{group}/{key.schema}@"
         files = sorted((CONFIG_DIR / group).glob("*.yaml"))
         return [path.stem for path in files if start in path.read_text(encoding="utf-8")]
 
     def _register(self) -> None:
-        """Tells Hydra about the dataclasses, so that misspelt keys and wrong types are refused."""
+        """Registers the dataclasses with Hydra, so that it refuses wrong keys and types."""
         if (self.root, self.schema) in _registered:
             return
         _registered.add((self.root, self.schema))
@@ -272,13 +274,13 @@ class Command:
                 tree = compose(self.root, overrides, return_hydra_config=True)
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as e:
             raise refusal(e, self, words, config_dir) from e
-        HydraConfig.instance().set_config(tree)  # for what a file takes from it: ${hydra:...}
+        HydraConfig.instance().set_config(tree)  # so that ${hydra:...} in a file can be resolved
         return tree
 
     def _sources(self) -> AbstractContextManager[None]:
-        """Where Hydra looks for files: nowhere for a program that has none.
+        """Returns Hydra's search path; a program without files in `configs/` has none.
 
-        Else it would take a key that is named like a folder of `configs/` for a group.
+        With one, Hydra would mistake a key that has the name of a folder in `configs/` for a group.
         """
         from hydra import initialize, initialize_config_dir
 
@@ -289,7 +291,7 @@ class Command:
     def _parse(
         self, words: Sequence[str], config_dir: Path | None, sweeps: bool = False
     ) -> list[Override]:
-        """The words as Hydra reads them; a key that is given twice is refused."""
+        """Returns the words as Hydra parses them; refuses a key that is given twice."""
         from hydra.core.override_parser.overrides_parser import OverridesParser
         from hydra.errors import HydraException
 
@@ -309,7 +311,7 @@ class Command:
             if override.is_hydra_override() and key != "hydra.searchpath":
                 rule = "only hydra.searchpath has an effect here"
                 raise ConfigError(key, value, rule, "leave it out")
-            # `~key +key=value` puts a value in the place of another: a key may be in both.
+            # `~key +key=value` replaces a value, so a key may be deleted and set at once.
             at = (override.is_delete(), self.short.get(key, key))
             if at in found:
                 raise ConfigError(key, value, "is given twice", "leave one out")
@@ -317,11 +319,11 @@ class Command:
         return list(found.values())
 
     def _spelt_out(self, word: str, sweeps: bool) -> str:
-        """A word with what Hydra asks for: quotes, whole keys, `++` for new ones, `[]` for a list.
+        """Returns a word in Hydra's syntax: quoted, with its full key, `++` and `[]` where needed.
 
         Args:
-            word: As it was typed.
-            sweeps: Whether a comma parts the values of a sweep.
+            word: Word as the user typed it.
+            sweeps: True if a comma separates the values of a sweep.
         """
         key, equals, value = word.partition("=")
         if not equals or key.startswith("~"):
@@ -339,17 +341,18 @@ class Command:
         return f"{key}={value}"
 
     def _new_entry(self, known: Key, key: str, value: str) -> str:
-        """A word for an entry of a dict whose keys are the user's; empty for another word."""
+        """Returns the word for an entry of a dict with free keys, or "" if it is another word."""
         depth = known.path.count(".") + 1
         parts = key.split(".")
         if not matches(known.path, ".".join(parts[:depth])):
             return ""
         names, kind = parts[depth:], get_args(known.type)[1]
         is_sweep = "," in value and value[0] not in "{['\""
-        if not names or kind is Any or is_sweep:  # Hydra itself makes the dicts in between
+        if not names or kind is Any or is_sweep:  # Hydra itself creates the dicts on the path
             return f"++{key}={value}"
-        if not is_dataclass(kind):  # one name, which may have dots in it
+        if not is_dataclass(kind):  # one name, which may contain dots
             names = [".".join(names)]
+        # Hydra would split a name at its dots, so the names go into a dict literal instead.
         entry = "".join(f"{{{name}:" for name in names) + value + "}" * len(names)
         return f"++{'.'.join(parts[:depth])}={entry}"
 
@@ -363,7 +366,7 @@ class Command:
         return str(override.input_line)
 
     def _jobs(self, line: CommandLine) -> Iterator[Job]:
-        """The job, or those of a sweep."""
+        """Yields the only job, or those of a sweep."""
         given = frozenset(self.short.get(key, key) for key in map(_key, line.words))
         if "--multirun" not in line.flags:
             yield Job(line.words, given)
@@ -379,6 +382,7 @@ class Command:
                 texts = [f"{key}={text}" for text in override.sweep_string_iterator()]
             variants.append([(text, override.is_sweep_override()) for text in texts])
         for number, job in enumerate(itertools.product(*variants)):
+            # The change names the folder of the job's run, in which a slash would be a path.
             change = ",".join(text for text, is_swept in job if is_swept).replace("/", "_")
             yield Job(tuple(text for text, _ in job), given, change or str(number))
 
@@ -400,7 +404,7 @@ class Command:
             raise refusal(e, self, words, line.config_dir) from e
 
     def _check_options(self, config: Any) -> None:
-        """Refuses an option, of the user's own, that starts from none of its group's schemas."""
+        """Raises ConfigError for a user's option that starts from none of its group's schemas."""
         for group, schemas in self.groups.items():
             name, _, is_named = group.partition(".")
             value = getattr(config, name)
@@ -417,7 +421,7 @@ def folder_of_options(folder: Path | str) -> Path:
     """Returns the folder that `--config-dir` names.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: The folder does not exist.
     """
     if not Path(folder).is_dir():
         raise ConfigError("--config-dir", folder, "there is no such folder", "check the path")
@@ -425,20 +429,21 @@ def folder_of_options(folder: Path | str) -> Path:
 
 
 def _print(text: str) -> int:
-    """Prints a page, or quietly as much of it as is read (`| head`); returns the exit code."""
+    """Prints a page and returns the exit code; a reader that stops early (`| head`) is no error."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        # Python flushes standard output once more at exit, which must not fail loudly.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FAILED
     return ExitCode.FINISHED
 
 
 def _quoted(value: str, sweeps: bool) -> str:
-    """A value in quotes where Hydra's grammar has no place for it: `~ [ ] ( )`, letters like é.
+    """Returns a value, quoted if Hydra's grammar cannot read it: `~ [ ] ( )`, letters like é.
 
-    Lists, mappings and what is quoted stay as they are, right or wrong, and so does all that Hydra
-    can read, and what a comma may part for a sweep.
+    Lists, mappings and quoted values stay as they are, right or wrong, as do values that Hydra can
+    read and values with a comma in a sweep.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import Quote, QuotedString
@@ -454,7 +459,7 @@ def _quoted(value: str, sweeps: bool) -> str:
 
 
 def without(words: Sequence[str], others: Sequence[str]) -> list[str]:
-    """Returns the words whose keys none of the others sets."""
+    """Returns the words whose keys are not set by any of the others."""
     set_by_others = {_key(word) for word in others}
     return [word for word in words if _key(word) not in set_by_others]
 

@@ -1,4 +1,4 @@
-"""The page that `--help` prints, made of the dataclasses' docstrings and the files of options."""
+"""The page that `--help` prints, built from docstrings of dataclasses and the options' files."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from core.settings.command import CONFIG_DIR, Command
 from core.settings.keys import NAME, Key
 
 _WIDTH = 100
-_COLUMN = 34  # of what is said about a key
+_COLUMN = 34  # column at which the description of a key starts
 
 
 def help_page(command: Command, config_dir: Path | None = None) -> str:
-    """Returns the page; nothing is composed, so that it comes at once.
+    """Returns the help page of a program; composes nothing, so that it is instant.
 
     Args:
-        command: The program.
-        config_dir: A folder with more options, which are listed too.
+        command: Program to describe.
+        config_dir: Folder with additional options, which are listed too.
     """
     usage = f"{command.program} [key=value ...]"
     if command.group_names:
@@ -29,14 +29,14 @@ def help_page(command: Command, config_dir: Path | None = None) -> str:
     if groups := _groups(command, config_dir):
         parts.append("Groups (group=option):\n" + "\n".join(groups))
     parts.append(f"Keys (key=value):\n{key_lines(command)}")
-    parts.append("Options, before words, after them or between:\n" + "\n".join(_options(command)))
+    parts.append("Options, before, between or after the words:\n" + "\n".join(_options(command)))
     if command.notes:
         parts.append(command.notes.strip("\n"))
     return "\n\n".join(parts)
 
 
 def key_lines(command: Command) -> str:
-    """Returns a line or two about each key of a program, under the options that have it."""
+    """Returns one or two lines about each key of a program, grouped by the options that have it."""
     by_path: dict[str, list[Key]] = {}
     for key in command.keys:
         by_path.setdefault(key.path, []).append(key)
@@ -56,7 +56,7 @@ def key_lines(command: Command) -> str:
 
 
 def _holders(command: Command, keys: list[Key]) -> str:
-    """The options that have a key, of a group of which not all have it."""
+    """Returns the options that have a key, or "" if all options of the group have it."""
     group = keys[0].group
     if not group or len(keys) == len(command.groups[group]):
         return ""
@@ -65,7 +65,7 @@ def _holders(command: Command, keys: list[Key]) -> str:
 
 
 def _text(keys: list[Key]) -> str:
-    """The first sentence about a key, and its choices."""
+    """Returns the first sentence about a key, followed by its choices."""
     # A sentence ends before a capital letter or a code span, not after "e.g.".
     text = re.split(r"(?<!e\.g)(?<!i\.e)\.\s+(?=[A-Z`])", keys[0].about)[0].rstrip(".")
     return f"{text} ({' | '.join(keys[0].choices)})" if keys[0].choices else text
@@ -86,7 +86,7 @@ def _options(command: Command) -> list[str]:
         "--config-dir DIR": "look for options (GROUP/MINE.yaml) in DIR, too",
         "--multirun": "run every combination of comma-separated values, one after another",
         "--version": "print the version, and the commit where it is known",
-        "--help": "print this",
+        "--help": "print this page",
     }
     if not command.has_files:
         del options["--config-dir DIR"]
@@ -96,7 +96,7 @@ def _options(command: Command) -> list[str]:
 
 
 def _entry(name: str, text: str, column: int = _COLUMN) -> str:
-    """A name and, in a column of its own, a text."""
+    """Returns a name, followed by a text wrapped in a column of its own."""
     head = f"  {name}"
     head = head.ljust(column) if len(head) < column else f"{head}\n{' ' * column}"
     body = textwrap.fill(

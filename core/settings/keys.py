@@ -1,4 +1,4 @@
-"""Which keys settings have: read off the dataclasses, for help, near names and open keys."""
+"""Lists the keys of settings dataclasses, for help, spelling hints and dicts with free keys."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from core.settings.rules import join
 
-NAME = "NAME"  # stands in a path for a name that the user makes up
+NAME = "NAME"  # stands in a path for a name that the user chooses
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key.
+    """Describes one key.
 
     Attributes:
-        path: Dotted, e.g. `launch.pools.NAME.gpu`.
-        type: Of its value; of the value that is not null, where null is one.
-        about: What the docstring of its dataclass says of it.
-        group: The group whose options may have it; empty for a key that is always there.
-        schema: The name, in that group, of the dataclass that has it.
+        path: Dotted path, e.g. `launch.pools.NAME.gpu`.
+        type: Type of the value, without null where null is allowed.
+        about: Description in the docstring of its dataclass.
+        group: Group whose options may have the key; empty for a key that always exists.
+        schema: Name, within the group, of the dataclass that has the key.
     """
 
     path: str
@@ -35,28 +35,28 @@ class Key:
 
     @property
     def is_open(self) -> bool:
-        """Whether keys below it are the user's to name."""
+        """True if the user chooses the names of the keys below it."""
         return get_origin(self.type) is dict
 
     @property
     def is_list(self) -> bool:
-        """Whether its value is a list."""
+        """True if the value is a list."""
         return get_origin(self.type) is list
 
     @property
     def choices(self) -> list[str]:
-        """The values of an enum; empty for another type."""
+        """Names of the enum's members; empty for another type."""
         is_enum = isinstance(self.type, type) and issubclass(self.type, Enum)
         return [item.name for item in self.type] if is_enum else []
 
 
 def keys_of(schema: type, at: str = "", skip: Sequence[str] = ()) -> Iterator[Key]:
-    """Yields the keys of a dataclass and of those in it, in the order of the fields.
+    """Yields the keys of a dataclass and of nested dataclasses, in the order of the fields.
 
     Args:
-        schema: The dataclass.
-        at: Path of the dataclass in the tree.
-        skip: Paths that are left out: groups, whose keys their options have.
+        schema: Dataclass to list.
+        at: Dotted path of the dataclass in the tree.
+        skip: Paths to leave out: groups, whose keys are listed with their options.
     """
     types_, about = get_type_hints(schema), _about(schema)
     for name in (f.name for f in fields(schema)):
@@ -73,13 +73,13 @@ def keys_of(schema: type, at: str = "", skip: Sequence[str] = ()) -> Iterator[Ke
 
 
 def matches(template: str, key: str) -> bool:
-    """Whether a key is of a path in which `NAME` stands for any name."""
+    """Returns whether a key matches a path in which `NAME` stands for any name."""
     path, given = template.split("."), key.split(".")
     return len(path) == len(given) and all(a in (NAME, b) for a, b in zip(path, given, strict=True))
 
 
 def _not_null(hint: Any) -> Any:
-    """The type without null."""
+    """Returns a type hint without None."""
     if get_origin(hint) in (Union, types.UnionType):
         left = [part for part in get_args(hint) if part is not type(None)]
         return left[0] if len(left) == 1 else hint
@@ -87,8 +87,9 @@ def _not_null(hint: Any) -> Any:
 
 
 def _about(schema: type) -> dict[str, str]:
-    """What the `Attributes:` sections of a dataclass and of its bases say of each field."""
+    """Returns the descriptions of fields in the `Attributes:` sections of a class and its bases."""
     found: dict[str, str] = {}
+    # From the base to the class itself, so that the class's own description wins.
     for base in reversed(schema.__mro__):
         section = re.search(r"^Attributes:\n((?: .*\n?|\n)+)", inspect.getdoc(base) or "", re.M)
         if section and "__dataclass_fields__" in vars(base):

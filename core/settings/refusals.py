@@ -1,4 +1,4 @@
-"""Errors of Hydra, OmegaConf and YAML as one line of ours: key, value, rule, fix."""
+"""Turns errors of Hydra, OmegaConf and YAML into one-line errors: key, value, rule, fix."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ from core.settings.keys import matches
 if TYPE_CHECKING:
     from core.settings.command import Command
 
-# Ratios of difflib's from which a name may have been meant: beside it, and elsewhere.
+# Lowest difflib ratios at which a name is suggested: among sibling keys, and among all keys. Beside
+# the misspelt key a worse match is still likely meant.
 _LIKE, _ALIKE = 0.57, 0.8
 
 
 def unreadable(word: str, error: HydraException) -> ConfigError:
-    """Returns the refusal of a word that Hydra cannot read.
+    """Returns the error for a word that Hydra cannot parse.
 
     Args:
-        word: As it was given.
-        error: What Hydra raised.
+        word: Word as the user gave it.
+        error: Exception that Hydra raised.
     """
     key, equals, value = word.partition("=")
     if not equals:
-        return ConfigError("word", word, "is no key=value", f"write {word}=VALUE")
-    detail = " ".join(str(error.__context__ or "").split())  # empty, or a token of the lexer's
+        return ConfigError("word", word, "is not key=value", f"write {word}=VALUE")
+    detail = " ".join(str(error.__context__ or "").split())  # empty, or a message of the lexer
     rule = f"cannot be read ({detail})" if detail.startswith("token") else "cannot be read"
     fix = """close its quotes and brackets; quote special characters: 'key="value"'"""
     return ConfigError(key, value, rule, fix)
@@ -46,13 +47,13 @@ def unreadable(word: str, error: HydraException) -> ConfigError:
 def refusal(
     error: Exception, command: Command, words: Sequence[str], config_dir: Path | None
 ) -> ConfigError:
-    """Returns what is wrong, from what composing raised.
+    """Returns a one-line error for an exception that composing raised.
 
     Args:
-        error: It.
-        command: Whose settings were composed.
-        words: Those of the command line.
-        config_dir: The folder with the user's own options.
+        error: Exception that composing raised.
+        command: Program whose settings were composed.
+        words: Words of the command line.
+        config_dir: Folder with the user's own options.
     """
     chain = _chain(error)
     for cause in chain:
@@ -67,28 +68,28 @@ def refusal(
         rule = f"has a file that is not UTF-8 ({error})"
         return ConfigError("--config-dir", config_dir, rule, "save it as UTF-8")
     see = f"{command.program} --help lists the keys"
-    # OmegaConf's innermost error says most, but for those with its own placeholders left in.
+    # OmegaConf's innermost error is the most precise, unless its message has unfilled placeholders.
     of_omegaconf = [c for c in reversed(chain) if isinstance(c, OmegaConfBaseException)]
     inner = next((c for c in of_omegaconf if "$" not in str(c)), error)
     text, key = _first_line(inner), _full_key(inner) or _merged_key(chain)
     given_key, given_value = _given(command, words, key)
     if isinstance(inner, MissingMandatoryValue):
-        return ConfigError(key, "???", "has to be given", f"write {key}=VALUE; {see}")
+        return ConfigError(key, "???", "must be given", f"write {key}=VALUE; {see}")
     if isinstance(inner, ConfigKeyError | ConfigAttributeError) and key:
         owner = re.search(r"not in '(.+?)'", text)
         rule = "there is no such key" + (f" in {owner[1]}" if owner else "")
         return ConfigError(given_key, given_value, rule, _nearest(command, given_key) or see)
     if isinstance(inner, OmegaConfBaseException):
-        if not key:  # a file's, as a whole
+        if not key:  # the fault is in a file as a whole
             return ConfigError("--config-dir", config_dir, text, "correct the file")
         return ConfigError(key, given_value, text, see)
-    # Hydra's own, which names the key, or the word, in quotes.
+    # An error of Hydra itself quotes the key or the word.
     named = re.search(r"'([^']+)'", text)
     given_key, given_value = _given(command, words, named[1] if named else "")
     if "defaults list" in text:
         fix = _nearest(command, given_key) or see
         return ConfigError(given_key, given_value, "there is no such group here", fix)
-    if isinstance(error, ValueError):  # Hydra says nothing of where it met null
+    if isinstance(error, ValueError):  # Hydra does not say which key was null
         nulls = [word.removesuffix("=null") for word in words if word.endswith("=null")]
         given_key, given_value = nulls[0] if len(nulls) == 1 else "word", "null"
     return ConfigError(given_key, given_value, text, f"see {command.program} --help")
@@ -105,13 +106,13 @@ def _no_such_option(error: MissingConfigException) -> ConfigError:
 
 
 def _nearest(command: Command, key: str) -> str:
-    """The fix for a key that there is not; empty where nothing is near."""
+    """Returns the fix for an unknown key, or "" if no known key is similar."""
     holders = [known for known in command.keys if known.group and matches(known.path, key)]
     if options := sorted({option for k in holders for option in command.options_with(k)}):
         return f"it is a key of {key.partition('.')[0]}={' | '.join(options)}"
     parent, _, leaf = key.rpartition(".")
     siblings, anywhere = {}, {}
-    for known in reversed(command.keys):  # of equal names the first one counts
+    for known in reversed(command.keys):  # reversed: the first of equal names is kept
         known_parent, _, known_leaf = known.path.rpartition(".")
         anywhere[known_leaf] = known.path
         if known_parent == parent or matches(known_parent, parent):
@@ -120,6 +121,7 @@ def _nearest(command: Command, key: str) -> str:
         return f"did you mean {anywhere[leaf]}?"
     if near := get_close_matches(leaf, siblings, n=1, cutoff=_LIKE):
         return f"did you mean {siblings[near[0]]}?"
+    # A mistake in the parent's name makes every sibling useless, so whole paths are compared too.
     whole = [*(known.path for known in command.keys), *command.group_names]
     near = get_close_matches(key, whole, n=1, cutoff=_ALIKE)
     if near and (not siblings or not parent):
@@ -130,7 +132,7 @@ def _nearest(command: Command, key: str) -> str:
 
 
 def _given(command: Command, words: Sequence[str], key: str) -> tuple[str, str]:
-    """The key and the value of the word that sets `key`; a word may set what is below or above."""
+    """Returns key and value of the word that sets `key`, or a key above or below it."""
     for word in words:
         name, _, value = word.lstrip("+~").partition("=")
         if name == key or (key and name.startswith(f"{key}.")):
@@ -141,7 +143,7 @@ def _given(command: Command, words: Sequence[str], key: str) -> tuple[str, str]:
 
 
 def _merged_key(chain: Sequence[BaseException]) -> str:
-    """The key of the word that Hydra could not merge, where OmegaConf does not name it."""
+    """Returns the key of the word that Hydra could not merge, or "" if no error names it."""
     for error in chain:
         if match := re.match(r"Error merging override [+~]*([^=]+)=", str(error)):
             return match[1]

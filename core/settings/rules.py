@@ -1,7 +1,7 @@
-"""Rules for the values of settings: a field carries its own, and one function checks them all.
+"""Rules for the values of settings: each field carries its own, and one function checks them all.
 
-A rule is in the field's metadata, which OmegaConf passes over. What several fields must keep
-together is said by the dataclass's method `cross_check(key)`.
+A rule is stored in the field's metadata, which OmegaConf ignores. Rules that involve several fields
+are in the method `cross_check(key)` of the dataclass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _RULE = "rule"
 
 @dataclass(frozen=True)
 class _Rule:
-    """See `setting`, whose arguments these are."""
+    """Holds the arguments of `setting`."""
 
     above: float | None
     least: float | None
@@ -37,7 +37,7 @@ class _Rule:
             self.check(key, value)
 
     def _holds(self, value: Any) -> bool:
-        # Every comparison is one that NaN fails.
+        # All comparisons are False for NaN, so NaN breaks every bound.
         return (
             (self.above is None or value > self.above)
             and (self.least is None or value >= self.least)
@@ -77,20 +77,20 @@ def setting(
     check: Callable[[str, Any], object] | None = None,
     fix: str = "choose another value",
 ) -> Any:
-    """Returns a field of a settings dataclass whose value keeps a rule.
+    """Returns a field of a settings dataclass whose value must keep a rule.
 
-    The rule holds for each item of a list and each value of a dict; null keeps every rule.
+    The rule applies to each item of a list and each value of a dict; null keeps every rule.
 
     Args:
-        default: Value of the field where nothing sets it; `MISSING` where something has to.
-        factory: Makes the default instead, for lists and dicts.
-        above: Bound that a value exceeds; NaN breaks every bound.
-        least: Smallest value.
-        most: Largest value.
-        below: Bound that a value stays under; `math.inf` means any finite number.
-        choices: The only values.
-        check: Called with key and value; raises ConfigError for a value that cannot be.
-        fix: What the error advises.
+        default: Default of the field; `MISSING` makes it mandatory.
+        factory: Function that makes the default, for lists and dicts.
+        above: Exclusive lower bound; NaN breaks every bound.
+        least: Inclusive lower bound.
+        most: Inclusive upper bound.
+        below: Exclusive upper bound; `math.inf` allows any finite number.
+        choices: The only allowed values.
+        check: Function called with key and value; raises ConfigError for an invalid value.
+        fix: Advice that the error gives.
     """
     rule = _Rule(above, least, most, below, choices, check, fix)
     if factory is not None:
@@ -100,13 +100,13 @@ def setting(
 
 @runtime_checkable
 class CrossChecked(Protocol):
-    """A dataclass whose fields must keep something together."""
+    """Is implemented by dataclasses with rules that involve several fields."""
 
     def cross_check(self, key: str) -> None:
-        """Raises ConfigError for values that cannot hold together.
+        """Raises ConfigError for values that are not valid together.
 
         Args:
-            key: Where the dataclass stands in the tree, e.g. `parallel`; empty at the root.
+            key: Dotted path of the dataclass in the tree, e.g. `parallel`; empty at the root.
         """
         ...
 
@@ -115,8 +115,8 @@ def check_settings(config: Any, key: str = "") -> None:
     """Raises ConfigError for the first setting in a tree that is unknown or breaks a rule.
 
     Args:
-        config: A settings dataclass, or a dict of them.
-        key: Where it stands in the tree; empty at the root.
+        config: Settings dataclass, or a dict of them.
+        key: Dotted path of `config` in the tree; empty at the root.
     """
     if isinstance(config, dict):
         for name, value in config.items():
@@ -126,7 +126,7 @@ def check_settings(config: Any, key: str = "") -> None:
     known = {f.name: f for f in fields(config)}
     for name, value in vars(config).items():
         here = join(key, name)
-        if name not in known:  # `+key=value` adds it
+        if name not in known:  # `+key=value` added it
             rule = "there is no such key, and nothing would read it"
             raise ConfigError(here, value, rule, "remove it")
         _check_value(known[name], here, value)

@@ -40,7 +40,7 @@ def from_yaml(command: Command, text: str) -> tuple[Any, frozenset[str]]:
 
     Args:
         command: The program that composed them.
-        text: What `to_yaml` returned.
+        text: Return value of `to_yaml`.
     """
     from omegaconf import OmegaConf
 

@@ -43,11 +43,11 @@ def test_the_target_follows_from_the_recipe_unless_it_is_named():
     ("word", "said"),
     [
         ("--nope", "option=--nope: there is no such option"),
-        ("--cfg=nope", "--cfg=nope: is none of job, hydra, all"),
+        ("--cfg=nope", "--cfg=nope: must be one of job"),
         ("--config-dir", "--config-dir=: "),
         ("layers.exclude=['*.down_proj]", "layers.exclude=['*.down_proj]: cannot be read"),
         ("recipe=[a", "recipe=[a: cannot be read"),
-        ("x", "word=x: is no key=value"),
+        ("x", "word=x: is not key=value"),
     ],
 )
 def test_words_that_cannot_be_read_are_refused_in_one_line(word, said, monkeypatch, capsys):

@@ -66,7 +66,7 @@ def test_a_teams_file_with_something_wrong(tmp_path, content, said):
         ("launch.gpus=", "launch.gpus=: "),
         ("launch.name=[\u0928", "launch.name=[\u0928: cannot be read"),
         ("run.name=[\u0928", "run.name=[\u0928: cannot be read"),
-        ("launch.foo", "launch.foo: is no key=value"),
+        ("launch.foo", "launch.foo: is not key=value"),
         ("+launch.foo=1", "launch.foo=1: there is no such key"),
         ("launch.spot=yes", "launch.spot=yes: "),
         ("launch.discounts={aws:15}", "launch.discounts.aws=15.0: must be"),

@@ -100,7 +100,7 @@ def test_everything_is_shown_and_escaped(tmp_path):
     assert f"In <b>{HOSTILE} 290" in page.text  # the last sample, as text
     assert page.text.count(HOSTILE) >= 5
     for shown in (
-        "stopped, can go on",
+        "stopped, can be resumed",
         "600 of 600 steps on 1 x NVIDIA H200",
         "rope.theta",
         "5m00s",

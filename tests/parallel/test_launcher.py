@@ -31,9 +31,9 @@ def test_a_whole_environment_is_a_place_and_none_is_none():
 
 @pytest.mark.parametrize("name", VARIABLES)
 def test_a_part_of_a_launcher_is_refused(name):
-    with pytest.raises(ConfigError, match=f"^{name}=: is not set"):
+    with pytest.raises(ConfigError, match=f"^{name}=: must be set"):
         read_place({key: value for key, value in WHOLE.items() if key != name})
-    with pytest.raises(ConfigError, match="is not set, and " + name):
+    with pytest.raises(ConfigError, match="must be set, since " + name):
         read_place({name: WHOLE[name]})
     with pytest.raises(ConfigError, match=f"^{name}="):
         read_place(WHOLE | {name: ""})
@@ -89,7 +89,7 @@ def wait_alone(rank, how):
     [
         (0, signal.SIGTERM, 33, "told to stop while rank 0 of 2 at 127.0.0.1:"),
         (1, signal.SIGINT, 33, "told to stop while rank 1 of 2 at 127.0.0.1:"),
-        (1, None, 1, "the others did not come within"),
+        (1, None, 1, "the other ranks did not join within"),
     ],
 )
 @pytest.mark.long
@@ -104,8 +104,8 @@ def test_a_pod_of_one_process_is_whole():
     pod = {key: value for key, value in WHOLE.items() if not key.startswith("LOCAL_")}
     assert read_place(pod) == Place(3, 4, 0, 1, "10.0.0.1", 29500)
     for name in ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"):
-        with pytest.raises(ConfigError, match="^LOCAL_RANK=: is not set"):
+        with pytest.raises(ConfigError, match="^LOCAL_RANK=: must be set"):
             read_place(pod | {name: "0"})
     for name in pod:
-        with pytest.raises(ConfigError, match="=: is not set"):
+        with pytest.raises(ConfigError, match="=: must be set"):
             read_place({key: value for key, value in pod.items() if key != name})

@@ -213,9 +213,9 @@ def test_how_a_canary_is_judged(failed, token_s, verdict):
     ("words", "said"),
     [
         (["artifact=/no/such"], "there is no such folder"),
-        ([], "artifact=???: has to be given"),
+        ([], "artifact=???: must be given"),
         (["artifact=x", "--foo"], "option=--foo: there is no such option"),
-        (["--cfg", "nope"], "--cfg=nope: is none of job, hydra, all"),
+        (["--cfg", "nope"], "--cfg=nope: must be one of job"),
         (["artifact=x", "admission.max_queued_requests=-1"], "admission.max_queued_requests=-1"),
         (["artifact=x", "engine.max_running=0"], "engine.max_running=0"),
         (["artifact=x", "no_such_key=1"], "no_such_key"),

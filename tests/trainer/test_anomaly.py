@@ -36,7 +36,7 @@ def test_a_leap_is_told_from_noise_and_from_the_fall_at_the_start():
     judge = watch(loss_spike=10)
     losses = [8 * math.exp(-step / 50) + 2 + 0.05 * math.sin(step * 7) for step in range(300)]
     assert [judge.verdict(loss) for loss in losses] == [None] * 300
-    assert "leapt to 5" in judge.verdict(5.0)
+    assert "spiked to 5" in judge.verdict(5.0)
     assert judge.verdict(losses[-1]) is None, "the leap itself is not remembered"
     assert watch().verdict(1e9) is None, "only asked for"
 
@@ -162,7 +162,7 @@ def test_rollback_restores_and_goes_on_behind_the_batch(trainer, small, tmp_path
 def test_without_a_checkpoint_there_is_nothing_to_roll_back_to(trainer, small, spoilt):
     spoilt(8)
     result = trainer(*small, "checkpoint.interval=end", "anomaly.action=rollback")
-    assert result.code == 1 and "no checkpoint to go back to" in result.err
+    assert result.code == 1 and "no checkpoint to roll back to" in result.err
 
 
 def test_too_many_in_a_row_end_the_run(trainer, small, spoilt):

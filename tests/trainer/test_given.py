@@ -54,7 +54,7 @@ def test_what_is_given_differs_from_the_checkpoint(trainer, small, tmp_path):
     allowed = trainer(*words, "stop.steps=3", "optim.decay=auto", "allow_changes=[optim.decay]")
     assert allowed.code == 0 and stored() == "auto"
     behind = trainer(*words, "stop.steps=2")
-    assert behind.code == 0 and "step 3 is behind the 2 steps" in behind.out
+    assert behind.code == 0 and "step 3 is beyond the 2 requested steps" in behind.out
 
 
 @pytest.mark.long

@@ -56,7 +56,7 @@ def test_a_run_from_before_rules_had_names_keeps_the_sum_of_its_python(
     assert described.pop("order") == "exact"
     (run / "data.json").write_text(json.dumps(described))
     result = trainer(*mixed, "stop.steps=2", "schedule=constant")
-    assert result.code == 0 and "names no order of samples; it is compensated" in result.out
+    assert result.code == 0 and "names no order of samples; using compensated" in result.out
     assert json.loads((run / "environment.json").read_text())["python"] == environment["python"]
     assert read_state(committed(run / "checkpoints")[0]).order is OrderRule.compensated
     assert rules == [OrderRule.exact, OrderRule.compensated]

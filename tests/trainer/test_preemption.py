@@ -220,7 +220,7 @@ def test_notice_file(tmp_path):
         (
             aws(rebalance='{"noticeTime": "2026-10-27T08:22:00Z"}'),
             AwsNotice,
-            "AWS recommends since 2026-10-27T08:22:00Z to leave this instance (rebalance)",
+            "AWS has recommended since 2026-10-27T08:22:00Z to leave this instance (rebalance)",
         ),
         (gcp("FALSE"), GcpNotice, None),
         (gcp("TRUE\n"), GcpNotice, "GCP is preempting this instance"),

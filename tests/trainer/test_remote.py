@@ -337,7 +337,7 @@ def test_a_manifest_cannot_write_outside_of_the_checkpoint(name, tmp_path):
     content = json.dumps({"files": {name: entry_of(b"x")}}).encode()
     object_store.damage(f"{base}/manifest.json", content)
     before = contents(tmp_path / "local")
-    with pytest.raises(DamagedError, match="no file inside it"):
+    with pytest.raises(DamagedError, match="not inside the checkpoint"):
         checkpoints.download(checkpoint.name, tmp_path / "here" / "deep")
     assert not [p for p in tmp_path.rglob("*escaped*")]
     assert contents(tmp_path / "local") == before
@@ -386,9 +386,9 @@ def test_a_download_that_does_not_fit_is_refused_before_it_begins(tmp_path, monk
         ("s3:/bucket/run", "must be a URL"),
         ("/mnt/run", "must be a URL"),
         ("nowhere://bucket/run", "Protocol not known"),
-        ("double://", "names no bucket"),
-        ("file:///", "names no bucket"),
-        ("double://bucket/run[1]", "may not contain"),
+        ("double://", "must name a bucket"),
+        ("file:///", "must name a bucket"),
+        ("double://bucket/run[1]", "must not contain"),
     ],
 )
 def test_a_url_that_cannot_work_is_refused(url, rule):

@@ -81,7 +81,7 @@ def test_the_vocabulary_of_a_tokenizer_on_disk(tmp_path):
 
 
 def test_what_is_not_known_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="model_type=bert: its size is not known"):
+    with pytest.raises(ConfigError, match="model_type=bert: has no size"):
         model_shape(composed("model.model_type=bert"))
     with pytest.raises(ConfigError, match="has no config.json"):
         model_shape(composed("model=config", f"model.path={tmp_path}"))

@@ -1,4 +1,4 @@
-"""Turn one source's documents into a token dataset."""
+"""Builds a token dataset from the documents of one source."""
 
 import os
 import re
@@ -27,7 +27,7 @@ BATCH_DOCUMENTS = 1024
 
 
 class Advance(Protocol):
-    """Tells whoever watches that more was done."""
+    """Is called to report progress."""
 
     def __call__(self, num_documents: int, num_bytes: int) -> None: ...
 
@@ -41,24 +41,25 @@ def build_dataset(
     transform: dict[str, object],
     stop_requested: StopRequested,
 ) -> None:
-    """Tokenise a source into an empty folder, an EOS after each document, maybe a BOS before it.
+    """Tokenizes a source into an empty folder, with EOS and optionally BOS around each document.
 
     The tokenizer's own threads do the work; memory holds one batch of documents at a time.
 
     Raises:
-        ConfigError: A split would be without documents, or the source cannot be read.
-        Interrupted: Told to stop.
+        ConfigError: A split would have no documents, or the source cannot be read.
+        Interrupted: A stop was requested.
     """
-    # Said aloud, the tokenizers library neither guesses nor warns when a process forks later.
+    # Without an explicit value the tokenizers library guesses, and warns when a process forks
+    # later.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     backend = plain_backend(tokenizer, cfg.parse_special_tokens)
     bos = tokenizer.bos_token_id if add_bos else None
     eos, parse = tokenizer.eos_token_id, cfg.parse_special_tokens
     special = re.compile("|".join(map(re.escape, special_tokens(tokenizer))) or r"(?!)")
     spelled: list[str] = []  # the first special token in each document that has one
-    draws: list[float] = []  # the two lowest and the two highest, each once
+    draws: list[float] = []  # the two lowest and the two highest distinct draws
     writer = TokenDatasetWriter(folder, tokenizer, shard_tokens=cfg.shard_tokens)
-    # Rows are smaller or larger than their files (compression, other columns): no end to show.
+    # The size of compressed files or of files with other columns does not predict the text's size.
     total = source.size_bytes if source.identity["kind"] in ("stdlib", "text") else None
     with writer, progress(f"preparing {source.key}", total) as advance:
         for batch in batched(source.documents()):
@@ -86,14 +87,14 @@ def build_dataset(
 
 
 def _framed(ids: list[int], bos: int | None, eos: int, parsed: bool) -> list[int]:
-    """A document between its BOS and its EOS; of those that its text spells there is no second."""
+    """Returns a document with its BOS and EOS, without doubling those that its text spells."""
     begin = [] if bos is None or ids[:1] == [bos] else [bos]
     end = [] if parsed and ids[-1:] == [eos] else [eos]
     return [*begin, *ids, *end]
 
 
 def batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Group documents so that a batch keeps all threads busy but stays small in memory."""
+    """Yields batches of documents that keep all threads busy but stay small in memory."""
     batch: list[Document] = []
     num_chars = 0
     for document in documents:
@@ -108,7 +109,7 @@ def batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 @contextmanager
 def progress(task: str, total_bytes: int | None) -> Iterator[Advance]:
-    """On stderr: a live bar if a person watches; else a line at the start and one at the end."""
+    """Reports progress on stderr: a live bar on a terminal, else a first and a last line."""
     begin = time.monotonic()
     documents = size = 0
 
@@ -137,12 +138,12 @@ def _check_splits(
 ) -> None:
     train, validation = writer.num_documents("train"), writer.num_documents("validation")
     if train + validation == 0:
-        raise ConfigError(key, "", "no document in it has any text", "give a source with text")
+        raise ConfigError(key, "", "none of its documents has any text", "give a source with text")
     if not train or not validation:
         empty = "validation" if train else "train"
         rule = f"of {train + validation} documents of {key} none is left for the {empty} split"
         fix = "add other documents (a text file of up to 64 KiB is one)"
-        if len(draws) > 1:  # else all are the same text, which no fraction parts
+        if len(draws) > 1:  # otherwise all are the same text, which no fraction can divide
             neighbours = draws[:2] if train else draws[-2:]
             fix = f"set data.validation_fraction={_between(*neighbours)}, or {fix}"
         else:
@@ -151,7 +152,7 @@ def _check_splits(
 
 
 def _between(low: float, high: float) -> str:
-    """The shortest decimal above `low` and not above `high`, both in [0, 1) and of 48 bits."""
+    """Returns the shortest decimal in (low, high]; both are 48-bit fractions in [0, 1)."""
     for digits in count(1):
         unit = Decimal(10) ** -digits
         found = (Decimal(low) // unit + 1) * unit

@@ -1,4 +1,4 @@
-"""Build a folder exactly once, however many processes ask for it, however often they are killed."""
+"""Builds a folder exactly once, for any number of processes and in spite of kills."""
 
 import errno
 import os
@@ -14,10 +14,10 @@ KEY = "data.cache_dir"
 
 
 def open_cache(cache_dir: str) -> Path:
-    """The cache folder, made if need be.
+    """Returns the cache folder, which is created if missing.
 
     Raises:
-        ConfigError: It cannot be made or written to.
+        ConfigError: The folder cannot be created or written to.
     """
     folder = Path(cache_dir).expanduser().absolute()
     try:
@@ -25,13 +25,13 @@ def open_cache(cache_dir: str) -> Path:
     except OSError as error:
         raise ConfigError(KEY, folder, f"cannot be made: {error}", "give another folder") from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(KEY, folder, "no permission to write there", "give another folder")
+        raise ConfigError(KEY, folder, "is not writable", "give another folder")
     return folder
 
 
 @contextmanager
 def full_disk_explained(cache: Path) -> Iterator[None]:
-    """Says which setting to change when there is no room left."""
+    """Turns a full disk into an error that names the setting to change."""
     try:
         yield
     except OSError as error:
@@ -43,12 +43,13 @@ def full_disk_explained(cache: Path) -> Iterator[None]:
 
 
 def build_once(folder: Path, build: Callable[[Path], None], stop_requested: StopRequested) -> None:
-    """Make `folder` exist, complete. The first caller builds it aside and renames; the others wait.
+    """Makes a complete `folder` exist: the first caller builds it, the others wait for it.
 
     Args:
-        folder: Inside the cache; its name says what is in it, so an existing one is never rebuilt.
-        build: Fills the empty folder it is given.
-        stop_requested: Polled while waiting; `build` polls on its own.
+        folder: Folder inside the cache. Its name identifies its content, so an existing folder is
+            never rebuilt.
+        build: Function that fills an empty folder.
+        stop_requested: Function that is polled while waiting; `build` polls on its own.
 
     Raises:
         ConfigError: The disk is full.
@@ -57,7 +58,7 @@ def build_once(folder: Path, build: Callable[[Path], None], stop_requested: Stop
         return
     lock = folder.with_name(f"{folder.name}.lock")
     with locked(lock, between=lambda: check_stop(stop_requested)):
-        if folder.exists():
+        if folder.exists():  # another process built it while this one waited for the lock
             return
         with full_disk_explained(folder.parent), staged_folder(folder) as staging:
             build(staging)

@@ -1,4 +1,4 @@
-"""What a user may set about data. Imports neither torch nor datasets: `--help` reads it."""
+"""Settings of data. Imports neither torch nor datasets, because `--help` reads it."""
 
 import math
 from dataclasses import dataclass, field
@@ -11,13 +11,12 @@ from core.settings.rules import setting
 
 
 def expanded(name: str) -> str:
-    """A folder or a hub name, with the home directory in place of `~`, which no shell replaces
-    behind `key=`."""
+    """Returns a folder or hub name with `~` expanded, which no shell does behind `key=`."""
     return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
 class SourceKind(Enum):
-    """Where documents come from. Names are lower case since OmegaConf reads an enum by its name."""
+    """Lists the kinds of sources. Names are lower case because OmegaConf reads enums by name."""
 
     stdlib = "stdlib"
     text = "text"
@@ -29,19 +28,19 @@ class SourceKind(Enum):
 
 @dataclass
 class SourceConfig:
-    """One source of documents.
+    """Configures one source of documents.
 
     Attributes:
-        kind: What `path` is.
+        kind: Kind of the source, which tells what `path` is.
         path: File, folder or glob (`text`, `jsonl`, `parquet`), a repository or folder that
             `datasets.load_dataset` takes (`hub`), or a prepared token dataset (`tokens`). Links to
-            files and folders are followed; one that leads nowhere is refused.
-        column: The field that holds the text (`jsonl`, `parquet`, `hub`). The others need not be
-            the same in all rows or files. Rows without text are left out, and counted.
+            files and folders are followed; a broken link is refused.
+        column: Field that contains the text (`jsonl`, `parquet`, `hub`). Other fields may differ
+            between rows and files. Rows without text are skipped and counted.
         subset: Name of the configuration inside a hub repository.
         revision: Commit or tag of a hub repository.
         split: Split of a hub repository.
-        streaming: Read a hub repository without storing it first.
+        streaming: True reads a hub repository without storing it first.
         weight: Share of the samples in a mixture, relative to the other sources.
     """
 
@@ -57,27 +56,27 @@ class SourceConfig:
 
 @dataclass
 class PreparationConfig:
-    """How documents become samples, the same for every source.
+    """Configures how documents become samples, alike for every source.
 
     Attributes:
-        max_seq_len: Tokens in a sample (T).
-        tokenizer: `auto` (the pretrained model's own, else trained on the data), `train` (a
-            byte-level BPE, which splits text as transformers will for the model's type), or a
-            folder or hub name.
+        max_seq_len: Number of tokens in a sample (T).
+        tokenizer: Tokenizer to use: `auto` (the pretrained model's, otherwise one trained on the
+            data), `train` (a byte-level BPE that splits text as transformers does for the model's
+            type), or a folder or hub name.
         tokenizer_vocab_size: Largest size of a trained tokenizer (little text makes fewer tokens).
-        validation_fraction: Share of the documents held out. A document's digest decides, so that a
-            held-out document stays held out when others are added.
-        add_bos: Whether each document begins with the tokenizer's BOS token: `auto` does what the
-            tokenizer itself does to a text (Gemma's and Llama's add one), `true` or `false`. What
-            it came to is stored with the run.
-        parse_special_tokens: Whether a document that spells a special token, such as
-            `<|im_end|>`, gets that token (`true`: for text that was laid out as a conversation) or
-            the text of its name (`false`).
-        mask_documents: Compute and predict within documents only, whatever the model; otherwise a
-            sample is read as one text.
-        cache_dir: Where prepared token datasets live, one folder each, named by content.
-        shard_tokens: Tokens in one shard file.
-        verify: Check the digests of the prepared shards at every start.
+        validation_fraction: Share of the documents that is held out. A document's digest decides,
+            so it stays held out when other documents are added.
+        add_bos: Addition of the tokenizer's BOS token to the start of each document: `true`,
+            `false`, or `auto`, which does as the tokenizer does by default (Gemma's and Llama's add
+            one). The result is stored with the run.
+        parse_special_tokens: Treatment of a document that spells a special token such as
+            `<|im_end|>`: `true` makes it that token (for text laid out as a conversation), `false`
+            keeps it as text.
+        mask_documents: True restricts attention and prediction to documents, for any model; false
+            treats a sample as one text.
+        cache_dir: Folder of prepared token datasets, each in a folder named by its content.
+        shard_tokens: Number of tokens in one shard file.
+        verify: True verifies the digests of the prepared shards at every start.
     """
 
     max_seq_len: int = setting(1024, above=0)
@@ -97,15 +96,15 @@ class PreparationConfig:
 
 @dataclass
 class SingleDataConfig(PreparationConfig, SourceConfig):
-    """`data=stdlib|text|jsonl|parquet|hub|tokens`: one source, keys at the top (`data.path`)."""
+    """Configures one source, `data=stdlib|text|jsonl|parquet|hub|tokens`, with keys in `data`."""
 
 
 @dataclass
 class MixtureDataConfig(PreparationConfig):
-    """`data=mixture`: several sources.
+    """Configures `data=mixture`: several sources.
 
     Attributes:
-        sources: The sources, by names that you choose: `data.sources.NAME.kind|path|weight|...`.
+        sources: Sources by names that you choose: `data.sources.NAME.kind|path|weight|...`.
     """
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)

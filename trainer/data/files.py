@@ -1,7 +1,7 @@
-"""Files on disk that a source is made of: which they are, and their digests.
+"""Finds the files of a source, and computes their digests.
 
-Digests are what makes prepared data content-addressed. Reading 1 TB at every start to learn that
-nothing changed is not affordable, so they are remembered by (path, size, modification time).
+Prepared data is addressed by these digests. Reading 1 TB at every start to learn that nothing
+changed is too expensive, so digests are cached by (path, size, modification time).
 """
 
 import codecs
@@ -18,7 +18,7 @@ from core.errors import ConfigError, Interrupted
 from core.folder import write_file
 
 CHUNK_BYTES = 8 << 20
-BOM = b"\xef\xbb\xbf"  # that some editors put before UTF-8; it is no part of the text
+BOM = b"\xef\xbb\xbf"  # byte order mark that some editors put before UTF-8; not part of the text
 UTF_16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 StopRequested = Callable[[], bool]
@@ -26,14 +26,14 @@ StopRequested = Callable[[], bool]
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a source.
+    """Describes one file of a source.
 
     Attributes:
-        path: Relative to the folder, repository or library it belongs to, with `/` between parts.
-        size_bytes: Its size.
-        sha256: Hex digest; `git:<sha1>` for a small file of a hub repository, where the hub has no
-            other.
-        has_bom: Whether a byte order mark stands before its text.
+        path: Path relative to the folder, repository or library, with `/` between parts.
+        size_bytes: Size of the file.
+        sha256: Hexadecimal digest; `git:<sha1>` for a small file of a hub repository, for which the
+            hub has no SHA-256.
+        has_bom: True if its text begins with a byte order mark.
     """
 
     path: str
@@ -43,10 +43,10 @@ class SourceFile:
 
 
 def check_stop(stop_requested: StopRequested) -> None:
-    """Raises Interrupted when the process was told to stop."""
+    """Raises Interrupted if the process was told to stop."""
     if stop_requested():
         raise Interrupted(
-            "told to stop while preparing data, nothing half-written was kept; "
+            "told to stop while preparing data; no partial result was kept; "
             "run the same command again"
         )
 
@@ -54,21 +54,21 @@ def check_stop(stop_requested: StopRequested) -> None:
 def list_files(
     key: str, path: str, extensions: tuple[str, ...] | None, *, follow_links: bool = True
 ) -> list[tuple[str, Path]]:
-    """The files that `path` names, sorted by relative path.
+    """Returns the files that `path` names, sorted by relative path.
 
     Args:
-        key: Configuration key to blame, e.g. `data.path`.
-        path: A file (taken whatever its extension), a folder (searched recursively, hidden files
-            and folders left out) or a glob (`**` allowed).
-        extensions: What to take from a folder; None takes every file.
-        follow_links: Search the folders, too, that links in a folder lead to.
+        key: Configuration key to name in errors, e.g. `data.path`.
+        path: File (of any extension), folder (searched recursively, without hidden files and
+            folders) or glob (`**` allowed).
+        extensions: Extensions of the files to take from a folder; None takes every file.
+        follow_links: True also searches the folders that links in a folder lead to.
 
     Returns:
         Pairs (path relative to the folder or to the fixed part of the glob, absolute path).
 
     Raises:
-        ConfigError: Nothing there, nothing of a kind that can be read, links that lead nowhere, or
-            a folder that cannot be searched.
+        ConfigError: There is no file, no file of a kind that can be read, a broken link, or a
+            folder that cannot be searched.
     """
     root = Path(path).expanduser().absolute()
     if root.is_file():
@@ -100,7 +100,7 @@ def _files_of_folder(
 
     def search(folder: Path, above: set[str]) -> None:
         real = os.path.realpath(folder)
-        if real in above:  # a link to a folder that it is in
+        if real in above:  # a link to one of the folders that contain it, an endless loop
             return
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -113,7 +113,7 @@ def _files_of_folder(
                 wanted = extensions is None or entry.name.endswith(extensions)
                 if wanted and entry.is_file():
                     files.append((file.relative_to(root).as_posix(), file))
-                # Without an extension it may have been a folder of them.
+                # A broken link without an extension may have led to a folder of such files.
                 elif (wanted or not file.suffix) and file.is_symlink() and not file.exists():
                     broken.append(file.relative_to(root).as_posix())
 
@@ -131,16 +131,16 @@ def _files_of_folder(
 
 def _broken(key: str, path: str, names: list[str]) -> ConfigError:
     shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-    rule = f"there are links that lead nowhere: {shown}"
-    return ConfigError(key, path, rule, "mend or remove them")
+    rule = f"has broken links: {shown}"
+    return ConfigError(key, path, rule, "repair or remove them")
 
 
 class FileDigests:
-    """SHA-256 of local files, remembered in `<cache_dir>/digests.json`. Use under a lock.
+    """Computes SHA-256 of local files and caches them in `<cache_dir>/digests.json`; needs a lock.
 
     Args:
-        cache_file: Where digests are remembered between runs.
-        stop_requested: Polled while reading.
+        cache_file: File in which digests are stored between runs.
+        stop_requested: Function that is polled while reading.
     """
 
     def __init__(self, cache_file: Path, stop_requested: StopRequested) -> None:
@@ -149,25 +149,25 @@ class FileDigests:
         self._changed = False
         try:
             self._known: dict[str, list[Any]] = json.loads(cache_file.read_text())
-        except (FileNotFoundError, ValueError):  # a cache: what cannot be read is computed again
+        except (FileNotFoundError, ValueError):  # an unreadable cache is computed again
             self._known = {}
 
     def file(self, key: str, name: str, path: Path, *, is_text: bool) -> SourceFile:
-        """Digest of one file; with `is_text`, also a check that it is UTF-8 without NUL bytes.
+        """Returns a file with its digest; with `is_text` it must be UTF-8 without NUL bytes.
 
         Raises:
-            ConfigError: Unreadable, or not text.
+            ConfigError: The file cannot be read, or is not text.
         """
         try:
             status = path.stat()
-            # A digest is remembered together with the check that was made: text passed it.
+            # The kind of check is cached with the digest: a cached text has passed its check.
             entry = ["text" if is_text else "bytes", status.st_size, status.st_mtime_ns]
             known = self._known.get(str(path))
             if known is None or known[:3] != entry:
                 known = [*entry, self._read(key, path, is_text)]
                 self._known[str(path)] = known
                 self._changed = True
-            if is_text and len(known) == 4:  # remembered before it was asked for
+            if is_text and len(known) == 4:  # an entry from before byte order marks were recorded
                 with path.open("rb") as file:
                     known.append(file.read(len(BOM)) == BOM)
                 self._changed = True
@@ -176,7 +176,7 @@ class FileDigests:
         return SourceFile(name, status.st_size, known[3], is_text and known[4])
 
     def save(self) -> None:
-        """Remember what was computed, in one atomic step."""
+        """Saves the computed digests in one atomic step."""
         if self._changed:
             write_file(self._cache_file, json.dumps(self._known))
 
@@ -195,7 +195,7 @@ class FileDigests:
 
 
 class _TextCheck:
-    """Finds the first byte of a file that cannot be text."""
+    """Finds the first byte of a file that cannot be part of a text."""
 
     def __init__(self, key: str, path: Path) -> None:
         self._key, self._path, self._offset = key, path, 0
@@ -214,7 +214,7 @@ class _TextCheck:
         self._decode(b"", final=True)
 
     def _decode(self, chunk: bytes, final: bool) -> None:
-        pending = len(self._decoder.getstate()[0])  # bytes of a character cut by the chunk border
+        pending = len(self._decoder.getstate()[0])  # bytes of a character that the chunk cut
         try:
             self._decoder.decode(chunk, final)
         except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""A repository of the Hugging Face hub, pinned at a commit; or a local folder laid out like one."""
+"""Reads a Hugging Face hub repository, pinned at a commit, or a local folder with that layout."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from trainer.data.tables import column_texts, one_line
 
 @dataclass(frozen=True)
 class HubFiles:
-    """What a repository holds.
+    """Lists the content of a repository.
 
     Attributes:
-        commit: The commit that is read, whatever the branch says later; None for a local folder.
-        files: Every file of that commit.
+        commit: Commit that is read, even if the branch moves on; None for a local folder.
+        files: All files of that commit.
     """
 
     commit: str | None
@@ -25,10 +25,10 @@ class HubFiles:
 
 
 def hub_files(key: str, cfg: SourceConfig, digests: FileDigests) -> HubFiles:
-    """List a repository's files and the commit they are from.
+    """Returns a repository's files and their commit.
 
     Raises:
-        ConfigError: It cannot be reached or does not exist.
+        ConfigError: The repository cannot be reached or does not exist.
     """
     path = cfg.path or ""
     if Path(path).expanduser().is_dir():
@@ -50,17 +50,17 @@ def hub_files(key: str, cfg: SourceConfig, digests: FileDigests) -> HubFiles:
 
 
 def hub_texts(key: str, cfg: SourceConfig, commit: str | None, notes: list[str]) -> Iterator[str]:
-    """The text column of a repository, row by row.
+    """Yields the text column of a repository, row by row.
 
     Args:
         key: Configuration key of the source.
-        cfg: With `streaming`, nothing is stored; otherwise `datasets` keeps a copy in its own
-            cache.
-        commit: The commit that `hub_files` found.
-        notes: Is told, at the end, how many rows were left out.
+        cfg: Settings of the source. With `streaming` nothing is stored; otherwise `datasets` keeps
+            a copy in its own cache.
+        commit: Commit that `hub_files` found.
+        notes: List to which the number of skipped rows is added at the end.
 
     Raises:
-        ConfigError: No such subset, split or column, or files that cannot be parsed.
+        ConfigError: The subset, split or column does not exist, or a file cannot be parsed.
     """
     import datasets  # type: ignore[import-untyped]
 
@@ -82,7 +82,7 @@ def hub_texts(key: str, cfg: SourceConfig, commit: str | None, notes: list[str])
 def _dataset_info(key: str, path: str, revision: str | None) -> Any:
     from huggingface_hub import HfApi, errors
 
-    # The base of its HTTP errors is httpx's or httpx2's by its version: it knows itself.
+    # Its HTTP errors derive from httpx or httpx2, depending on the version; HTTPError covers both.
     http_error: type[Exception] = vars(errors)["HTTPError"]
     try:
         return HfApi().dataset_info(path, revision=revision, files_metadata=True)

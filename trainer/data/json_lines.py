@@ -1,9 +1,9 @@
-"""Rows of JSON files: one object a line, with the number of the line that each begins in.
+"""Reads rows of JSON files: one object per line, with the number of its line.
 
-They are read with `json` and not with a table reader: that one infers a type for every field from
-the first rows and refuses, or converts, what comes later, where one field is wanted, as text.
-Taken too, as other tools write them: a list of objects, several objects in a line, and objects
-laid out over several lines. Compression is told by a file's first bytes, whatever its name is.
+They are parsed with `json` rather than a table reader. A table reader infers a type for every field
+from the first rows and then refuses or converts later values, while only one field is needed here,
+as text. Variants that other tools write are accepted: a list of objects, several objects in a line,
+and objects that span several lines. Compression is detected by a file's first bytes, not its name.
 """
 
 import bz2
@@ -23,19 +23,22 @@ _BLANKS = " \t\r\n"
 
 
 def json_rows(key: str, path: str, field: str) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """The rows of one file, in constant memory where it has one a line.
+    """Yields the rows of one file, in constant memory if each row has a line of its own.
 
     Args:
         key: Configuration key of the path, e.g. `data.path`.
-        path: A file, plain or compressed with gzip, bzip2, xz or zstandard.
-        field: What is wanted of the rows; a row that has it twice is refused.
+        path: File, plain or compressed with gzip, bzip2, xz or zstandard.
+        field: Field that is read from the rows; a row that has it twice is refused.
 
     Yields:
-        (number of the line, the row); None for a row that is `null`.
+        Pairs (line number, row); the row is None for `null`.
 
     Raises:
-        ConfigError: Naming the file, and the line that is not JSON, no object or not UTF-8.
+        ConfigError: A line is not JSON, not an object or not UTF-8; names the file and the
+            line.
     """
+    # Parsing every row a second time for duplicate fields is slow, so only lines that contain the
+    # name more than once are checked.
     quoted = json.dumps(field, ensure_ascii=False).encode()
     number = 0
     any_rows = False
@@ -61,7 +64,7 @@ def json_rows(key: str, path: str, field: str) -> Iterator[tuple[int, dict[str, 
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         rule = f"cannot be read to its end: after line {number}, {reason}"
-        raise ConfigError(key, path, rule, "make the file again") from error
+        raise ConfigError(key, path, rule, "create the file again") from error
 
 
 def _open(path: str) -> IO[bytes]:
@@ -74,7 +77,7 @@ def _open(path: str) -> IO[bytes]:
     if head.startswith(b"\xfd7zXZ\x00"):
         return lzma.open(path)
     if head.startswith(b"\x28\xb5\x2f\xfd"):
-        import pyarrow  # type: ignore[import-untyped]  # the standard library can from 3.14 on
+        import pyarrow  # type: ignore[import-untyped]  # the standard library has zstd from 3.14 on
 
         return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
     return open(path, "rb")
@@ -83,17 +86,17 @@ def _open(path: str) -> IO[bytes]:
 def _rows(
     key: str, path: str, number: int, line: bytes, rest: IO[bytes] | None
 ) -> Iterator[tuple[int, Any]]:
-    """What a line holds, or all lines together.
+    """Yields the values of a line, or of all lines if the first value spans several.
 
     Args:
         key: Configuration key of the path.
-        path: The file.
-        number: Of the line.
-        line: Not blank.
-        rest: The lines behind the first row's, which may be laid out over them; else None.
+        path: Path of the file.
+        number: Number of the line.
+        line: Line that is not blank.
+        rest: Remaining lines, into which the first row may extend; None for later rows.
 
     Yields:
-        (number of the line, any JSON value).
+        Pairs (line number, JSON value).
     """
     try:
         text = line.decode().rstrip(_BLANKS)
@@ -114,15 +117,15 @@ def _rows(
     except json.JSONDecodeError as error:
         rule = f"line {number + error.lineno - 1} is not JSON ({error.msg}, column {error.colno})"
         raise ConfigError(key, path, rule, "fix that line") from error
-    except (ValueError, RecursionError) as error:  # an int of too many digits, too many brackets
+    except (ValueError, RecursionError) as error:  # an int with too many digits, too deep nesting
         raise ConfigError(key, path, f"line {number}: {error}", "fix that line") from error
 
 
 def _values(text: str) -> Iterator[tuple[int, Any]]:
-    """Values that follow each other, or those of one list, and where each begins.
+    """Yields (position, value) for consecutive values, or for the items of one list.
 
     Raises:
-        json.JSONDecodeError: Where there is something else.
+        json.JSONDecodeError: The text contains something else.
     """
     at = _after_blanks(text, 0)
     if listed := text.startswith("[", at):
@@ -147,11 +150,11 @@ def _after_blanks(text: str, at: int) -> int:
 
 
 def _has_twice(line: bytes, field: str) -> bool:
-    """Whether the outermost object in a line has a field twice."""
+    """Returns whether the outermost object in a line has a field twice."""
     names: list[str] = []
 
     def keep(pairs: list[tuple[str, Any]]) -> None:
-        names[:] = [name for name, _ in pairs]  # the outermost is complete last
+        names[:] = [name for name, _ in pairs]  # the outermost object is completed last
 
     try:
         json.loads(line, object_pairs_hook=keep)

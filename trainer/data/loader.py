@@ -1,10 +1,10 @@
-"""Samples to batches, without any state but a position in the stream.
+"""Forms batches from samples, with no state but a position in the stream.
 
-Rank, world size and accumulation only choose which part of a step is read here, and any number of
-ranks can share a step: its samples are dealt out as evenly as they can be.
+Rank, world size and accumulation only select the part of a step that is read here. Any number of
+ranks can share a step: its samples are distributed as evenly as possible.
 
 Shapes: B rows of a micro-batch, T tokens in a sample, G samples in a step, A micro-batches in a
-step. Documents that are computed apart lie in rows of their own, of L tokens, the longest's.
+step. Documents that are computed apart have rows of their own, of L tokens, the longest's length.
 """
 
 import itertools
@@ -25,23 +25,23 @@ from trainer.data.prepare import PreparedData
 from trainer.data.tokens import TokenDataset, Tokens
 
 IGNORE_INDEX = -100
-PADDING = -1  # sample id of a row that only fills a batch up
-QUEUE_DEPTH = 2
+PADDING = -1  # sample id of a row that only fills up a batch
+QUEUE_DEPTH = 2  # steps to read ahead
 POLL_S = 0.1
 
 
-# Inputs, targets and positions of as many tokens: each (T,).
+# Inputs, targets and positions, each (T,).
 Row = tuple[Tokens, Tokens, Tokens]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens [index * T, index * T + T + 1) of a dataset.
+    """Describes tokens [index * T, index * T + T + 1) of a dataset.
 
     Attributes:
-        dataset: Whose tokens they are.
-        index: Which of its samples.
-        number: Its place in the stream, or among those that are held out.
+        dataset: Dataset that contains the tokens.
+        index: Number of the sample within the dataset.
+        number: Position of the sample in the stream, or among the held-out samples.
     """
 
     dataset: TokenDataset
@@ -49,44 +49,46 @@ class Sample:
     number: int
 
     def row(self, max_seq_len: int, mask_documents: bool) -> Row:
-        """Its inputs, targets and positions."""
+        """Returns the inputs, targets and positions of the sample."""
         start = self.index * max_seq_len
         tokens = self.dataset.read(start, max_seq_len + 1)
         inputs, targets, positions = tokens[:-1], tokens[1:].copy(), np.arange(max_seq_len)
         if mask_documents:
             starts = self._starts(max_seq_len)
+            # The last token of a document must not predict the first token of the next.
             targets[starts - 1] = IGNORE_INDEX
             begins = np.zeros(max_seq_len, np.int64)
             inside = starts[starts < max_seq_len]
             begins[inside] = inside
+            # The maximum so far of the starts is, at each token, the start of its document.
             positions = positions - np.maximum.accumulate(begins)
         return inputs, targets, positions
 
     def lengths(self, max_seq_len: int) -> list[int]:
-        """Tokens of each document, or of what it has of it."""
+        """Returns the number of tokens of each document, or of its part in this sample."""
         starts = self._starts(max_seq_len)
         borders = [0, *starts[starts < max_seq_len].tolist(), max_seq_len]
         return [end - start for start, end in itertools.pairwise(borders)]
 
     def _starts(self, max_seq_len: int) -> Tokens:
-        """Where in it documents start, from 1 to T."""
+        """Returns the offsets, from 1 to T, at which documents start in the sample."""
         return self.dataset.document_starts(self.index * max_seq_len + 1, max_seq_len) + 1
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of packed samples, or of documents apart.
+    """Holds rows of packed samples, or of separate documents.
 
     Attributes:
-        input_ids: (B, T) int64.
-        targets: (B, T) int64, the next token; IGNORE_INDEX where there is no loss.
-        position_ids: (B, T) int64 from 0 at each document's start, if documents are masked and
-            share rows; else None.
-        attention_mask: (B, T) int64, 0 for what fills a row up behind its document, if each has a
-            row of its own; else None.
-        sample_ids: (B,) positions in the stream (training) or numbers of the sample (validation);
-            PADDING for a row without loss that only fills the batch up.
-        num_targets: Targets that are not IGNORE_INDEX.
+        input_ids: Token ids, (B, T) int64.
+        targets: Next tokens, (B, T) int64; IGNORE_INDEX where there is no loss.
+        position_ids: Positions, (B, T) int64, from 0 at each document's start, if documents are
+            masked and share rows; otherwise None.
+        attention_mask: Mask, (B, T) int64, 0 for padding behind a document, if each document has a
+            row of its own; otherwise None.
+        sample_ids: Positions in the stream (training) or numbers of the samples (validation), (B,);
+            PADDING for a row without loss that only fills up the batch.
+        num_targets: Number of targets that are not IGNORE_INDEX.
     """
 
     input_ids: Tensor
@@ -97,7 +99,7 @@ class Batch:
     num_targets: int
 
     def inputs(self) -> dict[str, Tensor | None]:
-        """What an objective is called with."""
+        """Returns the arguments of an objective."""
         return {
             "input_ids": self.input_ids,
             "targets": self.targets,
@@ -106,11 +108,11 @@ class Batch:
         }
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Copy to a device; from pinned memory without waiting for the copy."""
+        """Copies the batch to a device; from pinned memory without waiting for the copy."""
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> "Batch":
-        """Copy to page-locked memory, from which a GPU fetches on its own."""
+        """Copies the batch to page-locked memory, from which a GPU copies asynchronously."""
         return self._with_tensors(Tensor.pin_memory)
 
     def _with_tensors(self, move: Callable[[Tensor], Tensor]) -> "Batch":
@@ -121,29 +123,29 @@ class Batch:
 
 
 class TrainLoader:
-    """Endless iterator over steps: each `next` is this rank's micro-batches of one step.
+    """Iterates endlessly over steps: each `next` is this rank's micro-batches of one step.
 
-    Sample ids of step s are [first_sample + s * G, first_sample + (s + 1) * G), dealt out by
-    `split_step`. A thread reads ahead by two steps.
+    Sample ids of step s are [first_sample + s * G, first_sample + (s + 1) * G), distributed by
+    `split_step`. A thread reads two steps ahead.
 
     Args:
         prepared: Data to read.
         max_seq_len: T.
-        mask_documents: No target across a border of documents, positions from 0 in each.
-        apart: Give each document, or what a sample has of it, a row of its own, for models that do
-            not tell documents apart by positions; only with `mask_documents`. A micro-batch is then
-            as many batches as it takes for none to hold more than B * T tokens.
-        seed: Of the order.
-        global_batch_size: G, of all ranks and micro-batches.
-        micro_batch_size: B, at most.
-        rank: Of this process among those that read different data.
-        world_size: Number of those.
-        first_sample: Where to start: the number of samples that training has seen.
-        pin: Return page-locked tensors (CUDA only).
-        order: How the weights of a mixture are counted.
+        mask_documents: True allows no target across a document border, and restarts positions at 0.
+        apart: True gives each document, or its part in a sample, a row of its own, for models that
+            cannot tell documents apart by positions; requires `mask_documents`. A micro-batch is
+            then split into batches of at most B * T tokens.
+        seed: Seed of the order of samples.
+        global_batch_size: G, over all ranks and micro-batches.
+        micro_batch_size: B, as an upper bound.
+        rank: Number of this process among those that read different data.
+        world_size: Number of those processes.
+        first_sample: Position in the stream at which to start: the number of samples trained on.
+        pin: True returns page-locked tensors (CUDA only).
+        order: Rule by which the weights of a mixture are counted.
 
     Raises:
-        ConfigError: A source too small for one sample, or a weight too small.
+        ConfigError: A source is too small for one sample, or a weight is too small.
     """
 
     def __init__(
@@ -181,7 +183,7 @@ class TrainLoader:
         return self
 
     def __next__(self) -> list[Batch]:
-        """This rank's A micro-batches of the next step; errors of the thread come out here."""
+        """Returns this rank's A micro-batches of the next step; raises the thread's errors."""
         if self._closed.is_set():
             raise StopIteration
         item = self._queue.get()
@@ -202,7 +204,7 @@ class TrainLoader:
         self.close()
 
     def close(self) -> None:
-        """End the thread; the iterator is exhausted afterwards."""
+        """Ends the thread; the iterator is exhausted afterwards."""
         self._closed.set()
         self._thread.join()
 
@@ -211,7 +213,7 @@ class TrainLoader:
             item: list[Batch] | BaseException
             try:
                 item = self._read_step(self._next_sample)
-            except BaseException as error:  # not handled here: handed to whoever calls next()
+            except BaseException as error:  # raised again in the thread that calls next()
                 item = error
             self._next_sample += self._global_batch_size
             self._put(item)
@@ -219,6 +221,7 @@ class TrainLoader:
                 return
 
     def _put(self, item: list[Batch] | BaseException) -> None:
+        # Waiting with a timeout, so that `close` ends a thread whose queue nobody empties.
         while not self._closed.is_set():
             try:
                 self._queue.put(item, timeout=POLL_S)
@@ -233,7 +236,7 @@ class TrainLoader:
             for row, (source, index) in enumerate(zip(sources, indices, strict=True))
         ]
         batches: list[Batch] = []
-        for ranks in zip(*self._split, strict=True):  # a micro-batch of each rank
+        for ranks in zip(*self._split, strict=True):  # one micro-batch of each rank
             batches += self._read_batches([samples[rows.start : rows.stop] for rows in ranks])
         return [batch.pin() for batch in batches] if self._pin else batches
 
@@ -242,19 +245,19 @@ class TrainLoader:
             return batches_apart(ranks, self._rank, self._max_seq_len, self._micro_batch_size)
         mine = ranks[self._rank]
         rows = [sample.row(self._max_seq_len, self._mask_documents) for sample in mine]
-        if not rows:  # more ranks than samples: this one takes part without any
+        if not rows:  # with more ranks than samples, this rank computes on padding only
             return [_padding_batch(self._max_seq_len, self._mask_documents)]
         return [_batch(rows, [sample.number for sample in mine], self._mask_documents)]
 
 
 def split_step(global_batch_size: int, micro_batch_size: int, world_size: int) -> list[list[range]]:
-    """Which samples of a step (0 to G - 1) each rank takes, micro-batch by micro-batch.
+    """Returns the samples of a step (0 to G - 1) that each rank takes, by micro-batch.
 
     Every rank gets the same number A of micro-batches, since they are collective, and their sizes
-    differ by at most one row. Where G is a multiple of B * world_size all of them have B rows.
+    differ by at most one row. If G is a multiple of B * world_size, all of them have B rows.
 
     Returns:
-        [rank][micro-batch] -> samples; empty ranges only where there are more ranks than samples.
+        Samples as [rank][micro-batch]; a range is empty only with more ranks than samples.
     """
     num_micro_batches = -(-global_batch_size // (micro_batch_size * world_size))
     rows, rest = divmod(global_batch_size, num_micro_batches * world_size)
@@ -278,23 +281,23 @@ def validation_batches(
     max_samples: int | None = None,
     apart: bool = False,
 ) -> Iterator[Batch]:
-    """Held-out samples, dealt out to the ranks: as many batches for each.
+    """Returns batches of held-out samples for one rank; all ranks get the same number of batches.
 
-    Samples are taken in order, from each source in turn. What is missing at the end is filled up
-    with rows whose targets are all IGNORE_INDEX, so that ranks make the same collective calls.
+    Samples are taken in order, from each source in turn. Missing rows at the end are filled with
+    rows whose targets are all IGNORE_INDEX, so that ranks make the same collective calls.
 
     Args:
         prepared: Data to read.
         max_seq_len: T.
-        mask_documents: As in training.
+        mask_documents: See `TrainLoader`.
         batch_size: B.
-        rank: Of this process.
+        rank: Number of this process.
         world_size: Number of processes.
-        max_samples: How many at most over all ranks; None takes all.
-        apart: As in training; otherwise all batches are of the same shape.
+        max_samples: Largest number of samples over all ranks; None takes all.
+        apart: See `TrainLoader`; without it all batches have the same shape.
 
     Raises:
-        ConfigError: Too little for one sample, or `max_samples` below 1.
+        ConfigError: There are too few tokens for one sample, or `max_samples` is below 1.
     """
     if max_samples is not None and max_samples < 1:
         raise ConfigError("max_samples", max_samples, "must be at least 1", "raise it")
@@ -326,6 +329,7 @@ def _validation_samples(
         raise ConfigError("data.max_seq_len", max_seq_len, rule, fix)
     wanted = total if max_samples is None else min(total, max_samples)
     samples: list[Sample] = []
+    # Round robin over the sources, so that a limit takes equally many samples of each.
     for index in range(max(sizes)):
         for dataset, size in zip(prepared.validation, sizes, strict=True):
             if index < size:
@@ -356,11 +360,11 @@ def _validation_batches(
 def batches_apart(
     ranks: list[list[Sample]], rank: int, max_seq_len: int, micro_batch_size: int
 ) -> list[Batch]:
-    """One rank's samples, each document of them in a row of its own: as many batches on each rank.
+    """Returns one rank's samples with each document in a row of its own; equally many on all ranks.
 
     Args:
         ranks: Samples of each rank.
-        rank: Whose are wanted.
+        rank: Rank whose batches are returned.
         max_seq_len: T.
         micro_batch_size: B; no batch has more than B * T tokens, padding included.
     """
@@ -378,30 +382,31 @@ def batches_apart(
         padded_batch([rows[i] for i in chosen], [ids[i] for i in chosen])
         for chosen in rows_of_tokens([len(inputs) for inputs, *_ in rows], limit)
     ]
-    # Forward is collective under some strategies: none may do it more often than the others.
+    # Forward is collective under some strategies, so all ranks need the same number of calls.
     missing = max(1, num_batches) - len(batches)
     return batches + [padded_batch([_padding_row(max_seq_len)], [PADDING])] * missing
 
 
 def cut_row(row: Row) -> list[Row]:
-    """The documents of a row, each as a row of its own length."""
+    """Returns the documents of a row, each as a row of its own length."""
     starts = np.flatnonzero(row[2] == 0)[1:]
     inputs, targets, positions = (np.split(column, starts) for column in row)
     return list(zip(inputs, targets, positions, strict=True))
 
 
 def rows_of_tokens(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Which rows make a batch, the longest first, so that little of it is padding.
+    """Returns batches of row numbers, with the longest rows first to keep padding small.
 
     Args:
-        lengths: Of the rows, none above `limit`.
-        limit: Tokens of a batch when its rows are as long as its longest.
+        lengths: Lengths of the rows, none above `limit`.
+        limit: Largest number of tokens in a batch, padding included.
 
     Returns:
-        Numbers of rows, each once.
+        Row numbers of each batch; each row occurs once.
     """
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        # Rows are sorted, so the first row of a batch is its longest and sets the padded length.
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > limit:
             batches.append([])
         batches[-1].append(row)
@@ -409,7 +414,7 @@ def rows_of_tokens(lengths: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def padded_batch(rows: list[Row], ids: list[int]) -> Batch:
-    """A batch of rows of any lengths, filled up behind their ends."""
+    """Returns a batch of rows of any lengths, padded at their ends."""
     length = max(len(inputs) for inputs, *_ in rows)
     padded, mask = [], np.zeros((len(rows), length), np.int64)
     for number, (inputs, targets, positions) in enumerate(rows):
@@ -448,7 +453,7 @@ def _batch(rows: list[Row], ids: list[int], masked: bool) -> Batch:
 
 
 def check_samples(prepared: PreparedData, max_seq_len: int) -> None:
-    """Raises ConfigError for a source that does not make one sample to train on."""
+    """Raises ConfigError for a source that is too small for one training sample."""
     for name, dataset in zip(prepared.names, prepared.sources, strict=True):
         _num_samples(name, dataset, max_seq_len)
 

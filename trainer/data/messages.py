@@ -1,4 +1,4 @@
-"""A message of a conversation, as chat templates expect it."""
+"""Prepares messages of a conversation for chat templates."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 
 def for_template(message: Mapping[str, Any]) -> dict[str, Any]:
-    """One text instead of its parts, and arguments of calls as objects, not as JSON text.
+    """Returns a message with its parts joined and the arguments of calls parsed from JSON.
 
     Args:
-        message: As OpenAI's API has it: `role`, `content` and perhaps `tool_calls`. Other fields
-            are kept.
+        message: Message as in OpenAI's API: `role`, `content` and optionally `tool_calls`. Other
+            fields are kept.
 
     Raises:
-        ValueError: It says nothing, or something that is no text.
+        ValueError: The content is missing or is not text.
     """
     calls = message.get("tool_calls")
     if message.get("content") is None and not calls:
-        raise ValueError("content is missing: only an assistant that calls tools has none")
+        raise ValueError("content is missing: only an assistant that calls tools may omit it")
     result = dict(message) | {"content": text_of(message.get("content"))}
     if message["role"] == "developer":
         result["role"] = "system"
@@ -29,13 +29,13 @@ def for_template(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_of(content: object) -> str:
-    """A message's content as one text: its parts, with a newline between two of them.
+    """Returns a message's content as one text, with newlines between its parts.
 
     Args:
         content: Text, a list of `{"type": "text", "text": ...}`, or None.
 
     Raises:
-        ValueError: It is none of these.
+        ValueError: The content has another type.
     """
     if content is None or isinstance(content, str):
         return content or ""
@@ -45,20 +45,20 @@ def text_of(content: object) -> str:
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise ValueError(f"content has a part of type {kind}; only text is understood")
+            raise ValueError(f"content has a part of type {kind}; only text is supported")
         if not isinstance(part.get("text"), str):
-            raise ValueError("content has a part of type text without a text")
+            raise ValueError("content has a part of type text without the field `text`")
         texts.append(part["text"])
     return "\n".join(texts)
 
 
 def _with_object(call: Any) -> Any:
-    """A call whose arguments a template can go through."""
+    """Returns a call whose arguments are an object, which a template can iterate over."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        parsed = json.loads(function["arguments"] or "{}")  # none are sent as an empty text
+        parsed = json.loads(function["arguments"] or "{}")  # some clients send "" for no arguments
     except ValueError as e:
-        raise ValueError(f"the arguments of a call are no JSON: {e}") from e
+        raise ValueError(f"the arguments of a call are not JSON: {e}") from e
     return call | {"function": function | {"arguments": parsed}}

@@ -1,8 +1,8 @@
-"""Which sample comes at which position of an endless stream: seekable, and the same for ever.
+"""Determines the sample at each position of an endless stream: seekable, and stable for ever.
 
-Only integers and fractions, and no generator of NumPy, which does not promise that its permutations
-never change: a run that goes on after an upgrade must see the samples that it would have seen. For
-the same reason a run goes on with the `OrderRule` that it began with.
+It uses only integers and fractions, and no NumPy generator, since NumPy does not promise that its
+permutations never change: a run that resumes after an upgrade must see the samples that it would
+have seen. For the same reason a run keeps the `OrderRule` that it began with.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,20 +17,22 @@ from core.errors import ConfigError
 Indices = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
-BLOCK = 1024  # positions in which a mixture keeps its proportions exactly
-ROUNDS = 8
+BLOCK = 1024  # number of positions in which a mixture keeps its proportions exactly
+ROUNDS = 8  # of the Feistel network; another number would change the order of every run
 
 
 class OrderRule(StrEnum):
-    """How the weights of a mixture become numbers of samples; checkpoints keep its value.
+    """Lists the rules that turn weights of a mixture into numbers of samples.
 
-    Once `sum` of the language added the weights, which rounds otherwise from Python 3.12 on: 0.6,
-    0.3 and 0.1 made 615, 307 and 102 samples of a block before, and 614, 307 and 103 after.
+    Earlier versions added the weights with the built-in `sum`, which rounds differently from Python
+    3.12 on: weights 0.6, 0.3 and 0.1 made 615, 307 and 102 samples of a block before, and 614, 307
+    and 103 since. Checkpoints store the rule.
 
     Attributes:
         exact: Weights are the decimals that the user wrote, and nothing is rounded.
-        left_to_right: Floats, added one after the other: the `sum` of Python 3.11.
-        compensated: Floats, added with Neumaier's correction: the `sum` of Python 3.12 and later.
+        left_to_right: Floats are added one after another, like `sum` of Python 3.11.
+        compensated: Floats are added with Neumaier's correction, like `sum` of Python 3.12 and
+            later.
     """
 
     exact = "exact"
@@ -39,11 +41,11 @@ class OrderRule(StrEnum):
 
 
 _MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
+_GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio, SplitMix64's increment
 
 
 def mix(*values: int) -> int:
-    """Hash integers to 64 bits, with the finaliser of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    """Returns a 64-bit hash of integers by SplitMix64's finalizer (Steele et al., 2014)."""
     state = 0
     for value in values:
         state = (state + (value & _MASK) + _GOLDEN) & _MASK
@@ -60,15 +62,15 @@ def _mix_words(words: Words) -> Words:
 
 
 class Permutation:
-    """A pseudo-random bijection on [0, n) that needs no table.
+    """Is a pseudo-random bijection on [0, n) that needs no table.
 
-    A Feistel network permutes the next power of four; what falls outside [0, n) is sent through it
+    A Feistel network permutes the next power of four. A result outside of [0, n) is sent through it
     again until it is inside ("cycle walking", Black and Rogaway, 2002).
 
     Args:
-        n: Size, at least 1 and at most 2**62.
+        n: Size, from 1 to 2**62.
         seed: Any integer.
-        epoch: Each one is another permutation.
+        epoch: Number that selects one of the seed's permutations.
     """
 
     def __init__(self, n: int, seed: int, epoch: int) -> None:
@@ -78,9 +80,10 @@ class Permutation:
         self._keys = [np.uint64(mix(seed, epoch, number)) for number in range(ROUNDS)]
 
     def __call__(self, indices: Indices) -> Indices:
-        """Where each index goes: (count,) in [0, n) -> (count,) in [0, n)."""
+        """Returns the image of each index: (count,) in [0, n) -> (count,) in [0, n)."""
         words = self._network(indices.astype(np.uint64))
         outside = np.flatnonzero(words >= self.n)
+        # The walk ends, since a bijection leads back to the start, which is inside.
         while len(outside):
             walked = self._network(words[outside])
             words[outside] = walked
@@ -97,21 +100,21 @@ class Permutation:
 
 
 class SampleOrder:
-    """The endless stream of samples of one source or of a mixture.
+    """Yields the endless stream of samples of one source or of a mixture.
 
-    Each source is read epoch after epoch, each epoch in another order, every sample once. In a
-    mixture every block of 1024 positions holds each source in proportion to its weight (largest
-    remainder), shuffled.
+    Each source is read epoch after epoch, with every sample once per epoch and another order in
+    each. In a mixture every block of 1024 positions contains each source in proportion to its
+    weight (largest remainder), shuffled.
 
     Args:
-        sizes: Samples in each source, at least 1.
+        sizes: Number of samples in each source, at least 1.
         weights: Share of each source, positive; only their proportions count.
-        seed: Decides everything else.
-        names: For messages.
-        rule: How weights are counted; matters to mixtures only.
+        seed: Seed that determines everything else.
+        names: Names of the sources, for messages.
+        rule: Rule by which weights are counted; it affects mixtures only.
 
     Raises:
-        ConfigError: A weight too small to be met once in a block.
+        ConfigError: A weight is too small for one sample in a block.
     """
 
     def __init__(
@@ -136,7 +139,7 @@ class SampleOrder:
                 )
 
     def __call__(self, first: int, count: int) -> tuple[Indices, Indices]:
-        """Positions [first, first + count) of the stream.
+        """Returns positions [first, first + count) of the stream.
 
         Returns:
             Index of the source and index of the sample in it, both (count,) int64.
@@ -153,7 +156,7 @@ class SampleOrder:
         return sources, samples
 
     def _mixture(self, first: int, count: int) -> tuple[Indices, Indices]:
-        """The source at each position, and how many samples were drawn from it before."""
+        """Returns the source at each position, and the number of samples drawn from it before."""
         first_block, last_block = first // BLOCK, (first + count - 1) // BLOCK
         blocks = [self._block(block) for block in range(first_block, last_block + 1)]
         inside = slice(first - first_block * BLOCK, first - first_block * BLOCK + count)
@@ -162,6 +165,7 @@ class SampleOrder:
         return sources[inside], draws[inside]
 
     def _block(self, block: int) -> tuple[Indices, Indices]:
+        # Epoch -1 of the seed is not used by any source, so blocks are shuffled independently.
         slots = Permutation(BLOCK, mix(self._seed, -1), block)(np.arange(BLOCK))
         ends = np.cumsum(self._counts)
         sources = np.searchsorted(ends, slots, side="right").astype(np.int64)
@@ -182,8 +186,9 @@ class SampleOrder:
 
 
 def _shares(weights: Sequence[float], rule: OrderRule) -> Sequence[Fraction | float]:
-    """How many of BLOCK samples each source would have, were they divisible."""
+    """Returns the exact share of BLOCK samples for each source, not yet an integer."""
     if rule is OrderRule.exact:
+        # repr gives the shortest decimal of a float, which is what the user wrote.
         decimals = [Fraction(repr(float(weight))) for weight in weights]
         total = sum(decimals)
         return [weight / total * BLOCK for weight in decimals]
@@ -193,7 +198,7 @@ def _shares(weights: Sequence[float], rule: OrderRule) -> Sequence[Fraction | fl
 
 
 def _largest_remainder(shares: Sequence[Fraction | float]) -> list[int]:
-    """Seats of BLOCK for each source; ties go to the earlier source."""
+    """Returns the number of BLOCK samples for each source; ties go to the earlier source."""
     counts = [int(share) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - shares[i], i))
     for index in by_remainder[: BLOCK - sum(counts)]:
@@ -209,7 +214,7 @@ def _left_to_right(values: Iterable[float]) -> float:
 
 
 def _compensated(values: Iterable[float]) -> float:
-    """What CPython 3.12 made of `sum` (Neumaier, 1974; `builtin_sum_impl`)."""
+    """Returns what `sum` of CPython 3.12 returns (Neumaier, 1974; `builtin_sum_impl`)."""
     total = lost = 0.0
     for value in values:
         added = total + value

@@ -1,8 +1,8 @@
-"""From a data configuration to token datasets on disk, made once and found again by content.
+"""Prepares token datasets on disk for a data configuration; finds existing ones by content.
 
-A folder in `data.cache_dir` is named by the digest of all that decides what is in it: the source's
+A folder in `data.cache_dir` is named by the digest of all that determines its content: the source's
 files and settings, the tokenizer, and how documents are split and cut. Sequence length, masking
-and weights are applied when samples are read, so changing them prepares nothing again.
+and weights apply when samples are read, so changing them prepares nothing again.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,24 +38,24 @@ from trainer.data.tokenizer import (
 from trainer.data.tokens import TokenDataset, read_manifest, read_tokenizer, verify
 from trainer.data.writer import FORMAT_VERSION, canonical_digest
 
-# More text would not make a better tokenizer; of a larger source a fixed part is drawn.
+# More text does not make a better tokenizer; from a larger source a fixed share is drawn.
 TOKENIZER_TRAINING_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What training reads.
+    """Holds the data that training reads.
 
     Attributes:
-        names: Of the sources, in the configured order.
-        sources: Training split of each.
-        weights: Share of each in the samples, relative to the others.
-        validation: Held-out split of each.
-        tokenizer: Made all of the tokens.
-        tokenizer_fingerprint: Hex SHA-256 of it.
-        add_bos: Whether each document begins with its BOS.
-        digest: Hex SHA-256 over the content of the folders and the weights.
-        folders: Where the sources are.
+        names: Names of the sources, in the configured order.
+        sources: Training split of each source.
+        weights: Share of each source in the samples, relative to the others.
+        validation: Held-out split of each source.
+        tokenizer: Tokenizer that made all tokens.
+        tokenizer_fingerprint: Hexadecimal SHA-256 of the tokenizer.
+        add_bos: True if each document begins with the tokenizer's BOS.
+        digest: Hexadecimal SHA-256 over the content of the folders and the weights.
+        folders: Folder of each source.
         validation_bytes_per_token: Bytes of held-out text (UTF-8) per token, EOS counted as a
             token: loss in nats / (ln 2 * this) is bits per byte.
     """
@@ -72,7 +72,7 @@ class PreparedData:
     validation_bytes_per_token: float
 
     def describe(self) -> dict[str, Any]:
-        """Content of the run's `data.json`: digests, tokens, every source file. JSON types only."""
+        """Returns the content of the run's `data.json` in JSON types."""
         return {
             "digest": self.digest,
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
@@ -86,10 +86,10 @@ class PreparedData:
     def verify(
         self, rank: int, world_size: int, stop_requested: StopRequested = lambda: False
     ) -> None:
-        """Check the digests of this rank's share of all files (see `tokens.verify`).
+        """Verifies the digests of this rank's share of all files (see `tokens.verify`).
 
         Raises:
-            DamagedError: Naming the file and what to do.
+            DamagedError: A file is damaged; names the file and the fix.
         """
         for folder in dict.fromkeys(self.folders):
             verify(folder, rank, world_size, stop_requested)
@@ -103,22 +103,22 @@ def prepare(
     model_config: PreTrainedConfig | None = None,
     begun_before: bool = False,
 ) -> PreparedData:
-    """Find or make the token datasets. All ranks may call this at once: one works, the rest wait.
+    """Finds or makes the token datasets; ranks may call it at once: one works, the others wait.
 
     Args:
-        cfg: What to prepare.
-        model_path: The pretrained model whose tokenizer `auto` takes; None trains one.
-        stop_requested: Polled between batches.
-        model_config: Of the model that is to be trained: a tokenizer is trained, or refused, as
-            transformers will load it beside this config. None asks nothing of it.
-        begun_before: Prepare for a run that was begun before `data.add_bos` was: a byte order mark
-            is part of a text, links to folders are not followed, and `model_config` is not asked.
+        cfg: Settings of the data to prepare.
+        model_path: Pretrained model whose tokenizer `auto` takes; None trains one.
+        stop_requested: Function that is polled between batches.
+        model_config: Config of the model to be trained: a tokenizer is trained, or refused, as
+            transformers will load it beside this config. None skips this check.
+        begun_before: True prepares data as for a run that began before `data.add_bos` existed: a
+            byte order mark is part of a text, links to folders are not followed, and `model_config`
+            is ignored.
 
     Raises:
-        ConfigError: Something in the configuration or in the source cannot be used; nothing is
-            left behind.
+        ConfigError: A setting or a source cannot be used; nothing is left behind.
         DamagedError: A prepared folder was altered.
-        Interrupted: Told to stop; nothing half-written is left behind.
+        Interrupted: A stop was requested; no partial result is left behind.
     """
     sources = _named_sources(cfg)
     _check(cfg, sources)
@@ -142,7 +142,7 @@ def prepare(
 
 
 def _named_sources(cfg: DataConfig) -> dict[str, tuple[str, SourceConfig]]:
-    """Name -> (configuration key, source)."""
+    """Returns pairs (configuration key, source) by name."""
     if not isinstance(cfg, MixtureDataConfig):
         return {cfg.kind.value: ("data", cfg)}
     if not cfg.sources:
@@ -165,7 +165,7 @@ def _given_tokenizer(
     model_config: PreTrainedConfig | None,
     token_folders: list[Path],
 ) -> PreTrainedTokenizerFast | None:
-    """The tokenizer that the configuration names or brings along; None if one has to be trained."""
+    """Returns the configured tokenizer, or the one stored with tokens; None to train one."""
     tokenizer, name = None, cfg.tokenizer
     if name == "auto" and model_path is not None:
         name = model_path
@@ -181,7 +181,7 @@ def _given_tokenizer(
         rule = f"has no effect, as the tokenizer of {name} is taken"
         fix = "remove it, or set data.tokenizer=train"
         raise ConfigError("data.tokenizer_vocab_size", cfg.tokenizer_vocab_size, rule, fix)
-    # A pretrained model's own comes out of an export as it came out of the model's folder.
+    # A pretrained model's own tokenizer is exported exactly as it was loaded.
     if tokenizer is not None and model_config is not None and name != model_path:
         check_for_model(name, tokenizer, model_config)
     return tokenizer
@@ -202,7 +202,7 @@ def _same_tokenizer(
 def _resolve_bos(
     cfg: PreparationConfig, tokenizer: PreTrainedTokenizerFast | None, token_folders: list[Path]
 ) -> bool:
-    """What `data.add_bos` comes to; tokens that are there already are what they are."""
+    """Returns the resolved `data.add_bos`; tokens that are already prepared decide it."""
     key = "data.add_bos"
     for folder in token_folders:
         transform = read_manifest(folder)["transform"]
@@ -234,8 +234,9 @@ def _prepare_sources(
     cache: Path,
     stop_requested: StopRequested,
 ) -> dict[str, Path]:
-    """The folders of all sources that are not tokens already, built where they are missing."""
+    """Returns the folders of all sources that are not tokens already; builds missing ones."""
     training = _training_identity(cfg, family, list(sources.values()))
+    # A tokenizer that is not trained yet is identified by what it will be trained on.
     made_by = fingerprint(tokenizer) if tokenizer else f"train:{canonical_digest(training)}"
     transforms = {name: _transform(cfg, made_by, add_bos) for name in sources}
     folders = {
@@ -266,7 +267,7 @@ def _open_sources(
     begun_before: bool,
     stop_requested: StopRequested,
 ) -> dict[str, Source]:
-    # One rank reads 1 TB, not all of them.
+    # Under a lock, so that one rank reads 1 TB and the others find its digests.
     with locked(cache / "digests.lock", between=lambda: check_stop(stop_requested)):
         digests = FileDigests(cache / "digests.json", stop_requested)
         try:
@@ -275,13 +276,13 @@ def _open_sources(
                 for name, (key, source) in configs.items()
                 if source.kind is not SourceKind.tokens
             }
-        finally:  # told to stop after half of it, the next start goes on from there
+        finally:  # after a stop in the middle, the next start continues with these digests
             with full_disk_explained(cache):
                 digests.save()
 
 
 def _transform(cfg: PreparationConfig, made_by: str, add_bos: bool) -> dict[str, object]:
-    # Absent where they are off, so that what was prepared before they were is found again.
+    # Keys are absent if off, so that folders prepared before they existed are found again.
     chosen = {"add_bos": add_bos, "parse_special_tokens": cfg.parse_special_tokens}
     return {
         **{name: True for name, is_on in chosen.items() if is_on},
@@ -302,7 +303,7 @@ def _training_identity(
         "validation_fraction": cfg.validation_fraction,
         "sources": [source.identity for source in sources],
     }
-    if family is not PreTrainedTokenizerFast:  # absent from what was prepared before there was one
+    if family is not PreTrainedTokenizerFast:  # absent otherwise, as in older identities
         identity["family"] = family.__name__
     return identity
 
@@ -315,7 +316,7 @@ def _trained(
     sources: list[Source],
     stop_requested: StopRequested,
 ) -> PreTrainedTokenizerFast:
-    """One tokenizer for all sources, from their training documents; trained once, like the rest."""
+    """Returns one tokenizer for all sources, trained once on their training documents."""
     folder = cache / f"tokenizer-{canonical_digest(identity)[:16]}"
 
     def build(temporary: Path) -> None:
@@ -341,7 +342,7 @@ def _training_texts(
     for source in sources:
         for document in source.documents():
             check_stop(stop_requested)
-            # The draw that splits also samples: no state, and the same documents every time.
+            # The draw that splits documents also selects them: without state, always the same ones.
             if held_out <= document.draw < held_out + (1 - held_out) * kept:
                 yield document.text
 

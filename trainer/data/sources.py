@@ -1,6 +1,6 @@
-"""Documents: where they come from, in a fixed order, and which of them are held out.
+"""Reads documents from sources in a fixed order, and decides which are held out.
 
-What is one document:
+One document is:
     stdlib          one `*.py` file of Python's standard library
     text            one file; a file of more than 64 Ki bytes is cut at blank lines into pieces
                     of about 16 Ki characters (else one book would leave nothing to hold out)
@@ -32,7 +32,7 @@ TABLE_EXTENSIONS = {
     SourceKind.jsonl: (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".jsonl.bz2"),
     SourceKind.parquet: (".parquet",),
 }
-# Tests are no sample of the library's own style, and some are broken on purpose.
+# Tests do not represent the library's style, and some are broken on purpose.
 STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 WHOLE_FILE_BYTES = 64 << 10
@@ -51,10 +51,10 @@ _KEYS = {
 
 @dataclass(frozen=True)
 class Document:
-    """One text.
+    """Holds one text.
 
     Attributes:
-        text: Never empty.
+        text: Text, never empty.
         digest: SHA-256 that decides the split: of the text, or of the file's name (`stdlib`).
     """
 
@@ -63,20 +63,21 @@ class Document:
 
     @property
     def draw(self) -> float:
-        """A number in [0, 1), fixed for this document: below the fraction, it is held out."""
+        """Number in [0, 1), fixed for this document; if below the fraction, it is held out."""
+        # 48 bits are exact in a float.
         return int.from_bytes(self.digest[:6], "big") / (1 << 48)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source that was found and whose files are digested.
+    """Describes a source whose files were found and digested.
 
     Attributes:
         key: Configuration key of the source: `data` or `data.sources.<name>`.
-        identity: Kind, settings and files: what decides which documents come out. JSON types only.
-        size_bytes: Sum over the files.
-        documents: Starts an iteration over the non-empty documents, always in the same order.
-        notes: What there is to say of the rows, once the documents have been read to the end.
+        identity: Kind, settings and files, which determine the documents. JSON types only.
+        size_bytes: Total size of the files.
+        documents: Function that iterates over the non-empty documents, always in the same order.
+        notes: Remarks on the rows, complete once the documents have been read to the end.
     """
 
     key: str
@@ -87,10 +88,10 @@ class Source:
 
 
 def check_keys(key: str, cfg: SourceConfig) -> None:
-    """Refuse a missing path, a weight that is not positive, and keys without effect for the kind.
+    """Refuses a missing path, and keys that have no effect for the kind of source.
 
     Raises:
-        ConfigError: Naming the key.
+        ConfigError: A key is missing or has no effect.
     """
     allowed = _KEYS[cfg.kind] | {"kind", "weight"}
     for setting in fields(SourceConfig):
@@ -105,17 +106,17 @@ def check_keys(key: str, cfg: SourceConfig) -> None:
 def open_source(
     key: str, cfg: SourceConfig, digests: FileDigests, *, begun_before: bool = False
 ) -> Source:
-    """Find a source's files and digest them; documents are read later.
+    """Returns a source with its files digested; documents are read later.
 
     Args:
-        key: `data` or `data.sources.<name>`.
-        cfg: Any kind but `tokens`, checked by `check_keys`.
+        key: Configuration key `data` or `data.sources.<name>`.
+        cfg: Source of any kind but `tokens`, checked by `check_keys`.
         digests: Cache of file digests.
-        begun_before: Read for a run that was begun when links to folders were not followed and
+        begun_before: True reads as for a run that began when links to folders were not followed and
             byte order marks were part of the text.
 
     Raises:
-        ConfigError: Nothing there, or a text file that is not text.
+        ConfigError: There is no file, or a text file is not text.
     """
     column = cfg.column or "text"
     path_key, path = f"{key}.path", cfg.path or ""
@@ -145,11 +146,13 @@ def open_source(
     tables = list_files(path_key, path, extensions, follow_links=not begun_before)
     files = [digests.file(path_key, name, file, is_text=False) for name, file in tables]
     if not any(file.size_bytes for file in files):
-        raise ConfigError(path_key, path, "is empty", "leave it out or fill it")
+        raise ConfigError(path_key, path, "is empty", "remove it or fill it")
     paths = [str(at) for file, (_, at) in zip(files, tables, strict=True) if file.size_bytes]
     settings = {"column": column}
     if not begun_before and any(set("*?[") & set(path) for path in paths):
-        settings["names"] = "literal"  # they were taken for patterns, and more files were read
+        # Earlier versions took such names for patterns and read more files; another identity
+        # keeps their prepared data apart.
+        settings["names"] = "literal"
     rows = partial(table_texts, key, cfg.kind.value, paths, column, notes)
     return _source(key, cfg, settings, files, notes, lambda: _by_text(rows()))
 
@@ -177,7 +180,7 @@ def _stdlib_files() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
     names = []
     for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in STDLIB_EXCLUDED]  # site-packages
+        folders[:] = [name for name in folders if name not in STDLIB_EXCLUDED]  # prunes the walk
         within = Path(folder).relative_to(root)
         names += [(within / name).as_posix() for name in files if name.endswith(".py")]
     return [(name, root / name) for name in sorted(names)]
@@ -205,8 +208,8 @@ def _pieces_of(files: list[tuple[str, Path]], encoding: str) -> Iterator[str]:
 
 
 def _pieces(file: Path, encoding: str) -> Iterator[str]:
-    """Cut at the first blank line after PIECE_CHARS, or where it is twice that long."""
-    with file.open(encoding=encoding, newline="") as lines:  # newline="": line ends stay
+    """Yields pieces cut at the first blank line after PIECE_CHARS, or at twice that length."""
+    with file.open(encoding=encoding, newline="") as lines:  # newline="" keeps line ends
         piece: list[str] = []
         size = 0
         while line := lines.readline(PIECE_CHARS):

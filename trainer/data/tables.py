@@ -1,8 +1,8 @@
-"""The text column of jsonl and parquet files, and of a hub repository's rows.
+"""Reads the text column of jsonl and parquet files, and of a hub repository's rows.
 
-Files are read one by one, and of each the one column that is wanted: what else is in them, and
-whether it is the same in all, does not matter. pyarrow is imported inside the functions: a start
-on data that is already prepared never needs it.
+Files are read one by one, and only the wanted column of each: other columns, and differences in
+them between files, do not matter. pyarrow is imported inside the functions, because a start on
+prepared data never needs it.
 """
 
 from collections.abc import Iterator
@@ -13,25 +13,25 @@ from trainer.data.json_lines import json_rows
 
 ROWS_PER_READ = 256
 
-# Where it stands, for an error, and the value; None where there is none.
+# Location of a value, for errors, and the value; None if it is missing.
 _Value = tuple[str, Any]
 
 
 def table_texts(
     key: str, kind: str, paths: list[str], column: str, notes: list[str]
 ) -> Iterator[str]:
-    """The text column of local files, row by row, in constant memory.
+    """Yields the text column of local files, row by row, in constant memory.
 
     Args:
         key: Configuration key of the source.
-        kind: `jsonl` or `parquet`.
+        kind: Kind of the files, `jsonl` or `parquet`.
         paths: Files, in the order to read them.
-        column: Field that holds the text.
-        notes: Is told, at the end, how many rows were left out.
+        column: Field that contains the text.
+        notes: List to which the number of skipped rows is added at the end.
 
     Raises:
-        ConfigError: No such column, no text in it, or a file that cannot be parsed; naming the
-            file and the line or row.
+        ConfigError: There is no such column or no text in it, or a file cannot be parsed; names
+            the file and the line or row.
     """
     read = _json_values if kind == "jsonl" else _parquet_values
     values = (value for path in paths for value in read(key, path, column))
@@ -39,16 +39,16 @@ def table_texts(
 
 
 def column_texts(key: str, rows: Any, column: str, notes: list[str]) -> Iterator[str]:
-    """The non-empty texts of one column.
+    """Yields the non-empty texts of one column.
 
     Args:
         key: Configuration key of the source.
-        rows: A `datasets.Dataset` or `IterableDataset`.
-        column: Field that holds the text.
-        notes: Is told, at the end, how many rows were left out.
+        rows: Rows as a `datasets.Dataset` or `IterableDataset`.
+        column: Field that contains the text.
+        notes: List to which the number of skipped rows is added at the end.
 
     Raises:
-        ConfigError: No such column, something else than text in it, or nothing in any row.
+        ConfigError: There is no such column, a value that is not text, or no text in any row.
     """
 
     def values() -> Iterator[_Value]:
@@ -63,15 +63,15 @@ def column_texts(key: str, rows: Any, column: str, notes: list[str]) -> Iterator
 
 
 def check_column(key: str, columns: list[str], column: str, path: str | None = None) -> None:
-    """Raises ConfigError, listing the columns there are, when `column` is not among them."""
+    """Raises ConfigError, listing the existing columns, if `column` is not among them."""
     if column not in columns:
         where = "" if path is None else f" (in {path})"
         rule = f"no such column; there are {', '.join(sorted(columns)) or 'none'}{where}"
-        raise ConfigError(f"{key}.column", column, rule, "name the column that holds the text")
+        raise ConfigError(f"{key}.column", column, rule, "name the column that contains the text")
 
 
 def one_line(error: BaseException) -> str:
-    """A library's error, on one line and not longer than a screen."""
+    """Returns a library's error on one line of at most 400 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
 
 
@@ -91,15 +91,15 @@ def _texts(key: str, column: str, values: Iterator[_Value], notes: list[str]) ->
         except UnicodeEncodeError as error:
             half = f"{value[error.start]!r}, half of a surrogate pair"
             rule = f"holds {half}, in {where}"
-            raise ConfigError(f"{key}.column", column, rule, "give it whole") from error
+            raise ConfigError(f"{key}.column", column, rule, "write the whole pair") from error
         num_texts += 1
         yield value
     if not num_texts:
         rule = "the column is empty in every row" if num_rows else "there are no rows"
-        raise ConfigError(f"{key}.column", column, rule, "name the column that holds the text")
+        raise ConfigError(f"{key}.column", column, rule, "name the column that contains the text")
     if num_texts < num_rows:
         left_out = f"{num_rows - num_texts:,} of {num_rows:,} rows"
-        notes.append(f"{left_out} have no text in the column {column} and are left out")
+        notes.append(f"{left_out} have no text in the column {column} and are skipped")
 
 
 def _json_values(key: str, path: str, column: str) -> Iterator[_Value]:
@@ -111,7 +111,8 @@ def _json_values(key: str, path: str, column: str) -> Iterator[_Value]:
         else:
             found = True
             yield f"line {number} of {path}", row[column]
-    if names and not found:  # one whole file without it is another mistake than a row without it
+    # A file without the column is a wrong setting; a row without it is only skipped.
+    if names and not found:
         check_column(key, list(names), column, path)
 
 
@@ -126,11 +127,11 @@ def _parquet_values(key: str, path: str, column: str) -> Iterator[_Value]:
             check_column(key, names, column, path)
             if names.count(column) > 1:
                 rule = f"{path} has {names.count(column)} columns of that name"
-                raise ConfigError(f"{key}.column", column, rule, "write it again with one")
+                raise ConfigError(f"{key}.column", column, rule, "write the file with one of them")
             for batch in file.iter_batches(batch_size=ROWS_PER_READ, columns=[column]):
                 for value in batch.column(column).to_pylist():
                     num_rows += 1
                     yield f"row {num_rows} of {path}", value
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         rule = f"cannot be read after row {num_rows} ({one_line(error)})"
-        raise ConfigError(f"{key}.path", path, rule, "give a parquet file that is whole") from error
+        raise ConfigError(f"{key}.path", path, rule, "give a complete parquet file") from error

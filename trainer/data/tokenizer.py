@@ -1,9 +1,9 @@
-"""Tokenizers: load one or train a byte-level BPE, and tell by a fingerprint if two are the same.
+"""Loads tokenizers or trains a byte-level BPE, and compares tokenizers by a fingerprint.
 
-`AutoTokenizer` chooses a class by what a folder says of its tokenizer, and for some types of model
-(qwen2, qwen3_5) by the type alone: it then rebuilds how text is split from that class's own code,
-whatever tokenizer.json says. A tokenizer that is trained for such a model splits text as the class
-does, and what an export holds is read back before it is handed on.
+`AutoTokenizer` chooses a class by a folder's tokenizer files, but for some types of models (qwen2,
+qwen3_5) by the type alone: then that class's own code determines how text is split, whatever
+tokenizer.json contains. A tokenizer that is trained for such a model splits text as the class does,
+and an exported tokenizer is read back and compared before it is handed on.
 """
 
 import json
@@ -23,8 +23,8 @@ MIN_VOCAB_SIZE = 257  # every byte, and EOS
 
 KEY = "data.tokenizer"
 
-# What tokenizers differ in: digits, runs of white space, code, scripts, composed and decomposed
-# letters, emoji, ends of lines.
+# Texts on which tokenizers differ: digits, white space, code, scripts, composed and decomposed
+# letters, emoji, line ends.
 _PROBES = (
     "",
     " ",
@@ -39,27 +39,27 @@ _PROBES = (
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerFast:
-    """Load a tokenizer that can end a document.
+    """Returns a tokenizer that can end a document.
 
     Args:
-        name: A folder (of a tokenizer or of a model) or a name on the hub.
+        name: Folder (of a tokenizer or of a model) or name on the hub.
         revision: Commit, tag or branch on the hub.
 
     Raises:
-        ConfigError: Not found, not a fast tokenizer, or without an EOS token.
+        ConfigError: The tokenizer is not found, is not a fast one, or has no EOS token.
     """
     try:
-        # By itself it would ask at the terminal whether to run code that lies beside a model.
+        # Otherwise transformers asks at the terminal whether to run code that comes with a model.
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        fix = "give a folder that holds tokenizer.json, a hub name, or train"
+        fix = "give a folder with tokenizer.json, a hub name, or train"
         raise ConfigError(KEY, name, f"no tokenizer can be loaded: {reason}", fix) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         rule = f"{type(tokenizer).__name__} is not a fast tokenizer"
-        raise ConfigError(KEY, name, rule, "give one that has a tokenizer.json")
+        raise ConfigError(KEY, name, rule, "give a tokenizer with a tokenizer.json")
     if tokenizer.eos_token_id is None:
-        rule = "it has no EOS token, so documents could not be told apart"
+        rule = "has no EOS token, which separates documents"
         raise ConfigError(KEY, name, rule, "set eos_token in its tokenizer_config.json")
     return tokenizer
 
@@ -69,19 +69,19 @@ def train_tokenizer(
     vocab_size: int,
     family: type[PreTrainedTokenizerFast] = PreTrainedTokenizerFast,
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE; same texts, same tokenizer.
+    """Returns a byte-level BPE trained on texts; the same texts make the same tokenizer.
 
-    Text is split by GPT-2's regex, digits one by one, or as `family` splits it. All 256 bytes are
-    in the alphabet, so every text comes back from its tokens unchanged (but for what `family`
-    normalizes).
+    Text is split by GPT-2's regex with single digits, or as `family` splits it. All 256 bytes are
+    in the alphabet, so every text is restored from its tokens unchanged, except for what `family`
+    normalizes.
 
     Args:
         texts: Training documents, read once.
         vocab_size: Largest number of tokens, EOS included; little text makes fewer.
-        family: The class to train one of, as `tokenizer_family` says.
+        family: Class of the tokenizer, as `tokenizer_family` returns it.
 
     Raises:
-        ConfigError: No room for 256 bytes and EOS.
+        ConfigError: The vocabulary is too small for 256 bytes and EOS.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         rule = f"a byte-level tokenizer has at least {MIN_VOCAB_SIZE} tokens"
@@ -114,12 +114,12 @@ def train_tokenizer(
 
 
 def tokenizer_family(model_config: PreTrainedConfig) -> type[PreTrainedTokenizerFast]:
-    """The class that a tokenizer for a model from scratch is trained in.
+    """Returns the class in which a tokenizer for a model from scratch is trained.
 
-    It is `PreTrainedTokenizerFast`, which is all in tokenizer.json, unless `AutoTokenizer` takes
-    another class for every model of this type (transformers'
-    `MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS`). Whether it does is tried, not looked up: the
-    list differs between versions.
+    It is `PreTrainedTokenizerFast`, which tokenizer.json describes completely, unless
+    `AutoTokenizer` takes another class for every model of this type (transformers'
+    `MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS`). This is tested, since the list differs between
+    versions.
 
     Raises:
         ConfigError: The class cannot be trained here.
@@ -136,7 +136,7 @@ def tokenizer_family(model_config: PreTrainedConfig) -> type[PreTrainedTokenizer
             trained.save_pretrained(folder)
             again = _loaded(folder, model_config)
             trainable = fingerprint(again) == fingerprint(trained)
-        except (TypeError, ValueError):  # a class that is not built of a vocabulary and merges
+        except (TypeError, ValueError):  # the class is not built from a vocabulary and merges
             trainable = False
     if not trainable:
         rule = (
@@ -150,16 +150,17 @@ def tokenizer_family(model_config: PreTrainedConfig) -> type[PreTrainedTokenizer
 def check_tokenizer(
     folder: Path, tokenizer: PreTrainedTokenizerFast, texts: Iterable[str] = ()
 ) -> None:
-    """Check that a model's folder, as anyone loads it, makes the tokens that were trained on.
+    """Checks that a model's folder, loaded by anyone, makes the tokens that were trained on.
 
     Args:
-        folder: With the tokenizer's files and the model's config.json.
-        tokenizer: What the data was prepared with.
-        texts: Documents to compare on, besides texts that tokenizers differ in.
+        folder: Folder with the tokenizer's files and the model's config.json.
+        tokenizer: Tokenizer that prepared the data.
+        texts: Documents to compare on, in addition to `_PROBES`.
 
     Raises:
-        ConfigError: `AutoTokenizer` cannot load it, or it gives other tokens, other special tokens
-            or another chat template.
+        ConfigError: `AutoTokenizer` cannot load the folder, or the result makes other tokens or
+        has
+            other special tokens or another chat template.
     """
     try:
         loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -175,15 +176,15 @@ def check_tokenizer(
 def check_for_model(
     name: str, tokenizer: PreTrainedTokenizerFast, model_config: PreTrainedConfig
 ) -> None:
-    """Check before training what `check_tokenizer` would say of a model's export.
+    """Checks before training what `check_tokenizer` would check in an export.
 
     Args:
-        name: Where the tokenizer is from.
-        tokenizer: What the data is to be prepared with.
-        model_config: Of the model from scratch that is to be trained.
+        name: Origin of the tokenizer.
+        tokenizer: Tokenizer with which the data is to be prepared.
+        model_config: Config of the model from scratch that is to be trained.
 
     Raises:
-        ConfigError: Next to this config, `AutoTokenizer` makes another tokenizer of its files.
+        ConfigError: Beside this config, `AutoTokenizer` loads the files as another tokenizer.
     """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -198,7 +199,7 @@ def check_for_model(
 
 
 def _loaded(folder: str, model_config: PreTrainedConfig) -> Any:
-    """What `AutoTokenizer` makes of a tokenizer's files beside a model of this config."""
+    """Returns the tokenizer that `AutoTokenizer` loads beside a model of this config."""
     return AutoTokenizer.from_pretrained(folder, config=model_config, trust_remote_code=False)
 
 
@@ -210,11 +211,12 @@ def _other_tokenizer(folder: Path, rule: str) -> ConfigError:
 def _difference(
     tokenizer: PreTrainedTokenizerFast, loaded: Any, texts: Iterable[str]
 ) -> str | None:
-    """What a tokenizer that was loaded does otherwise; None where nothing."""
+    """Returns how a loaded tokenizer differs; None if it does not."""
     if not isinstance(loaded, PreTrainedTokenizerFast):
         return "is not a fast tokenizer"
     documents = plain_backend(tokenizer), plain_backend(loaded)
     prompts = tokenizer.backend_tokenizer, loaded.backend_tokenizer
+    # A text that spells all special tokens shows whether both recognize them alike.
     spelled = " and ".join(map(str, tokenizer.all_special_tokens))
     num_texts = num_other = 0
     example = ""
@@ -230,7 +232,7 @@ def _difference(
         return f"makes other tokens of {num_other} of {num_texts} texts, such as {example!r:.60}"
     if loaded.get_vocab() != tokenizer.get_vocab():
         return f"has {len(loaded)} tokens, not the {len(tokenizer)} that were trained on"
-    special = loaded.special_tokens_map  # its class may name more of them, such as one for padding
+    special = loaded.special_tokens_map  # its class may add tokens, such as one for padding
     for name, token in tokenizer.special_tokens_map.items():
         if special.get(name) != token:
             return f"has {special.get(name)!r} for its {name}, not {token!r}"
@@ -240,12 +242,12 @@ def _difference(
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """SHA-256 (hex) over all that decides a text's tokens, special tokens and chat template.
+    """Returns the SHA-256 (hex) of all that determines tokens, special tokens and chat template.
 
-    It survives `save_pretrained` and loading, and does not depend on how the JSON is laid out.
+    It is the same after `save_pretrained` and loading, and for any layout of the JSON.
     """
     backend: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    del backend["truncation"], backend["padding"]  # state of the last call, not of the tokenizer
+    del backend["truncation"], backend["padding"]  # state of the last call
     content = {
         "backend": backend,
         "special_tokens": {
@@ -257,12 +259,12 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def vocab_size_of(tokenizer: PreTrainedTokenizerFast) -> int:
-    """One more than the largest token id, which is what an embedding needs (ids may have gaps)."""
+    """Returns one more than the largest token id, which an embedding needs (ids may have gaps)."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether the tokenizer, asked as it is by default, puts its BOS before a text."""
+    """Returns whether the tokenizer by default puts its BOS before a text."""
     ids: list[int] = tokenizer("a").input_ids
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
@@ -270,12 +272,12 @@ def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
 def plain_backend(
     tokenizer: PreTrainedTokenizerFast, parse_special_tokens: bool = False
 ) -> Tokenizer:
-    """A copy of the backend for documents: no truncation and no padding.
+    """Returns a copy of the backend for documents, without truncation and padding.
 
     Args:
-        tokenizer: It stays as it is.
-        parse_special_tokens: Make special tokens of what spells them. By itself a document that
-            spells `<|endoftext|>` is a text about tokenizers, not the end of a document.
+        tokenizer: Tokenizer that is copied and not changed.
+        parse_special_tokens: True makes special tokens of text that spells them. By default a
+            document that spells `<|endoftext|>` is a text about tokenizers, not the end of one.
     """
     backend: Tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
@@ -285,7 +287,7 @@ def plain_backend(
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Special tokens by what spells them, longest first."""
+    """Returns the texts of the special tokens, longest first."""
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
     names = {token.content for token in added if token.special and token.content.strip()}
     return sorted(names, key=lambda name: (-len(name), name))

@@ -1,4 +1,4 @@
-"""Read a token dataset (see `writer.py` for what is in the folder), and check that it is intact."""
+"""Reads and verifies token datasets (`writer.py` describes the folder)."""
 
 import json
 from pathlib import Path
@@ -18,15 +18,15 @@ Tokens = npt.NDArray[np.int64]
 
 
 class TokenDataset:
-    """One split of a prepared folder: a stream of tokens in which documents start at known places.
+    """Reads one split of a prepared folder: a stream of tokens with known starts of documents.
 
     Attributes:
-        folder: Where it is.
-        split: `train` or `validation`.
-        manifest: What the folder says of itself.
-        num_tokens: Length of the stream, an EOS after each document included.
-        num_documents: Documents in it.
-        num_bytes: Length of their texts in UTF-8.
+        folder: Folder of the dataset.
+        split: Name of the split, `train` or `validation`.
+        manifest: Content of the folder's manifest.
+        num_tokens: Number of tokens in the stream, with an EOS after each document.
+        num_documents: Number of documents.
+        num_bytes: Total length of their texts in UTF-8.
     """
 
     def __init__(self, folder: Path, split: str, manifest: dict[str, Any]) -> None:
@@ -35,29 +35,31 @@ class TokenDataset:
         self.num_tokens: int = entry["num_tokens"]
         self.num_documents: int = entry["num_documents"]
         self.num_bytes: int = entry["num_bytes"]
+        # Files are little-endian on every machine. They are mapped, so that a sample reads only its
+        # own pages and the ranks of a machine share them.
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self._shards = [
             np.memmap(folder / shard["file"], dtype, mode="r") for shard in entry["shards"]
         ]
         self._starts = np.memmap(folder / entry["documents"]["file"], "<u8", mode="r")
-        # Where each shard starts in the stream, and the end: (num_shards + 1,)
+        # Position in the stream at which each shard starts, and the end: (num_shards + 1,)
         self._borders = np.cumsum([0, *(len(shard) for shard in self._shards)])
 
     @classmethod
     def open(cls, folder: Path, split: str) -> "TokenDataset":
-        """Open a split for reading; checks the manifest and every file's size, not their digests.
+        """Opens a split; verifies the manifest and all sizes of files, but not their digests.
 
         Raises:
-            ConfigError: Not a prepared folder, or one of a later version.
-            DamagedError: A file is missing, has another size, or the manifest was altered.
+            ConfigError: The folder is not a prepared one, or was written by a later version.
+            DamagedError: A file is missing or has another size, or the manifest was altered.
         """
         return cls(folder, split, read_manifest(folder))
 
     def read(self, start: int, count: int) -> Tokens:
-        """Tokens [start, start + count) of the stream, across shard borders: (count,) int64.
+        """Returns tokens [start, start + count) of the stream, across shards: (count,) int64.
 
         Raises:
-            IndexError: Not inside the stream.
+            IndexError: The range is not inside the stream.
         """
         if not 0 <= start <= start + count <= self.num_tokens:
             raise IndexError(f"tokens [{start}, {start + count}) of {self.num_tokens}")
@@ -73,13 +75,13 @@ class TokenDataset:
         return tokens
 
     def document_starts(self, start: int, count: int) -> Tokens:
-        """Documents that start in [start, start + count), as offsets from `start`: (n,) int64."""
+        """Returns starts of documents in [start, start + count), minus `start`: (n,) int64."""
         bounds = np.array([start, start + count], self._starts.dtype)
         first, last = np.searchsorted(self._starts, bounds)
         return self._starts[first:last].astype(np.int64) - start
 
     def first_texts(self, tokenizer: PreTrainedTokenizerFast, count: int) -> list[str]:
-        """The first `count` documents, or all, as text; of a long one its first 4096 tokens."""
+        """Returns the first `count` documents as text, each cut to 4096 tokens."""
         starts = [*self._starts[: count + 1].tolist(), self.num_tokens][: count + 1]
         backend = tokenizer.backend_tokenizer
         return [
@@ -89,15 +91,15 @@ class TokenDataset:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read a folder's manifest and check it, the tokenizer's digests and all sizes.
+    """Returns a folder's manifest after verifying it, the tokenizer's digests and all sizes.
 
     Raises:
-        ConfigError: Not a prepared folder, or one of a later version.
-        DamagedError: Something is missing or altered.
+        ConfigError: The folder is not a prepared one, or was written by a later version.
+        DamagedError: A file is missing or altered.
     """
     path = folder / MANIFEST
     if not path.is_file():
-        rule = f"no prepared token dataset: it has no {MANIFEST}"
+        rule = f"is not a prepared token dataset: it has no {MANIFEST}"
         raise ConfigError("data.path", folder, rule, "give a folder that spotforge has prepared")
     try:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
@@ -118,10 +120,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_tokenizer(folder: Path, manifest: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """The tokenizer that made the tokens.
+    """Returns the tokenizer that made the tokens.
 
     Raises:
-        DamagedError: This version of the libraries reads another tokenizer out of the same files.
+        DamagedError: This version of the libraries loads another tokenizer from the same files.
     """
     tokenizer = load_tokenizer(str(folder / TOKENIZER))
     if fingerprint(tokenizer) != manifest["tokenizer_fingerprint"]:
@@ -132,17 +134,17 @@ def read_tokenizer(folder: Path, manifest: dict[str, Any]) -> PreTrainedTokenize
 def verify(
     folder: Path, rank: int, world_size: int, stop_requested: StopRequested = lambda: False
 ) -> None:
-    """Check the digests of this rank's share of the files: those with index % world_size == rank.
+    """Verifies the digests of this rank's share of the files: index % world_size == rank.
 
     Args:
-        folder: A prepared folder that all `world_size` ranks see. With one copy a node, pass the
+        folder: Prepared folder that all `world_size` ranks see. With one copy per node, pass the
             local rank and local world size.
-        rank: Of this process.
+        rank: Number of this process.
         world_size: Number of processes that share the work.
-        stop_requested: Polled while reading.
+        stop_requested: Function that is polled while reading.
 
     Raises:
-        DamagedError: Naming the file and what to do.
+        DamagedError: A file is damaged; names the file and the fix.
     """
     entries = _entries(read_manifest(folder))
     for entry in entries[rank::world_size]:

@@ -1,8 +1,8 @@
-"""Write a token dataset: streamed, in constant memory, hashed while it is written.
+"""Writes a token dataset as a stream, in constant memory, hashing it on the way.
 
-manifest.json             what is in here, with the size and SHA-256 of every other file
+manifest.json             content of the folder, with the size and SHA-256 of every other file
 train-00000.bin ...       token ids, little-endian uint16 or uint32, cut at `shard_tokens`
-train-documents.bin       little-endian uint64: where each document starts in the split's stream
+train-documents.bin       little-endian uint64: start of each document in the split's stream
 validation-...            the same for the held-out split
 tokenizer/                as `save_pretrained` writes it
 """
@@ -25,17 +25,17 @@ TOKENIZER = "tokenizer"
 
 
 def canonical_digest(content: object) -> str:
-    """Returns the SHA-256 (hex) of JSON types, whatever the order of their keys."""
+    """Returns the SHA-256 (hex) of JSON types, independent of the order of keys."""
     return digest_of(content, separators=(",", ":"))
 
 
 class TokenDatasetWriter:
-    """Writes one dataset into an empty folder; `finish` makes it complete.
+    """Writes one dataset into an empty folder; `finish` completes it.
 
     Args:
-        folder: Where to. Nothing outside it is touched.
-        tokenizer: Stored with the tokens.
-        shard_tokens: Tokens in a shard file; a document may cross a border.
+        folder: Folder to write to. Nothing outside it is touched.
+        tokenizer: Tokenizer to store with the tokens.
+        shard_tokens: Number of tokens in a shard file; a document may cross a border.
     """
 
     def __init__(
@@ -61,25 +61,25 @@ class TokenDatasetWriter:
             split.close()
 
     def add(self, split: str, tokens: list[int], num_bytes: int) -> None:
-        """Append a document.
+        """Appends a document.
 
         Args:
-            split: `train` or `validation`.
-            tokens: Its ids, EOS included; not empty.
-            num_bytes: Length of its text in UTF-8.
+            split: Name of the split, `train` or `validation`.
+            tokens: Token ids, EOS included; not empty.
+            num_bytes: Length of the text in UTF-8.
         """
         self._splits[split].add(np.asarray(tokens, self.dtype), num_bytes)
 
     def num_documents(self, split: str) -> int:
-        """Documents added to a split so far."""
+        """Returns the number of documents added to a split so far."""
         return self._splits[split].num_documents
 
     def finish(self, source: dict[str, object], transform: dict[str, object]) -> None:
         """Writes the tokenizer and the manifest.
 
         Args:
-            source: Where the documents came from (`Source.identity`).
-            transform: Settings that decided which tokens came out.
+            source: Origin of the documents (`Source.identity`).
+            transform: Settings that determine the tokens.
         """
         splits = {name: split.finish() for name, split in self._splits.items()}
         manifest: dict[str, Any] = {
@@ -93,13 +93,14 @@ class TokenDatasetWriter:
             "splits": splits,
             "tokenizer": self._save_tokenizer(),
         }
+        # Readers look for the manifest, so it is written last.
         manifest["digest"] = canonical_digest(manifest)
         write_file(self._folder / MANIFEST, json.dumps(manifest, indent=1))
 
     def _save_tokenizer(self) -> list[dict[str, object]]:
         folder = self._folder / TOKENIZER
         if "local_files_only" in self._tokenizer.init_kwargs:
-            # Transformers notes whether the hub could be asked, which is no part of the data.
+            # transformers records whether the hub may be asked, which is not part of the data.
             self._tokenizer.init_kwargs["local_files_only"] = False
         self._tokenizer.save_pretrained(folder)
         return [
@@ -108,7 +109,7 @@ class TokenDatasetWriter:
 
 
 class _SplitWriter:
-    """The token stream of one split, cut into shards, and the starts of its documents."""
+    """Writes the token stream of one split, cut into shards, and the starts of its documents."""
 
     def __init__(self, folder: Path, split: str, dtype: "np.dtype[Any]", shard_tokens: int) -> None:
         self._folder, self._split, self._dtype = folder, split, dtype
@@ -122,6 +123,7 @@ class _SplitWriter:
         self._documents.write(np.array(self.num_tokens, "<u8").tobytes())
         self.num_documents += 1
         self.num_bytes += num_bytes
+        # The border of a shard may cut a document; the stream of tokens is continuous.
         while len(tokens):
             if self._shard is None:
                 name = f"{self._split}-{len(self._shards):05d}.bin"
@@ -156,5 +158,5 @@ class _SplitWriter:
 
 
 def _described(file: HashedFile) -> dict[str, object]:
-    """Finishes a file and returns what the manifest says of it."""
+    """Finishes a file and returns its entry for the manifest."""
     return {"file": file.path.name, **file.finish()}

@@ -34,7 +34,7 @@ def test_lines_of_any_length():
     text = "naïve \n" * 400_000
     heard, ended = run("say(json.loads(input())); say(json.loads(input())); sys.exit(3)", text, 1)
     assert heard == [("line", text), ("line", 1)]
-    assert ended == "failed with exit code 3, and said nothing"
+    assert ended == "failed with exit code 3, without a message"
 
 
 def test_ctrl_c_is_not_for_it_and_its_share_of_a_cpu_is_the_gateways():
@@ -58,8 +58,8 @@ def test_ctrl_c_is_not_for_it_and_its_share_of_a_cpu_is_the_gateways():
             "say({'fatal': 'it is full'}); print('-', file=sys.stderr)",
             "exit code 0: it is full",
         ),
-        ("print('no json', flush=True); input()", "died of SIGKILL: what it said makes no"),
-        ("say([1]); input()", "died of SIGKILL: what it said makes no sense"),
+        ("print('no json', flush=True); input()", "died of SIGKILL: its output is not valid"),
+        ("say([1]); input()", "died of SIGKILL: its output is not valid"),
     ],
 )
 def test_last_words(program, words):

@@ -78,7 +78,7 @@ def test_what_a_pod_cannot_do_without_is_asked_for(small, missing, capsys):
     words = [word for word in CLUSTER if not word.startswith(missing)]
     assert main(["render", *small, *words]) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith(f"{missing}=None: a pod") and captured.out == ""
+    assert captured.err.startswith(f"{missing}=None: ") and captured.out == ""
 
 
 @pytest.mark.parametrize("words", [["status"], ["logs", "mine"], ["down", "mine"]])

@@ -33,7 +33,7 @@ def test_settings_of_the_gateway(settings, key):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "dir=???: has to be given"),
+        ([], "dir=???: must be given"),
         (["dir=b", f"broker={REDIS}", "gateway=127.0.0.1:8000"], "gateway=127.0.0.1:8000: must"),
         (["dir=b", f"broker={REDIS}", "gateway=http://x", "lease_s=0"], "lease_s=0.0: must be"),
         (["dir=b", f"broker={REDIS}", "gateway=http://x"], "dir=b: is not"),

@@ -179,12 +179,12 @@ def test_links(tmp_path):
     for name in ("x.jsonl", "gone"):  # a file, and maybe a folder
         (folder / name).symlink_to(tmp_path / "nowhere")
     (folder / "other.bin").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="links that lead nowhere: gone, x.jsonl;"):
+    with pytest.raises(ConfigError, match="broken links: gone, x.jsonl;"):
         texts(tmp_path, folder)
     os.unlink(folder / "gone")
-    with pytest.raises(ConfigError, match="links that lead nowhere: x.jsonl;"):
+    with pytest.raises(ConfigError, match="broken links: x.jsonl;"):
         texts(tmp_path, f"{folder}/*.jsonl")
-    with pytest.raises(ConfigError, match="links that lead nowhere: x.jsonl;"):
+    with pytest.raises(ConfigError, match="broken links: x.jsonl;"):
         texts(tmp_path, folder / "x.jsonl")
 
 

@@ -333,7 +333,7 @@ def test_tokens_are_opened_as_they_are(config, ready, tmp_path):
     train_tokenizer(["other"], 280).save_pretrained(tmp_path / "other")
     with pytest.raises(ConfigError, match="made by another tokenizer"):
         ready(config(**tokens, tokenizer=str(tmp_path / "other")))
-    with pytest.raises(ConfigError, match="data.path=.*no prepared token dataset"):
+    with pytest.raises(ConfigError, match="data.path=.*is not a prepared token dataset"):
         ready(config(**tokens | {"path": str(tmp_path)}))
 
 
@@ -394,7 +394,7 @@ def test_settings_that_make_no_sense(config, ready, tmp_path):
 
 def test_a_text_of_nothing_but_blanks(config, ready, tmp_path):
     (tmp_path / "blank.txt").write_text(" \n \n")
-    with pytest.raises(ConfigError, match="no document in it has any text"):
+    with pytest.raises(ConfigError, match="none of its documents has any text"):
         ready(config(path=str(tmp_path / "blank.txt")))
 
 
