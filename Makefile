@@ -86,6 +86,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python lint/docstrings.py
 
 install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt

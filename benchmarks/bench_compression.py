@@ -20,14 +20,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-
 from compression.artifact import read_report
+from compression.command import COMPRESSION
 from compression.run import run
-from compression.schemas import register_schemas
+from core.settings.command import without
 from monitoring.environment import describe_environment
-from trainer.cli import CONFIG_DIR
 
 RESULT = Path("benchmarks/results/compression.json")
 _N_OF_M = {"2:4": "two_of_four"}
@@ -125,7 +122,6 @@ def copy_text(files: Sequence[Path], folder: Path) -> None:
 
 def measure(options: argparse.Namespace, folder: Path, words: Sequence[str]) -> dict[str, Any]:
     """Compresses once, and returns what the report says."""
-    register_schemas()
     settings = [
         f"parent.model={options.model}",
         "data=text",
@@ -136,11 +132,8 @@ def measure(options: argparse.Namespace, folder: Path, words: Sequence[str]) -> 
         f"evaluation.num_samples={options.evaluation}",
         "evaluation.speed=false",
         f"out={folder / 'out'}",
-        *words,
     ]
-    with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
-        config: Any = OmegaConf.to_object(compose("compression", settings))
-    out = run(config, lambda: False)
+    out = run(COMPRESSION.compose([*without(settings, words), *words]), lambda: False)
     report = read_report(next(path for path in out.iterdir() if path.is_dir()))
     shutil.rmtree(out)
     figures: dict[str, Any] = report["evaluation"] | {

@@ -44,4 +44,4 @@ if __name__ == "__main__":
     note_steps(Path(sys.argv.pop(1)))
     from trainer.__main__ import main
 
-    main()
+    sys.exit(main())

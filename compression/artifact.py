@@ -126,7 +126,10 @@ def held(out: Path) -> Iterator[None]:
             raise ConfigError("out", out, rule, fix) from e
         except OSError as e:
             raise _unwritable(out, e) from e
-        yield
+        try:
+            yield
+        finally:  # while it is held: who waits for the file that is gone opens the next one
+            (out / _LOCK).unlink(missing_ok=True)
 
 
 def _unwritable(out: Path, error: OSError) -> ConfigError:

@@ -24,6 +24,7 @@ from compression.source import choose_layers
 from compression.stream import BlockStream
 from compression.targets.openvino_program import PYTHON
 from core.errors import ConfigError
+from core.settings.rules import check_settings
 
 _GROUP_SIZES = (128, 64, 32)
 
@@ -56,7 +57,7 @@ def run_auto(config: CompressionConfig, stop_requested: Callable[[], bool]) -> P
         Interrupted: Told to stop; the same command goes on.
     """
     step: AutoConfig = config.recipe["auto"]
-    config.check()
+    check_settings(config)
     assert not config.targets  # else it is refused there
     parent, out = places(config)
     check_replaceable(out, None, parent)

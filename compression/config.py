@@ -5,15 +5,27 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from compression.recipe import AutoConfig, HealConfig, MixedConfig, ModelStep, Step
+from compression.recipe import AutoConfig, HealConfig, MixedConfig, Step
 from core.errors import ConfigError
+from core.settings.rules import setting
 from parallel.config import Dtype
 
+if TYPE_CHECKING:
+    from trainer.data.config import DataConfig
+else:
+    DataConfig = Any  # OmegaConf takes no union of dataclasses
+
 AUTO = "auto"
+
+
+def _check_auto_or_count(key: str, value: Any) -> None:
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if value != AUTO and not is_count:
+        raise ConfigError(key, value, "must be auto or a number above 0", "use auto")
 
 
 class Target(Enum):
@@ -49,8 +61,8 @@ class LayersConfig:
     """Which linear layers of the decoder blocks a recipe is for; the head is never among them.
 
     Attributes:
-        include: Patterns of names, as `*.mlp.*`.
-        exclude: Patterns of those that stay as they are.
+        include: Patterns of names of layers that are compressed, as `*.mlp.*`.
+        exclude: Patterns of names of layers that stay as they are.
     """
 
     include: list[str] = field(default_factory=lambda: ["*"])
@@ -62,18 +74,18 @@ class CalibrationConfig:
     """What methods that look at data are shown: samples of `data`'s training split.
 
     Attributes:
-        messages: JSON lines with `messages`, rendered by the model's chat template; takes the
-            place of `data` here and in the evaluation, which sees other conversations of it.
-        num_samples: Of `data.max_seq_len` tokens.
-        min_tokens: Fewer in all are refused.
-        max_seq_len: Of samples of `messages`, or that the model makes itself, where there is no
-            `data`; auto: 512, or the model's positions, if they are fewer.
+        messages: File of JSON lines with `messages`, rendered by the model's chat template; takes
+            the place of `data` here and in the evaluation, which sees other conversations of it.
+        num_samples: Number of samples, each of `data.max_seq_len` tokens.
+        min_tokens: Smallest number of tokens in all samples; fewer are refused.
+        max_seq_len: Tokens of a sample of `messages`, or of one that the model makes itself where
+            there is no `data`; auto: 512, or the model's positions, if they are fewer.
     """
 
     messages: str | None = None
-    num_samples: int = 128
-    min_tokens: int = 4096
-    max_seq_len: Any = AUTO  # OmegaConf knows no `str | int`
+    num_samples: int = setting(128, above=0)
+    min_tokens: int = setting(4096, above=0)
+    max_seq_len: Any = setting(AUTO, check=_check_auto_or_count)  # OmegaConf knows no `str | int`
 
 
 @dataclass
@@ -81,19 +93,19 @@ class EvaluationConfig:
     """What parent and child are compared on: samples of `data`'s held-out split.
 
     Attributes:
-        num_samples: Of `data.max_seq_len` tokens.
-        speed: Measure tokens/s of both, in turn, on this machine.
-        prompt_tokens: Of the prompt that is timed; auto: 128, or what the model's positions leave
-            beside `new_tokens`, if that is less.
-        new_tokens: That are generated after it.
-        rounds: How often each is timed.
+        num_samples: Number of samples, each of `data.max_seq_len` tokens.
+        speed: Measure tokens/s of parent and child, in turn, on this machine.
+        prompt_tokens: Tokens of the prompt that is timed; auto: 128, or what the model's positions
+            leave beside `new_tokens`, if that is less.
+        new_tokens: Tokens that are generated after the prompt that is timed.
+        rounds: Number of times that each is timed.
     """
 
-    num_samples: int = 32
+    num_samples: int = setting(32, above=0)
     speed: bool = True
-    prompt_tokens: Any = AUTO
-    new_tokens: int = 32
-    rounds: int = 3
+    prompt_tokens: Any = setting(AUTO, check=_check_auto_or_count)
+    new_tokens: int = setting(32, above=0)
+    rounds: int = setting(3, above=0)
 
 
 @dataclass
@@ -103,25 +115,17 @@ class GateConfig:
     Each is held against the worse end of the figure's 95% interval.
 
     Attributes:
-        max_perplexity_ratio: Of the child's perplexity to the parent's.
-        max_kl: KL(parent || child), nats a token.
-        min_greedy_agreement: Share of tokens at which both find the same next one likeliest.
+        max_perplexity_ratio: Largest ratio of the child's perplexity to the parent's.
+        max_kl: Largest KL(parent || child), in nats a token.
+        min_greedy_agreement: Smallest share of tokens at which both find the same next one
+            likeliest.
     """
 
-    max_perplexity_ratio: float | None = None
-    max_kl: float | None = None
-    min_greedy_agreement: float | None = None
-
-    def check(self) -> None:
-        """Raises ConfigError for limits that cannot be."""
-        for name in ("max_perplexity_ratio", "max_kl"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"gate.{name}", value, "must be above 0", "or null, for none")
-        least = self.min_greedy_agreement
-        if least is not None and not 0 < least <= 1:
-            rule = "must be above 0, and at most 1"
-            raise ConfigError("gate.min_greedy_agreement", least, rule, "or null, for none")
+    max_perplexity_ratio: float | None = setting(
+        None, above=0, below=math.inf, fix="or null, for none"
+    )
+    max_kl: float | None = setting(None, above=0, below=math.inf, fix="or null, for none")
+    min_greedy_agreement: float | None = setting(None, above=0, most=1, fix="or null, for none")
 
 
 @dataclass
@@ -134,8 +138,9 @@ class CompressionConfig:
             directory, or here.
         target: Packings, one or a list; null: huggingface for a dense result, else
             compressed_tensors.
-        dtype: Of scales (but for gguf, which has them in float16) and of all that is not quantized.
-        seed: Of the order of samples.
+        dtype: Type of scales (but for gguf, which has them in float16) and of all that is not
+            quantized.
+        seed: Seed of the order of samples.
         layers: See `LayersConfig`.
         calibration: See `CalibrationConfig`.
         evaluation: See `EvaluationConfig`.
@@ -148,12 +153,12 @@ class CompressionConfig:
     out: str | None = None
     target: Any = None
     dtype: Dtype = Dtype.bfloat16
-    seed: int = 0
+    seed: int = setting(0, least=0, fix="use 0")
     layers: LayersConfig = field(default_factory=LayersConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     gate: GateConfig = field(default_factory=GateConfig)
-    data: Any = None
+    data: DataConfig | None = None
     recipe: Any = MISSING
 
     @property
@@ -204,47 +209,19 @@ class CompressionConfig:
         """Of scales, by torch's name."""
         return "float16" if Target.gguf in self.targets else self.dtype.value
 
-    def check(self) -> None:
+    def cross_check(self, key: str) -> None:
         """Raises ConfigError for settings that cannot hold together."""
         if (self.parent.run is None) == (self.parent.model is None):
             rule = "exactly one of run and model says what to compress"
             fix = "give run=runs/<name>, or model=<Hugging Face folder>"
             raise ConfigError("run", self.parent.run, rule, fix)
-        positive: dict[str, Any] = {
-            "calibration.num_samples": self.calibration.num_samples,
-            "calibration.min_tokens": self.calibration.min_tokens,
-            "calibration.max_seq_len": self.calibration.max_seq_len,
-            "evaluation.num_samples": self.evaluation.num_samples,
-            "evaluation.prompt_tokens": self.evaluation.prompt_tokens,
-            "evaluation.new_tokens": self.evaluation.new_tokens,
-            "evaluation.rounds": self.evaluation.rounds,
-        }
-        if self.data is not None:
-            positive["data.max_seq_len"] = self.data.max_seq_len
-        for key in ("calibration.max_seq_len", "evaluation.prompt_tokens"):
-            value = positive[key]
-            if value == AUTO:
-                del positive[key]
-            elif not isinstance(value, int) or isinstance(value, bool):
-                raise ConfigError(key, value, "is neither auto nor a number", "use auto")
-        for key, value in positive.items():
-            if value < 1:
-                raise ConfigError(key, value, "must be above 0", "give a positive number")
         if self.scale_dtype == "float16" and len(self.targets) > 1 and self.dtype is Dtype.bfloat16:
             rule = "gguf has scales in float16, the others in bfloat16: one would round them again"
             fix = "set dtype=float32, or leave gguf to a command of its own"
             raise ConfigError("target", ",".join(t.value for t in self.targets), rule, fix)
-        self.gate.check()
-        if self.seed < 0:
-            raise ConfigError("seed", self.seed, "must not be below 0", "use 0")
         steps: list[tuple[str, Step]] = list(self.recipe.items())
         if not steps:
             raise ConfigError("recipe", "{}", "has no step", "choose one: recipe=int8_weight_only")
-        for name, step in steps:
-            if isinstance(step, ModelStep):
-                step.check(f"recipe.{name}")
-            else:
-                step.build(f"recipe.{name}")
         if self.has_speed_budget and len(self.targets) > 1:
             named = ",".join(target.value for target in self.targets)
             rule = "budget_tokens_per_s is of one target's kernels"

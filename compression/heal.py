@@ -18,6 +18,7 @@ from compression.recipe import HealConfig
 from core.errors import ConfigError, ExitCode, Interrupted, SpotforgeError
 from core.process.child import Child, describe_exit, run
 from core.process.python import environment, python
+from core.settings.command import without
 from trainer.data.config import DataConfig, MixtureDataConfig
 
 _POLL_S = 0.5
@@ -70,8 +71,8 @@ def heal(
         f"micro_batch_size={min(4, config.global_batch_size)}",
         f"schedule.warmup_steps={steps // 20}",
         "deterministic=true",
-        *config.overrides,
     ]
+    words = [*without(words, config.overrides), *config.overrides]
     command = python("-m", "trainer", "--config-dir", str(folder / "conf"), *words)
     code = _run(command, stop_requested)
     if code == ExitCode.START_AGAIN:

@@ -156,7 +156,7 @@ def choose_schemes(
     Raises:
         ConfigError: Even the smallest, or fastest, is above the budget.
     """
-    low, high = step.schemes(key)
+    low, high = step.schemes()
     parts = parts_of(dict.fromkeys(shapes, 0))
     if step.budget_tokens_per_s is not None:
         assert cost is not None

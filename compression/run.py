@@ -54,6 +54,7 @@ from compression.targets.names import StoredNames
 from compression.targets.packing import torch_runner
 from core.errors import ConfigError, Interrupted
 from core.folder import commit, write_lineage
+from core.settings.rules import check_settings
 from monitoring.environment import describe_environment
 from parallel.config import Dtype
 
@@ -103,7 +104,7 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
         ReloadError: A packed artifact does not do what it should; it is not left behind.
     """
     # 1. What can be refused is refused before any work
-    config.check()
+    check_settings(config)
     parent, out = places(config)
     source = Source.open(parent)
     layers = _check_layers(config, parent)
@@ -280,11 +281,11 @@ def _packers(
 ) -> dict[Target, Packer]:
     """Of each target, once it has agreed to the schemes that the recipe leaves."""
     schemes: set[Scheme] = set()
-    for name, step in config.recipe.items():
+    for step in config.recipe.values():
         if isinstance(step, MixedConfig):
-            schemes |= set(step.schemes(f"recipe.{name}"))
+            schemes |= set(step.schemes())
         elif step.quantizes:
-            schemes.add(step.scheme(f"recipe.{name}"))
+            schemes.add(step.scheme())
     coded = layers if schemes else ()
     packers: dict[Target, Packer] = {}
     for target in config.targets:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from core.errors import ConfigError
-
 
 class Number(Enum):
     """What a quantized weight is made of."""
@@ -40,22 +38,6 @@ class Scheme:
     group_size: int | None = None
     symmetric: bool = True
     activation: Activation = Activation.none
-
-    def check(self, key: str) -> None:
-        """Raises ConfigError where the parts do not go together.
-
-        Args:
-            key: Of the recipe's step, as the user writes it.
-        """
-        if self.number is Number.float8:
-            if self.bits != 8 or not self.symmetric or self.group_size is not None:
-                rule = "float8 has 8 bits, no zero point and a scale a row"
-                raise ConfigError(key, "number=float8", rule, "leave bits and group_size alone")
-        elif not 2 <= self.bits <= 8:
-            raise ConfigError(f"{key}.bits", self.bits, "is not from 2 to 8", "use 4 or 8")
-        if self.group_size is not None and self.group_size < 1:
-            fix = "use 128, or null for a scale a row"
-            raise ConfigError(f"{key}.group_size", self.group_size, "must be above 0", fix)
 
     def groups(self, num_inputs: int) -> int:
         """Scales of a row."""

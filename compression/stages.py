@@ -114,7 +114,7 @@ class Stages:
         for name, step in steps.items():
             assert isinstance(step, BlockStep)
             check_shapes(stream, layers, f"recipe.{name}", step)
-            methods[name] = step.build(f"recipe.{name}")
+            methods[name] = step.build()
             if isinstance(step, MixedConfig):
                 methods[name] = self._mixed(model, name, step, layers)
             self._has_zeros = self._has_zeros or isinstance(step, PruneConfig)
@@ -159,17 +159,17 @@ class Stages:
                 progress.bar(f"{name}: what few bits cost") as advance,
             ):
                 ids = self._samples.calibration[: step.samples]
-                low, _ = step.schemes(f"recipe.{name}")
+                low, _ = step.schemes()
                 kl = measure_kl(stream, layers, low, scale_dtype, ids, Path(scratch), advance)
             told.write_text(json.dumps(kl))
         kl = json.loads(told.read_text())
         schemes = choose_schemes(step, f"recipe.{name}", kl, shapes, scale_dtype.itemsize, cost)
         self.notes[name] = {"parts": describe(kl, schemes)}
         if cost is not None:
-            _, high = step.schemes(f"recipe.{name}")
+            _, high = step.schemes()
             predicted = 1000 / cost.predicted_ms(schemes, high)
             self.notes[name] |= {"predicted_tokens_per_s": predicted, "decode": cost.describe()}
-        return Gptq(step.scheme(f"recipe.{name}"), step.damping, schemes)
+        return Gptq(step.scheme(), step.damping, schemes)
 
     def _decode_cost(
         self,
@@ -193,7 +193,7 @@ class Stages:
                     model,
                     layers,
                     shapes,
-                    step.schemes(f"recipe.{name}"),
+                    step.schemes(),
                     (dtype, scale_dtype),
                     packer,
                     self._config.evaluation,

@@ -2,9 +2,10 @@
 
 import os
 import platform
-import subprocess
 from importlib import metadata
 from pathlib import Path
+
+from core.version import checkout
 
 PACKAGES = (
     "spotforge",
@@ -36,7 +37,7 @@ def describe_environment() -> dict[str, object]:
         (installed ones only), `cpu`, `memory_bytes`, `gpus`, `cuda`.
     """
     return {
-        "git": _git(Path(__file__).resolve().parents[1]),
+        "git": checkout(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": _packages(),
@@ -48,29 +49,6 @@ def describe_environment() -> dict[str, object]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         **_gpus(),
     }
-
-
-def _git(root: Path) -> dict[str, object] | None:
-    """Commit of the source tree, or None when it is not a checkout of its own.
-
-    An installed package may lie in a virtual environment inside somebody else's repository; that
-    repository's commit says nothing about us.
-    """
-    top = _run_git(root, "rev-parse", "--show-toplevel")
-    commit = _run_git(root, "rev-parse", "HEAD")
-    if top is None or commit is None or Path(top).resolve() != root:
-        return None
-    return {"commit": commit, "dirty": _run_git(root, "status", "--porcelain") != ""}
-
-
-def _run_git(root: Path, *args: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=30
-        )
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _packages() -> dict[str, str]:

@@ -10,6 +10,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from core.errors import ConfigError
+from core.settings.rules import setting
 
 if TYPE_CHECKING:
     from parallel.strategy import Strategy
@@ -44,11 +45,7 @@ class DdpConfig:
         bucket_cap_mb: Size of the buckets in which gradients are reduced while backward runs.
     """
 
-    bucket_cap_mb: int = 25
-
-    def __post_init__(self) -> None:
-        if self.bucket_cap_mb < 1:
-            raise ConfigError("parallel.bucket_cap_mb", self.bucket_cap_mb, "must be above 0", "25")
+    bucket_cap_mb: int = setting(25, above=0, fix="use 25")
 
     def check(self, world_size: int, precision: PrecisionConfig) -> None:
         """Raises ConfigError where autocast, which keeps gradients in float32, cannot obey."""
@@ -121,14 +118,12 @@ class ZeroConfig:
         offload_parameters: Keep parameters in host memory between uses (stage 3).
     """
 
-    stage: int = 2
+    stage: int = setting(2, choices=(1, 2, 3), fix="use one of ZeRO's stages")
     offload_optimizer: bool = False
     offload_parameters: bool = False
 
     def check(self, world_size: int, precision: PrecisionConfig) -> None:
-        """Raises ConfigError for a stage that does not exist or cannot do what is asked."""
-        if self.stage not in (1, 2, 3):
-            raise ConfigError("parallel.stage", self.stage, "ZeRO has stages 1, 2 and 3", "use one")
+        """Raises ConfigError for a stage that cannot do what is asked."""
         if self.offload_parameters and self.stage != 3:
             raise ConfigError(
                 "parallel.offload_parameters",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests import programs
+from tests.words import last_of_each
 
 
 @dataclass
@@ -44,13 +45,9 @@ def trainer(capfd, monkeypatch):
     from trainer.__main__ import main
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["trainer", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["trainer", *map(str, last_of_each(arguments))])
         capfd.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as e:
-            code = int(e.code or 0)
+        code = main()
         return Result(code, *capfd.readouterr())
 
     return call

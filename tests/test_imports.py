@@ -96,17 +96,13 @@ def test_leaves_are_imported_inside_functions():
 
 _COMPOSE_ALL = """
 import sys
-from hydra import compose, initialize_config_dir
-from trainer.cli import CONFIG_DIR
-from trainer.schemas import register_schemas
+from core.settings.command import CONFIG_DIR
+from trainer.command import TRAINER
 
-register_schemas()
 composed = 0
-with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
-    for file in sorted(CONFIG_DIR.glob("*/*.yaml")):
-        if file.parent.name in ("launch", "recipe"):
-            continue
-        compose("trainer", [f"{file.parent.name}={file.stem}"])
+for group in TRAINER.group_names:
+    for file in sorted((CONFIG_DIR / group).glob("*.yaml")):
+        TRAINER.compose_tree([f"{group}={file.stem}"])
         composed += 1
 assert composed > 20, composed
 print(sorted({"torch", "transformers", "datasets", "deepspeed", "wandb"} & set(sys.modules)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from core.errors import ConfigError
+from core.settings.rules import setting
 
 _WINDOW = 100
 _FEWEST = 20  # losses before a spike can be told from the start of training
@@ -25,34 +26,29 @@ class AnomalyConfig:
     """What to do when a loss or a gradient is not finite, or a loss leaps.
 
     Attributes:
-        action: `stop` ends the run with an error and keeps the last good checkpoint; it looks when
-            the loss is logged or saved. `skip` updates nothing and goes on with the next batch.
-            `rollback` goes back to the last good checkpoint and on with the batches after this one
-            (as in Chowdhery et al. 2022, "PaLM", 5.1). Both look at every step, which waits for the
-            device once a step.
+        action: What an anomaly does to the run: `stop` ends it with an error and keeps the last
+            good checkpoint; it looks when the loss is logged or saved. `skip` updates nothing and
+            goes on with the next batch. `rollback` goes back to the last good checkpoint and on
+            with the batches after this one (as in Chowdhery et al. 2022, "PaLM", 5.1). Both look at
+            every step, which waits for the device once a step.
         loss_spike: Robust standard deviations above the median of the last 100 losses that make a
             spike, e.g. 10; null minds only losses and gradients that are not finite.
         max_in_a_row: Anomalies without a good step between them after which the run fails.
     """
 
     action: AnomalyAction = AnomalyAction.stop
-    loss_spike: float | None = None
-    max_in_a_row: int = 3
+    loss_spike: float | None = setting(None, above=0, fix="use 10, or null")
+    max_in_a_row: int = setting(3, above=0, fix="use 3")
 
-    def __post_init__(self) -> None:
-        if self.loss_spike is not None and not self.loss_spike > 0:
-            raise ConfigError(
-                "anomaly.loss_spike", self.loss_spike, "must be above 0", "use 10, or null"
-            )
+    def cross_check(self, key: str) -> None:
+        """Raises ConfigError for a bound on losses that nothing would look at."""
         if self.loss_spike is not None and self.action is AnomalyAction.stop:
             raise ConfigError(
-                "anomaly.loss_spike",
+                f"{key}.loss_spike",
                 self.loss_spike,
-                "has no effect with anomaly.action=stop, which does not look at every loss",
-                "set anomaly.action=skip or rollback",
+                f"has no effect with {key}.action=stop, which does not look at every loss",
+                f"set {key}.action=skip or rollback",
             )
-        if self.max_in_a_row < 1:
-            raise ConfigError("anomaly.max_in_a_row", self.max_in_a_row, "must be above 0", "3")
 
 
 class LossWatch:

@@ -17,16 +17,22 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from core.errors import ConfigError
-from parallel.config import Dtype, ZeroConfig
+from core.settings.rules import setting
+from monitoring.config import MonitoringConfig
+from parallel.config import Dtype, PrecisionConfig, ZeroConfig
 from trainer.anomaly import AnomalyConfig
 from trainer.data.config import expanded
 from trainer.interval import Interval
+from trainer.optim import AdamWConfig
 from trainer.preemption import PreemptionConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from parallel.config import ParallelConfig
+    from trainer.data.config import DataConfig
     from trainer.objective import Objective
+    from trainer.schedule import ScheduleConfig
 
 
 @dataclass
@@ -42,13 +48,13 @@ class ModelConfig:
     """
 
     attn_implementation: str | None = "sdpa"
-    fused_loss: Any = "auto"  # OmegaConf knows no `str | bool`
+    fused_loss: Any = "auto"  # OmegaConf would make the text "true" of true with `str | bool`
 
-    def __post_init__(self) -> None:
+    def cross_check(self, key: str) -> None:
+        """Raises ConfigError for a way to compute the loss that there is not."""
         if not (self.fused_loss == "auto" or isinstance(self.fused_loss, bool)):
-            raise ConfigError(
-                "model.fused_loss", self.fused_loss, "is not auto, true or false", "use auto"
-            )
+            rule = "must be auto, true or false"
+            raise ConfigError(f"{key}.fused_loss", self.fused_loss, rule, "use auto")
 
 
 @dataclass
@@ -84,15 +90,15 @@ class PathModelConfig(ModelConfig):
     keep_zeros: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.path = expanded(self.path)
+
+    def cross_check(self, key: str) -> None:
+        """Raises ConfigError, too, for zeros of random weights, which have none."""
+        super().cross_check(key)
         if self.keep_zeros and not self.weights:
-            raise ConfigError(
-                "model.keep_zeros",
-                True,
-                "random weights have no zeros to keep",
-                "use model=pretrained, or remove it",
-            )
+            rule = "random weights have no zeros to keep"
+            fix = "use model=pretrained, or remove it"
+            raise ConfigError(f"{key}.keep_zeros", True, rule, fix)
 
 
 @dataclass
@@ -120,23 +126,19 @@ class DistillConfig:
         teacher: Hugging Face folder or hub name of a model with the student's vocabulary.
         revision: Commit, tag or branch of a hub repository.
         temperature: Logits of both are divided by it.
-        weight: Of the divergence from the teacher; the rest, to 1, is cross-entropy with the data.
+        weight: Share of the divergence from the teacher in the loss; the rest, to 1, is
+            cross-entropy with the data.
         teacher_dtype: Type in which the teacher is held and computes.
     """
 
     teacher: str = MISSING
     revision: str | None = None
-    temperature: float = 1.0
-    weight: float = 1.0
+    temperature: float = setting(1.0, above=0, below=math.inf, fix="try 1")
+    weight: float = setting(1.0, least=0, most=1, fix="try 1")
     teacher_dtype: Dtype = Dtype.float32
 
     def __post_init__(self) -> None:
         self.teacher = expanded(self.teacher)
-        # Written so that NaN fails too.
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError("objective.temperature", self.temperature, "must be above 0", "try 1")
-        if not 0 <= self.weight <= 1:
-            raise ConfigError("objective.weight", self.weight, "must be in [0, 1]", "try 1")
 
     def build(
         self, model: PreTrainedModel, config: ModelConfig, tokenizer_fingerprint: str
@@ -154,33 +156,55 @@ class DistillConfig:
         )
 
 
+def _check_run_name(key: str, name: str) -> None:
+    if not name or {"", ".", ".."} & set(name.split("/")):
+        rule, fix = "must name a folder under runs/", "use letters, digits, - and _; set run.dir"
+        raise ConfigError(key, name or "''", rule, f"{fix} for another place")
+
+
 @dataclass
 class RunConfig:
     """Which run this is.
 
     Attributes:
         name: Names the run directory and the run in trackers.
-        dir: Everything a run leaves behind is in here.
+        dir: Folder that everything a run leaves behind is in.
     """
 
-    name: str = "default"
+    name: str = setting("default", check=_check_run_name)
     dir: str = "runs/${run.name}"
 
 
 @dataclass
 class StopConfig:
-    """When to finish: whichever comes first. All three null is refused."""
+    """When to finish: whichever comes first.
 
-    steps: int | None = None
-    tokens: int | None = None
-    minutes: float | None = None
+    Attributes:
+        steps: Optimizer steps; null: as many as the others allow. All three null is refused.
+        tokens: Tokens that the model is trained on; null: as for steps.
+        minutes: Time on the clock; null: as for steps.
+    """
+
+    steps: int | None = setting(None, above=0)
+    tokens: int | None = setting(None, above=0)
+    minutes: float | None = setting(None, above=0)
+
+    def cross_check(self, key: str) -> None:
+        """Raises ConfigError where no limit is set."""
+        if self == StopConfig():
+            fix = f"set {key}.steps, {key}.tokens or {key}.minutes"
+            raise ConfigError(key, "null", "nothing would end this run", fix)
 
 
 @dataclass
 class LogConfig:
-    """How often to write metrics (each time waits for the device once)."""
+    """How often metrics are written.
 
-    every_steps: int = 10
+    Attributes:
+        every_steps: Steps from one line of metrics to the next; each waits for the device once.
+    """
+
+    every_steps: int = setting(10, above=0)
 
 
 @dataclass
@@ -197,12 +221,12 @@ class EvaluationConfig:
         sample_temperature: 0 takes the likeliest token; small models then repeat themselves.
     """
 
-    every_steps: int | None = None
+    every_steps: int | None = setting(None, above=0)
     at_start: bool = False
-    max_samples: int | None = 256
+    max_samples: int | None = setting(256, above=0)
     sample_prompt: str | None = None
-    sample_tokens: int = 64
-    sample_temperature: float = 0.7
+    sample_tokens: int = setting(64, above=0)
+    sample_temperature: float = setting(0.7, least=0, fix="0 takes the likeliest token")
 
 
 @dataclass
@@ -210,20 +234,22 @@ class CheckpointConfig:
     """When to save, how many to keep, and where.
 
     Attributes:
-        interval: Between saves: `auto` weighs what a save costs against what a preemption loses, a
-            number is steps, `10min` is time, `end` saves only at the end and when told to stop.
-        mean_hours_between_preemptions: What `auto` expects until it has seen some.
-        keep_last: Committed checkpoints that stay; the oldest go first.
+        interval: Time between saves: `auto` weighs what a save costs against what a preemption
+            loses, a number is steps, `10min` is time, `end` saves only at the end and when told to
+            stop.
+        mean_hours_between_preemptions: Hours between two preemptions that `auto` expects until it
+            has seen some.
+        keep_last: Number of committed checkpoints that stay; the oldest go first.
         keep_every: Checkpoints of steps that this divides stay for good; null: none.
         asynchronous: Write in the background; off waits for each checkpoint to be on disk.
         upload: URL of a folder in an object store (`s3://bucket/run`, any fsspec URL) to which each
             checkpoint is copied in the background; a run on a new machine resumes from there.
     """
 
-    interval: str = "auto"
-    mean_hours_between_preemptions: float = 6.0
-    keep_last: int = 2
-    keep_every: int | None = None
+    interval: str = setting("auto", check=lambda _, text: Interval.parse(text))
+    mean_hours_between_preemptions: float = setting(6.0, above=0, fix="use 6")
+    keep_last: int = setting(2, least=1, fix="use 2")
+    keep_every: int | None = setting(None, least=1, fix="use 1000, or null")
     asynchronous: bool = True
     upload: str | None = None
 
@@ -249,24 +275,20 @@ class FakeQuantConfig:
     """Weights of linear layers in decoder blocks are rounded in forward (trainer/fake_quant.py).
 
     Attributes:
-        bits: Of a weight; null: nothing is rounded.
+        bits: Bits of a rounded weight; null: nothing is rounded.
         group_size: Consecutive inputs that share a scale; null: all of a row.
-        scale_dtype: In which the quantized model will hold scales.
+        scale_dtype: Type in which the quantized model will hold scales.
     """
 
-    bits: int | None = None
-    group_size: int | None = None
+    bits: int | None = setting(None, least=2, most=8, fix="use 4 or 8")
+    group_size: int | None = setting(None, above=0, fix="use 64, or null for a scale a row")
     scale_dtype: Dtype = Dtype.bfloat16
 
-    def __post_init__(self) -> None:
-        if self.bits is not None and not 2 <= self.bits <= 8:
-            raise ConfigError("fake_quant.bits", self.bits, "is not from 2 to 8", "use 4 or 8")
-        if self.group_size is not None and self.group_size < 1:
-            fix = "use 64, or null for a scale a row"
-            raise ConfigError("fake_quant.group_size", self.group_size, "must be above 0", fix)
+    def cross_check(self, key: str) -> None:
+        """Raises ConfigError for groups of weights that nothing rounds."""
         if self.bits is None and self.group_size is not None:
-            rule = "has no effect without fake_quant.bits"
-            raise ConfigError("fake_quant.group_size", self.group_size, rule, "set bits, too")
+            rule = f"has no effect without {key}.bits"
+            raise ConfigError(f"{key}.group_size", self.group_size, rule, "set bits, too")
 
 
 @dataclass
@@ -274,7 +296,7 @@ class ExportConfig:
     """The Hugging Face folder.
 
     Attributes:
-        at_end: Write it when the run finishes.
+        at_end: Write the folder when the run finishes.
         dtype: Type of its weights; float32 reproduces the training model's logits exactly.
     """
 
@@ -282,12 +304,21 @@ class ExportConfig:
     dtype: Dtype = Dtype.float32
 
 
+if TYPE_CHECKING:
+    AnyModelConfig = NamedModelConfig | PathModelConfig
+    AnyObjectiveConfig = PretrainConfig | DistillConfig
+else:
+    # OmegaConf takes no union of dataclasses, and a subclass only of the one that is named: to it a
+    # group is anything, and the schema that an option starts from types it.
+    AnyModelConfig = AnyObjectiveConfig = DataConfig = ParallelConfig = ScheduleConfig = Any
+
+
 @dataclass
 class TrainerConfig:
     """`python -m trainer`.
 
     Attributes:
-        seed: Of initial weights, sample order and dropout.
+        seed: Seed of initial weights, sample order and dropout.
         nproc: Processes on this machine: `auto` takes every GPU, else 1. Under torchrun it must
             agree.
         global_batch_size: Samples of one optimizer step, over all ranks.
@@ -306,17 +337,17 @@ class TrainerConfig:
     """
 
     run: RunConfig = field(default_factory=RunConfig)
-    seed: int = 0
+    seed: int = setting(0, least=0, fix="use 0")
     nproc: str = "auto"
-    global_batch_size: int = 32
-    micro_batch_size: int = 8
+    global_batch_size: int = setting(32, above=0)
+    micro_batch_size: int = setting(8, above=0)
     deterministic: bool = False
     compile: bool = False
     activation_checkpointing: bool = False
     resume: str = "auto"
     allow_changes: list[str] = field(default_factory=list)
-    shutdown_timeout_s: int = 600
-    hang_timeout_s: int = 600
+    shutdown_timeout_s: int = setting(600, above=0)
+    hang_timeout_s: int = setting(600, above=0)
     stop: StopConfig = field(default_factory=StopConfig)
     log: LogConfig = field(default_factory=LogConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -324,15 +355,15 @@ class TrainerConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
     preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
     anomaly: AnomalyConfig = field(default_factory=AnomalyConfig)
-    model: Any = MISSING
-    objective: Any = MISSING
-    data: Any = MISSING
-    parallel: Any = MISSING
-    optim: Any = MISSING
-    schedule: Any = MISSING
-    precision: Any = MISSING
-    checkpoint: Any = MISSING
-    monitoring: Any = MISSING
+    model: AnyModelConfig = MISSING
+    objective: AnyObjectiveConfig = MISSING
+    data: DataConfig = MISSING
+    parallel: ParallelConfig = MISSING
+    optim: AdamWConfig = MISSING
+    schedule: ScheduleConfig = MISSING
+    precision: PrecisionConfig = MISSING
+    checkpoint: CheckpointConfig = MISSING
+    monitoring: MonitoringConfig = MISSING
 
     @property
     def run_dir(self) -> Path:
@@ -355,54 +386,11 @@ class TrainerConfig:
 
     def check(self, world_size: int) -> None:
         """Raises ConfigError for settings that cannot hold together on `world_size` ranks."""
-        self._check_numbers()
         self.schedule.check(self.total_steps)
         self.parallel.check(world_size, self.precision)
         if self.compile and isinstance(self.parallel, ZeroConfig):
             raise ConfigError(
                 "compile", True, "DeepSpeed's hooks break the compiled graph", "use ddp or fsdp"
-            )
-
-    def _check_numbers(self) -> None:
-        if not self.run.name or {"", ".", ".."} & set(self.run.name.split("/")):
-            raise ConfigError(
-                "run.name",
-                self.run.name or "''",
-                "names a folder under runs/",
-                "use letters, digits, - and _; run.dir may be anywhere",
-            )
-        positive = {
-            "global_batch_size": self.global_batch_size,
-            "micro_batch_size": self.micro_batch_size,
-            "data.max_seq_len": self.data.max_seq_len,
-            "log.every_steps": self.log.every_steps,
-            "stop.steps": self.stop.steps,
-            "stop.tokens": self.stop.tokens,
-            "stop.minutes": self.stop.minutes,
-            "evaluation.every_steps": self.evaluation.every_steps,
-            "evaluation.max_samples": self.evaluation.max_samples,
-            "evaluation.sample_tokens": self.evaluation.sample_tokens,
-            "shutdown_timeout_s": self.shutdown_timeout_s,
-            "hang_timeout_s": self.hang_timeout_s,
-        }
-        for key, value in positive.items():
-            if value is not None and not value > 0:  # NaN too
-                raise ConfigError(key, value, "must be above 0", "give a positive number")
-        if self.seed < 0:
-            raise ConfigError("seed", self.seed, "must not be below 0", "use 0")
-        if not self.evaluation.sample_temperature >= 0:
-            raise ConfigError(
-                "evaluation.sample_temperature",
-                self.evaluation.sample_temperature,
-                "must not be below 0",
-                "0 takes the likeliest token",
-            )
-        if self.stop == StopConfig():
-            raise ConfigError(
-                "stop",
-                "null",
-                "nothing would end this run",
-                "set stop.steps, stop.tokens or stop.minutes",
             )
 
 

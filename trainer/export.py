@@ -1,8 +1,4 @@
-"""Turns any checkpoint into an ordinary Hugging Face folder, without a GPU.
-
-python -m trainer.export run=runs/demo
-python -m trainer.export run=runs/demo checkpoint=step-00001000 out=exports/demo dtype=bfloat16
-"""
+"""Turns any checkpoint into an ordinary Hugging Face folder, without a GPU."""
 
 from __future__ import annotations
 
@@ -18,13 +14,12 @@ from typing import Any
 
 import psutil
 import torch
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from core.errors import ConfigError, SpotforgeError
+from core.errors import ConfigError, ExitCode, SpotforgeError
 from core.folder import (
     LINEAGE,
     MANIFEST,
@@ -34,6 +29,7 @@ from core.folder import (
     staged_folder,
     write_lineage,
 )
+from core.settings.command import Command, Job
 from monitoring.environment import describe_environment
 from parallel.config import Dtype
 from trainer.checkpoint import (
@@ -69,6 +65,19 @@ class ExportArguments:
     checkpoint: str | None = None
     out: str | None = None
     dtype: Dtype = Dtype.float32
+
+
+EXPORT = Command(
+    program="python -m trainer.export",
+    about="Turn any checkpoint into an ordinary Hugging Face folder, without a GPU.",
+    schema=ExportArguments,
+    root="export",
+    examples="""
+python -m trainer.export run=runs/demo
+python -m trainer.export run=runs/demo checkpoint=step-00001000 out=exports/demo dtype=bfloat16
+""",
+    notes="Exit codes: 0 done; 2 refused; 1 failed.",
+)
 
 
 def export_checkpoint(checkpoint: Path, out: Path, dtype: Dtype) -> None:
@@ -317,29 +326,18 @@ def _find_checkpoint(run: Path, name: str | None) -> Path:
     raise newest or ConfigError("run", run, "has no committed checkpoint", "train it first")
 
 
+def _run(arguments: ExportArguments, job: Job) -> int:
+    run = _find_run(arguments.run)
+    checkpoint = _find_checkpoint(run, arguments.checkpoint)
+    out = Path(arguments.out).expanduser().absolute() if arguments.out else run / "export"
+    export_checkpoint(checkpoint, out, arguments.dtype)
+    print(f"{checkpoint.name} -> {out}")
+    return ExitCode.FINISHED
+
+
 def main(argv: list[str]) -> int:
     """Command line; returns the exit code."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    try:
-        try:
-            merged = OmegaConf.merge(
-                OmegaConf.structured(ExportArguments), OmegaConf.from_dotlist(argv)
-            )
-            arguments: Any = OmegaConf.to_object(merged)
-        except OmegaConfBaseException as e:
-            rule = str(e).split("\n")[0]
-            raise ConfigError("export", " ".join(argv), rule, "see --help") from e
-        run = _find_run(arguments.run)
-        checkpoint = _find_checkpoint(run, arguments.checkpoint)
-        out = Path(arguments.out).expanduser().absolute() if arguments.out else run / "export"
-        export_checkpoint(checkpoint, out, arguments.dtype)
-    except SpotforgeError as e:
-        print(e, file=sys.stderr)
-        return e.exit_code
-    print(f"{checkpoint.name} -> {out}")
-    return 0
+    return EXPORT.main(_run, argv or ["--help"])
 
 
 if __name__ == "__main__":

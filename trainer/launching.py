@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import os
-import pickle
 import sys
 import traceback
 from collections.abc import Collection
@@ -23,8 +22,10 @@ from core.process.child import Child, exit_code
 from core.process.gpus import NoAnswer, visible_gpus
 from core.process.python import environment, python
 from core.process.signals import passed_on
+from core.settings.stored import to_yaml
 from parallel.config import FsdpConfig
 from parallel.launcher import Place, read_place
+from trainer.command import TRAINER
 from trainer.config import TrainerConfig, resolve
 from trainer.heartbeat import Heartbeat
 from trainer.stopping import StopSignal
@@ -122,8 +123,8 @@ def _freeze(config: TrainerConfig, given: Collection[str]) -> Path:
     folder = Path(config.data.cache_dir).expanduser().absolute() / "launched"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{name}.pickle"
-        write_file(path, pickle.dumps((config, sorted(given))))
+        path = folder / f"{name}.yaml"
+        write_file(path, to_yaml(TRAINER, config, given))
         return path
     except OSError as e:
         raise ConfigError(

@@ -9,7 +9,7 @@ from itertools import product
 
 from core.errors import ConfigError
 from parallel.config import DdpConfig, Dtype, FsdpConfig, ZeroConfig
-from trainer.config import TrainerConfig
+from trainer.config import DistillConfig, TrainerConfig
 from trainer.shape import ModelShape, model_shape, teacher_shape
 
 # Bytes that one token leaves for backward in one decoder block: (of H, of I, of the queries, of the
@@ -218,8 +218,9 @@ def _state(
 
 def _teacher(config: TrainerConfig, shape: ModelShape, world_size: int) -> tuple[float, float]:
     """Bytes of its weights on the GPU and on the host: shared out as those that are trained are."""
-    parallel = config.parallel
-    size = 2.0 if config.objective.teacher_dtype is Dtype.bfloat16 else 4.0
+    parallel, objective = config.parallel, config.objective
+    assert isinstance(objective, DistillConfig)
+    size = 2.0 if objective.teacher_dtype is Dtype.bfloat16 else 4.0
     n, ranks = shape.num_parameters, 1
     if isinstance(parallel, FsdpConfig):
         ranks = world_size // parallel.dp_replicate

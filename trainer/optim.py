@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from core.errors import ConfigError
+from core.settings.rules import setting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,38 +30,23 @@ class AdamWConfig:
 
     Attributes:
         lr: Peak learning rate; the schedule scales it.
-        weight_decay: Applied to the parameters that `decay` says.
-        decay: `matrices` are parameters of two or more dimensions; `auto` leaves out those of them
-            that are biases (of experts), norms (of heads) or rates (`A_log`) by their names, or
-            that the model marks with `_no_weight_decay`.
+        beta1: Decay of the mean of gradients, for each step.
+        beta2: Decay of the mean of their squares, for each step.
+        eps: Added to the root of that mean, which keeps the quotient finite.
+        weight_decay: Decay of the parameters that `decay` names, relative to the learning rate.
+        decay: Parameters that decay: `matrices` are those of two or more dimensions; `auto` leaves
+            out those of them that are biases (of experts), norms (of heads) or rates (`A_log`) by
+            their names, or that the model marks with `_no_weight_decay`.
         max_norm: Largest global gradient norm; null switches clipping off.
     """
 
-    lr: float = 3e-4
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    lr: float = setting(3e-4, above=0, fix="try 3e-4")
+    beta1: float = setting(0.9, least=0, below=1, fix="try 0.9")
+    beta2: float = setting(0.95, least=0, below=1, fix="try 0.95")
+    eps: float = setting(1e-8, above=0, fix="try 1e-8")
+    weight_decay: float = setting(0.1, least=0, fix="try 0.1")
     decay: Decay = Decay.auto
-    max_norm: float | None = 1.0
-
-    def __post_init__(self) -> None:
-        # "not >" rather than "<=": NaN fails too.
-        if not self.lr > 0:
-            raise ConfigError("optim.lr", self.lr, "must be above 0", "try 3e-4")
-        if not self.eps > 0:
-            raise ConfigError("optim.eps", self.eps, "must be above 0", "try 1e-8")
-        if not self.weight_decay >= 0:
-            raise ConfigError(
-                "optim.weight_decay", self.weight_decay, "must not be below 0", "try 0.1"
-            )
-        for key, beta in (("optim.beta1", self.beta1), ("optim.beta2", self.beta2)):
-            if not 0 <= beta < 1:
-                raise ConfigError(key, beta, "must be in [0, 1)", "try 0.9 and 0.95")
-        if self.max_norm is not None and not self.max_norm > 0:
-            raise ConfigError(
-                "optim.max_norm", self.max_norm, "must be above 0", "null: no clipping"
-            )
+    max_norm: float | None = setting(1.0, above=0, fix="null: no clipping")
 
     def build(self, parameters: dict[str, nn.Parameter], decayed: set[str]) -> Optimizer:
         """Builds the optimizer.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from core.errors import ConfigError
+from core.settings.rules import setting
 
 _TIMEOUT_S = 2.0
 _MAX_BYTES = 1 << 20
@@ -65,32 +66,30 @@ class PreemptionConfig:
     notice_file: str | None = None
     cloud: str = "none"
     metadata_url: str | None = None
-    poll_s: float = 5.0
+    poll_s: float = setting(5.0, above=0, below=math.inf, fix="use 5")
 
-    def __post_init__(self) -> None:
+    def cross_check(self, key: str) -> None:
+        """Raises ConfigError for a cloud that is not known, and a service that nothing asks."""
         if self.cloud not in ("none", "auto", *_CLOUDS):
-            raise ConfigError(
-                "preemption.cloud", self.cloud, "no such cloud", f"none, auto, {', '.join(_CLOUDS)}"
-            )
+            known = f"use none, auto, {', '.join(_CLOUDS)}"
+            raise ConfigError(f"{key}.cloud", self.cloud, "there is no such cloud", known)
         if self.notice_file == "":
-            raise ConfigError("preemption.notice_file", "''", "names a file", "null: no such file")
+            raise ConfigError(f"{key}.notice_file", "''", "must name a file", "null: no such file")
         if self.metadata_url is not None:
             if self.cloud == "none":
                 raise ConfigError(
-                    "preemption.metadata_url",
+                    f"{key}.metadata_url",
                     self.metadata_url,
-                    "has no effect with preemption.cloud=none",
-                    "set preemption.cloud to the cloud whose service that is",
+                    f"has no effect with {key}.cloud=none",
+                    f"set {key}.cloud to the cloud whose service that is",
                 )
             if not self.metadata_url.startswith(("http://", "https://")):
                 raise ConfigError(
-                    "preemption.metadata_url",
+                    f"{key}.metadata_url",
                     self.metadata_url,
                     "must be an http:// or https:// URL",
                     f"e.g. {_LINK_LOCAL}",
                 )
-        if not 0 < self.poll_s < math.inf:  # NaN too
-            raise ConfigError("preemption.poll_s", self.poll_s, "must be above 0", "use 5")
 
     def build(self) -> list[NoticeSource]:
         """The sources to poll; asks none of them yet."""

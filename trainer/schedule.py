@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from core.errors import ConfigError
+from core.settings.rules import setting
 
 
 @dataclass
@@ -15,11 +16,8 @@ class CosineConfig:
         min_lr_ratio: Learning rate at the last step, relative to the peak.
     """
 
-    warmup_steps: int = 100
-    min_lr_ratio: float = 0.1
-
-    def __post_init__(self) -> None:
-        _in_range(self.warmup_steps, self.min_lr_ratio)
+    warmup_steps: int = setting(100, least=0, fix="0: no warm-up")
+    min_lr_ratio: float = setting(0.1, least=0, most=1, fix="try 0.1")
 
     def check(self, total_steps: int | None) -> int | None:
         """Number of steps that the shape depends on; ConfigError where it is not known."""
@@ -46,16 +44,9 @@ class WarmupStableDecayConfig:
         min_lr_ratio: Learning rate at the last step, relative to the peak.
     """
 
-    warmup_steps: int = 100
-    decay_steps: int = 100
-    min_lr_ratio: float = 0.0
-
-    def __post_init__(self) -> None:
-        _in_range(self.warmup_steps, self.min_lr_ratio)
-        if self.decay_steps < 1:
-            raise ConfigError(
-                "schedule.decay_steps", self.decay_steps, "must be above 0", "or schedule=constant"
-            )
+    warmup_steps: int = setting(100, least=0, fix="0: no warm-up")
+    decay_steps: int = setting(100, above=0, fix="or use schedule=constant")
+    min_lr_ratio: float = setting(0.0, least=0, most=1, fix="try 0.1")
 
     def check(self, total_steps: int | None) -> int | None:
         """Number of steps that the shape depends on; ConfigError where it is not known."""
@@ -82,10 +73,7 @@ class ConstantConfig:
         warmup_steps: Steps from 0 to the peak.
     """
 
-    warmup_steps: int = 100
-
-    def __post_init__(self) -> None:
-        _in_range(self.warmup_steps)
+    warmup_steps: int = setting(100, least=0, fix="0: no warm-up")
 
     def check(self, total_steps: int | None) -> int | None:
         """Nothing depends on the length of the run: it may end by the clock, or be extended."""
@@ -97,13 +85,6 @@ class ConstantConfig:
 
 
 ScheduleConfig = CosineConfig | WarmupStableDecayConfig | ConstantConfig
-
-
-def _in_range(warmup_steps: int, min_lr_ratio: float = 0.0) -> None:
-    if warmup_steps < 0:
-        raise ConfigError("schedule.warmup_steps", warmup_steps, "must not be below 0", "0: none")
-    if not 0 <= min_lr_ratio <= 1:
-        raise ConfigError("schedule.min_lr_ratio", min_lr_ratio, "must be in [0, 1]", "try 0.1")
 
 
 def _known(total_steps: int | None, name: str, **parts: int) -> int:

@@ -33,6 +33,7 @@ from compression.structured.sizes import target_shape
 from compression.targets import huggingface
 from core.errors import ConfigError, Interrupted
 from core.folder import staged_folder
+from core.settings.rules import check_settings
 
 KEY = "recipe.prune_structured"
 
@@ -116,7 +117,7 @@ def check(source: Path, config: StructuredPruneConfig, key: str = KEY) -> None:
 def _plan(
     source: Path, out: Path | None, config: StructuredPruneConfig, work: Path, key: str
 ) -> tuple[Plan, BlockStream]:
-    config.check(key)
+    check_settings(config, key)
     if out is not None and out.exists():
         raise ConfigError("out", out, "is there already", "choose another folder")
     stream = BlockStream(source)

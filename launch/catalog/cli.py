@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError, ExitCode
+from launch.words import add_words, settings_of
 
 _UPDATE = """\
 Takes the catalogs that SkyPilot has downloaded (in $SKY_RUNTIME_DIR/.sky/catalogs/v8 or
@@ -25,7 +26,7 @@ def add_verbs(commands: Any) -> None:
     verbs = catalog.add_subparsers(dest="action", metavar="show | update", required=True)
     show = verbs.add_parser("show", help="which prices `plan` would use")
     show.set_defaults(run=_show)
-    show.add_argument("words", metavar="launch.key=value", nargs="*", help="e.g. launch.catalog=F")
+    add_words(show, "e.g. launch.catalog=F")
     update = verbs.add_parser("update", help="take SkyPilot's prices", description=_UPDATE)
     update.set_defaults(run=_update)
     update.add_argument(
@@ -41,9 +42,8 @@ def _show(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from dataclasses import replace
 
     from launch.catalog.catalog import load_catalog, today
-    from launch.settings import compose_settings
 
-    launch = compose_settings([*options.words, *rest]).launch
+    launch = settings_of(options, rest).launch
     catalog = load_catalog(replace(launch, max_price_age="36500d"), today())  # shown, however old
     print(f"{catalog.date}, {catalog.age_days} days old: {catalog.source}, {catalog.digest}")
     counts = Counter(offer.pool or offer.cloud for offer in catalog.offers)

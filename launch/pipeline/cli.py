@@ -2,8 +2,9 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+from launch.words import add_words, settings_of
 
 _PIPELINE = """\
 Runs the stages that launch.stages names on this machine, one after another. A stage that is done is
@@ -30,8 +31,7 @@ def add_verbs(commands: Any) -> None:
         epilog=_EXAMPLES,
     )
     parser.set_defaults(run=_pipeline)
-    parser.add_argument("words", metavar="key=value", nargs="*", help="settings of the job")
-    parser.add_argument("--config-dir", metavar="DIR", type=Path, help="a folder with more options")
+    add_words(parser, "settings of the job")
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--only", metavar="STAGE", help="run this stage only")
     one.add_argument(
@@ -43,9 +43,8 @@ def _pipeline(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from core.errors import ConfigError, ExitCode
     from launch.pipeline.chain import Chain
     from launch.pipeline.stages import stages_of
-    from launch.settings import compose_settings
 
-    settings = compose_settings(options.words, options.config_dir)
+    settings = settings_of(options)
     stages = stages_of(settings, options.config_dir)
     names = [stage.name for stage in stages]
     for option, name in (("--only", options.only), ("--record", options.record)):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError, ExitCode
+from launch.words import add_words, settings_of
 
 _UP = """\
 Plans the job and writes it in the language of launch.target: a SkyPilot task with the best places
@@ -44,8 +45,7 @@ def add_verbs(commands: Any) -> None:
     )
     up.set_defaults(run=_up)
     for parser in (render, up):
-        parser.add_argument("words", metavar="key=value", nargs="*", help="the job and launch.*")
-        parser.add_argument("--config-dir", metavar="DIR", type=Path, help="a folder with options")
+        add_words(parser, "the job and launch.*")
     status = commands.add_parser("status", help="the jobs that were started, as their place says")
     logs = commands.add_parser("logs", help="what a job prints")
     down = commands.add_parser("down", help="end a job and its machines")
@@ -53,15 +53,7 @@ def add_verbs(commands: Any) -> None:
         parser.add_argument("name", help="of the job: launch.name")
     for parser, run in ((status, _status), (logs, _logs), (down, _down)):
         parser.set_defaults(run=run)
-        parser.add_argument(
-            "words", metavar="key=value", nargs="*", help="of launch.*: target=slurm, ..."
-        )
-
-
-def _settings(options: argparse.Namespace) -> Any:
-    from launch.settings import compose_settings
-
-    return compose_settings(options.words, getattr(options, "config_dir", None))
+        add_words(parser, "of launch.*: launch.target=slurm, ...")
 
 
 def _job(options: argparse.Namespace, settings: Any, planned: float | None) -> Any:
@@ -99,7 +91,7 @@ def _here(settings: Any, options: argparse.Namespace) -> list[str] | None:
 
 
 def _render(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    settings = _settings(options)
+    settings = settings_of(options)
     if (words := _here(settings, options)) is not None:
         text = shlex.join(["python", "-m", "launch", *words]) + "\n"
     else:
@@ -116,7 +108,7 @@ def _render(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _up(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    settings = _settings(options)
+    settings = settings_of(options)
     if (words := _here(settings, options)) is not None:
         from launch.__main__ import main
 
@@ -129,16 +121,16 @@ def _up(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def _status(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from launch.place.place import place_of
 
-    return place_of(_settings(options).launch).status()
+    return place_of(settings_of(options).launch).status()
 
 
 def _logs(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from launch.place.place import place_of
 
-    return place_of(_settings(options).launch).logs(options.name)
+    return place_of(settings_of(options).launch).logs(options.name)
 
 
 def _down(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from launch.place.place import place_of
 
-    return place_of(_settings(options).launch).down(options.name)
+    return place_of(settings_of(options).launch).down(options.name)

@@ -3,10 +3,10 @@
 import argparse
 import datetime
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from core.errors import ExitCode
+from launch.words import add_words, launch_keys, settings_of
 
 _PLAN = """\
 Ranks every way to run a job (cloud, region, zone, GPU, number, spot or on-demand, or machines of
@@ -18,18 +18,6 @@ a job of your own (conf/experiment/mine.yaml; docs/launch.md has one), by when, 
   python -m launch plan --config-dir conf experiment=mine launch.deadline=36h launch.budget_usd=200
 with the prices that come with this package, which are of May 2026:
   python -m launch plan experiment=stdlib launch.max_price_age=365d
-
-keys of launch. (see launch/config.py for all):
-  deadline, budget_usd            36h, 10d; in dollars
-  gpus, clouds, regions, spot     [H100,A100-80GB]; [aws]; [india] or [ap-south-1]; both|only|never
-  nodes                           numbers of nodes to try, [1,2,4,8]
-  catalog, max_price_age          a snapshot or SkyPilot's catalogs; older prices are refused
-  discounts, quotas, countries    {aws/spot:0.1}; {aws/ap-south-1/H100/spot:16}; {jarvis-labs:in}
-  pools                           {lab:{kind:slurm,gpu:A100-80GB,gpus_per_node:8,usd_per_h:3}}
-  data_gb, data_region            500, aws/ap-south-1; also checkpoint_region, result_region
-  mfu, network_gbit, measured     0.4; 3200; result files with measured tokens/s
-  preemption_hours                {aws/us-east-1:3}; also restart_minutes, wait_minutes
-  currency, usd_inr, gst          inr; 85; 0.18
 
 exit codes: 0 there is a way; 2 refused, or none is left (says which rule to loosen)
 """
@@ -49,7 +37,8 @@ def add_verbs(commands: Any) -> None:
         epilog=_EXAMPLES,
     )
     parser.set_defaults(run=_plan)
-    parser.add_argument("words", metavar="key=value", nargs="*", help="the job and launch.*")
+    parser.more_help = launch_keys
+    add_words(parser, "the job and launch.*")
     parser.add_argument("--json", action="store_true", help="print everything, as JSON")
     parser.add_argument(
         "--top", metavar="N", type=_count, default=12, help="ways to show (default: 12)"
@@ -64,9 +53,6 @@ def add_verbs(commands: Any) -> None:
         default=None,
         help="by which the prices' age is counted (default: today)",
     )
-    parser.add_argument(
-        "--config-dir", metavar="DIR", type=Path, help="look for options in DIR too"
-    )
 
 
 def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -74,9 +60,8 @@ def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from launch.pipeline.stages import check_stages
     from launch.plan.planner import make_plan
     from launch.plan.report import as_json, table
-    from launch.settings import compose_settings
 
-    settings = compose_settings([*options.words, *rest], options.config_dir)
+    settings = settings_of(options, rest)
     check_stages(settings)
     catalog = load_catalog(settings.launch, options.today or today())
     plan = make_plan(settings, catalog)

@@ -8,7 +8,8 @@ bodies. Whatever is refused is told in OpenAI's shape, and the connection is clo
 import asyncio
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -16,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from core.errors import ConfigError
+from core.settings.rules import setting
 
 # The parser tells no positions: header bytes are counted by what is fed to it at a time.
 _PIECE_BYTES = 4_096
@@ -27,40 +28,38 @@ _LINGER_S = 1.0
 _LINGER_BYTES = 16 * 2**20
 
 
+_limit = partial(setting, above=0, below=math.inf, fix="use a number above 0")
+
+
 @dataclass
 class Guard:
     """What a client may do.
 
     Attributes:
-        max_connections: Open at once, in this process.
-        max_connections_per_client: Of them from one address; null: no more bound than that. Behind
+        max_connections: Connections that are open at once, in this process.
+        max_connections_per_client: Connections from one address; null: no bound of its own. Behind
             a proxy all clients have its address.
-        max_header_bytes: Request line and headers, to within 4 KiB; trailers as well.
+        max_header_bytes: Bytes of request line and headers, to within 4 KiB; of trailers as well.
         max_header_lines: Headers of a request.
-        header_timeout_s: From the connection, or the first byte of a request, to the headers' end.
-        max_body_bytes: Of a request.
-        max_body_bytes_of: The same for single paths, as `/v1/files`.
-        body_timeout_s: To the body's end, for one of `max_body_bytes`; where a path may have more,
-            it has as much more time.
-        write_timeout_s: A client that lets its answer pile up for so long is cut off; it would keep
-            its place in the engine.
+        header_timeout_s: Seconds from the connection, or the first byte of a request, to the
+            headers' end.
+        max_body_bytes: Bytes of a request's body.
+        max_body_bytes_of: Bytes of a request's body for single paths, as `/v1/files`.
+        body_timeout_s: Seconds to the body's end, for one of `max_body_bytes`; where a path may
+            have more, it has as much more time.
+        write_timeout_s: Seconds for which a client may let its answer pile up; it would keep its
+            place in the engine.
     """
 
-    max_connections: int = 512
-    max_connections_per_client: int | None = None
-    max_header_bytes: int = 32 * 2**10
-    max_header_lines: int = 100
-    header_timeout_s: float = 10.0
-    max_body_bytes: int = 4 * 2**20
-    max_body_bytes_of: dict[str, int] = field(default_factory=dict)
-    body_timeout_s: float = 30.0
-    write_timeout_s: float = 30.0
-
-    def __post_init__(self) -> None:
-        values = {name: value for name, value in vars(self).items() if name != "max_body_bytes_of"}
-        for name, value in (values | self.max_body_bytes_of).items():
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"guard.{name}", value, "lets nobody in", "use a number above 0")
+    max_connections: int = _limit(512)
+    max_connections_per_client: int | None = _limit(None)
+    max_header_bytes: int = _limit(32 * 2**10)
+    max_header_lines: int = _limit(100)
+    header_timeout_s: float = _limit(10.0)
+    max_body_bytes: int = _limit(4 * 2**20)
+    max_body_bytes_of: dict[str, int] = _limit(factory=dict)
+    body_timeout_s: float = _limit(30.0)
+    write_timeout_s: float = _limit(30.0)
 
 
 def guarded_protocol(guard: Guard) -> type[HttpToolsProtocol]:

@@ -8,14 +8,11 @@ import json
 import shutil
 import time
 
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-
 from tests.chaos import checkpoints
 from tests.chaos.gang import Gang
 from tests.chaos.setup import BASE, GLOBAL_BATCH, INTERVAL, STRATEGIES, Row
-from trainer.cli import CONFIG_DIR
-from trainer.schemas import register_schemas
+from tests.words import last_of_each
+from trainer.command import TRAINER
 
 END_S = 120.0
 
@@ -52,10 +49,8 @@ class LongRun:
 
     def config(self, *overrides, run_dir=None, layout=None):
         """The configuration of a start."""
-        register_schemas()
         given = self.overrides(*overrides, run_dir=run_dir, layout=layout)
-        with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
-            return OmegaConf.to_object(compose("trainer", given))
+        return TRAINER.compose(given)
 
     def overrides(self, *overrides, run_dir=None, layout=None):
         """The same as words of a command line."""
@@ -68,7 +63,7 @@ class LongRun:
         ]
         if self.remote is not None and run_dir is None:
             given.append(f"checkpoint.upload=file://{self.remote}")
-        return [*given, *overrides]
+        return last_of_each([*given, *overrides])
 
     def start(self, *overrides, moment=None, notice=None):
         """Starts the ranks.

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests import small_model
+from tests.words import last_of_each
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "ate", "fish", "while", "dogs", "ran", "far")
 
@@ -55,14 +56,11 @@ def compress(capfd, monkeypatch, text, tmp_path):
 
     def call(*words, data=True):
         source = ["data=jsonl", f"data.path={text}", "data.column=text", *SMALL] if data else []
-        monkeypatch.setattr(sys, "argv", ["compression", *source, *map(str, words)])
+        given = last_of_each([*source, *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["compression", *given])
         monkeypatch.chdir(tmp_path)
         capfd.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as e:
-            code = int(e.code or 0)
+        code = main()
         said = capfd.readouterr()
         return code, said.out, said.err
 

@@ -5,8 +5,10 @@ import torch
 
 from compression.grid import FLOAT8, fit_grid, round_activation
 from compression.methods.clipping import clipped_grid
+from compression.recipe import RoundConfig
 from compression.scheme import Activation, Number, Scheme
 from core.errors import ConfigError
+from core.settings.rules import check_settings
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -91,12 +93,17 @@ def test_activations_are_rounded_by_token():
 
 
 @pytest.mark.parametrize(
-    "scheme",
-    [Scheme(bits=9), Scheme(bits=1), Scheme(group_size=0), Scheme(Number.float8, bits=4)],
+    "step",
+    [
+        RoundConfig(bits=9),
+        RoundConfig(bits=1),
+        RoundConfig(group_size=0),
+        RoundConfig(number=Number.float8, bits=4),
+    ],
 )
-def test_schemes_that_are_none(scheme):
+def test_schemes_that_are_none(step):
     with pytest.raises(ConfigError, match="recipe.x"):
-        scheme.check("recipe.x")
+        check_settings(step, "recipe.x")
 
 
 def test_a_scheme_survives_being_written_down():

@@ -114,7 +114,7 @@ def test_a_budget_of_tokens_per_s_buys_bits_where_a_millisecond_pays_most(parent
     more = {name for name, scheme in chosen.items() if scheme.bits == 8}
     in_attention = {name for name in shapes if "self_attn" in name}
     assert more == in_attention | {"model.layers.1.mlp.down_proj"}
-    _, high = step.schemes("recipe.mixed")
+    _, high = step.schemes()
     assert cost.predicted_ms(chosen, high) == pytest.approx(9.8)
     assert DecodeCost.parse(cost.describe()) == cost
     step.budget_tokens_per_s = 120.0

@@ -6,22 +6,19 @@ import json
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
+from compression.command import COMPRESSION
 from compression.samples import check_no_overlap, data_config, draw_samples, sample_tokens
-from compression.schemas import register_schemas
 from core.errors import ConfigError, Interrupted
 from tests.compression.conftest import save_model, sentences
-from trainer.cli import CONFIG_DIR
+from tests.words import last_of_each
 from trainer.data.messages import for_template
 
 
 def settings(*words):
-    register_schemas()
-    with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
-        return OmegaConf.to_object(compose("compression", list(words)))
+    parent = [] if any(word.startswith("parent.") for word in words) else ["parent.model=x"]
+    return COMPRESSION.compose([*parent, *words])
 
 
 def of_text(text, *words):
@@ -80,7 +77,9 @@ def test_without_data_the_model_makes_its_text(parent):
     other = draw_samples(settings(*words, "seed=1"), parent, lambda: False)
     assert not torch.equal(first.calibration, other.calibration)
     with pytest.raises(ConfigError, match="calibration.max_seq_len=257: the model has 256"):
-        draw_samples(settings(*words, "calibration.max_seq_len=257"), parent, lambda: False)
+        draw_samples(
+            settings(*last_of_each([*words, "calibration.max_seq_len=257"])), parent, lambda: False
+        )
     with pytest.raises(Interrupted):
         draw_samples(settings(*words), parent, lambda: True)
 
@@ -138,7 +137,8 @@ def conversations(tmp_path_factory):
 @functools.cache
 def chat_settings(*words):
     sizes = ("calibration.num_samples=20", "calibration.min_tokens=100", "evaluation.num_samples=3")
-    return settings("calibration.messages=x", "calibration.max_seq_len=64", *sizes, *words)
+    usual = ["calibration.messages=x", "calibration.max_seq_len=64", *sizes]
+    return settings(*last_of_each([*usual, *words]))
 
 
 def of_chat(path, *words):

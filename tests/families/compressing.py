@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -73,8 +71,7 @@ def _perplexity(model: PreTrainedModel, tokens: Tensor) -> float:
 
 def _config(places: Places, column: str) -> Any:
     """The configuration, composed as the command would."""
-    from compression.schemas import register_schemas
-    from trainer.cli import CONFIG_DIR
+    from compression.command import COMPRESSION
 
     words = [
         f"parent.model={places.model}",
@@ -87,6 +84,4 @@ def _config(places: Places, column: str) -> Any:
         "evaluation.num_samples=6",
         "evaluation.speed=false",
     ]
-    register_schemas()
-    with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
-        return OmegaConf.to_object(compose("compression", words))
+    return COMPRESSION.compose(words)

@@ -16,8 +16,6 @@ from random import Random
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -28,10 +26,9 @@ from tests.families.places import Places
 from tests.families.workers import Wrong
 from tests.families.zoo import FAMILIES, build
 from trainer.checkpoint import read_tensors, step_name, tensor_shapes
-from trainer.cli import CONFIG_DIR
+from trainer.command import TRAINER
 from trainer.data.loader import TrainLoader, validation_batches
 from trainer.data.prepare import prepare
-from trainer.schemas import register_schemas
 
 TOLERANCE = 1e-5
 STEPS = 2
@@ -321,9 +318,7 @@ def _config(places: Places, column: str, remedies: list[str]) -> Any:
         "monitoring.report=false",
         *remedies,
     ]
-    register_schemas()
-    with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
-        return OmegaConf.to_object(compose("trainer", words))
+    return TRAINER.compose(words)
 
 
 _worlds = ExitStack()

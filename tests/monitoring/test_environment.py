@@ -2,7 +2,8 @@ import json
 import platform
 import subprocess
 
-from monitoring.environment import _cpu_model, _git, describe_environment
+from core.version import checkout
+from monitoring.environment import _cpu_model, describe_environment
 
 _UNAME = platform.uname()
 
@@ -29,20 +30,20 @@ def test_commit_and_dirty_flag(tmp_path):
         subprocess.run(["git", "-C", tmp_path, *identity, *args], check=True, capture_output=True)
 
     root = tmp_path.resolve()
-    assert _git(root) is None
+    assert checkout(root) is None
     git("init")
-    assert _git(root) is None  # nothing committed yet
+    assert checkout(root) is None  # nothing committed yet
     git("commit", "--allow-empty", "-m", "first")
-    clean = _git(root)
+    clean = checkout(root)
     assert len(clean["commit"]) == 40 and clean["dirty"] is False
     (tmp_path / "new").touch()
-    assert _git(root)["dirty"] is True
+    assert checkout(root)["dirty"] is True
 
 
 def test_a_package_inside_another_repository_has_no_commit(tmp_path):
     subprocess.run(["git", "init", tmp_path], check=True, capture_output=True)
     (tmp_path / "site-packages").mkdir()
-    assert _git((tmp_path / "site-packages").resolve()) is None
+    assert checkout((tmp_path / "site-packages").resolve()) is None
 
 
 def test_cpu_without_a_name(tmp_path):

@@ -17,6 +17,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from core.errors import ConfigError
+from core.settings.rules import check_settings
 from serving.adapters import identity, resolve, resolve_all
 from serving.artifact import resolve as resolve_artifact
 from serving.config import EngineConfig, EngineName, ServingConfig
@@ -356,7 +357,7 @@ def test_openvino_is_not_taken_for_adapters(export, adapters, tmp_path, monkeypa
 @pytest.mark.parametrize("name", ["", "a b", "../a", "-a", "a" * 129])
 def test_names_that_clients_could_not_use_are_refused(name):
     with pytest.raises(ConfigError, match="names have up to 128"):
-        ServingConfig(artifact="x", adapters={name: "folder"}).check()
+        check_settings(ServingConfig(artifact="x", adapters={name: "folder"}))
 
 
 def test_a_server_with_adapters(export, adapters, tmp_path):

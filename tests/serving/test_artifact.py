@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from compression.targets.packing import load_folder
-from monitoring.errors import ConfigError
+from core.errors import ConfigError
 from serving.artifact import Artifact, Format, resolve
 from tests.families import zoo
 

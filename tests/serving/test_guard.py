@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
 from core.errors import ConfigError
+from core.settings.rules import check_settings
 from serving.gateway.guard import BodyGuard, Guard, guarded_protocol
 
 HEADER_TIMEOUT_S = 1.5
@@ -427,4 +428,4 @@ def test_clients_that_leave_and_refusals_leave_nothing_behind():
 @pytest.mark.parametrize("wrong", [{"max_body_bytes": 0}, {"max_body_bytes_of": {"/files": -1}}])
 def test_limits_that_let_nobody_in_are_refused(wrong):
     with pytest.raises(ConfigError, match="guard."):
-        Guard(**wrong)
+        check_settings(Guard(**wrong), "guard")

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from core.errors import ConfigError, MissingExtraError, SpotforgeError
+from core.settings.rules import check_settings
 from serving.artifact import resolve
 from serving.config import EngineConfig, EngineName, ServingConfig
 from serving.deployment import Deployment
@@ -30,7 +31,7 @@ PROMPT = [5, 6, 7]
 
 def remote(export, url, **settings):
     config = EngineConfig(name=EngineName.remote, url=url, **settings)
-    config.check()
+    check_settings(config)
     return asyncio.run(build(resolve(str(export)), config, Path("unused"), {}))[0]
 
 
@@ -231,7 +232,7 @@ def test_settings_that_cannot_be(export):
         (EngineConfig(name=EngineName.remote, url="http://a", kv_cache_mb=1), "engine.kv_cache_mb"),
     ):
         with pytest.raises(ConfigError, match=key):
-            ServingConfig(artifact="a", engine=config).check()
+            check_settings(ServingConfig(artifact="a", engine=config))
     with pytest.raises(ConfigError, match="is no URL"):
         remote(export, "localhost:8000")
 

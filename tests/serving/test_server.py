@@ -213,7 +213,7 @@ def test_how_a_canary_is_judged(failed, token_s, verdict):
     ("words", "said"),
     [
         (["artifact=/no/such"], "there is no such folder"),
-        ([], "artifact: has to be given, as artifact=VALUE"),
+        ([], "artifact=???: has to be given"),
         (["artifact=x", "--foo"], "option=--foo: there is no such option"),
         (["--cfg", "nope"], "--cfg=nope: is none of job, hydra, all"),
         (["artifact=x", "admission.max_queued_requests=-1"], "admission.max_queued_requests=-1"),
@@ -224,7 +224,7 @@ def test_how_a_canary_is_judged(failed, token_s, verdict):
         (["artifact=x", "log.text=true"], "log.text=True"),
         (["artifact=x", "batches.max_lines=5"], "batches.max_lines=5: has no effect"),
         (["artifact=x", "artifact_root=y"], "artifact_root=y: has no effect"),
-        (["artifact=x", "model_name=''"], "model_name='': is no name"),
+        (["artifact=x", "model_name=''"], "model_name='': must"),
         (["artifact=x", "rollout.canary_max_error_rate=5"], "rollout.canary_max_error_rate=5"),
         (["key", "make"], "is no command"),
     ],
@@ -255,7 +255,7 @@ def test_hosts_and_caches_that_cannot_be(export):
         (["host=192.0.2.1"], "host=192.0.2.1: "),
         (["cache=/proc/nothing"], "cache=/proc/nothing: "),
         (["engine.kv_cache_mb=100000000"], "engine.kv_cache_mb=100000000: its KV cache takes "),
-        (["engine.max_context=1"], "engine.max_context=1: has no room for a prompt and an answer"),
+        (["engine.max_context=1"], "engine.max_context=1: must"),
         (["engine.max_running=1000000000"], "engine.max_running=1000000000: its KV cache takes "),
     ):
         done = subprocess.run(

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from core.errors import ConfigError, SpotforgeError
+from core.settings.rules import check_settings
 from serving.artifact import resolve
 from serving.config import ServingConfig, TextConfig, Topology
 from serving.deployment import Deployment
@@ -280,4 +281,4 @@ def test_processes_die_with_the_gateway_and_have_no_torch(export):
 def test_settings_that_cannot_be(topology, counts, said):
     config = ServingConfig("x", topology=Topology[topology], text=TextConfig(**counts))
     with pytest.raises(ConfigError, match=said):
-        config.check()
+        check_settings(config)

@@ -162,7 +162,7 @@ def test_weights_that_no_engine_loads_are_refused_at_once(tmp_path):
         ("lineage.json", {"files": {"config.json": 3}}, "none of ours"),
         ("lineage.json", {"files": {"config.json": {}}}, "config.json is not as"),
         ("lineage.json", {"files": {}, "tokenizer_fingerprint": 4}, "none of ours"),
-        ("lineage.json", "[" * 100_000, "is no JSON"),
+        ("lineage.json", "[" * 100_000, "is not JSON"),
         ("config.json", {"quantization_config": 3}, "quantization_config is no JSON object"),
         ("model.safetensors.index.json", {"weight_map": 3}, "maps no weights"),
         (

@@ -1,10 +1,7 @@
 """The configuration of a real run that takes a second, composed as a user's would be."""
 
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-
-from trainer.cli import CONFIG_DIR
-from trainer.schemas import register_schemas
+from tests.words import last_of_each
+from trainer.command import TRAINER
 
 # Two sources, packed and masked; accumulation, clipping, warm-up and cosine.
 SETTINGS = [
@@ -53,10 +50,7 @@ def small_config(folder, *overrides):
         f"{{essays: {{kind: text, path: '{folder}/essays', weight: 2}}, "
         f"notes: {{kind: text, path: '{folder}/notes', weight: 1}}}}"
     )
-    register_schemas()
-    with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
-        tree = compose("trainer", [*SETTINGS, f"+data.sources={sources}", *overrides])
-    return OmegaConf.to_object(tree)
+    return TRAINER.compose(last_of_each([*SETTINGS, f"data.sources={sources}", *overrides]))
 
 
 def parallel(strategy, ranks):

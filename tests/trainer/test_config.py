@@ -13,14 +13,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from core.errors import ConfigError
-from trainer.cli import CONFIG_DIR, as_meant, words_and_options
+from core.settings.command import CONFIG_DIR
+from core.settings.stored import from_yaml, to_yaml
+from trainer.command import TRAINER
 from trainer.config import NamedModelConfig, PathModelConfig, StopConfig, TrainerConfig
 from trainer.data.config import SingleDataConfig
-from trainer.schemas import refuse_unknown_keys, register_schemas
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -42,9 +41,7 @@ MANDATORY = {
 
 
 def compose_tree(*overrides):
-    register_schemas()
-    with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
-        return compose("trainer", list(overrides))
+    return TRAINER.compose_tree(overrides)
 
 
 def resolved_yaml(name):
@@ -56,13 +53,15 @@ def resolved_yaml(name):
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda x: x)
 def test_every_option_composes_and_converts(group, option):
-    tree = compose_tree(f"{group}={option}", *MANDATORY.get((group, option), []))
-    config = OmegaConf.to_object(tree)
+    words = [f"{group}={option}", *MANDATORY.get((group, option), [])]
+    config = TRAINER.compose(words)
     assert isinstance(config, TrainerConfig)
-    refuse_unknown_keys(config)
     for field in {group for group, _ in OPTIONS} - {"experiment"}:
         assert dataclasses.is_dataclass(getattr(config, field)), f"{field} is untyped"
-    assert OmegaConf.missing_keys(tree) == set(), "no mandatory value is forgotten"
+    forgotten = OmegaConf.missing_keys(compose_tree(*words))
+    assert forgotten == set(), "no mandatory value is forgotten"
+    # Ranks that a supervisor starts are given the same settings.
+    assert from_yaml(TRAINER, to_yaml(TRAINER, config, {"seed"})) == (config, {"seed"})
 
 
 @pytest.mark.parametrize(("group", "option"), MANDATORY, ids=lambda x: x)
@@ -96,16 +95,18 @@ def test_every_file_says_what_it_is_for(path):
 def test_help_lists_every_option(trainer):
     result = trainer("--help")
     assert result.code == 0
-    listed = {line.split()[0]: line.split()[1:] for line in result.out.splitlines() if line.strip()}
+    groups = result.out.partition("Groups (group=option):\n")[2].partition("\n\n")[0]
+    listed = {line.split()[0]: line.split()[1:] for line in groups.splitlines()}
     for group, option in OPTIONS:
         assert option in listed[group], f"{group}={option} is not in --help"
 
 
 def test_help_imports_no_heavy_library():
     code = """
-import runpy, sys
+import contextlib, runpy, sys
 sys.argv = ["trainer", "--help"]
-runpy.run_module("trainer", run_name="__main__", alter_sys=True)
+with contextlib.suppress(SystemExit):
+    runpy.run_module("trainer", run_name="__main__", alter_sys=True)
 heavy = {"torch", "transformers", "datasets", "numpy", "deepspeed", "wandb", "matplotlib"}
 sys.exit(" ".join(heavy & set(sys.modules)))
 """
@@ -209,31 +210,17 @@ def test_accumulation_follows_from_the_batch(world_size, micro, accumulation):
 
 def test_run_dir_is_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = OmegaConf.to_object(compose_tree("run.name=mine"))
+    config = TRAINER.compose(["run.name=mine"])
     assert config.run_dir == tmp_path / "runs" / "mine"
 
 
 def test_pretrained_and_config_differ_by_their_weights():
     loaded, drawn = (
-        OmegaConf.to_object(compose_tree(f"model={option}", "model.path=folder")).model
+        TRAINER.compose([f"model={option}", "model.path=folder"]).model
         for option in ("pretrained", "config")
     )
     assert loaded == PathModelConfig(path="folder", weights=True)
     assert drawn == PathModelConfig(path="folder", weights=False)
-
-
-if __name__ == "__main__":
-    for name in ("default", *EXPERIMENTS):
-        (GOLDEN / f"config-{name}.yaml").write_text(resolved_yaml(name))
-
-
-def test_words_and_options_come_in_any_order():
-    given = ["--config-dir", "conf", "model=x", "--multirun", "recipe=a,b", "--cfg=job", "+a=1"]
-    words, options = words_and_options(given, "python -m compression", ["--multirun"])
-    assert words == ["model=x", "recipe=a,b", "+a=1"]
-    assert options == ["--config-dir", "conf", "--multirun", "--cfg", "job"]
-    with pytest.raises(ConfigError, match="--multirun: there is no such option; see python -m x"):
-        words_and_options(given, "python -m x")
 
 
 @pytest.mark.parametrize(
@@ -241,31 +228,16 @@ def test_words_and_options_come_in_any_order():
     ["/x/[a] b/é.txt", "~/notes (1).txt", "/x/{a}=b.txt", 'it\'s "so"\\.txt', "/é,b.txt", "\u65e5"],
 )
 def test_a_name_arrives_as_it_is_typed(name):
-    [word] = as_meant([f"data.path={name}"])
-    assert compose_tree("data=text", word).data.path == name
-    assert as_meant([word]) == [word]
-
-
-def test_what_hydra_can_read_stays_as_it_is():
-    words = [
-        "a=[b,c]",
-        "a=${b}",
-        "a=1,2",
-        "a={b: 1}",
-        "~a",
-        "+a=x y",
-        "a='é'",
-        "a=[é",
-        "--b=é",
-        "a=",
-    ]
-    assert as_meant(words) == words
-    assert as_meant(["a=é,b"], sweeps=True) == ["a=é,b"]
-    assert as_meant(["++a.b=é"]) == ['++a.b="é"']
+    assert compose_tree("data=text", f"data.path={name}").data.path == name
+    assert compose_tree("data=mixture", f"data.sources.a.path={name}").data.sources.a.path == name
 
 
 def test_home_is_found_behind_a_key(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    words = ["model=pretrained", *as_meant(["model.path=~/m", "data.tokenizer=~/t"])]
-    config = OmegaConf.to_object(compose_tree(*words))
+    config = TRAINER.compose(["model=pretrained", "model.path=~/m", "data.tokenizer=~/t"])
     assert (config.model.path, config.data.tokenizer) == ("/home/me/m", "/home/me/t")
+
+
+if __name__ == "__main__":
+    for name in ("default", *EXPERIMENTS):
+        (GOLDEN / f"config-{name}.yaml").write_text(resolved_yaml(name))

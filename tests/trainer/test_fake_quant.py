@@ -4,19 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from compression.grid import fit_grid
 from compression.scheme import Scheme
 from core.errors import ConfigError
+from core.settings.rules import check_settings
 from trainer.checkpoint import TrainerState
-from trainer.cli import CONFIG_DIR
+from trainer.command import TRAINER
 from trainer.config import FakeQuantConfig, NamedModelConfig, resolve
 from trainer.fake_quant import fake_quantize, prepare_fake_quant
 from trainer.model import build_meta_model
 from trainer.resume import check_same_run
-from trainer.schemas import register_schemas
 
 LLAMA = NamedModelConfig(
     model_type="llama",
@@ -67,9 +65,9 @@ def test_groups_that_do_not_divide_are_refused():
     with pytest.raises(ConfigError, match="fake_quant.group_size=64: does not divide the 48"):
         prepare_fake_quant(build_meta_model(LLAMA, 300), FakeQuantConfig(bits=4, group_size=64))
     with pytest.raises(ConfigError, match="has no effect without fake_quant.bits"):
-        FakeQuantConfig(group_size=64)
+        check_settings(FakeQuantConfig(group_size=64), "fake_quant")
     with pytest.raises(ConfigError, match="fake_quant.bits=16"):
-        FakeQuantConfig(bits=16)
+        check_settings(FakeQuantConfig(bits=16), "fake_quant")
 
 
 def test_training_with_it_lowers_the_loss_and_is_told_apart(trainer, small, tmp_path):
@@ -81,9 +79,7 @@ def test_training_with_it_lowers_the_loss_and_is_told_apart(trainer, small, tmp_
 
 
 def test_a_checkpoint_from_before_there_was_such_a_setting_goes_on():
-    register_schemas()
-    with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
-        config = OmegaConf.to_object(compose("trainer"))
+    config = TRAINER.compose()
     now = TrainerState(9, 9, 9, 0.0, "data", "tokenizer", resolve(config))
     older = {key: value for key, value in now.config.items() if key != "fake_quant"}
     check_same_run(config, now, replace(now, config=older), lambda line: None)

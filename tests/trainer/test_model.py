@@ -5,26 +5,24 @@ from functools import partial
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Model
 from transformers.models.falcon import modeling_falcon
 
 from core.errors import ConfigError
+from core.settings.command import CONFIG_DIR
 from parallel.config import DdpConfig, Dtype, FsdpConfig, PrecisionConfig, ZeroConfig
 from parallel.strategy import decoder_blocks, sharded_blocks
 from parallel.world import join_world
 from tests.distributed import run_distributed
 from tests.families import zoo
 from tests.small_run import MODEL, VOCAB, SmallRun
-from trainer.cli import CONFIG_DIR
+from trainer.command import TRAINER
 from trainer.config import NamedModelConfig, PathModelConfig
 from trainer.model import Materializer, build_meta_model
 from trainer.objective import NextTokenLoss
 from trainer.optim import AdamWConfig
 from trainer.positions import check_positions
-from trainer.schemas import register_schemas
 
 CPU = torch.device("cpu")
 LLAMA = {
@@ -289,9 +287,7 @@ def test_tied_weights_are_one_tensor(name):
 
 
 def named(option):
-    register_schemas()
-    with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
-        return OmegaConf.to_object(compose("trainer", [f"model={option}"])).model
+    return TRAINER.compose([f"model={option}"]).model
 
 
 def decoder_numel(vocab, width, mlp, layers, heads, kv_heads, head_dim, tied, qk_norm):

@@ -5,6 +5,7 @@ import torch
 from torch.optim import AdamW
 
 from core.errors import ConfigError
+from core.settings.rules import check_settings
 from parallel.config import DdpConfig, FsdpConfig, PrecisionConfig, ZeroConfig
 from parallel.world import join_world
 from tests.distributed import run_distributed
@@ -103,8 +104,8 @@ def test_no_empty_group(decayed):
 )
 def test_refused(values, words):
     with pytest.raises(ConfigError, match=words):
-        AdamWConfig(**values)
-    assert AdamWConfig(max_norm=None).max_norm is None
+        check_settings(AdamWConfig(**values), "optim")
+    check_settings(AdamWConfig(max_norm=None), "optim")
 
 
 def groups_of_each():

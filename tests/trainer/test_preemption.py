@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import ConfigError
+from core.settings.rules import check_settings
 from trainer import preemption, stopping
 from trainer.preemption import (
     AutoNotice,
@@ -164,7 +165,7 @@ def rank_dir(tmp_path, monkeypatch):
 )
 def test_settings_that_mean_nothing_are_refused(settings, key):
     with pytest.raises(ConfigError) as refused:
-        PreemptionConfig(**settings)
+        check_settings(PreemptionConfig(**settings), "preemption")
     assert refused.value.key == key
 
 

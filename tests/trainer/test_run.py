@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.words import last_of_each
 from trainer.checkpoint import committed, read_state
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +41,7 @@ def losses(run_dir):
 def command(*arguments, launcher=()):
     """Starts `python -m trainer` as a program of its own."""
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "trainer", *map(str, arguments)],
+        [sys.executable, *launcher, "-m", "trainer", *map(str, last_of_each(arguments))],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

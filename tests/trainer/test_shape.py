@@ -4,20 +4,15 @@ import json
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from core.errors import ConfigError
-from trainer.cli import CONFIG_DIR
-from trainer.schemas import register_schemas
+from trainer.command import TRAINER
 from trainer.shape import model_shape
 
 
 def composed(*words):
-    register_schemas()
-    with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
-        return OmegaConf.to_object(compose("trainer", list(words)))
+    return TRAINER.compose(words)
 
 
 def built(model_type, **fields):

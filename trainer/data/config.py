@@ -1,10 +1,13 @@
 """What a user may set about data. Imports neither torch nor datasets: `--help` reads it."""
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
 from omegaconf import MISSING
+
+from core.settings.rules import setting
 
 
 def expanded(name: str) -> str:
@@ -49,7 +52,7 @@ class SourceConfig:
     revision: str | None = None
     split: str | None = None
     streaming: bool = False
-    weight: float = 1.0
+    weight: float = setting(1.0, above=0, below=math.inf, fix="or remove the source")
 
 
 @dataclass
@@ -77,15 +80,15 @@ class PreparationConfig:
         verify: Check the digests of the prepared shards at every start.
     """
 
-    max_seq_len: int = 1024
+    max_seq_len: int = setting(1024, above=0)
     tokenizer: str = "auto"
     tokenizer_vocab_size: int = 4096
-    validation_fraction: float = 0.05
-    add_bos: bool | str = "auto"
+    validation_fraction: float = setting(0.05, above=0, below=1, fix="try 0.05")
+    add_bos: bool | str = setting("auto", choices=("auto", True, False))
     parse_special_tokens: bool = False
     mask_documents: bool = False
     cache_dir: str = "${oc.env:SPOTFORGE_CACHE,'~/.cache/spotforge'}"
-    shard_tokens: int = 100_000_000
+    shard_tokens: int = setting(100_000_000, above=0, fix="try 100000000")
     verify: bool = True
 
     def __post_init__(self) -> None:
@@ -99,7 +102,11 @@ class SingleDataConfig(PreparationConfig, SourceConfig):
 
 @dataclass
 class MixtureDataConfig(PreparationConfig):
-    """`data=mixture`: several sources; `data.sources.<name>.kind|path|weight|...`."""
+    """`data=mixture`: several sources.
+
+    Attributes:
+        sources: The sources, by names that you choose: `data.sources.NAME.kind|path|weight|...`.
+    """
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
 

@@ -157,15 +157,6 @@ def _check(cfg: DataConfig, sources: dict[str, tuple[str, SourceConfig]]) -> Non
     if not isinstance(cfg, MixtureDataConfig) and cfg.weight != 1.0:
         rule = "has no effect with one source"
         raise ConfigError("data.weight", cfg.weight, rule, "remove it or use data=mixture")
-    if not 0 < cfg.validation_fraction < 1:
-        rule = "must be above 0 and below 1"
-        raise ConfigError("data.validation_fraction", cfg.validation_fraction, rule, "try 0.05")
-    if cfg.shard_tokens < 1:
-        rule = "a shard holds at least one token"
-        raise ConfigError("data.shard_tokens", cfg.shard_tokens, rule, "try 100000000")
-    if cfg.add_bos not in (True, False, "auto"):
-        rule = "is none of auto, true and false"
-        raise ConfigError("data.add_bos", cfg.add_bos, rule, "choose one of them")
 
 
 def _given_tokenizer(

@@ -100,9 +100,6 @@ def check_keys(key: str, cfg: SourceConfig) -> None:
             raise ConfigError(f"{key}.{setting.name}", value, rule, "remove it")
     if "path" in allowed and not cfg.path:
         raise ConfigError(f"{key}.path", cfg.path, f"kind={cfg.kind.value} needs it", "set it")
-    if not 0 < cfg.weight < float("inf"):
-        rule = "a weight must be a positive number"
-        raise ConfigError(f"{key}.weight", cfg.weight, rule, "set it above 0 or remove the source")
 
 
 def open_source(

@@ -9,13 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from compression.command import COMPRESSION
 from compression.recipe import StructuredPruneConfig
 from compression.result import Result
-from compression.schemas import register_schemas
 from compression.stream import BlockStream
 from compression.structured import plan as plan_module
 from compression.structured.family import recognize
@@ -23,7 +21,6 @@ from compression.structured.prune import check, prune_structured
 from compression.structured.refit import LeastSquares
 from compression.structured.sizes import target_shape
 from core.errors import ConfigError, Interrupted
-from trainer.cli import CONFIG_DIR
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 STORIES, SHAKESPEARE = SHARED / "models" / "stories260K", SHARED / "text" / "tinyshakespeare.txt"
@@ -358,12 +355,8 @@ def test_a_folder_that_is_there_is_not_touched(tmp_path):
 
 
 def test_the_recipe_composes():
-    register_schemas()
-    with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
-        composed = compose("compression", ["recipe=prune_structured", "parent.model=x"])
-    step = OmegaConf.to_object(composed.recipe)["prune_structured"]
+    step = COMPRESSION.compose(["recipe=prune_structured", "model=x"]).recipe["prune_structured"]
     assert isinstance(step, StructuredPruneConfig) and step.params == 0.25
-    step.check("recipe.prune_structured")
 
 
 def shakespeare(num_samples, skip=0):

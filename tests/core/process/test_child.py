@@ -77,24 +77,32 @@ def test_leaving_a_child_kills_it_and_what_it_started(tmp_path):
     assert child.wait() == -signal.SIGKILL
 
 
-def test_signals_are_passed_on_and_the_terminal_is_not_shared():
-    before = signal.getsignal(signal.SIGUSR1)
-    program = "trap 'exit 5' USR1; kill -USR1 $PPID; while :; do sleep 0.01; done"
-    with Child(["sh", "-c", program]) as child, passed_on(child) as signals:
+def told(child_does, tmp_path):
+    """What comes of a child that signals this process, and the signals that were passed on."""
+    ready = tmp_path / "ready"
+    script = f"while [ ! -e {ready} ]; do sleep 0.01; done; {child_does}"
+    with Child(["sh", "-c", script]) as child, passed_on(child) as signals:
         assert os.getsid(child.pid) != os.getsid(0)
-        assert child.wait() == 5
-    assert signals == [signal.SIGUSR1]
+        ready.touch()
+        code = child.wait()
+    ready.unlink()
+    return code, signals
+
+
+def test_signals_are_passed_on_and_the_terminal_is_not_shared(tmp_path):
+    before = signal.getsignal(signal.SIGUSR1)
+    does = "trap 'exit 5' USR1; kill -USR1 $PPID; while :; do sleep 0.01; done"
+    assert told(does, tmp_path) == (5, [signal.SIGUSR1])
     assert signal.getsignal(signal.SIGUSR1) is before
 
 
-def test_a_closed_terminal_means_stop_and_what_is_ignored_stays_so():
+def test_a_closed_terminal_means_stop_and_what_is_ignored_stays_so(tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
-        with Child(["sh", "-c", "kill -HUP $PPID; exec sleep 1000"]) as child, passed_on(child):
-            assert child.wait() == -signal.SIGTERM
+        does = "kill -HUP $PPID; exec sleep 1000"
+        assert told(does, tmp_path) == (-signal.SIGTERM, [signal.SIGHUP])
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with Child(["sh", "-c", "kill -HUP $PPID"]) as child, passed_on(child) as signals:
-            assert child.wait() == 0 and not signals
+        assert told("kill -HUP $PPID", tmp_path) == (0, [])
     finally:
         signal.signal(signal.SIGHUP, before)
 

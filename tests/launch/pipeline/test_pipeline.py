@@ -15,6 +15,7 @@ from launch.config import Stage as StageName
 from launch.pipeline.chain import Chain
 from launch.pipeline.stages import Stage, stages_of
 from launch.settings import compose_settings
+from tests.words import last_of_each
 
 ROOT = Path(__file__).parents[3]
 STAND_IN = Path(__file__).with_name("stand_in.py")
@@ -199,7 +200,7 @@ def test_stages_follow_one_another(tmp_path, monkeypatch):
         (["export.at_end=false"], "export.at_end=False: compress reads the export"),
     ):
         with pytest.raises(ConfigError, match=said):
-            stages_of(compose_settings([*words, *more]))
+            stages_of(compose_settings(last_of_each([*words, *more])))
 
 
 def test_a_stage_that_was_run_by_other_means_is_recorded(site):

@@ -16,6 +16,7 @@ from launch.place.sky_task import documents, render
 from launch.plan.planner import make_plan
 from launch.settings import compose_settings
 from tests.launch.offers import offer
+from tests.words import last_of_each
 
 JOB = (
     "model=llama_8b",
@@ -36,7 +37,7 @@ PRICES = "SPOTFORGE_PRICES"
 
 
 def placed(*words, offers=SPOT):
-    settings = compose_settings([*JOB, "launch.nodes=[1]", *words])
+    settings = compose_settings(last_of_each([*JOB, "launch.nodes=[1]", *words]))
     catalog = Catalog("test", datetime.date(2026, 5, 24), 0, "sha256:0", tuple(offers))
     plan = make_plan(settings, catalog)
     return job_of(plan, place_of(settings.launch))

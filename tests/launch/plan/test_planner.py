@@ -19,6 +19,7 @@ from launch.plan.planner import make_plan
 from launch.plan.report import as_json, table
 from launch.settings import compose_settings
 from tests.launch.offers import offer
+from tests.words import last_of_each
 
 ROOT = Path(__file__).parents[3]
 DATE = datetime.date(2026, 6, 1)
@@ -37,7 +38,7 @@ JOB = (
 
 def planned(offers, *words):
     catalog = Catalog("test", DATE, 0, "sha256:0", tuple(offers))
-    return make_plan(compose_settings([*JOB, "launch.nodes=[1]", *words]), catalog)
+    return make_plan(compose_settings(last_of_each([*JOB, "launch.nodes=[1]", *words])), catalog)
 
 
 def reasons(plan):
@@ -307,9 +308,9 @@ def test_json_and_table_hold_the_same_ranking():
         (["global_batch_size=0", "stop.tokens=9"], "global_batch_size=0: must be above 0"),
         (["schedule.warmup_steps=9", "stop.steps=9"], "schedule.warmup_steps=9: must be shorter"),
         (["launch.gpus=[H10]"], "launch.gpus=H10: no such GPU is known; did you mean"),
-        (["launch.colour=red"], "launch.colour: no such key"),
+        (["launch.colour=red"], "launch.colour=red: there is no such key"),
         (["launch.stages=[compress,train]"], "launch.stages=[compress,train]: is not the order"),
-        (["launch.mfu=1e-300"], "launch.mfu=1e-300: is a share, from 0.001"),
+        (["launch.mfu=1e-300"], "launch.mfu=1e-300: must be from 0.001"),
         (["launch.wait_minutes=1e300"], "launch.wait_minutes=1e+300: must be from 0 to"),
         (["launch.deadline=99999999999d"], "launch.deadline=99999999999d: is a time"),
         (
@@ -321,7 +322,7 @@ def test_json_and_table_hold_the_same_ranking():
             "model.path=/etc/passwd: has no config.json",
         ),
         (["--today", "soon"], "'soon' is no date"),
-        (["modle=tiny"], "modle: no such key"),
+        (["modle=tiny"], "did you mean model?"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(words, said, capsys):

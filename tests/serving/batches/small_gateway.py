@@ -10,12 +10,11 @@ import logging
 import sys
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import serving.server
 from serving.artifact import Artifact, Format
-from serving.config import ServingConfig
+from serving.command import SERVING
 from serving.deployment import Deployment
 from serving.engine import EngineError, EngineInfo, EngineStats, TokenChunk
 from serving.text.pipeline import LocalStages
@@ -68,9 +67,7 @@ def main():
 
     serving.server.resolve = lambda name: artifact
     serving.server.Deployment.start = start
-    tree = OmegaConf.merge(OmegaConf.structured(ServingConfig), OmegaConf.from_dotlist(settings))
-    config = OmegaConf.to_object(tree)
-    config.check()
+    config = SERVING.compose(settings)
     logging.basicConfig(level=logging.WARNING)
     asyncio.run(serving.server.serve(config))
 

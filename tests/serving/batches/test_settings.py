@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from core.errors import ConfigError
+from core.settings.rules import check_settings
 from serving.batches.database import Database
 from serving.config import BatchesConfig, ServingConfig
 from tests.serving.batches.small import ROOT
@@ -25,14 +26,14 @@ REDIS = "redis://127.0.0.1/0"
 )
 def test_settings_of_the_gateway(settings, key):
     with pytest.raises(ConfigError) as error:
-        ServingConfig(artifact="a", batches=BatchesConfig(**settings)).check()
+        check_settings(ServingConfig(artifact="a", batches=BatchesConfig(**settings)))
     assert error.value.key == key
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "broker=???: is missing"),
+        ([], "dir=???: has to be given"),
         (["dir=b", f"broker={REDIS}", "gateway=127.0.0.1:8000"], "gateway=127.0.0.1:8000: is no"),
         (["dir=b", f"broker={REDIS}", "gateway=http://x", "lease_s=0"], "lease_s=0.0: must be"),
         (["dir=b", f"broker={REDIS}", "gateway=http://x"], "dir=b: holds no batches"),

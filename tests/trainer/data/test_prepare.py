@@ -15,6 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from core.errors import ConfigError, DamagedError, Interrupted
+from core.settings.rules import check_settings
 from tests.trainer.data.samples import make_texts, write_folder
 from trainer.data.config import MixtureDataConfig, SourceConfig, SourceKind
 from trainer.data.prepare import prepare
@@ -266,8 +267,8 @@ def test_documents_begin_with_a_bos_where_the_tokenizer_adds_one(config, ready, 
     assert not trained.add_bos and ready(config(add_bos=False)).digest == trained.digest
     with pytest.raises(ConfigError, match="data.add_bos=True: .* has no BOS token"):
         ready(config(add_bos=True))
-    with pytest.raises(ConfigError, match="data.add_bos=maybe: is none of"):
-        ready(config(add_bos="maybe"))
+    with pytest.raises(ConfigError, match="data.add_bos=maybe: must be one of"):
+        check_settings(config(add_bos="maybe"), "data")
     tokens = {"kind": TOKENS, "path": str(auto.folders[0]), "tokenizer_vocab_size": 4096}
     assert ready(config(**tokens)).add_bos
     with pytest.raises(ConfigError, match="data.add_bos=False: .*begin with a BOS token"):
@@ -386,6 +387,7 @@ def test_settings_that_make_no_sense(config, ready, tmp_path):
     ]
     for cfg, message in cases:
         with pytest.raises(ConfigError, match=message):
+            check_settings(cfg, "data")
             ready(cfg)
         assert not [name for name in leftovers(cfg) if not name.startswith("tokenizer-")]
 

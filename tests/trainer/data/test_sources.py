@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from core.errors import ConfigError, Interrupted
+from core.settings.rules import check_settings
 from trainer.data.config import SourceConfig, SourceKind
 from trainer.data.files import FileDigests
 from trainer.data.sources import check_keys, open_source
@@ -144,7 +145,7 @@ BAD_KEYS = [
     ("tokens", {"path": "x", "streaming": True}, "data.streaming=True: has no effect"),
     ("text", {}, "data.path=None: kind=text needs it"),
     ("tokens", {"path": ""}, "data.path=: kind=tokens needs it"),
-    ("text", {"path": "x", "weight": 0.0}, "data.weight=0.0: a weight must be a positive"),
+    ("text", {"path": "x", "weight": 0.0}, "data.weight=0.0"),
     ("text", {"path": "x", "weight": -1.0}, "data.weight=-1.0"),
     ("text", {"path": "x", "weight": float("nan")}, "data.weight=nan"),
 ]
@@ -152,8 +153,10 @@ BAD_KEYS = [
 
 @pytest.mark.parametrize("kind, settings, message", BAD_KEYS)
 def test_keys_without_effect_or_sense(kind, settings, message):
+    source = SourceConfig(kind=SourceKind[kind], **settings)
     with pytest.raises(ConfigError, match=message):
-        check_keys("data", SourceConfig(kind=SourceKind[kind], **settings))
+        check_settings(source, "data")
+        check_keys("data", source)
 
 
 BAD_FILES = [
