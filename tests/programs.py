@@ -52,7 +52,6 @@ _FORKED = {
     "serving.text.tokenizer": False,
     "tests.rank": False,
     "trainer": True,
-    "trainer.evaluation": False,
     "trainer.export": False,
     "trainer.rank": False,
 }
