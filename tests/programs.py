@@ -4,16 +4,27 @@
 small run costs. `fork_programs()` replaces how `subprocess` executes a command: one that is
 `python [-P] -m MODULE ...`, with MODULE in `_FORKED`, becomes a fork of a server, which each test
 process has for itself from the first such command on. All other commands are executed as ever, and
-so is one whose environment says something that Python or a library reads as it is imported.
+so is one whose environment says something else to Python, or to a library as it is imported, than
+the server's did.
 
 A fork is a child of who asked for it, with the arguments, environment, folder, files, session and
 parent's death signal of a real one, and its command and environment in /proc; `Popen` and signals
 work as ever. It differs in what is imported already, in the random state of its memory layout, and
 in one more child of its own, `program-server`, which forks the programs that it starts itself.
 
-Tests with the fixture `real_programs` execute every program. Such a test there is for each path:
+Tests with the fixture `real_programs` execute every program. Each path is executed for real here:
 
-    one rank             tests/trainer/test_run.py
+    trainer, one rank; two ranks under supervise   tests/test_readme.py (the README's commands)
+    export; compression, and the reload of its     tests/test_readme.py
+    compressed_tensors; a server with transformers
+    reload of gguf                                 tests/compression/targets/test_gguf.py
+    reload of torchao                              tests/compression/test_run.py
+    torchrun                                       tests/trainer/test_run.py, which starts it itself
+    pipeline, guard, supervise, join               tests/launch, whose commands have `-W error`
+    beside a user's modules: a cloud here, ranks,  tests/test_users_modules.py
+    a pipeline, a server with text stages
+    text stages; PDEATHSIG, groups, pipes          never forked: tests/serving/test_split.py,
+                                                   tests/core/process
 """
 
 from __future__ import annotations
@@ -56,7 +67,7 @@ _FORKED = {
     "trainer.rank": False,
 }
 # Variables that are read as something is imported, or before: a fork would not hear of them.
-_READ_BEFORE = ("DS_", "HF_", "LD_", "MPL", "PYTHON", "TORCH_", "TRANSFORMERS_")
+_READ_BEFORE = ("HF_", "LD_", "MPL", "PYTHON", "TORCH_", "TRANSFORMERS_")
 _NAME = "program-server"  # in /proc, of the server of a fork
 _ARGUMENT_BYTES, _ENVIRONMENT_BYTES = 16_384, 65_536  # room for what /proc shows of a fork
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # of <sys/prctl.h>
@@ -76,7 +87,7 @@ class _Request:
         module: What `-m` names.
         command: All of the command.
         environment: All of its environment.
-        folder: Its working directory; None: its parent's, `parents_folder`.
+        folder: Its working directory.
         is_safe: Whether the command has `-P`.
         parent: Process id of who asks.
         dies_with_parent: Whether it is killed when its parent ends.
@@ -167,7 +178,7 @@ def fork_programs():
     """Forks programs instead of executing them, until this is left."""
     _server.environment = dict(os.environ)
     _replace()
-    _server.is_on = True
+    _server.is_on = sys.platform == "linux"  # elsewhere there is neither prctl nor /proc
     try:
         yield
     finally:
@@ -275,7 +286,11 @@ def serve(connection: socket.socket) -> tuple[_Request, list[int]]:
 
 
 def own_server(request: _Request, files: list[int]) -> socket.socket | None:
-    """Forks the server of a program that starts some; returns in it the end that it serves."""
+    """Gives a program that starts others a server, forked from it before it has threads.
+
+    Returns:
+        In that server the end that it serves; in the program None.
+    """
     if not _FORKED[request.module]:
         _server.is_on = False
         return None
