@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from tests import programs
 from tests.words import last_of_each
 
 
@@ -22,6 +23,20 @@ def cache_dir(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPOTFORGE_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_programs():
+    """Programs of ours that tests start are forks of one that has imported torch."""
+    with programs.fork_programs():
+        yield
+
+
+@pytest.fixture
+def real_programs(forked_programs):
+    """Programs that a test with this starts are executed, as a user's are."""
+    with programs.execute_programs():
+        yield
 
 
 @pytest.fixture

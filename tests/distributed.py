@@ -1,20 +1,13 @@
-"""Runs a function on several gloo ranks of this machine, as a launcher would.
+"""Runs a function on several gloo ranks of this machine, as a launcher would."""
 
-Ranks are forked from one process that has imported torch and the trainer: importing them takes a
-fresh process 8 CPU-seconds, which is most of what a rank of a test would cost.
-"""
-
-import os
+import pickle
 import socket
-import traceback
+import subprocess
 from collections.abc import Callable
+from multiprocessing.connection import Pipe, wait
 from typing import Any
 
-import torch
-import torch.multiprocessing as mp
-
-_FORKS = mp.get_context("forkserver")
-_FORKS.set_forkserver_preload(["trainer.run"])
+from core.process.python import environment, python
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -26,44 +19,44 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    queue = _FORKS.SimpleQueue()
-    processes = [
-        _FORKS.Process(
-            target=_rank,
-            args=(rank, world_size, port, dict(os.environ), queue, function, args),
-        )
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
+    call = pickle.dumps((function, args))
+    processes: list[subprocess.Popen[bytes]] = []
+    unheard: dict[Any, int] = {}
     results: dict[int, Any] = {}
     try:
-        for _ in processes:
-            rank, result, error = queue.get()
-            if error is not None:
-                raise AssertionError(f"rank {rank} of {world_size}:\n{error}")
-            results[rank] = result
+        for rank in range(world_size):
+            told, tells = Pipe(duplex=False)
+            with tells:
+                processes.append(_start(rank, world_size, port, tells.fileno()))
+            unheard[told] = rank
+            stdin = processes[rank].stdin
+            assert stdin is not None
+            with stdin:
+                stdin.write(call)
+        while unheard:
+            for told in wait(list(unheard)):
+                rank = unheard.pop(told)
+                try:
+                    result, error = told.recv()
+                except EOFError:
+                    result, error = None, f"ended with exit code {processes[rank].wait()}"
+                finally:
+                    told.close()
+                if error is not None:
+                    raise AssertionError(f"rank {rank} of {world_size}:\n{error}")
+                results[rank] = result
     finally:
+        for told in unheard:
+            told.close()
         for process in processes:
             if len(results) < world_size:
                 process.kill()
-            process.join()
+            process.wait()
     return [results[rank] for rank in range(world_size)]
 
 
-def _rank(
-    rank: int,
-    world_size: int,
-    port: int,
-    environment: dict[str, str],
-    queue: Any,
-    function: Callable[..., Any],
-    args: Any,
-) -> None:
-    # The test's environment: that of the process this one is forked from is older.
-    os.environ.clear()
-    os.environ |= environment
-    os.environ |= {
+def _start(rank: int, world_size: int, port: int, tells: int) -> subprocess.Popen[bytes]:
+    place = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -72,8 +65,9 @@ def _rank(
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
-    torch.set_num_threads(1)
-    try:
-        queue.put((rank, function(*args), None))
-    except BaseException:
-        queue.put((rank, None, traceback.format_exc()))
+    return subprocess.Popen(
+        python("-m", "tests.rank", str(tells)),
+        env=environment(**place),
+        stdin=subprocess.PIPE,
+        pass_fds=[tells],
+    )

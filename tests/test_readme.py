@@ -48,6 +48,7 @@ def test_it_has_commands():
     assert len(COMMANDS) >= 4
 
 
+@pytest.mark.usefixtures("real_programs")
 def test_commands_run_in_their_order(folder):
     for number, command in enumerate(COMMANDS):
         arguments = shlex.split(command)

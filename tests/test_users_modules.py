@@ -17,6 +17,9 @@ import pytest
 from tests.small_model import save_model
 
 ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.usefixtures("real_programs")
+
 NAMES = "compression configs core launch monitoring parallel serving trainer".split()
 
 

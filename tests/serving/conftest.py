@@ -24,7 +24,7 @@ from serving.models import Model
 from serving.telemetry import Telemetry
 from serving.text.pipeline import LocalStages
 from serving.text.tokenizer import load
-from tests import small_model
+from tests import programs, small_model
 
 # httpx gives up after 5 s, which a busy machine may need; its clients share this object.
 for _phase in ("connect", "read", "write", "pool"):
@@ -180,8 +180,7 @@ class Process:
 
     def engine_pid(self):
         """Of the only child."""
-        with open(f"/proc/{self.process.pid}/task/{self.process.pid}/children") as file:
-            return int(file.read().split()[0])
+        return programs.children(self.process.pid)[0]
 
     def stop(self):
         self.process.send_signal(signal.SIGTERM)

@@ -26,6 +26,7 @@ from serving.text.pipeline import LocalStages
 from serving.text.split import SplitStages
 from serving.text.stages import Chat, TextError
 from serving.text.tokenizer import TokenizerFiles, load
+from tests import programs
 from tests.serving.conftest import FakeEngine, Process
 
 TEXT = "naïve ☕🦊 the cat sat on a mat, 日本 and dogs ran\n"
@@ -255,8 +256,7 @@ def test_processes_die_with_the_gateway_and_have_no_torch(export):
     answer = httpx.post(f"{process.url}/v1/completions", json=body, timeout=300)
     assert answer.json()["usage"]["completion_tokens"] == 3
     assert "spotforge_text_restarts{" in httpx.get(f"{process.url}/metrics").text
-    pid = process.process.pid
-    pids = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    pids = programs.children(process.process.pid)
     stages = [p for p in pids if b"serving.text.worker" in Path(f"/proc/{p}/cmdline").read_bytes()]
     assert (len(pids), len(stages)) == (4, 3)
     assert not any("libtorch" in Path(f"/proc/{p}/maps").read_text() for p in stages)

@@ -177,6 +177,21 @@ def assert_refused_last_line(result, words):
     assert_refused(result, words)
 
 
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    return tmp_path_factory.mktemp("first") / "run"
+
+
+@pytest.fixture
+def trained(trainer, small, tmp_path, first):
+    """A run that has ended, in this test's folder; one is trained for all tests."""
+    if first.exists():
+        shutil.copytree(first, tmp_path / "run")
+    else:
+        assert trainer(*small).code == 0
+        shutil.copytree(tmp_path / "run", first)
+
+
 @pytest.mark.parametrize(
     ("change", "key"),
     [
@@ -188,16 +203,16 @@ def assert_refused_last_line(result, words):
         ("data.validation_fraction=0.3", "data"),
     ],
 )
+@pytest.mark.usefixtures("trained")
 def test_a_resume_that_would_train_something_else(trainer, small, change, key):
-    assert trainer(*small).code == 0
     result = trainer(*small, change)
     assert_refused(result, [f"{key}=", "allow_changes=["])
     assert_refused(trainer(*small, change, "allow_changes=[no.such]"), ["allow_changes=no.such"])
     assert trainer(*small, change, f"allow_changes=[{key}]").code == 0
 
 
+@pytest.mark.usefixtures("trained")
 def test_resume_never_does_not_overwrite(trainer, small):
-    assert trainer(*small, "resume=never").code == 0
     assert_refused(trainer(*small, "resume=never"), ["resume=never", "run.name"])
 
 

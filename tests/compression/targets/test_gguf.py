@@ -194,6 +194,7 @@ def test_scales_that_are_no_float16_are_not_rounded_silently():
         pack_blocks(value)
 
 
+@pytest.mark.usefixtures("real_programs")
 def test_the_command(corpus, tmp_path, monkeypatch):
     """All of it: data, a fresh process that loads the artifact, lineage, report."""
     parent = save_parent(tmp_path / "parent")
