@@ -18,6 +18,7 @@ VARIABLES = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
+SUPERVISOR_PORT = 29400  # where the supervisor of several machines listens
 # A job with one process per machine (Kubeflow's PyTorchJob) sets only the other variables.
 _LOCAL = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 # Local ranks under launchers that start several processes per machine, by their own variables.

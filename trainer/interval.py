@@ -58,21 +58,21 @@ class Interval:
         )
 
 
-def optimal_interval_s(cost_s: float, mtbf_s: float) -> float:
+def optimal_interval(cost: float, mtbf: float) -> float:
     """Returns the training time between two saves that minimizes the total time lost.
 
     Source: Daly 2006, "A higher order estimate of the optimum checkpoint interval for restart
     dumps", eq. 37; its first term is Young 1974, sqrt(2 C M).
 
     Args:
-        cost_s: C, the time that a save takes from training.
-        mtbf_s: M, the mean time between losses of the machine.
+        cost: C, the time that a save takes from training, in the unit of the result.
+        mtbf: M, the mean time between losses of the machine, in the same unit.
     """
     # The series is not valid here; Daly sets the interval to M.
-    if cost_s >= 2 * mtbf_s:
-        return mtbf_s
-    ratio = cost_s / (2 * mtbf_s)
-    return math.sqrt(2 * cost_s * mtbf_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - cost_s
+    if cost >= 2 * mtbf:
+        return mtbf
+    ratio = cost / (2 * mtbf)
+    return math.sqrt(2 * cost * mtbf) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - cost
 
 
 def expected_mtbf_s(prior_s: float, trained_s: float, num_losses: int) -> float:
@@ -111,7 +111,7 @@ class SaveSchedule:
             return self._interval.seconds
         if not self._costs_s:
             return min(_FIRST_SAVE_S, self._mtbf_s / 2)
-        return optimal_interval_s(math.fsum(self._costs_s) / len(self._costs_s), self._mtbf_s)
+        return optimal_interval(math.fsum(self._costs_s) / len(self._costs_s), self._mtbf_s)
 
     def due(self, step: int) -> bool:
         """Returns whether to save after `step`."""

@@ -24,13 +24,11 @@ from core.process.python import environment, python
 from core.process.signals import passed_on
 from core.settings.stored import to_yaml
 from parallel.config import FsdpConfig
-from parallel.launcher import Place, read_place
+from parallel.launcher import SUPERVISOR_PORT, Place, read_place
 from trainer.command import TRAINER
 from trainer.config import TrainerConfig, resolve
 from trainer.heartbeat import Heartbeat
 from trainer.stopping import StopSignal
-
-_PORT = 29400
 
 
 def launch(config: TrainerConfig, isolated: bool = False, given: Collection[str] = ()) -> int:
@@ -105,7 +103,7 @@ def _supervisor(config: TrainerConfig, given: Collection[str], num_nodes: int) -
     options = ["--nproc", config.nproc, "--grace", str(config.shutdown_timeout_s)]
     if int(os.environ.get("SKYPILOT_NODE_RANK", 0)) > 0:
         head = os.environ["SKYPILOT_NODE_IPS"].split("\n")[0]
-        action = ["join", f"{head}:{_PORT}", *options]
+        action = ["join", f"{head}:{SUPERVISOR_PORT}", *options]
     else:
         options += ["--hang-timeout", str(config.hang_timeout_s)]
         options += ["--events", str(config.run_dir / "supervisor.jsonl")]
@@ -113,7 +111,7 @@ def _supervisor(config: TrainerConfig, given: Collection[str], num_nodes: int) -
             # With replicas, FSDP can use only certain numbers of ranks.
             options += ["--multiple-of", str(config.parallel.ranks_multiple_of)]
         if num_nodes > 1:
-            options += ["--listen", str(_PORT), "--nodes", str(num_nodes)]
+            options += ["--listen", str(SUPERVISOR_PORT), "--nodes", str(num_nodes)]
         action = ["supervise", *options]
     rank = python("-m", "trainer.rank", str(_freeze(config, given)))
     return python("-m", "launch", *action, "--", *rank)

@@ -19,7 +19,7 @@ _COLUMNS = {
     *("Price", "SpotPrice", "Region"),
 }
 # Clouds on which SkyPilot refuses several nodes.
-_SINGLE_NODE = {"runpod", "vast"}
+SINGLE_NODE_CLOUDS = {"runpod", "vast"}
 
 # The GCP machine types for a GPU and its count (cloud.google.com/compute/docs/gpus), the same as in
 # SkyPilot (sky/catalog/gcp_catalog.py). Other GPUs are attached to an n1 machine.
@@ -143,7 +143,7 @@ def _offer(
         is_spot=is_spot,
         vcpus=_number(path, machine, "vCPUs"),
         memory_gib=_number(path, machine, "MemoryGiB"),
-        max_nodes=1 if path.parent.name in _SINGLE_NODE else None,
+        max_nodes=1 if path.parent.name in SINGLE_NODE_CLOUDS else None,
     )
 
 

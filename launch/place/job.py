@@ -11,7 +11,6 @@ import yaml
 from launch.config import LaunchConfig, Stage
 from launch.plan.candidate import Candidate
 
-PORT = 29400
 MOUNT = "/spotforge"
 
 

@@ -13,12 +13,13 @@ from typing import Any
 
 from core.errors import ConfigError, ExitCode
 from launch.config import LaunchConfig
-from launch.place.job import MOUNT, PORT, Job, heading, to_yaml
+from launch.place.job import MOUNT, Job, heading, to_yaml
 from launch.place.place import Storage, of_one_pool, refuse_unused
 from launch.place.program import Program
 from launch.plan.candidate import Candidate
 from launch.plan.planner import Plan
 from launch.settings import Settings
+from parallel.launcher import SUPERVISOR_PORT
 
 _CONTAINER, _REPLICATED = "spotforge", "node"
 # Taints with which GKE and AKS reserve spot machines, and all clouds machines with GPUs.
@@ -134,9 +135,9 @@ class Kubernetes:
         supervise = ["python", "-m", "launch", "supervise"]
         lines = ["set -eu", *([self._launch.setup] if self._launch.setup else [])]
         if job.num_nodes > 1:
-            supervise += ["--listen", str(PORT), "--nodes", str(job.num_nodes)]
+            supervise += ["--listen", str(SUPERVISOR_PORT), "--nodes", str(job.num_nodes)]
             # The DNS name that a JobSet gives the first pod of its first Job.
-            head = f"{job.name}-{_REPLICATED}-0-0.{job.name}:{PORT}"
+            head = f"{job.name}-{_REPLICATED}-0-0.{job.name}:{SUPERVISOR_PORT}"
             join = ["python", "-m", "launch", "join", head, "--wait", str(_WAIT_S), "--", *command]
             lines += [
                 'if [ "$JOB_COMPLETION_INDEX" -gt 0 ]; then',

@@ -10,8 +10,9 @@ from typing import Any
 
 from core.errors import ConfigError, ExitCode
 from launch.config import LaunchConfig, Stage
-from launch.place.job import MOUNT, PORT, Job, heading, to_yaml
+from launch.place.job import MOUNT, Job, heading, to_yaml
 from launch.plan.candidate import Candidate
+from parallel.launcher import SUPERVISOR_PORT
 
 # Cloud names of price lists -> SkyPilot's. SkyPilot does not support providers that are not here.
 CLOUDS = {
@@ -121,7 +122,7 @@ def _train(job: Job) -> str:
     command = job.trainer_command()
     supervise = ["python", "-m", "launch", "supervise"]
     if job.num_nodes > 1:
-        supervise += ["--listen", str(PORT), "--nodes", str(job.num_nodes)]
+        supervise += ["--listen", str(SUPERVISOR_PORT), "--nodes", str(job.num_nodes)]
     lines = [shlex.join(_guarded(job, [*supervise, "--", *command])), "code=$?"]
     if len(job.launch.stages) > 1:
         record = shlex.join(job.pipeline_command("--record", Stage.train))
@@ -129,7 +130,7 @@ def _train(job: Job) -> str:
     lines += [*_keep(job), "exit $code"]
     if job.num_nodes == 1:
         return "\n".join(lines) + "\n"
-    join = f'python -m launch join "$head:{PORT}" -- {shlex.join(command)}'
+    join = f'python -m launch join "$head:{SUPERVISOR_PORT}" -- {shlex.join(command)}'
     return "\n".join(
         [
             'if [ "$SKYPILOT_NODE_RANK" -gt 0 ]; then',

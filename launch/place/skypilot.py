@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import ConfigError
+from launch.catalog.skypilot import SINGLE_NODE_CLOUDS
 from launch.config import LaunchConfig
 from launch.place.job import MOUNT, Job
 from launch.place.place import Storage, check_secrets
@@ -17,8 +18,6 @@ from launch.place.sky_task import infra, render
 from launch.plan.candidate import Candidate
 from launch.plan.planner import Plan
 from launch.settings import Settings
-
-_ONE_NODE = {"runpod"}  # SkyPilot refuses several nodes there
 
 
 class SkyPilot:
@@ -30,7 +29,9 @@ class SkyPilot:
     def usable(self, plan: Plan) -> list[Candidate]:
         """See `Place`."""
         ways = [way for way in plan.candidates if infra(way)]
-        ways = [way for way in ways if way.num_nodes == 1 or way.offer.cloud not in _ONE_NODE]
+        ways = [
+            way for way in ways if way.num_nodes == 1 or way.offer.cloud not in SINGLE_NODE_CLOUDS
+        ]
         if not ways:
             clouds = sorted({way.offer.cloud for way in plan.candidates})
             rule = f"SkyPilot supports none of {', '.join(clouds)}"

@@ -7,11 +7,11 @@ from launch.catalog.egress import egress_usd
 from launch.catalog.offer import Offer
 from launch.config import LaunchConfig
 from launch.plan.candidate import Candidate, Costs
-from launch.plan.interruptions import Duration, Interruptions, best_interval_h, duration
+from launch.plan.interruptions import Duration, Interruptions, duration
 from launch.plan.speed import Speed
 from launch.plan.workload import Workload
 from launch.settings import Settings
-from trainer.interval import Interval
+from trainer.interval import Interval, optimal_interval
 
 # Nodes that are not spot fail too. The training of Llama 3 405B had 419 unplanned interruptions in
 # 54 days on 16,384 GPUs (Dubey et al. 2024, table 5): one in about 50,000 GPU-hours.
@@ -92,8 +92,9 @@ class Estimator:
         if not self._checkpoint.asynchronous:
             save_h, write_h = save_h + write_h, 0.0
         if self._interval.auto:
+            best_h = optimal_interval(save_h, 1 / per_h) if per_h > 0 else compute_h
             # At most one save is written at a time.
-            interval_h = max(write_h, best_interval_h(per_h, save_h, compute_h))
+            interval_h = max(write_h, min(best_h, compute_h))
         elif self._interval.steps is not None:
             interval_h = compute_h * self._interval.steps / self._workload.total_steps
         elif self._interval.seconds is not None:

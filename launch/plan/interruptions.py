@@ -52,17 +52,6 @@ class Duration:
     p95_h: float
 
 
-def best_interval_h(per_h: float, save_h: float, compute_h: float) -> float:
-    """Returns the interval with the least cost of saving and repeating, by Young (1974).
-
-    Args:
-        per_h: Interruptions of the whole gang in an hour.
-        save_h: Time for which a save blocks training.
-        compute_h: Hours that the job computes, which the interval does not exceed.
-    """
-    return min(compute_h, math.sqrt(2 * save_h / per_h)) if per_h > 0 else compute_h
-
-
 def duration(compute_h: float, model: Interruptions) -> Duration:
     """Computes the duration of a job.
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from core.errors import ConfigError
-from trainer.interval import Interval, SaveSchedule, expected_mtbf_s, optimal_interval_s
+from trainer.interval import Interval, SaveSchedule, expected_mtbf_s, optimal_interval
 
 
 @pytest.mark.parametrize(
@@ -38,14 +38,14 @@ def test_no_other_interval_loses_less(cost_s, mtbf_s):
         pieces = 1 / interval_s
         return mtbf_s * (math.exp((interval_s + cost_s) / mtbf_s) - 1) * pieces
 
-    best = optimal_interval_s(cost_s, mtbf_s)
+    best = optimal_interval(cost_s, mtbf_s)
     for other in (0.7, 0.9, 1.1, 1.4):
         assert wall_s(best) <= wall_s(best * other) * (1 + 1e-4)
     assert best == pytest.approx(math.sqrt(2 * cost_s * mtbf_s), rel=0.25)  # Young's
 
 
 def test_a_save_that_costs_more_than_it_saves_is_rare():
-    assert optimal_interval_s(cost_s=100, mtbf_s=30) == 30
+    assert optimal_interval(cost=100, mtbf=30) == 30
 
 
 def test_what_was_expected_gives_way_to_what_is_seen():
@@ -78,7 +78,7 @@ def test_auto_follows_the_measured_cost():
     schedule = SaveSchedule(Interval(auto=True), mtbf_s=6 * 3600.0, clock=clock)
     cheap = due_times(schedule, clock, cost_s=0.5, until_s=2000)
     assert cheap[0] == 60, "nothing is measured yet"
-    assert cheap[2] - cheap[1] == pytest.approx(optimal_interval_s(0.5, 6 * 3600), abs=2)
+    assert cheap[2] - cheap[1] == pytest.approx(optimal_interval(0.5, 6 * 3600), abs=2)
     dear = due_times(schedule, clock, cost_s=50.0, until_s=30_000)
     assert dear[-1] - dear[-2] > 5 * (cheap[2] - cheap[1])
 
@@ -87,7 +87,7 @@ def test_auto_remembers_what_saves_cost_before_a_restart():
     clock = Clock()
     schedule = SaveSchedule(Interval(auto=True), 3600.0, [9.0, 0.1, 0.1, 0.1, 0.1, 0.1], clock)
     first = due_times(schedule, clock, cost_s=0.1, until_s=60)[0]
-    assert first == pytest.approx(optimal_interval_s(0.1, 3600), abs=1)
+    assert first == pytest.approx(optimal_interval(0.1, 3600), abs=1)
 
 
 def test_auto_saves_more_often_where_machines_vanish_more_often():

@@ -6,7 +6,8 @@ import statistics
 
 import pytest
 
-from launch.plan.interruptions import Interruptions, best_interval_h, duration
+from launch.plan.interruptions import Interruptions, duration
+from trainer.interval import optimal_interval
 
 PLAYED = 1500
 
@@ -86,7 +87,7 @@ def test_what_never_gets_through_is_infinite():
 
 def test_the_best_interval_is_the_best():
     rate, save_h, compute_h = 0.2, 0.005, 100.0
-    best = best_interval_h(rate, save_h, compute_h)
+    best = optimal_interval(save_h, 1 / rate)
 
     def paid_h(interval_h):
         return duration(compute_h, Interruptions(rate, 0.1, 0, interval_h, save_h, 0.0)).paid_h
