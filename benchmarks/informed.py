@@ -8,7 +8,7 @@ policy can avoid.
 import math
 from collections.abc import Callable, Sequence
 
-from launch.simulation.planner import Model, make_plan
+from launch.simulation.dynamic_program import Model, make_plan
 from launch.simulation.policies import can_risk, on_demand
 from launch.simulation.simulate import Place, Terms, View
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from compression.grid import Quantized
+from compression.quantizer import Quantized
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Healing: runs the trainer as a program, with the parent as the teacher.
 
-`compression.stages` keeps a healed model only if it is better than before: distillation on too
-little text, or on text unlike the model's training data, can do harm.
+`compression.stage_runner` keeps a healed model only if it is better than before: distillation on
+too little text, or on text unlike the model's training data, can do harm.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compression.grid import fit_grid
 from compression.hidden import Hidden, embed
 from compression.progress import Advance
+from compression.quantizer import fit_grid
 from compression.recipe import MixedConfig
 from compression.scheme import Scheme
 from compression.stream import BlockStream

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compression.block import Block
-from compression.grid import Quantized, round_activation
+from compression.quantizer import Quantized, round_activation
 from compression.scheme import Activation, Scheme
 from core.folder import staged_file
 

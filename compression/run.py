@@ -48,7 +48,7 @@ from compression.samples import Samples, data_config, draw_samples, window_of
 from compression.scheme import Activation, Scheme
 from compression.source import Source, check_shapes, choose_layers
 from compression.speed import Runner, Speed, measure
-from compression.stages import Stages
+from compression.stage_runner import Stages
 from compression.stream import BlockStream
 from compression.structured.prune import check as check_structured
 from compression.targets.names import StoredNames

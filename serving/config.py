@@ -12,7 +12,6 @@ from omegaconf import MISSING
 from core.errors import ConfigError
 from core.settings.rules import setting
 from serving.adapters import check_names
-from serving.gateway.guard import Guard
 
 BROKERS = ("redis", "rediss", "amqp", "amqps")  # schemes of their URLs
 
@@ -238,6 +237,41 @@ class RolloutConfig:
     canary_max_slowdown: float = 1.5
 
 
+_limit = partial(setting, above=0, below=math.inf, fix="use a number above 0")
+
+
+@dataclass
+class HttpLimits:
+    """Limits on what a client may do over HTTP.
+
+    Attributes:
+        max_connections: Connections that are open at once, at most.
+        max_connections_per_client: Connections from one address, at most; null: no limit per
+            address. Behind a proxy all clients have the proxy's address.
+        max_header_bytes: Bytes of request line and headers, at most, to within 4 KiB; the same
+            holds for trailers.
+        max_header_lines: Headers of a request, at most.
+        header_timeout_s: Seconds from the connection, or the first byte of a request, to the end of
+            the headers.
+        max_body_bytes: Bytes of a request's body, at most.
+        max_body_bytes_of: Bytes of a request's body for single paths, such as `/v1/files`.
+        body_timeout_s: Seconds for a body of `max_body_bytes`; a path with a larger limit has
+            proportionally more time.
+        write_timeout_s: Seconds for which a client may not read its response, which keeps its slot
+            in the engine.
+    """
+
+    max_connections: int = _limit(512)
+    max_connections_per_client: int | None = _limit(None)
+    max_header_bytes: int = _limit(32 * 2**10)
+    max_header_lines: int = _limit(100)
+    header_timeout_s: float = _limit(10.0)
+    max_body_bytes: int = _limit(4 * 2**20)
+    max_body_bytes_of: dict[str, int] = _limit(factory=dict)
+    body_timeout_s: float = _limit(30.0)
+    write_timeout_s: float = _limit(30.0)
+
+
 @dataclass
 class ServingConfig:
     """Settings of `python -m serving`.
@@ -274,7 +308,7 @@ class ServingConfig:
     generation_config: GenerationConfig = GenerationConfig.auto
     text: TextConfig = field(default_factory=TextConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    guard: Guard = field(default_factory=Guard)
+    guard: HttpLimits = field(default_factory=HttpLimits)
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     log: LogConfig = field(default_factory=LogConfig)
     batches: BatchesConfig = field(default_factory=BatchesConfig)

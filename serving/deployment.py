@@ -11,11 +11,11 @@ from serving.adapters import Adapter, resolve_all
 from serving.artifact import Artifact
 from serving.config import GenerationConfig, ServingConfig, Topology
 from serving.engine import Engine, EngineInfo, TokenRequest
-from serving.engines import choose
+from serving.engines import selection
 from serving.sampling import Choice, defaults_of
+from serving.text.codec import TextChunk
 from serving.text.pipeline import LocalStages, TextStages
 from serving.text.split import SplitStages
-from serving.text.stages import TextChunk
 from serving.text.tokenizer import load
 
 
@@ -55,7 +55,7 @@ class Deployment:
         """
         adapters = await asyncio.to_thread(resolve_all, config.adapters, artifact)
         defaults = sampling_defaults(artifact.folder, config)
-        starting = asyncio.create_task(choose.start(artifact, config.engine, cache, adapters))
+        starting = asyncio.create_task(selection.start(artifact, config.engine, cache, adapters))
         texts = asyncio.create_task(_start_text(artifact, config, cache))
         try:
             started, text = await asyncio.gather(starting, texts)

@@ -21,12 +21,12 @@ from core.errors import ConfigError
 from serving.adapters import key_of
 from serving.artifact import resolve
 from serving.batches.service import open_batches
-from serving.config import ServingConfig
+from serving.config import HttpLimits, ServingConfig
 from serving.deployment import Deployment
 from serving.gateway.admin import add_admin
 from serving.gateway.app import add_error_handlers, make_app
 from serving.gateway.gateway import Gateway
-from serving.gateway.guard import BodyGuard, Guard, guarded_protocol
+from serving.gateway.http_limits import BodyLimits, limited_protocol
 from serving.keys import Keys
 from serving.models import AdaptedModel, Model
 from serving.rollout import Rollout
@@ -92,7 +92,7 @@ async def serve(config: ServingConfig) -> None:
             gateway.admission.resize(champion.engine.info.max_running)
             # Batches start only now, when there is a model that can answer their lines.
             if batches is not None:
-                await batches.queue.start(BodyGuard(app, guard))
+                await batches.queue.start(BodyLimits(app, guard))
             host, port = listener.getsockname()[:2]
             print(f"{name} ({artifact.version}) at http://{host}:{port}/v1", flush=True)
             if len(apps) > 1:
@@ -145,7 +145,7 @@ def _admin_app(gateway: Gateway, rollouts: dict[str, Rollout], stop: Callable[[]
     return app
 
 
-def _guard(config: ServingConfig) -> Guard:
+def _guard(config: ServingConfig) -> HttpLimits:
     """Returns the HTTP limits of the settings, with room for uploads and the form around them."""
     upload_bytes = config.batches.max_file_mb * 2**20 + 2**16
     limits = {"/v1/files": upload_bytes, **config.guard.max_body_bytes_of}
@@ -153,12 +153,12 @@ def _guard(config: ServingConfig) -> Guard:
 
 
 def _server(
-    app: FastAPI, guard: Guard, listener: socket.socket
+    app: FastAPI, guard: HttpLimits, listener: socket.socket
 ) -> tuple[_Server, asyncio.Task[None]]:
     server = _Server(
         uvicorn.Config(
-            BodyGuard(app, guard),
-            http=guarded_protocol(guard),
+            BodyLimits(app, guard),
+            http=limited_protocol(guard),
             loop="uvloop",
             log_config=None,
             access_log=False,

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from core.errors import ConfigError
 from serving.config import LogConfig
-from serving.text.stages import Chat, TextChunk
+from serving.text.codec import Chat, TextChunk
 
 NUM_BUCKETS = 64  # the bucket of a token id is the id modulo this
 

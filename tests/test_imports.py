@@ -146,6 +146,6 @@ def test_python_programs_of_ours_are_started_so_that_they_find_ours():
     }
     for path in files:
         starts = re.search(r"core\.process\.python import .*\bpython\b", path.read_text())
-        told = {"launch/pipeline/stages.py", "serving/engines/choose.py"}  # others start theirs
+        told = {"launch/pipeline/stages.py", "serving/engines/selection.py"}  # others start theirs
         if starts and str(path.relative_to(ROOT)) not in told:
             assert "environment(" in path.read_text(), path

@@ -1,4 +1,4 @@
-"""Reads checkpoints, and describes their layout on disk; `saving.py` writes them.
+"""Reads checkpoints, and describes their layout on disk; `checkpointer.py` writes them.
 
 They are staged, written by every rank, listed with digests and committed by one rename.
 

@@ -16,6 +16,7 @@ from parallel.strategy import Strategy
 from parallel.world import World
 from trainer.anomaly import AnomalyAction, LossWatch
 from trainer.checkpoint import TrainerState, committed, read_state
+from trainer.checkpointer import Checkpointer
 from trainer.config import TrainerConfig
 from trainer.data.loader import Batch, TrainLoader
 from trainer.data.prepare import PreparedData
@@ -23,9 +24,8 @@ from trainer.evaluation import evaluate, generate, held_out_batches, prompt_ids
 from trainer.heartbeat import Heartbeat
 from trainer.interval import Interval, SaveSchedule, expected_mtbf_s
 from trainer.objective import Objective
-from trainer.reporter import Reporter, count_losses, save_costs_s
+from trainer.reporter import Reporter, count_crashes, save_costs_s
 from trainer.resume import find_checkpoint, state_reader
-from trainer.saving import Checkpointer
 from trainer.stopping import StopSignal
 
 
@@ -63,7 +63,7 @@ class TrainingLoop:
         mtbf_s = expected_mtbf_s(
             config.checkpoint.mean_hours_between_preemptions * 3600,
             state.elapsed_s,
-            count_losses(config.run_dir),
+            count_crashes(config.run_dir),
         )
         self.save_schedule = SaveSchedule(
             Interval.parse(config.checkpoint.interval), mtbf_s, save_costs_s(config.run_dir)

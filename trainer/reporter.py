@@ -181,7 +181,7 @@ class Reporter:
         return "cpu"
 
 
-def count_losses(run_dir: Path) -> int:
+def count_crashes(run_dir: Path) -> int:
     """Returns how often the run crashed: the number of starts without an end."""
     marks = [e["event"] for e in read_events(run_dir)]
     marks = [mark for mark in marks if mark in ("start", "stop", "finish", "fail")]

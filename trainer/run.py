@@ -22,6 +22,7 @@ from parallel.launcher import read_place
 from parallel.strategy import Strategy
 from parallel.world import World, join_world
 from trainer.checkpoint import STORED_NAMES, TrainerState, read_state, step_name
+from trainer.checkpointer import Checkpointer
 from trainer.config import ModelConfig, NamedModelConfig, PathModelConfig, TrainerConfig, resolve
 from trainer.cpu import keep_freed_memory
 from trainer.data.loader import check_samples
@@ -57,7 +58,6 @@ from trainer.resume import (
     stored_config,
 )
 from trainer.run_lock import lock_run
-from trainer.saving import Checkpointer
 from trainer.stopping import StopSignal
 from trainer.weights import find_file
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compression.grid import Grid, fit_grid
+from compression.quantizer import Grid, fit_grid
 from compression.scheme import Number, Scheme
 
 _SHRINKS = tuple(1.0 - 0.02 * step for step in range(1, 21))  # shares of a group's range to try

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from compression.block import Block, Inputs, output_error, watch_inputs
 from compression.experts import SplitExperts
-from compression.grid import fit_grid
 from compression.methods.clipping import clipped_grid
+from compression.quantizer import fit_grid
 from compression.scheme import Scheme
 
 _TOLERANCE = 1e-3  # largest relative change of a block's output that counts as exact

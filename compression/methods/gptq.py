@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from compression.block import Block, output_error, watch_inputs
-from compression.grid import Grid, code_range, fit_grid
 from compression.methods.clipping import clipped_grid
+from compression.quantizer import Grid, code_range, fit_grid
 from compression.scheme import Scheme
 
 _BLOCK = 128  # columns after which errors are passed on to all later columns at once

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compression.block import Block
-from compression.grid import fit_grid
+from compression.quantizer import fit_grid
 from compression.scheme import Scheme
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from compression.grid import Quantized
+from compression.quantizer import Quantized
 from compression.result import Result
 from compression.scheme import Activation, Number, Scheme
 from compression.targets.packing import copy_assets

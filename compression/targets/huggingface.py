@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from compression.grid import Quantized
+from compression.quantizer import Quantized
 from compression.result import Result
 from compression.scheme import Activation, Scheme
 from compression.targets.packing import (

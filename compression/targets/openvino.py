@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from compression.grid import Quantized
+from compression.quantizer import Quantized
 from compression.result import Result
 from compression.scheme import Activation, Number, Scheme
 from compression.speed import Timing

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from compression.grid import Quantized
+from compression.quantizer import Quantized
 from compression.result import Result
 from compression.scheme import Scheme
 from compression.speed import TorchRunner

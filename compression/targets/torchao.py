@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compression.grid import Quantized
+from compression.quantizer import Quantized
 from compression.result import Result
 from compression.scheme import Activation, Number, Scheme
 from compression.targets.names import StoredNames

@@ -19,12 +19,12 @@ from pathlib import Path
 
 from core.errors import ConfigError, ExitCode
 from core.process.signals import call_on_stop, hold
-from launch.elastic.generation import End, Generation, StopCause
 from launch.elastic.journal import Journal, say, show
 from launch.elastic.machine import Machine
 from launch.elastic.nodes import Listener, Node, dismiss
 from launch.elastic.policy import Failure, History, choose_nodes
 from launch.elastic.protocol import Dump, Kill, Message, Prepare, Stop, command_digest
+from launch.elastic.rendezvous import End, Generation, StopCause
 
 _TICK_S = 0.1
 _ECHO_GRACE_S = 5.0  # time in which ranks that lost a peer end by themselves

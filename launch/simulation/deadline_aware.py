@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from launch.simulation.beliefs import AGES_H, STEP, UNKNOWN_AGE_H, Beliefs
-from launch.simulation.planner import Model, Plan, make_plan
+from launch.simulation.availability import AGES_H, STEP, UNKNOWN_AGE_H, Beliefs
+from launch.simulation.dynamic_program import Model, Plan, make_plan
 from launch.simulation.policies import can_risk, on_demand
 from launch.simulation.simulate import Place, Terms, View
 

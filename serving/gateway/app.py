@@ -17,15 +17,15 @@ from starlette.exceptions import HTTPException
 
 from monitoring.environment import describe_environment
 from serving.batches.service import BatchService
-from serving.gateway.answers import Answer, ChatAnswer, Chunks, CompletionAnswer
 from serving.gateway.batches import add_batches
 from serving.gateway.errors import ApiError
 from serving.gateway.gateway import Gateway
-from serving.gateway.generation import Generation, Sampling
 from serving.gateway.invalid import describe
+from serving.gateway.request import Generation, Sampling
+from serving.gateway.responses import Answer, ChatAnswer, Chunks, CompletionAnswer
 from serving.gateway.schema import ChatRequest, CompletionRequest, EmbeddingRequest
 from serving.models import AdaptedModel, Model
-from serving.text.stages import Chat
+from serving.text.codec import Chat
 
 T = TypeVar("T")
 

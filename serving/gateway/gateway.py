@@ -21,13 +21,13 @@ from serving.config import ServingConfig
 from serving.deployment import Deployment
 from serving.engine import EngineError
 from serving.gateway.errors import ApiError
-from serving.gateway.generation import Generation, Sampling, lost, tells_logprobs
+from serving.gateway.request import Generation, Sampling, lost, tells_logprobs
 from serving.keys import Key, Keys
 from serving.metrics import Metrics
 from serving.models import AdaptedModel, Model
 from serving.sampling import Choice
 from serving.telemetry import Telemetry
-from serving.text.stages import Chat, TextError
+from serving.text.codec import Chat, TextError
 
 # Key of an ASGI scope with the id of an API key: batches in this process act for its owner. No HTTP
 # request can set it.

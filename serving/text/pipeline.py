@@ -8,7 +8,7 @@ from typing import Protocol
 
 from serving.engine import TokenChunk
 from serving.text.call_formats import CallFormat, format_of
-from serving.text.stages import Chat, Decoder, Encoder, TextChunk
+from serving.text.codec import Chat, Decoder, Encoder, TextChunk
 from serving.text.tokenizer import TokenizerFiles, vocab_size
 from serving.text.vocabulary import Vocabulary
 

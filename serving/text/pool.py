@@ -18,7 +18,7 @@ from core.process.keep_up import keep_up
 from core.process.liveness import LOOK_S
 from core.process.python import environment, python
 from serving.engine import EngineError, EngineFailed
-from serving.text.stages import TextError
+from serving.text.codec import TextError
 from serving.text.tokenizer import TokenizerFiles
 
 T = TypeVar("T")

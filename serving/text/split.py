@@ -37,10 +37,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from serving.engine import TokenChunk
+from serving.text.codec import Chat, TextChunk, TextLogprob, TextToken
 from serving.text.detokenizer import CONTEXT_TOKENS
 from serving.text.pipeline import call_format, length
 from serving.text.pool import Pool, Work, all_of
-from serving.text.stages import Chat, TextChunk, TextLogprob, TextToken
 from serving.text.tokenizer import TokenizerFiles
 
 _LOAD_OF_A_PROMPT = 1_000  # fixed cost of a prompt, in characters

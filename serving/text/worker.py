@@ -13,8 +13,8 @@ from typing import Any
 
 from core.process.json_lines import IDLE_S, JsonLines, Message
 from serving.engine import TokenChunk, TokenLogprob
+from serving.text.codec import Chat, Decoder, Encoder, TextError
 from serving.text.pipeline import LONG_TEXT, length
-from serving.text.stages import Chat, Decoder, Encoder, TextError
 from serving.text.tokenizer import TokenizerFiles, vocab_size
 from serving.text.vocabulary import Vocabulary
 

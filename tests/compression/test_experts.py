@@ -8,12 +8,12 @@ from transformers import AutoModelForCausalLM
 
 from compression.block import watch_inputs
 from compression.experts import SplitExperts
-from compression.grid import fit_grid
 from compression.layerwise import compress
 from compression.methods.equalizing import Awq
 from compression.methods.gptq import gptq_codes
 from compression.methods.pruning import Prune
 from compression.methods.rounding import RoundToNearest
+from compression.quantizer import fit_grid
 from compression.recipe import Criterion, Pattern
 from compression.result import Result
 from compression.run import _few_tokens

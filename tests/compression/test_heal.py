@@ -14,7 +14,7 @@ from compression.recipe import (
     RoundConfig,
     StructuredPruneConfig,
 )
-from compression.stages import _stages
+from compression.stage_runner import _stages
 from tests.compression.conftest import SMALL, save_model
 
 HEAL = ["recipe.heal.tokens=24000", "recipe.heal.lr=0.003", "recipe.heal.global_batch_size=16"]
@@ -76,8 +76,8 @@ def test_a_heal_that_makes_it_worse_is_not_taken(
 
     # Of a random model's perplexity nothing follows: what is judged is told.
     told = {True: [9.0, 8.0], False: [8.0, 9.0]}[is_better]
-    monkeypatch.setattr("compression.stages.heal", pretend)
-    monkeypatch.setattr("compression.stages.perplexity", lambda *_: told.pop(0))
+    monkeypatch.setattr("compression.stage_runner.heal", pretend)
+    monkeypatch.setattr("compression.stage_runner.perplexity", lambda *_: told.pop(0))
     words = ["recipe=[prune_magnitude,heal]", "evaluation.speed=false", "dtype=float32", "out=x"]
     code, out, err = compress(f"model={parent}", *words)
     assert code == 0, err

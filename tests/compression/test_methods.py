@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from compression.block import output_error, watch_inputs
-from compression.grid import Grid, fit_grid
 from compression.methods.equalizing import Awq, SmoothQuant, _fold
 from compression.methods.gptq import Gptq, gptq_codes
 from compression.methods.pruning import Prune
 from compression.methods.rounding import RoundToNearest
+from compression.quantizer import Grid, fit_grid
 from compression.recipe import Criterion, Pattern
 from compression.scheme import Activation, Scheme
 from tests.compression.blocks import error_after, outputs, take_block

@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from compression.artifact import read_report
 from compression.decode_cost import DecodeCost
-from compression.grid import fit_grid
 from compression.mixed import choose_schemes, measure_kl, parts_of, shapes_of
+from compression.quantizer import fit_grid
 from compression.recipe import MixedConfig
 from compression.scheme import Scheme
 from compression.source import choose_layers

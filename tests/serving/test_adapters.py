@@ -22,9 +22,9 @@ from serving.adapters import identity, resolve, resolve_all
 from serving.artifact import resolve as resolve_artifact
 from serving.config import EngineConfig, EngineName, ServingConfig
 from serving.engine import TokenRequest
-from serving.engines.choose import build
 from serving.engines.lora import LoraLayers
 from serving.engines.process import ProcessEngine
+from serving.engines.selection import build
 from serving.server import serve
 from tests.serving.conftest import Process, save_model
 

@@ -8,8 +8,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import ByteLevel
 
 from serving.engine import TokenChunk, TokenLogprob
+from serving.text.codec import Decoder
 from serving.text.detokenizer import Detokenizer
-from serving.text.stages import Decoder
 from serving.text.vocabulary import Vocabulary
 
 LOST = "\N{REPLACEMENT CHARACTER}"

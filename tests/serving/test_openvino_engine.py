@@ -21,7 +21,7 @@ from core.process.child import Finished
 from serving.artifact import resolve
 from serving.config import EngineConfig, EngineName
 from serving.engine import EngineInfo, TokenRequest
-from serving.engines import choose, logits, openvino
+from serving.engines import logits, openvino, selection
 from serving.engines.proof import BOUNDS
 
 VOCAB, CONTEXT, EOS = 300, 256, 2
@@ -267,7 +267,7 @@ def test_what_it_says_of_itself(program):
 def test_it_serves_once_it_is_proven_and_is_not_started_again(folder, cache, ir):
     async def generate():
         config = EngineConfig(name=EngineName.openvino, openvino_bits=32, num_threads=1)
-        started = await choose.start(resolve(str(folder)), config, cache, {})
+        started = await selection.start(resolve(str(folder)), config, cache, {})
         try:
             request = TokenRequest("one", PROMPT, 8, temperature=0, ignore_eos=True)
             tokens = [t async for chunk in started.engine.submit(request) for t in chunk.tokens]

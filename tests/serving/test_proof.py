@@ -26,7 +26,7 @@ from core.errors import ConfigError, SpotforgeError
 from serving.artifact import resolve
 from serving.config import EngineConfig, EngineName
 from serving.engine import EngineError, EngineInfo, TokenChunk, TokenLogprob, TokenRequest, Unproven
-from serving.engines import choose, torch_worker
+from serving.engines import selection, torch_worker
 from serving.engines.buffers import restore_buffers
 from serving.engines.lora import LoraLayers
 from serving.engines.openvino import torch_logits
@@ -147,13 +147,13 @@ def engines(export, monkeypatch, tmp_path):
         def torch_engine(name, artifact, config, adapters, why):
             engine = MadeUp(1.0 if name.value in wrong else 0.0)
             built.append((name.value, engine))
-            return choose.Choice(engine, name, why, "float32", plain, "float32")
+            return selection.Choice(engine, name, why, "float32", plain, "float32")
 
-        monkeypatch.setattr(choose, "_torch", torch_engine)
-        monkeypatch.setattr(choose, "_why_not_openvino", lambda _: "there is none")
+        monkeypatch.setattr(selection, "_torch", torch_engine)
+        monkeypatch.setattr(selection, "_why_not_openvino", lambda _: "there is none")
         artifact, config = resolve(str(export)), EngineConfig(name=EngineName(asked))
         try:
-            started = asyncio.run(choose.start(artifact, config, tmp_path / "-".join(wrong), {}))
+            started = asyncio.run(selection.start(artifact, config, tmp_path / "-".join(wrong), {}))
         finally:
             names = [name for name, _ in built]
             open_ones = [name for name, engine in built if not engine.closed]
@@ -401,7 +401,7 @@ def test_a_folder_without_a_vocabulary_is_no_language_model(export, tmp_path):
     del config["vocab_size"]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="is not served: .*vocab_size"):
-        asyncio.run(choose.start(resolve(str(folder)), EngineConfig(), tmp_path, {}))
+        asyncio.run(selection.start(resolve(str(folder)), EngineConfig(), tmp_path, {}))
 
 
 @pytest.mark.long

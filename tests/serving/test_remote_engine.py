@@ -18,10 +18,10 @@ from serving.config import EngineConfig, EngineName, ServingConfig
 from serving.deployment import Deployment
 from serving.engine import EngineError, EngineRefused, TokenRequest, Unproven
 from serving.engines import vllm
-from serving.engines.choose import build
 from serving.engines.process import watch_of
 from serving.engines.proof import Case, Proof, Scores
-from serving.gateway.generation import lost
+from serving.engines.selection import build
+from serving.gateway.request import lost
 from serving.rollout import Rollout
 from serving.text.pipeline import LocalStages
 from tests.serving.completions_server import FakeServer
@@ -340,7 +340,7 @@ def test_a_vllm_of_our_own(export, fake_vllm, monkeypatch):
     def quick(config):
         return dataclasses.replace(watch_of(config), probe_timeout_s=2.0)
 
-    monkeypatch.setattr("serving.engines.choose.watch_of", quick)
+    monkeypatch.setattr("serving.engines.selection.watch_of", quick)
     folder = with_vllm(export, work, probe_interval_s=0.2, max_batch_tokens=512)
     assert not folder.exists()
     assert fake_vllm()[-1] == "SIGTERM"

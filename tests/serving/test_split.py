@@ -22,9 +22,9 @@ from serving.gateway.gateway import Gateway
 from serving.models import Model
 from serving.telemetry import Telemetry
 from serving.text import pool
+from serving.text.codec import Chat, TextError
 from serving.text.pipeline import LocalStages
 from serving.text.split import SplitStages
-from serving.text.stages import Chat, TextError
 from serving.text.tokenizer import TokenizerFiles, load
 from tests import programs
 from tests.serving.conftest import FakeEngine, Process

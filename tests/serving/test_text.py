@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from core.errors import ConfigError, DamagedError
 from serving.artifact import Format, resolve
 from serving.engine import TokenChunk, TokenLogprob
-from serving.text.stages import Chat, Decoder, Encoder, TextError
+from serving.text.codec import Chat, Decoder, Encoder, TextError
 from serving.text.tokenizer import load
 from serving.text.tools import ToolCallParser
 from serving.text.vocabulary import Vocabulary

@@ -14,8 +14,8 @@ from parallel.world import join_world
 from tests.distributed import run_distributed
 from tests.small_run import SmallRun
 from trainer.checkpoint import TrainerState, committed, read_state, verify
+from trainer.checkpointer import Checkpointer
 from trainer.config import CheckpointConfig
-from trainer.saving import Checkpointer
 
 
 def no_assets(folder):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from compression.grid import fit_grid
+from compression.quantizer import fit_grid
 from compression.scheme import Scheme
 from core.errors import ConfigError
 from core.settings.rules import check_settings

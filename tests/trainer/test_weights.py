@@ -25,12 +25,12 @@ from trainer.checkpoint import (
     read_tensors,
     tensor_shapes,
 )
+from trainer.checkpointer import Checkpointer
 from trainer.config import CheckpointConfig, PathModelConfig
 from trainer.export import export_checkpoint
 from trainer.model import Materializer, build_meta_model
 from trainer.resume import check_same_model, state_reader
 from trainer.run import _save_assets
-from trainer.saving import Checkpointer
 from trainer.weights import canonical_names, saving_groups
 
 CPU = torch.device("cpu")

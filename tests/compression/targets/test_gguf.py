@@ -13,9 +13,9 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from compression.__main__ import main
 from compression.config import CompressionConfig, ParentConfig
-from compression.grid import Quantized, fit_grid
 from compression.layerwise import compress
 from compression.methods.rounding import RoundToNearest
+from compression.quantizer import Quantized, fit_grid
 from compression.recipe import GptqConfig, RoundConfig
 from compression.result import Result
 from compression.scheme import Activation, Number, Scheme

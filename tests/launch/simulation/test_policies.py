@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from launch.__main__ import main
-from launch.simulation.beliefs import Beliefs
+from launch.simulation.availability import Beliefs
 from launch.simulation.deadline_aware import DeadlineAware
+from launch.simulation.dynamic_program import Model, make_plan
 from launch.simulation.market import markov_market
-from launch.simulation.planner import Model, make_plan
 from launch.simulation.policies import Eager, Failover, Greedy, OnDemand, UniformProgress
 from launch.simulation.simulate import Job, Place, Terms, View, simulate
 from launch.simulation.study import OURS, compare

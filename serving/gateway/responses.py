@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Collection
 from typing import Any
 
 from serving.gateway.errors import ApiError
-from serving.gateway.generation import Generation
+from serving.gateway.request import Generation
 from serving.text.call_formats import CallParser
-from serving.text.stages import TextChunk, TextLogprob, TextToken
+from serving.text.codec import TextChunk, TextLogprob, TextToken
 from serving.text.tools import WholeCall
 
 Chunks = AsyncIterator[tuple[int, TextChunk]]

@@ -1,15 +1,12 @@
 """Limits that protect the app from hostile or broken clients.
 
-`guarded_protocol` checks bytes before there is a request: headers that never end, too many headers,
-bytes that are not HTTP, too many connections, responses that the client does not read. `BodyGuard`
+`limited_protocol` checks bytes before there is a request: headers that never end, too many headers,
+bytes that are not HTTP, too many connections, responses that the client does not read. `BodyLimits`
 checks bodies. A refusal is sent in OpenAI's shape, and the connection is closed.
 """
 
 import asyncio
 import json
-import math
-from dataclasses import dataclass
-from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -17,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from core.settings.rules import setting
+from serving.config import HttpLimits
 
 # The parser reports no positions, so header bytes are counted by the pieces that are fed to it.
 _PIECE_BYTES = 4_096
@@ -28,54 +25,19 @@ _LINGER_S = 1.0
 _LINGER_BYTES = 16 * 2**20
 
 
-_limit = partial(setting, above=0, below=math.inf, fix="use a number above 0")
+def limited_protocol(guard: HttpLimits) -> type[HttpToolsProtocol]:
+    """Returns the protocol class for uvicorn: `uvicorn.Config(app, http=limited_protocol(g))`."""
+    return type("LimitedProtocol", (_LimitedProtocol,), {"guard": guard})
 
 
-@dataclass
-class Guard:
-    """Limits on what a client may do over HTTP.
-
-    Attributes:
-        max_connections: Connections that are open at once, at most.
-        max_connections_per_client: Connections from one address, at most; null: no limit per
-            address. Behind a proxy all clients have the proxy's address.
-        max_header_bytes: Bytes of request line and headers, at most, to within 4 KiB; the same
-            holds for trailers.
-        max_header_lines: Headers of a request, at most.
-        header_timeout_s: Seconds from the connection, or the first byte of a request, to the end of
-            the headers.
-        max_body_bytes: Bytes of a request's body, at most.
-        max_body_bytes_of: Bytes of a request's body for single paths, such as `/v1/files`.
-        body_timeout_s: Seconds for a body of `max_body_bytes`; a path with a larger limit has
-            proportionally more time.
-        write_timeout_s: Seconds for which a client may not read its response, which keeps its slot
-            in the engine.
-    """
-
-    max_connections: int = _limit(512)
-    max_connections_per_client: int | None = _limit(None)
-    max_header_bytes: int = _limit(32 * 2**10)
-    max_header_lines: int = _limit(100)
-    header_timeout_s: float = _limit(10.0)
-    max_body_bytes: int = _limit(4 * 2**20)
-    max_body_bytes_of: dict[str, int] = _limit(factory=dict)
-    body_timeout_s: float = _limit(30.0)
-    write_timeout_s: float = _limit(30.0)
-
-
-def guarded_protocol(guard: Guard) -> type[HttpToolsProtocol]:
-    """Returns the protocol class for uvicorn: `uvicorn.Config(app, http=guarded_protocol(g))`."""
-    return type("GuardedProtocol", (_GuardedProtocol,), {"guard": guard})
-
-
-class _GuardedProtocol(HttpToolsProtocol):
+class _LimitedProtocol(HttpToolsProtocol):
     """A connection.
 
     uvicorn does not limit what yields no event: the bytes since the last piece of a body or the
     last end of headers, and the time until headers end.
     """
 
-    guard: Guard
+    guard: HttpLimits
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -169,7 +131,7 @@ class _GuardedProtocol(HttpToolsProtocol):
     def _connections_of_client(self) -> int:
         address = self.client and self.client[0]
         return sum(
-            isinstance(other, _GuardedProtocol) and (other.client and other.client[0]) == address
+            isinstance(other, _LimitedProtocol) and (other.client and other.client[0]) == address
             for other in self.connections
         )
 
@@ -225,7 +187,7 @@ class _GuardedProtocol(HttpToolsProtocol):
         self._refuse(408, "header_timeout", f"the headers did not end within {limit_s:g} s")
 
 
-class BodyGuard:
+class BodyLimits:
     """ASGI middleware that refuses bodies that are too large or too slow.
 
     To the app, a refused request looks like one whose client has disconnected.
@@ -235,7 +197,7 @@ class BodyGuard:
         guard: Limits on bodies.
     """
 
-    def __init__(self, app: ASGIApp, guard: Guard) -> None:
+    def __init__(self, app: ASGIApp, guard: HttpLimits) -> None:
         self._app = app
         self._guard = guard
 

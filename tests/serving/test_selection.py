@@ -8,14 +8,14 @@ import pytest
 
 from serving.artifact import resolve
 from serving.config import EngineConfig, EngineDtype, EngineName
-from serving.engines import choose
+from serving.engines import selection
 from tests.serving.conftest import save_model
 
 NUMBERS_OF_A_TOKEN = 2 * 2 * 2 * 16  # keys and values, layers, heads, width of a head
 
 
 def build(folder, config):
-    return asyncio.run(choose.build(resolve(str(folder)), config, Path("unused"), {}))[0]
+    return asyncio.run(selection.build(resolve(str(folder)), config, Path("unused"), {}))[0]
 
 
 @pytest.mark.parametrize(
@@ -33,8 +33,8 @@ def build(folder, config):
 def test_megabytes_of_a_kv_cache_are_of_the_type_it_is_in(
     tmp_path, monkeypatch, dtype, quantization, asked, has_gpu, itemsize
 ):
-    monkeypatch.setattr(choose, "ProcessEngine", lambda command, _: json.loads(command[-1]))
-    monkeypatch.setattr(choose.gpus, "has_gpu", lambda: has_gpu)
+    monkeypatch.setattr(selection, "ProcessEngine", lambda command, _: json.loads(command[-1]))
+    monkeypatch.setattr(selection.gpus, "has_gpu", lambda: has_gpu)
     save_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"dtype": dtype}
     if quantization is not None:
@@ -46,8 +46,8 @@ def test_megabytes_of_a_kv_cache_are_of_the_type_it_is_in(
 
 
 def test_of_openvino_likewise(export, monkeypatch):
-    monkeypatch.setattr(choose, "ProcessEngine", lambda command, _: command)
-    monkeypatch.setattr(choose.openvino, "prepare", lambda *_: export)
-    monkeypatch.setattr(choose.openvino, "command", lambda _, **settings: settings)
+    monkeypatch.setattr(selection, "ProcessEngine", lambda command, _: command)
+    monkeypatch.setattr(selection.openvino, "prepare", lambda *_: export)
+    monkeypatch.setattr(selection.openvino, "command", lambda _, **settings: settings)
     told = build(export, EngineConfig(name=EngineName.openvino, kv_cache_mb=1))
     assert 0.999e6 < told["kv_cache_bytes"] <= 1e6

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from compression.grid import FLOAT8, fit_grid, round_activation
 from compression.methods.clipping import clipped_grid
+from compression.quantizer import FLOAT8, fit_grid, round_activation
 from compression.recipe import RoundConfig
 from compression.scheme import Activation, Number, Scheme
 from core.errors import ConfigError

@@ -15,7 +15,7 @@ from fastapi.responses import StreamingResponse
 
 from core.errors import ConfigError
 from core.settings.rules import check_settings
-from serving.gateway.guard import BodyGuard, Guard, guarded_protocol
+from serving.gateway.http_limits import BodyLimits, HttpLimits, limited_protocol
 
 HEADER_TIMEOUT_S = 1.5
 BODY_TIMEOUT_S = 1.5
@@ -59,7 +59,7 @@ def serve(app, guard, **options):
         logger.addHandler(handler)
     config = uvicorn.Config(
         app,
-        http=guarded_protocol(guard),
+        http=limited_protocol(guard),
         port=0,
         log_config=None,
         lifespan="off",
@@ -84,10 +84,10 @@ def serve(app, guard, **options):
 
 @pytest.fixture(autouse=True)
 def short_linger(monkeypatch):
-    monkeypatch.setattr("serving.gateway.guard._LINGER_S", 0.3)
+    monkeypatch.setattr("serving.gateway.http_limits._LINGER_S", 0.3)
 
 
-GUARD = Guard(
+GUARD = HttpLimits(
     header_timeout_s=HEADER_TIMEOUT_S,
     max_body_bytes=100_000,
     max_body_bytes_of={"/files": 300_000},
@@ -97,7 +97,7 @@ GUARD = Guard(
 
 @pytest.fixture(scope="module")
 def address():
-    with serve(BodyGuard(build_app(), GUARD), GUARD) as (address, _):
+    with serve(BodyLimits(build_app(), GUARD), GUARD) as (address, _):
         yield address
 
 
@@ -364,8 +364,8 @@ def test_an_upgrade_is_answered_as_if_it_had_not_been_asked_for(client, upgrade)
     [({"max_connections": 3}, 503), ({"max_connections_per_client": 3}, 429)],
 )
 def test_connections_over_a_limit_are_told_so(limits, status):
-    guard = Guard(**limits)
-    with serve(BodyGuard(build_app(), guard), guard) as (address, _):
+    guard = HttpLimits(**limits)
+    with serve(BodyLimits(build_app(), guard), guard) as (address, _):
         clients = [Client(address) for _ in range(3)]
         assert all(client.send(get()).answer()[0] == 200 for client in clients)
         Client(address).refusal(status, "too_many_connections")
@@ -395,8 +395,8 @@ def test_a_client_that_does_not_read_its_answer_is_cut_off():
 
         return StreamingResponse(chunks())
 
-    guard = Guard(write_timeout_s=2.0)
-    with serve(BodyGuard(app, guard), guard) as (address, _):
+    guard = HttpLimits(write_timeout_s=2.0)
+    with serve(BodyLimits(app, guard), guard) as (address, _):
         idle, reads = Client(address), Client(address)
         started = time.monotonic()
         for client in (idle, reads):
@@ -411,9 +411,9 @@ def test_a_client_that_does_not_read_its_answer_is_cut_off():
 
 
 def test_clients_that_leave_and_refusals_leave_nothing_behind():
-    guard = Guard(header_timeout_s=1.0, body_timeout_s=1.0, max_body_bytes=1_000)
+    guard = HttpLimits(header_timeout_s=1.0, body_timeout_s=1.0, max_body_bytes=1_000)
     app = build_app()
-    with serve(BodyGuard(app, guard), guard) as (address, lines):
+    with serve(BodyLimits(app, guard), guard) as (address, lines):
         for data in (b"", b"GET", post(headers="content-length: 9\r\n"), get("/stream"), get()):
             Client(address).send(data).close()
         for _ in range(50):
@@ -428,4 +428,4 @@ def test_clients_that_leave_and_refusals_leave_nothing_behind():
 @pytest.mark.parametrize("wrong", [{"max_body_bytes": 0}, {"max_body_bytes_of": {"/files": -1}}])
 def test_limits_that_let_nobody_in_are_refused(wrong):
     with pytest.raises(ConfigError, match="guard."):
-        check_settings(Guard(**wrong), "guard")
+        check_settings(HttpLimits(**wrong), "guard")

@@ -5,9 +5,9 @@ from signal import SIGTERM
 
 import pytest
 
-from launch.elastic.generation import End, Generation, StopCause
 from launch.elastic.nodes import Node
 from launch.elastic.protocol import ProtocolError, RankStatus, Ready, Start, Status
+from launch.elastic.rendezvous import End, Generation, StopCause
 
 
 def node(address="10.0.0.1", nproc=1):
@@ -97,7 +97,7 @@ def test_a_failure_is_settled_when_the_others_had_time_to_show_theirs(monkeypatc
     gang = gang_of(rank(1, error="echo"), rank())
     assert gang.end() is None and gang.has_failure
     later = time.monotonic() + 1.1
-    monkeypatch.setattr("launch.elastic.generation.time.monotonic", lambda: later)
+    monkeypatch.setattr("launch.elastic.rendezvous.time.monotonic", lambda: later)
     assert gang.end() is End.FAILED
 
 
@@ -123,7 +123,7 @@ def test_a_step_is_done_when_the_next_one_begins():
 
 def test_the_newest_beat_counts(monkeypatch):
     now = 1000.0
-    monkeypatch.setattr("launch.elastic.generation.time.monotonic", lambda: now)
+    monkeypatch.setattr("launch.elastic.rendezvous.time.monotonic", lambda: now)
     gang = gang_of(rank(beat_at=now - 50), rank(beat_at=now - 20))
     assert gang.silence_s() == 20
     assert gang_of(rank(phase=None)).silence_s() == 0

@@ -19,7 +19,7 @@ from serving.metrics import Metrics
 from serving.models import AdaptedModel, Model
 from serving.sampling import Choice
 from serving.telemetry import Telemetry, Transcript
-from serving.text.stages import TextChunk
+from serving.text.codec import TextChunk
 
 
 @dataclass(frozen=True)
