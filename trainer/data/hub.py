@@ -75,8 +75,22 @@ def hub_texts(key: str, cfg: SourceConfig, commit: str | None, notes: list[str])
         )
         yield from column_texts(key, rows, cfg.column or "text", notes)
     except (ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
-        fix = f"check {key}.subset, {key}.split and the files"
-        raise ConfigError(f"{key}.path", cfg.path, one_line(error), fix) from error
+        rule, fix = one_line(error), f"check {key}.subset, {key}.split and the files"
+        if _differ_in_columns(error):
+            rule = "its files have different columns, which `datasets` does not read together"
+            fix = f"name one of the repository's configurations with {key}.subset"
+            if commit is None:
+                fix = "use data=jsonl or data=parquet, which read only the wanted column of each"
+        raise ConfigError(f"{key}.path", cfg.path, rule, fix) from error
+
+
+def _differ_in_columns(error: BaseException | None) -> bool:
+    """Returns whether `datasets` failed since files differ in columns; it may wrap that error."""
+    from datasets.table import CastError  # type: ignore[import-untyped]
+
+    while error is not None and not isinstance(error, CastError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _dataset_info(key: str, path: str, revision: str | None) -> Any:

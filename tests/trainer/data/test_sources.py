@@ -98,6 +98,20 @@ def test_hub_reads_a_local_folder(tmp_path, streaming):
         open_(tmp_path, "hub", **settings, revision="main")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_of_a_local_folder_that_differ_in_columns_have_a_kind_that_reads_them(
+    tmp_path, streaming
+):
+    folder = tmp_path / "repo"
+    folder.mkdir()
+    write_lines(folder / "a.jsonl", [{"text": "one", "a": 1}])
+    write_lines(folder / "b.jsonl", [{"text": "two", "b": "x"}])
+    with pytest.raises(ConfigError) as refused:
+        documents(tmp_path, "hub", path=str(folder), streaming=streaming)
+    assert refused.value.key == "data.path" and "data=jsonl" in refused.value.fix
+    assert documents(tmp_path, "jsonl", path=str(folder)) == ["one", "two"]
+
+
 def test_hub_is_pinned_at_the_commit_of_today(tmp_path, monkeypatch):
     lfs = SimpleNamespace(sha256="ab" * 32)
     siblings = [
