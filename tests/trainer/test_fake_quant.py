@@ -95,5 +95,5 @@ def test_a_checkpoint_from_before_there_was_such_a_setting_goes_on():
 def test_experts_are_refused_rather_than_left_out(model_type, fields):
     config = replace(LLAMA, model_type=model_type, config=LLAMA.config | fields)
     model = build_meta_model(config, 300)
-    with pytest.raises(ConfigError, match="fake_quant.bits=4: the experts of .* are one tensor"):
+    with pytest.raises(ConfigError, match="fake_quant.bits=4: .*experts.* one tensor"):
         prepare_fake_quant(model, FakeQuantConfig(bits=4))

@@ -237,7 +237,7 @@ def test_events_wait_for_the_folder_and_never_make_it(site):
     assert len(events.read_text().splitlines()) == 2
 
 
-def test_a_gang_outlives_its_audience(site):
+def test_a_gang_outlives_its_audience(site, real_programs):
     """Neither a broken pipe nor a full disk is a reason to end it."""
     script = f"test -e {site.folder}/again || {{ touch {site.folder}/again; kill -9 $$; }}"
     supervisor = site.launch("supervise", "--events", "/dev/full", "--", "sh", "-c", script)

@@ -210,8 +210,9 @@ def test_a_broker_that_is_gone_loses_nothing(gateway, start_worker, redis, key):
         forgotten = begin(client, requests(2, "forgotten"))
         redis.stop()
         number = len(client.batches.list().data)
-        with pytest.raises(openai.InternalServerError, match="'code': 'queue'"):
+        with pytest.raises(openai.InternalServerError) as refused:
             begin(client, requests(1, "refused"))
+        assert refused.value.code == "queue"
         assert len(client.batches.list().data) == number
     gateway.kill()
     gateway.start()  # it does not wait for the broker

@@ -150,7 +150,7 @@ def test_a_full_disk_and_a_cache_that_cannot_be_written(config, ready, folder, m
         ready(config(cache_dir=str(folder / "0000.txt" / "cache")))
     with monkeypatch.context() as patch:
         patch.setattr("os.access", lambda *_: False)
-        with pytest.raises(ConfigError, match="data.cache_dir=.*no permission"):
+        with pytest.raises(ConfigError, match="data.cache_dir=.*not writable"):
             ready(config())
 
 
