@@ -116,6 +116,8 @@ class _Server:
         self.environment: dict[str, str] = {}  # what the first server was started in
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        # Two threads' requests would mix on the socket, and one would end the other's adoption.
+        self._one_at_a_time = threading.Lock()
 
     def use(self, connection: socket.socket) -> None:
         """Takes a server that is there."""
@@ -137,6 +139,10 @@ class _Server:
 
     def fork(self, request: _Request, files: list[int]) -> int:
         """Has a program started; returns its process id."""
+        with self._one_at_a_time:
+            return self._fork(request, files)
+
+    def _fork(self, request: _Request, files: list[int]) -> int:
         if self._socket is None:
             self._socket = self._start()
         read, write = os.pipe()

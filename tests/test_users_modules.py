@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from tests.small_model import save_model
+from tests.words import last_of_each
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,7 +79,7 @@ def test_nodes_of_a_cloud_here_run_the_users_program_with_the_users_modules(fold
 
 @pytest.mark.long
 def test_two_ranks(folder, small, tmp_path):
-    finish(folder, "trainer", *small, "nproc=2", "micro_batch_size=2")
+    finish(folder, "trainer", *last_of_each([*small, "nproc=2", "micro_batch_size=2"]))
     records = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert json.loads(records[-1])["step"] == 6
     started = [json.loads(x) for x in (tmp_path / "run/events.jsonl").read_text().splitlines()]

@@ -13,6 +13,7 @@ import yaml
 from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 
 from launch.__main__ import main
+from tests.words import last_of_each
 
 POOL = "launch.pools={mine:{kind:kubernetes,gpu:H100,gpus_per_node:2,nodes:2,usd_per_h:16}}"
 CLUSTER = (
@@ -96,7 +97,7 @@ def test_without_a_cluster_it_is_said_in_one_line(words, tmp_path, monkeypatch, 
 @pytest.mark.long
 def test_pods_train_and_one_that_is_lost_comes_back(small, capsys, tmp_path):
     words = ["stop.steps=2500", "log.every_steps=50", "launch.nodes=[2]"]
-    document = job_set(capsys, *small, *words, *CLUSTER)
+    document = job_set(capsys, *last_of_each([*small, *words, *CLUSTER]))
     script = pods_of(document)["template"]["spec"]["containers"][0]["command"][2]
     # what the cluster provides: a name, a volume
     script = script.replace("mine-node-0-0.mine", "127.0.0.1").replace("/spotforge", str(tmp_path))

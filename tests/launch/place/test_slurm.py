@@ -104,7 +104,7 @@ def test_a_job_is_queued_again_after_a_notice_and_not_after_a_cancel(small, clus
     output, run_dir = tmp_path / "mine.out", tmp_path / "run"
 
     def launch(verb, *more):
-        command = [sys.executable, "-m", "launch", verb, *more]
+        command = [sys.executable, "-m", "launch", verb, *last_of_each(more)]
         done = subprocess.run(
             command, cwd=tmp_path, env=cluster.environment, capture_output=True, text=True
         )
