@@ -75,9 +75,8 @@ class DdpStrategy(Strategy):
         return replicated
 
     def leave_unused(self, **inputs: Any) -> list[str]:
-        # A backward pass times zero shows which parameters get a gradient without changing any. It
-        # is
-        # not reduced, since DDP would wait for the gradients that never come.
+        # A backward pass times zero shows which parameters get a gradient without changing any.
+        # It is not reduced, since DDP would wait for the gradients that never come.
         with self.accumulate(last=False):
             self.backward(self.forward(**inputs) * 0.0)
         unused = without_gradient(self._parameters)

@@ -62,8 +62,7 @@ class ZeroStrategy(Strategy):
     ) -> None:
         if self._config.stage == 3:
             # Frozen children first, then the trained model; in each, blocks before the rest, so
-            # that no
-            # rank ever holds more than one block in full.
+            # that no rank ever holds more than one block in full.
             for part in (*frozen_children(module), module):
                 for block in sharded_blocks(part.get_submodule("model")):
                     materialize(block)

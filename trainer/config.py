@@ -260,22 +260,6 @@ class CheckpointConfig:
     asynchronous: bool = True
     upload: str | None = None
 
-    def __post_init__(self) -> None:
-        Interval.parse(self.interval)
-        if self.keep_last < 1:
-            raise ConfigError("checkpoint.keep_last", self.keep_last, "must be at least 1", "use 2")
-        if self.keep_every is not None and self.keep_every < 1:
-            raise ConfigError(
-                "checkpoint.keep_every", self.keep_every, "must be at least 1", "use 1000, or null"
-            )
-        if not self.mean_hours_between_preemptions > 0:
-            raise ConfigError(
-                "checkpoint.mean_hours_between_preemptions",
-                self.mean_hours_between_preemptions,
-                "must be above 0",
-                "use 6",
-            )
-
 
 @dataclass
 class FakeQuantConfig:

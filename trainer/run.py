@@ -190,7 +190,8 @@ def train_in(
             )
         if weights.sparse:
             reporter.say(f"keep_zeros: {weights.num_zeros} weights are zero and stay zero")
-        with world.together():
+        # Eager: a few tokens, in other modes than a step's, would only compile other graphs.
+        with world.together(), torch.compiler.set_stance("force_eager"):
             check_forward(config, strategy, module, world)
             settle(config, module, strategy, world, resolved, before, reporter.say, given)
             leave_unused(config, module, strategy, world, reporter.say)

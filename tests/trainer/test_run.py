@@ -12,6 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from core.process.child import run
+from core.process.python import environment, python
 from tests.words import last_of_each
 from trainer.checkpoint import committed, read_state
 
@@ -469,3 +471,21 @@ def test_compiled_blocks_train_alike(trainer, small, tmp_path):
         losses(tmp_path / "eager"), losses(tmp_path / "compiled"), strict=True
     ):
         assert compiled == pytest.approx(eager, rel=1e-4)
+
+
+_COUNTS_GRAPHS = """
+import sys
+from torch._dynamo.utils import counters
+from trainer.__main__ import main
+assert main() == 0
+print("graphs:", counters["stats"]["unique_graphs"])
+"""
+
+
+@pytest.mark.long
+def test_what_is_asked_before_the_first_step_compiles_nothing(small):
+    """One graph for training and one for evaluation; the probes' few tokens would add theirs."""
+    words = [str(word) for word in [*small, "compile=true"]]
+    done = run(python("-c", _COUNTS_GRAPHS, *words), environment(OMP_NUM_THREADS="1"))
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1] == "graphs: 2"
