@@ -22,7 +22,10 @@ from serving.text.tokenizer import TokenizerFiles
 
 
 class EchoEngine:
-    """Says what it was told, after a while; `boom` makes it fail, `slow` makes it slow."""
+    """Says what it was told, after a while.
+
+    `boom` makes it fail, `slow` makes it slow, and `held` waits for the file LOG.go.
+    """
 
     is_ready = True
 
@@ -37,6 +40,8 @@ class EchoEngine:
         if "boom" in text:
             raise EngineError("it went away")
         await asyncio.sleep(0.8 if "slow" in text else self._delay_s)
+        while "held" in text and not self._log.with_suffix(".go").exists():
+            await asyncio.sleep(0.02)
         yield TokenChunk(request.prompt[: request.max_tokens], finish_reason="stop")
 
     def stats(self):
