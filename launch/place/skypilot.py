@@ -70,7 +70,7 @@ class SkyPilot:
             and (candidate.num_nodes == 1 or candidate.offer.cloud not in SINGLE_NODE_CLOUDS)
         ]
         if not usable:
-            clouds = sorted({candidate.offer.cloud for candidate in plan.candidates})
+            clouds = sorted({c.offer.cloud or c.offer.pool_kind for c in plan.candidates})
             rule = f"SkyPilot supports none of {', '.join(clouds)}"
             fix = "use a price list with its clouds: python -m launch catalog update"
             raise ConfigError("launch.clouds", self._launch.clouds, rule, fix)
@@ -212,7 +212,7 @@ def _prices(job: Job) -> str:
     return json.dumps(
         [
             {
-                "cloud": _CLOUDS.get(offer.cloud, offer.cloud),
+                "cloud": offer.pool_kind or _CLOUDS[offer.cloud],
                 "region": offer.region,
                 "zone": _zone(offer),
                 "gpu": offer.gpu,
@@ -291,7 +291,8 @@ def _ordered(job: Job) -> list[dict[str, Any]]:
 def _infra(offer: Offer) -> str:
     """Returns `aws/ap-south-1/ap-south-1a`, as far as known; empty if SkyPilot cannot go there."""
     if offer.pool:
-        return {"ssh": f"ssh/{offer.pool}", "kubernetes": f"k8s/{offer.pool}"}.get(offer.cloud, "")
+        prefix = {"ssh": "ssh", "kubernetes": "k8s"}.get(offer.pool_kind)
+        return f"{prefix}/{offer.pool}" if prefix else ""
     cloud = _CLOUDS.get(offer.cloud)
     if cloud is None:
         return ""
