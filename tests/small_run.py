@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.config import PrecisionConfig
+from parallel.optimizer_state import ADAMW
 from trainer.config import NamedModelConfig, PretrainConfig
 from trainer.model import Materializer, build_meta_model, prepare_training
 from trainer.optim import AdamWConfig
@@ -51,6 +52,7 @@ class SmallRun:
             self.module,
             self.module.materializer(weights, world.device),
             partial(AdamWConfig(lr=3e-3, max_norm=0.5).build, decayed=matrices),
+            ADAMW,
             weights.sparse,
         )
         self.step = 0

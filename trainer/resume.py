@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import ConfigError, DamagedError
-from parallel.strategy import SLOTS, ReadTensors, persistent_buffers, trainable
+from parallel.optimizer_state import OptimizerState
+from parallel.strategy import ReadTensors, persistent_buffers
 from parallel.world import World
 from trainer.checkpoint import (
     TRAINER,
@@ -259,14 +260,20 @@ def order_of(saved: TrainerState, run_dir: Path) -> OrderRule:
     return OrderRule.left_to_right
 
 
-def check_same_model(checkpoint: Path, model: nn.Module, say: Callable[[str], None]) -> None:
+def check_same_model(
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer_state: OptimizerState,
+    say: Callable[[str], None],
+) -> None:
     """Compares a checkpoint's tensors with those of the model.
 
-    Checkpoints of earlier releases lack buffers, and have moments of frozen parameters.
+    Checkpoints of earlier releases lack buffers, and have optimizer state of frozen parameters.
 
     Args:
         checkpoint: Verified checkpoint.
         model: Model on the meta device.
+        optimizer_state: Description of what its optimizer keeps.
         say: Function that prints a line.
 
     Raises:
@@ -274,12 +281,15 @@ def check_same_model(checkpoint: Path, model: nn.Module, say: Callable[[str], No
     """
     parameters, buffers = dict(model.named_parameters()), persistent_buffers(model)
     wanted = {name: tensor.shape for name, tensor in (*parameters.items(), *buffers.items())}
-    moments = {n: [f"optim.{n}.{slot}" for slot in SLOTS] for n in parameters}
-    for name in trainable(parameters):
-        wanted |= dict.fromkeys(moments[name], wanted[name])
+    frozen: set[str] = set()
+    for name, parameter in parameters.items():
+        entries = [slot.entry(name) for slot in optimizer_state.slots]
+        if parameter.requires_grad:
+            wanted |= dict.fromkeys(entries, parameter.shape)
+        else:
+            frozen.update(entries)
     stored = tensor_shapes(checkpoint)
     absent = buffers.keys() - stored.keys()
-    frozen = {m for n in parameters.keys() - trainable(parameters).keys() for m in moments[n]}
     if absent:
         say(
             f"resume: {checkpoint.name} was saved by a release that did not save buffers; "

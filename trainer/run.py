@@ -156,7 +156,7 @@ def train_in(
                 before = saved.config
                 keep_what_was_found(resolved, before, given)
                 check_same_run(config, state, saved, reporter.say)
-                check_same_model(checkpoint, model, reporter.say)
+                check_same_model(checkpoint, model, config.optim.state, reporter.say)
                 why = "the newest valid one" if config.resume == "auto" else "as resume says"
                 reporter.say(f"resuming after step {saved.step}, from {checkpoint} ({why})")
                 if config.total_steps is not None and saved.step > config.total_steps:
@@ -186,6 +186,7 @@ def train_in(
                 module,
                 module.materializer(weights, world.device),
                 partial(config.optim.build, decayed=decayed),
+                config.optim.state,
                 weights.sparse,
             )
         if weights.sparse:

@@ -12,6 +12,7 @@ from transformers.models.falcon import modeling_falcon
 from core.errors import ConfigError
 from core.settings.command import CONFIG_DIR
 from parallel.config import DdpConfig, Dtype, FsdpConfig, PrecisionConfig, ZeroConfig
+from parallel.optimizer_state import ADAMW
 from parallel.strategy import decoder_blocks, sharded_blocks
 from parallel.world import join_world
 from tests.distributed import run_distributed
@@ -456,7 +457,7 @@ def peak_while_building(parallel, world):
 
     names = {name for name, p in model.named_parameters() if p.ndim >= 2}
     strategy = parallel.build(world, PrecisionConfig())
-    strategy.setup(module, record, partial(AdamWConfig().build, decayed=names))
+    strategy.setup(module, record, partial(AdamWConfig().build, decayed=names), ADAMW)
     return max(held), held_numel(model)
 
 
