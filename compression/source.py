@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from compression.layers import other_matrices
-from compression.recipe import BlockStep, Pattern, PruneConfig
+from compression.recipe import BlockStep, PruneConfig
+from compression.sparsity import Pattern
 from compression.stream import BlockStream
 from core.errors import ConfigError, DamagedError
 from core.folder import LINEAGE, sha256_of

@@ -7,8 +7,9 @@ import torch.distributed as dist
 
 from parallel.config import PrecisionConfig
 from parallel.optimizer_state import ADAMW
-from trainer.config import NamedModelConfig, PretrainConfig
+from trainer.config import PretrainConfig
 from trainer.model import Materializer, build_meta_model, prepare_training
+from trainer.model_config import NamedModelConfig
 from trainer.optim import AdamWConfig
 
 GLOBAL_BATCH, SEQ_LEN, VOCAB = 16, 32, 128

@@ -41,9 +41,9 @@ from trainer.checkpoint import (
     read_tensors,
     verify,
 )
-from trainer.config import PathModelConfig
 from trainer.data.tokenizer import check_tokenizer, fingerprint, load_tokenizer
 from trainer.model import Materializer, build_meta_model
+from trainer.model_config import PathModelConfig
 from trainer.weights import WeightGroup, WeightsReader, canonical_names, saving_groups
 
 _SHARD_BYTES = 5 * 10**9  # size of one file that the hub recommends

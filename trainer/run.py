@@ -23,7 +23,7 @@ from parallel.strategy import Strategy
 from parallel.world import World, join_world
 from trainer.checkpoint import STORED_NAMES, TrainerState, read_state, step_name
 from trainer.checkpointer import Checkpointer
-from trainer.config import ModelConfig, NamedModelConfig, PathModelConfig, TrainerConfig, resolve
+from trainer.config import TrainerConfig, resolve
 from trainer.cpu import keep_freed_memory
 from trainer.data.loader import check_samples
 from trainer.data.order import OrderRule
@@ -42,6 +42,7 @@ from trainer.model import (
     prepare_training,
     set_special_token,
 )
+from trainer.model_config import ModelConfig, NamedModelConfig, PathModelConfig
 from trainer.optim import Decay, decayed_names
 from trainer.positions import check_positions
 from trainer.probe import leave_unused, settle

@@ -19,8 +19,8 @@ from tests.distributed import run_distributed
 from tests.families import zoo
 from tests.small_run import MODEL, VOCAB, SmallRun
 from trainer.command import TRAINER
-from trainer.config import NamedModelConfig, PathModelConfig
 from trainer.model import Materializer, build_meta_model
+from trainer.model_config import NamedModelConfig, PathModelConfig
 from trainer.objective import NextTokenLoss
 from trainer.optim import AdamWConfig
 from trainer.positions import check_positions

@@ -13,8 +13,8 @@ from parallel.optimizer_state import ADAMW
 from parallel.world import join_world
 from tests.distributed import run_distributed
 from tests.small_run import SEQ_LEN, VOCAB, SmallRun, _batch
-from trainer.config import NamedModelConfig
 from trainer.model import build_meta_model
+from trainer.model_config import NamedModelConfig
 from trainer.objective import NextTokenLoss
 from trainer.optim import AdamWConfig
 from trainer.probe import leave_unused

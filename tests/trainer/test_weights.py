@@ -27,9 +27,10 @@ from trainer.checkpoint import (
     tensor_shapes,
 )
 from trainer.checkpointer import Checkpointer
-from trainer.config import CheckpointConfig, PathModelConfig
+from trainer.config import CheckpointConfig
 from trainer.export import export_checkpoint
 from trainer.model import Materializer, build_meta_model
+from trainer.model_config import PathModelConfig
 from trainer.resume import check_same_model, state_reader
 from trainer.run import _save_assets
 from trainer.weights import canonical_names, saving_groups
