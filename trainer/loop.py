@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from core import layout
 from core.errors import DivergedError, ExitCode
 from monitoring.throughput import Throughput
 from parallel.strategy import Strategy
@@ -56,7 +57,7 @@ class TrainingLoop:
         self.state = state
         assert state.order is not None, "the run sets it at its start or when it resumes"
         self.order = state.order
-        self.checkpoints = config.run_dir / "checkpoints"
+        self.checkpoints = config.run_dir / layout.CHECKPOINTS
         self.loss_watch = LossWatch(config.anomaly)
         self.judges_every_loss = config.anomaly.action is not AnomalyAction.stop
         self.anomalies_in_a_row = 0

@@ -10,18 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core import layout
 from core.errors import ConfigError, DamagedError
 from parallel.optimizer_state import OptimizerState
 from parallel.strategy import ReadTensors, persistent_buffers
 from parallel.world import World
-from trainer.checkpoint import (
-    TRAINER,
-    TrainerState,
-    committed,
-    read_tensors,
-    tensor_shapes,
-    verify,
-)
+from trainer.checkpoint import TrainerState, committed, read_tensors, tensor_shapes, verify
 from trainer.config import TrainerConfig
 from trainer.data.order import OrderRule
 from trainer.remote import RemoteCheckpoints
@@ -112,19 +106,20 @@ def stored_config(config: TrainerConfig) -> dict[str, Any] | None:
     """
     if config.resume == "never":
         return None
-    checkpoints = committed(config.run_dir / "checkpoints")
+    checkpoints = committed(config.run_dir / layout.CHECKPOINTS)
     if config.resume != "auto":
         checkpoints = [Path(config.resume).expanduser()]
     for checkpoint in checkpoints:
         with suppress(OSError, ValueError, KeyError, TypeError):  # reported by verification
-            stored: dict[str, Any] = json.loads((checkpoint / TRAINER).read_bytes())["config"]
+            content = (checkpoint / layout.TRAINER_STATE).read_bytes()
+            stored: dict[str, Any] = json.loads(content)["config"]
             return stored
     if config.checkpoint.upload is not None and config.resume == "auto":
         remote = RemoteCheckpoints(config.checkpoint.upload)
         remote.check()
         for name in remote.names():
             with suppress(OSError, ValueError, KeyError, TypeError):
-                stored = json.loads(remote.read(name, TRAINER))["config"]
+                stored = json.loads(remote.read(name, layout.TRAINER_STATE))["config"]
                 return stored
     return None
 
@@ -249,10 +244,10 @@ def order_of(saved: TrainerState, run_dir: Path) -> OrderRule:
     """
     if saved.order is not None:
         return saved.order
-    named = _read_object(run_dir / "data.json").get("order")
+    named = _read_object(run_dir / layout.DATA).get("order")
     if named in tuple(OrderRule):
         return OrderRule(named)
-    python = str(_read_object(run_dir / "environment.json").get("python", ""))
+    python = str(_read_object(run_dir / layout.ENVIRONMENT).get("python", ""))
     major, _, rest = python.partition(".")
     minor = rest.partition(".")[0]
     if major.isdecimal() and minor.isdecimal() and (int(major), int(minor)) >= (3, 12):

@@ -17,11 +17,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from core import layout
 from core.errors import ConfigError, ExitCode, Interrupted, SpotforgeError
 from parallel.launcher import read_place
 from parallel.strategy import Strategy
 from parallel.world import World, join_world
-from trainer.checkpoint import STORED_NAMES, TrainerState, read_state, step_name
+from trainer.checkpoint import TrainerState, read_state, step_name
 from trainer.checkpointer import Checkpointer
 from trainer.config import TrainerConfig, resolve
 from trainer.cpu import keep_freed_memory
@@ -143,7 +144,7 @@ def train_in(
 
     with _locked(config, world):
         # 3. The checkpoint to resume from: refused here, if at all, before anything is written
-        folder = config.run_dir / "checkpoints"
+        folder = config.run_dir / layout.CHECKPOINTS
         state = TrainerState(
             0, 0, 0, 0.0, data.digest, data.tokenizer_fingerprint, resolved, OrderRule.exact
         )
@@ -320,12 +321,12 @@ def _finish(
     step: int,
     outcome: ExitCode,
 ) -> None:
-    checkpoint = config.run_dir / "checkpoints" / step_name(step)
+    checkpoint = config.run_dir / layout.CHECKPOINTS / step_name(step)
     finished = outcome is ExitCode.FINISHED
     reasons = [reason for reason in world.gather(stop.reason) if reason]
     with world.together():
         if finished and config.export.at_end and world.rank == 0:
-            export_checkpoint(checkpoint, config.run_dir / "export", config.export.dtype)
+            export_checkpoint(checkpoint, config.run_dir / layout.EXPORT, config.export.dtype)
     with world.together():
         failure = checkpointer.wait_for_uploads()
         if failure is not None and finished:
@@ -385,4 +386,4 @@ def _save_assets(
         model.generation_config.save_pretrained(folder)
     data.tokenizer.save_pretrained(folder)
     if stored_names is not None:
-        (folder / STORED_NAMES).write_text(json.dumps(stored_names))
+        (folder / layout.STORED_NAMES).write_text(json.dumps(stored_names))

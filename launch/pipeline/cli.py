@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from core import layout
 from launch.words import add_words, settings_of
 
 _PIPELINE = """\
@@ -50,7 +51,7 @@ def _pipeline(options: argparse.Namespace, rest: Sequence[str]) -> int:
     for option, name in (("--only", options.only), ("--record", options.record)):
         if name is not None and name not in names:
             raise ConfigError(option, name, "not in launch.stages", f"one of {', '.join(names)}")
-    chain = Chain(stages, settings.trainer.run_dir / "pipeline.json")
+    chain = Chain(stages, settings.trainer.run_dir / layout.PIPELINE)
     if options.record is not None:
         chain.record(options.record)
         return ExitCode.FINISHED
