@@ -6,8 +6,10 @@ import torch
 import torch.distributed as dist
 
 from parallel.config import PrecisionConfig
-from trainer.config import NamedModelConfig, PretrainConfig
+from parallel.optimizer_state import ADAMW
+from trainer.config import PretrainConfig
 from trainer.model import Materializer, build_meta_model, prepare_training
+from trainer.model_config import NamedModelConfig
 from trainer.optim import AdamWConfig
 
 GLOBAL_BATCH, SEQ_LEN, VOCAB = 16, 32, 128
@@ -51,6 +53,7 @@ class SmallRun:
             self.module,
             self.module.materializer(weights, world.device),
             partial(AdamWConfig(lr=3e-3, max_norm=0.5).build, decayed=matrices),
+            ADAMW,
             weights.sparse,
         )
         self.step = 0

@@ -19,31 +19,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from core import layout
 from core.errors import ConfigError, ExitCode, SpotforgeError
-from core.folder import (
-    LINEAGE,
-    MANIFEST,
-    digest_of,
-    find_run,
-    sha256_of,
-    staged_folder,
-    write_lineage,
-)
+from core.folder import digest_of, find_run, sha256_of, staged_folder, write_lineage
 from core.settings.command import Command, Job
 from monitoring.environment import describe_environment
 from parallel.config import Dtype
-from trainer.checkpoint import (
-    ASSETS,
-    STORED_NAMES,
-    committed,
-    described_tensors,
-    read_state,
-    read_tensors,
-    verify,
-)
-from trainer.config import PathModelConfig
+from trainer.checkpoint import committed, described_tensors, read_state, read_tensors, verify
 from trainer.data.tokenizer import check_tokenizer, fingerprint, load_tokenizer
 from trainer.model import Materializer, build_meta_model
+from trainer.model_config import PathModelConfig
 from trainer.weights import WeightGroup, WeightsReader, canonical_names, saving_groups
 
 _SHARD_BYTES = 5 * 10**9  # size of one file that the hub recommends
@@ -99,8 +84,8 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: Dtype) -> None:
     _check_replaceable(out)
     try:
         with staged_folder(out, replace=True) as staging:
-            shutil.copytree(checkpoint / ASSETS, staging, dirs_exist_ok=True)
-            names = staging / STORED_NAMES
+            shutil.copytree(checkpoint / layout.ASSETS, staging, dirs_exist_ok=True)
+            names = staging / layout.STORED_NAMES
             stored_names = json.loads(names.read_text()) if names.exists() else None
             names.unlink(missing_ok=True)
             weights = _Weights(checkpoint, staging, getattr(torch, dtype.value))
@@ -128,8 +113,8 @@ def _check_replaceable(out: Path) -> None:
         raise ConfigError("out", out, "is a file", "name a folder")
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     known: set[str] = set()
-    if LINEAGE in files:
-        known = {LINEAGE, *json.loads((out / LINEAGE).read_text())["files"]}
+    if layout.LINEAGE in files:
+        known = {layout.LINEAGE, *json.loads((out / layout.LINEAGE).read_text())["files"]}
     strange = sorted(files - known)
     if strange:
         raise ConfigError(
@@ -141,7 +126,7 @@ def _check_tokenizer(checkpoint: Path, folder: Path) -> None:
     """Raises ConfigError if the exported tokenizer makes other tokens than the one in training."""
     if fingerprint(load_tokenizer(str(folder))) != read_state(checkpoint).tokenizer_fingerprint:
         # A class may name an additional token and still make the same tokens of every text.
-        check_tokenizer(folder, PreTrainedTokenizerFast.from_pretrained(checkpoint / ASSETS))
+        check_tokenizer(folder, PreTrainedTokenizerFast.from_pretrained(checkpoint / layout.ASSETS))
 
 
 class _Weights:
@@ -290,7 +275,7 @@ def _origin(checkpoint: Path, dtype: Dtype) -> dict[str, Any]:
         else None,
         "checkpoint": {
             "name": checkpoint.name,
-            "manifest_sha256": sha256_of(checkpoint / MANIFEST),
+            "manifest_sha256": sha256_of(checkpoint / layout.MANIFEST),
             "step": state.step,
             "num_tokens": state.num_tokens,
         },
@@ -299,7 +284,7 @@ def _origin(checkpoint: Path, dtype: Dtype) -> dict[str, Any]:
 
 
 def _find_run(name: str) -> Path:
-    run = find_run(name, holds="checkpoints")
+    run = find_run(name, holds=layout.CHECKPOINTS)
     if run is None:
         raise ConfigError("run", name, "is not a run with checkpoints", "give runs/<name>")
     return run.absolute()
@@ -307,16 +292,16 @@ def _find_run(name: str) -> Path:
 
 def _find_checkpoint(run: Path, name: str | None) -> Path:
     if name is not None:
-        path = run / "checkpoints" / name
+        path = run / layout.CHECKPOINTS / name
         if not path.is_dir():
-            have = ", ".join(p.name for p in committed(run / "checkpoints")) or "none"
+            have = ", ".join(p.name for p in committed(run / layout.CHECKPOINTS)) or "none"
             raise ConfigError(
                 "checkpoint", name, "there is no such checkpoint", f"there are: {have}"
             )
         verify(path)
         return path
     newest: ConfigError | None = None
-    for path in committed(run / "checkpoints"):
+    for path in committed(run / layout.CHECKPOINTS):
         try:
             verify(path)
         except ConfigError as e:
@@ -330,7 +315,7 @@ def _find_checkpoint(run: Path, name: str | None) -> Path:
 def _run(arguments: ExportArguments, job: Job) -> int:
     run = _find_run(arguments.run)
     checkpoint = _find_checkpoint(run, arguments.checkpoint)
-    out = Path(arguments.out).expanduser().absolute() if arguments.out else run / "export"
+    out = Path(arguments.out).expanduser().absolute() if arguments.out else run / layout.EXPORT
     export_checkpoint(checkpoint, out, arguments.dtype)
     print(f"{checkpoint.name} -> {out}")
     return ExitCode.FINISHED

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Collection
 from pathlib import Path
 
+from core import layout
 from core.errors import ConfigError, ExitCode, SpotforgeError
 from core.folder import digest_of, write_file
 from core.process.child import Child, exit_code
@@ -106,7 +107,7 @@ def _supervisor(config: TrainerConfig, given: Collection[str], num_nodes: int) -
         action = ["join", f"{head}:{SUPERVISOR_PORT}", *options]
     else:
         options += ["--hang-timeout", str(config.hang_timeout_s)]
-        options += ["--events", str(config.run_dir / "supervisor.jsonl")]
+        options += ["--events", str(config.run_dir / layout.SUPERVISOR_EVENTS)]
         if isinstance(config.parallel, FsdpConfig):
             # With replicas, FSDP can use only certain numbers of ranks.
             options += ["--multiple-of", str(config.parallel.ranks_multiple_of)]

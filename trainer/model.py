@@ -20,8 +20,8 @@ from transformers.utils import logging
 from core.errors import ConfigError
 from parallel.strategy import decoder_blocks, persistent_buffers
 from trainer.attention import plain_attention
-from trainer.config import NamedModelConfig, PathModelConfig
 from trainer.constructed import constructed_values
+from trainer.model_config import NamedModelConfig, PathModelConfig
 from trainer.weights import WeightsReader
 
 

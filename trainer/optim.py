@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from core.settings.rules import setting
+from parallel.optimizer_state import ADAMW, OptimizerState
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,6 +48,8 @@ class AdamWConfig:
     weight_decay: float = setting(0.1, least=0, fix="try 0.1")
     decay: Decay = Decay.auto
     max_norm: float | None = setting(1.0, above=0, fix="null: no clipping")
+
+    state: ClassVar[OptimizerState] = ADAMW
 
     def build(self, parameters: dict[str, nn.Parameter], decayed: set[str]) -> Optimizer:
         """Builds the optimizer.

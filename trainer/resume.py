@@ -10,17 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core import layout
 from core.errors import ConfigError, DamagedError
-from parallel.strategy import SLOTS, ReadTensors, persistent_buffers, trainable
+from parallel.optimizer_state import OptimizerState
+from parallel.strategy import ReadTensors, persistent_buffers
 from parallel.world import World
-from trainer.checkpoint import (
-    TRAINER,
-    TrainerState,
-    committed,
-    read_tensors,
-    tensor_shapes,
-    verify,
-)
+from trainer.checkpoint import TrainerState, committed, read_tensors, tensor_shapes, verify
 from trainer.config import TrainerConfig
 from trainer.data.order import OrderRule
 from trainer.remote import RemoteCheckpoints
@@ -111,19 +106,20 @@ def stored_config(config: TrainerConfig) -> dict[str, Any] | None:
     """
     if config.resume == "never":
         return None
-    checkpoints = committed(config.run_dir / "checkpoints")
+    checkpoints = committed(config.run_dir / layout.CHECKPOINTS)
     if config.resume != "auto":
         checkpoints = [Path(config.resume).expanduser()]
     for checkpoint in checkpoints:
         with suppress(OSError, ValueError, KeyError, TypeError):  # reported by verification
-            stored: dict[str, Any] = json.loads((checkpoint / TRAINER).read_bytes())["config"]
+            content = (checkpoint / layout.TRAINER_STATE).read_bytes()
+            stored: dict[str, Any] = json.loads(content)["config"]
             return stored
     if config.checkpoint.upload is not None and config.resume == "auto":
         remote = RemoteCheckpoints(config.checkpoint.upload)
         remote.check()
         for name in remote.names():
             with suppress(OSError, ValueError, KeyError, TypeError):
-                stored = json.loads(remote.read(name, TRAINER))["config"]
+                stored = json.loads(remote.read(name, layout.TRAINER_STATE))["config"]
                 return stored
     return None
 
@@ -248,10 +244,10 @@ def order_of(saved: TrainerState, run_dir: Path) -> OrderRule:
     """
     if saved.order is not None:
         return saved.order
-    named = _read_object(run_dir / "data.json").get("order")
+    named = _read_object(run_dir / layout.DATA).get("order")
     if named in tuple(OrderRule):
         return OrderRule(named)
-    python = str(_read_object(run_dir / "environment.json").get("python", ""))
+    python = str(_read_object(run_dir / layout.ENVIRONMENT).get("python", ""))
     major, _, rest = python.partition(".")
     minor = rest.partition(".")[0]
     if major.isdecimal() and minor.isdecimal() and (int(major), int(minor)) >= (3, 12):
@@ -259,14 +255,20 @@ def order_of(saved: TrainerState, run_dir: Path) -> OrderRule:
     return OrderRule.left_to_right
 
 
-def check_same_model(checkpoint: Path, model: nn.Module, say: Callable[[str], None]) -> None:
+def check_same_model(
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer_state: OptimizerState,
+    say: Callable[[str], None],
+) -> None:
     """Compares a checkpoint's tensors with those of the model.
 
-    Checkpoints of earlier releases lack buffers, and have moments of frozen parameters.
+    Checkpoints of earlier releases lack buffers, and have optimizer state of frozen parameters.
 
     Args:
         checkpoint: Verified checkpoint.
         model: Model on the meta device.
+        optimizer_state: Description of what its optimizer keeps.
         say: Function that prints a line.
 
     Raises:
@@ -274,12 +276,15 @@ def check_same_model(checkpoint: Path, model: nn.Module, say: Callable[[str], No
     """
     parameters, buffers = dict(model.named_parameters()), persistent_buffers(model)
     wanted = {name: tensor.shape for name, tensor in (*parameters.items(), *buffers.items())}
-    moments = {n: [f"optim.{n}.{slot}" for slot in SLOTS] for n in parameters}
-    for name in trainable(parameters):
-        wanted |= dict.fromkeys(moments[name], wanted[name])
+    frozen: set[str] = set()
+    for name, parameter in parameters.items():
+        entries = [slot.entry(name) for slot in optimizer_state.slots]
+        if parameter.requires_grad:
+            wanted |= dict.fromkeys(entries, parameter.shape)
+        else:
+            frozen.update(entries)
     stored = tensor_shapes(checkpoint)
     absent = buffers.keys() - stored.keys()
-    frozen = {m for n in parameters.keys() - trainable(parameters).keys() for m in moments[n]}
     if absent:
         say(
             f"resume: {checkpoint.name} was saved by a release that did not save buffers; "

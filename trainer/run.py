@@ -17,13 +17,14 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from core import layout
 from core.errors import ConfigError, ExitCode, Interrupted, SpotforgeError
 from parallel.launcher import read_place
 from parallel.strategy import Strategy
 from parallel.world import World, join_world
-from trainer.checkpoint import STORED_NAMES, TrainerState, read_state, step_name
+from trainer.checkpoint import TrainerState, read_state, step_name
 from trainer.checkpointer import Checkpointer
-from trainer.config import ModelConfig, NamedModelConfig, PathModelConfig, TrainerConfig, resolve
+from trainer.config import TrainerConfig, resolve
 from trainer.cpu import keep_freed_memory
 from trainer.data.loader import check_samples
 from trainer.data.order import OrderRule
@@ -42,6 +43,7 @@ from trainer.model import (
     prepare_training,
     set_special_token,
 )
+from trainer.model_config import ModelConfig, NamedModelConfig, PathModelConfig
 from trainer.optim import Decay, decayed_names
 from trainer.positions import check_positions
 from trainer.probe import leave_unused, settle
@@ -142,7 +144,7 @@ def train_in(
 
     with _locked(config, world):
         # 3. The checkpoint to resume from: refused here, if at all, before anything is written
-        folder = config.run_dir / "checkpoints"
+        folder = config.run_dir / layout.CHECKPOINTS
         state = TrainerState(
             0, 0, 0, 0.0, data.digest, data.tokenizer_fingerprint, resolved, OrderRule.exact
         )
@@ -156,7 +158,7 @@ def train_in(
                 before = saved.config
                 keep_what_was_found(resolved, before, given)
                 check_same_run(config, state, saved, reporter.say)
-                check_same_model(checkpoint, model, reporter.say)
+                check_same_model(checkpoint, model, config.optim.state, reporter.say)
                 why = "the newest valid one" if config.resume == "auto" else "as resume says"
                 reporter.say(f"resuming after step {saved.step}, from {checkpoint} ({why})")
                 if config.total_steps is not None and saved.step > config.total_steps:
@@ -186,6 +188,7 @@ def train_in(
                 module,
                 module.materializer(weights, world.device),
                 partial(config.optim.build, decayed=decayed),
+                config.optim.state,
                 weights.sparse,
             )
         if weights.sparse:
@@ -318,12 +321,12 @@ def _finish(
     step: int,
     outcome: ExitCode,
 ) -> None:
-    checkpoint = config.run_dir / "checkpoints" / step_name(step)
+    checkpoint = config.run_dir / layout.CHECKPOINTS / step_name(step)
     finished = outcome is ExitCode.FINISHED
     reasons = [reason for reason in world.gather(stop.reason) if reason]
     with world.together():
         if finished and config.export.at_end and world.rank == 0:
-            export_checkpoint(checkpoint, config.run_dir / "export", config.export.dtype)
+            export_checkpoint(checkpoint, config.run_dir / layout.EXPORT, config.export.dtype)
     with world.together():
         failure = checkpointer.wait_for_uploads()
         if failure is not None and finished:
@@ -383,4 +386,4 @@ def _save_assets(
         model.generation_config.save_pretrained(folder)
     data.tokenizer.save_pretrained(folder)
     if stored_names is not None:
-        (folder / STORED_NAMES).write_text(json.dumps(stored_names))
+        (folder / layout.STORED_NAMES).write_text(json.dumps(stored_names))

@@ -33,7 +33,7 @@ from transformers.core_model_loading import (
 from transformers.utils import cached_file
 
 from core.errors import ConfigError, DamagedError
-from trainer.config import PathModelConfig
+from trainer.model_config import PathModelConfig
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

@@ -19,13 +19,14 @@ from compression.scheme import Scheme
 from compression.speed import TorchRunner
 from compression.stream import BlockStream
 from compression.targets.names import StoredNames
+from core import layout
 from core.errors import ConfigError, DamagedError
 from trainer.export import save_weights
 
 _SHARD_BYTES = 256 * 2**20  # limit of memory; a larger block has a file to itself
 _NOT_COPIED = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf"),
-    *("config.json", "lineage.json"),
+    *("config.json", layout.LINEAGE),
 )
 
 # Tensors and codes by name -> the tensors to store, and the metadata of their file.

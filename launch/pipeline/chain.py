@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from core import layout
 from core.errors import ConfigError, DamagedError, ExitCode, SpotforgeError
 from core.folder import manifest_of, write_file
 from core.process.child import Child, exit_code
@@ -168,7 +169,7 @@ def chain_of(settings: Settings, config_dir: Path | None = None) -> Chain:
         ConfigError: See `stages_of`.
     """
     stages = stages_of(settings, config_dir)
-    return Chain(stages, settings.trainer.run_dir / "pipeline.json")
+    return Chain(stages, settings.trainer.run_dir / layout.PIPELINE)
 
 
 def _first_difference(was: Digests, now: Digests) -> str | None:

@@ -18,8 +18,9 @@ from omegaconf import OmegaConf
 from core.settings.command import CONFIG_DIR
 from core.settings.stored import from_yaml, to_yaml
 from trainer.command import TRAINER
-from trainer.config import NamedModelConfig, PathModelConfig, StopConfig, TrainerConfig
+from trainer.config import StopConfig, TrainerConfig
 from trainer.data.config import SingleDataConfig
+from trainer.model_config import NamedModelConfig, PathModelConfig
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from parallel.config import DdpConfig, Dtype, FsdpConfig, PrecisionConfig, ZeroConfig
+from parallel.optimizer_state import ADAMW
 from parallel.strategy import decoder_blocks
 from parallel.world import join_world
 from tests.distributed import run_distributed
@@ -217,7 +218,7 @@ def peak_while_building(world, folder, parallel):
 
     names = {name for name, p in model.named_parameters() if p.ndim >= 2}
     strategy = parallel.build(world, PrecisionConfig())
-    strategy.setup(module, record, partial(AdamWConfig().build, decayed=names))
+    strategy.setup(module, record, partial(AdamWConfig().build, decayed=names), ADAMW)
     return max(held)
 
 

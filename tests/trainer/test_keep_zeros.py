@@ -11,7 +11,7 @@ from parallel.world import join_world
 from tests.distributed import run_distributed
 from tests.small_run import MODEL, VOCAB, SmallRun
 from tests.trainer.test_refusals import assert_refused
-from trainer.config import PathModelConfig
+from trainer.model_config import PathModelConfig
 
 STRATEGIES = {
     "ddp": DdpConfig(),

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 from core.errors import ConfigError
 from parallel.config import DdpConfig, Dtype, FsdpConfig, ZeroConfig
+from parallel.optimizer_state import ADAMW
 from parallel.strategy import persistent_buffers
 from parallel.world import join_world
 from tests.distributed import run_distributed
@@ -26,9 +27,10 @@ from trainer.checkpoint import (
     tensor_shapes,
 )
 from trainer.checkpointer import Checkpointer
-from trainer.config import CheckpointConfig, PathModelConfig
+from trainer.config import CheckpointConfig
 from trainer.export import export_checkpoint
 from trainer.model import Materializer, build_meta_model
+from trainer.model_config import PathModelConfig
 from trainer.resume import check_same_model, state_reader
 from trainer.run import _save_assets
 from trainer.weights import canonical_names, saving_groups
@@ -224,7 +226,7 @@ def trained_and_resumed(folder, first, second):
         checkpointer.wait()
         checkpointer.close()
         checkpoint = folder / "checkpoints/step-00000001"
-        check_same_model(checkpoint, build_meta_model(config, 1), lambda line: None)
+        check_same_model(checkpoint, build_meta_model(config, 1), ADAMW, lambda line: None)
         losses = [run.train(1)]
         other = SmallRun(STRATEGIES[second](), world, model=config)
         other.strategy.load_state(state_reader(checkpoint), num_updates=1)
