@@ -75,6 +75,7 @@ def evaluate(
             num_targets += count
             on_device = batch.to(world.device)
             total += strategy.forward(**on_device.inputs())
+    # Once, since a sum after each batch would wait for the device each time.
     dist.all_reduce(total)
     loss = total.item() / num_targets
     return {
@@ -132,6 +133,7 @@ def generate(
         for _ in range(config.evaluation.sample_tokens):
             if any(world.sum(process.poll())):
                 return None
+            # The model was trained at no later position.
             window = torch.tensor([ids[-config.data.max_seq_len :]], device=world.device)
             logits = strategy.forward(input_ids=window)[0].float()  # (V)
             if temperature > 0:

@@ -102,6 +102,7 @@ class TrainingLoop:
                 num_targets, stop, time_up, save_failed, save_due = world.sum(
                     sum(batch.num_targets for batch in batches),
                     self.process.stop.requested(),
+                    # Clocks of ranks differ, and all must leave the loop at the same step.
                     world.rank == 0 and self._time_is_up(began),
                     self.checkpointer.failed,
                     world.rank == 0 and self.save_schedule.due(state.step + 1),
@@ -110,6 +111,7 @@ class TrainingLoop:
                     self.checkpointer.wait()  # raises the error on every rank
                 if stop:
                     outcome = ExitCode.START_AGAIN
+                # The batch at hand does not count as trained on, so a resume reads it again.
                 if stop or time_up:
                     break
 
@@ -158,10 +160,12 @@ class TrainingLoop:
                     self.reporter.progress(state.step)
                 if record is None and not saves:
                     continue
+                # Saves and evaluations would make steps look slow.
                 with throughput.paused():
                     if saves:
                         blocked_s += self._save(state)
                         saved_step = state.step
+                    # The run's last step is safe, whatever happens in its last evaluation.
                     if last:
                         self.checkpointer.wait()
                     if record is not None and evaluates:
@@ -221,6 +225,7 @@ class TrainingLoop:
             self.reporter.event("skip", state.step, loss=loss, reason=anomaly)
             return dataclasses.replace(state, num_samples=num_samples)
         self.checkpointer.wait()
+        # `resume` may name the checkpoint that this run began from, and there may be newer ones.
         newest = dataclasses.replace(self.config, resume="auto")
         checkpoint = find_checkpoint(newest, self.checkpoints, self.world, self.reporter)
         if checkpoint is None:

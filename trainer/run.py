@@ -117,6 +117,7 @@ def train_in(
     if too_long is not None:
         reporter.say(too_long)
 
+    # From here on files are written, and another job must not write them, too.
     with _locked(config, world):
         # 3. The checkpoint to resume from: refused here, if at all, before anything is written
         folder = config.run_dir / layout.CHECKPOINTS
@@ -153,6 +154,7 @@ def train_in(
             model, compile=config.compile, checkpointing=config.activation_checkpointing
         )
         decay = Decay(resolved["optim"].get("decay", "matrices"))
+        # Sharding replaces the parameters that carry the model's marks, so names are chosen now.
         decayed = decayed_names(model, decay)
         # Filling and distributing a large model takes minutes, which a stop must not wait for.
         process.refuse_to_start()
@@ -192,6 +194,7 @@ def train_in(
             loop = TrainingLoop(
                 config, process, data, module, strategy, checkpointer, reporter, state
             )
+        # Nothing is refused any more, so the run directory may describe this start.
         reporter.open(state)
         try:
             state, outcome = loop.run()
@@ -221,11 +224,13 @@ def _prepare_data(
         config.check(world.world_size)
     process.heartbeat.at("data", 0)
     with world.together():
+        # What can be refused is refused before the data is prepared, which may take hours.
         check_run_dir(config)
         if world.device.type == "cuda":
             gpu = torch.cuda.get_device_properties(world.device)
             check_memory(config, world.world_size, gpu.total_memory)
         model_config = hf_config_of(config.model)  # before the data is prepared, since it may raise
+        # Data is prepared as for the run to be resumed, whose checkpoint is verified only later.
         stored = stored_config(config) if world.rank == 0 else None
     stored = world.from_first(stored)
     begun_before = stored is not None and "add_bos" not in stored["data"]
@@ -296,8 +301,10 @@ def _finish(
 ) -> None:
     checkpoint = config.run_dir / layout.CHECKPOINTS / step_name(step)
     finished = outcome is ExitCode.FINISHED
+    # All ranks stop; only those that got the signal know the reason.
     reasons = [reason for reason in world.gather(stop.reason) if reason]
     with world.together():
+        # Meanwhile the last upload goes on in its thread.
         if finished and config.export.at_end and world.rank == 0:
             export_checkpoint(checkpoint, config.run_dir / layout.EXPORT, config.export.dtype)
     with world.together():
