@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Every GPU there is, or two processes on a CPU.
 NPROC  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 2)
 
-.PHONY: train test test-long test-matrix test-pythons test-sky test-llama test-openvino families \
+.PHONY: train test test-long test-matrix test-pythons test-sky test-llama test-openvino test-hosts families \
   chaos soak lint install benchmark clean
 
 train: install  ## The main job: learn to write Python from the standard library's source
@@ -20,6 +20,9 @@ test-long: install  ## The tests that take over 15 s each
 
 test-matrix: install  ## Every strategy at 1 to 4 ranks, resumed from every other
 	$(BIN)/python -m pytest -m matrix tests/trainer/test_matrix.py
+
+test-hosts: install  ## Machines of their own on one kernel, whose links break; needs root on Linux
+	$(BIN)/python -m pytest -m hosts tests/hosts
 
 families: install  ## Every family of models in every column, beside transformers; writes docs/models.md
 	$(BIN)/python -m tests.families

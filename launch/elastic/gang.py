@@ -24,6 +24,7 @@ from core import layout
 from core.process.child import Child
 from core.process.python import USERS_PATH
 from launch.elastic.protocol import MAX_TEXT_CHARS, RankStatus, Start
+from parallel.network import address_to, interface_variables
 
 _STACKS_S = 3.0
 _STACKS_SETTLED_S = 0.3  # a stack file that has not grown for so long is complete
@@ -159,6 +160,9 @@ def _environment(start: Start, local_rank: int, folder: Path) -> Mapping[str, st
     # Our own programs run with our own PYTHONPATH; the ranks' program gets the user's back.
     if USERS_PATH in given:
         given["PYTHONPATH"] = given.pop(USERS_PATH)
+    if start.world_size > start.nproc:
+        # COMMAND may be a program that does not choose by itself, as ours does.
+        given |= interface_variables(address_to(start.master_addr), given)
     return {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // start.nproc)),
         **given,

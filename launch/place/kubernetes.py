@@ -6,16 +6,15 @@ failure ends the job instead of repeating it at the user's expense.
 docs: https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2/
 """
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError, ExitCode
 from launch.config import LaunchConfig
-from launch.place.job import MOUNT, Job, heading, to_yaml
-from launch.place.place import Storage, of_one_pool, refuse_unused
+from launch.place.place import MOUNT, Job, Storage, of_one_pool, refuse_unused
 from launch.place.program import Program
+from launch.place.readable_yaml import to_yaml
 from launch.plan.candidate import Candidate
 from launch.plan.planner import Plan
 from launch.settings import Settings
@@ -39,7 +38,7 @@ class Kubernetes:
         """See `Place`."""
         return of_one_pool(plan)
 
-    def storage(self, name: str, settings: Settings, ways: Sequence[Candidate]) -> Storage:
+    def storage(self, name: str, settings: Settings, candidates: Sequence[Candidate]) -> Storage:
         """See `Place`."""
         refuse_unused(self._launch, "bucket", "shared_dir")
         if self._launch.kubernetes.volume_claim is None:
@@ -53,7 +52,7 @@ class Kubernetes:
 
     def render(self, job: Job) -> str:
         """See `Place`."""
-        return heading(job, "kubectl apply -f FILE") + "\n" + to_yaml(self.document(job))
+        return job.heading("kubectl apply -f FILE") + "\n" + to_yaml(self.document(job))
 
     def document(self, job: Job) -> dict[str, Any]:
         """Returns the JobSet as a document, before it becomes YAML."""
@@ -131,21 +130,16 @@ class Kubernetes:
 
     def _script(self, job: Job) -> str:
         """Returns the script of a pod. It uses `exec`, since only process 1 receives SIGTERM."""
-        command = job.trainer_command()
-        supervise = ["python", "-m", "launch", "supervise"]
         lines = ["set -eu", *([self._launch.setup] if self._launch.setup else [])]
         if job.num_nodes > 1:
-            supervise += ["--listen", str(SUPERVISOR_PORT), "--nodes", str(job.num_nodes)]
             # The DNS name that a JobSet gives the first pod of its first Job.
             head = f"{job.name}-{_REPLICATED}-0-0.{job.name}:{SUPERVISOR_PORT}"
-            join = ["python", "-m", "launch", "join", head, "--wait", str(_WAIT_S), "--", *command]
             lines += [
                 'if [ "$JOB_COMPLETION_INDEX" -gt 0 ]; then',
-                f"  exec {shlex.join(join)}",
+                f"  exec {job.join(head, f' --wait {_WAIT_S}')}",
                 "fi",
             ]
-        guard = job.guard_command([*supervise, "--", *command], job.own_price())
-        return "\n".join([*lines, f"exec {shlex.join(guard)}", ""])
+        return "\n".join([*lines, f"exec {job.supervise(job.own_price())}", ""])
 
     def start(self, job: Job, text: str) -> int:
         """See `Place`."""

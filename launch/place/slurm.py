@@ -10,8 +10,7 @@ from pathlib import Path
 
 from core.errors import ConfigError, ExitCode
 from launch.config import LaunchConfig, hours
-from launch.place.job import Job, heading
-from launch.place.place import Storage, check_secrets, of_one_pool, refuse_unused
+from launch.place.place import Job, Storage, check_secrets, of_one_pool, refuse_unused
 from launch.place.program import Program
 from launch.plan.candidate import Candidate
 from launch.plan.planner import Plan
@@ -38,7 +37,7 @@ node() {{
     if [ $code -eq {again} ]; then code=0; fi
     exit $code
   fi
-  {guard}
+  {supervise}
   code=$?
   # a job that is cancelled is stopped, too, and not to come back
   if [ $code -eq {again} ] && [ "$(squeue --noheader -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
@@ -67,7 +66,7 @@ class Slurm:
         """See `Place`."""
         return of_one_pool(plan)
 
-    def storage(self, name: str, settings: Settings, ways: Sequence[Candidate]) -> Storage:
+    def storage(self, name: str, settings: Settings, candidates: Sequence[Candidate]) -> Storage:
         """See `Place`; the path of the run directory must be the same on every node."""
         refuse_unused(self._launch, "bucket", "shared_dir", "image")
         return Storage(Path(settings.trainer.run.dir).absolute())
@@ -93,27 +92,19 @@ class Slurm:
             "account": slurm.account,
         }
         given = {k: v for k, v in options.items() if v is not None or k in ("exclusive", "requeue")}
-        command = job.trainer_command()
-        supervise = ["python", "-m", "launch", "supervise"]
-        join = ":"
-        if job.num_nodes > 1:
-            supervise += ["--listen", "PORT", "--nodes", str(job.num_nodes)]
-            join = f'python -m launch join "$head:$port" -- {shlex.join(command)}'
-        guard = shlex.join(job.guard_command([*supervise, "--", *command], job.own_price()))
         environment = [
             f"export {shlex.join([f'{k}={v}'])}" for k, v in sorted(self._launch.env.items())
         ]
         environment += [self._launch.setup] if self._launch.setup else []
         return _SCRIPT.format(
-            heading=heading(job, "sbatch FILE"),
+            heading=job.heading("sbatch FILE"),
             options="\n".join(
                 f"#SBATCH --{name}" + ("" if value is None else f"={value}")
                 for name, value in given.items()
             ),
             environment="".join(f"{line}\n" for line in environment),
-            join=join,
-            # The port is a shell variable, which shlex.join would quote into plain text.
-            guard=guard.replace("--listen PORT", '--listen "$port"', 1),
+            join=job.join('"$head:$port"') if job.num_nodes > 1 else ":",
+            supervise=job.supervise(job.own_price(), port='"$port"'),
             again=int(ExitCode.START_AGAIN),
         )
 

@@ -17,8 +17,9 @@ from starlette.exceptions import HTTPException
 
 from monitoring.environment import describe_environment
 from serving.batches.service import BatchService
+from serving.errors import RequestError
 from serving.gateway.batches import add_batches
-from serving.gateway.errors import ApiError
+from serving.gateway.errors import error_body, response_to
 from serving.gateway.gateway import Gateway
 from serving.gateway.invalid import describe
 from serving.gateway.request import Generation, Sampling
@@ -221,22 +222,21 @@ def _add_health(app: FastAPI, gateway: Gateway) -> None:
 def add_error_handlers(app: FastAPI) -> None:
     """Gives every error OpenAI's shape."""
 
-    @app.exception_handler(ApiError)
-    async def api_error(request: Request, error: ApiError) -> JSONResponse:
-        return error.response()
+    @app.exception_handler(RequestError)
+    async def unanswered(request: Request, error: RequestError) -> JSONResponse:
+        return response_to(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return describe(error.errors()[0], error.body).response()
+        return response_to(describe(error.errors()[0], error.body))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         text = str(error.detail)
         if text == _UNREADABLE:
             text = "the body is not valid JSON in UTF-8"
-        response = ApiError(error.status_code, text).response()
-        response.headers.update(error.headers or {})
-        return response
+        status = error.status_code
+        return JSONResponse(error_body(status, text), status, error.headers)
 
 
 async def _begin(
@@ -281,7 +281,7 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
     try:
         await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ApiError(_CLOSED_REQUEST, "the client has disconnected")
+            raise HTTPException(_CLOSED_REQUEST, "the client has disconnected")
         return task.result()
     finally:
         for future in (task, gone):

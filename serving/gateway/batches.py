@@ -14,7 +14,7 @@ from serving.batches.batches import Batches
 from serving.batches.database import Database
 from serving.batches.files import Files
 from serving.batches.queue import Queue
-from serving.gateway.errors import ApiError
+from serving.errors import InvalidRequest, Unavailable
 from serving.gateway.gateway import Gateway
 
 _UPLOAD: dict[str, Any] = {
@@ -74,12 +74,12 @@ def _add_files(app: FastAPI, gateway: Gateway, files: Files) -> None:
         owner = gateway.authorize(request).id
         async with request.form(max_files=1, max_fields=4) as form:
             for name in form.keys() - {"file", "purpose"}:
-                raise ApiError(400, f"{name[:64]}: is not supported", name[:64])
+                raise InvalidRequest(f"{name[:64]}: is not supported", name[:64])
             content, purpose = form.get("file"), form.get("purpose")
             if not isinstance(content, UploadFile):
-                raise ApiError(400, "file: is missing in the form", "file")
+                raise InvalidRequest("file: is missing in the form", "file")
             if purpose != "batch":
-                raise ApiError(400, "purpose: only batch is supported", "purpose")
+                raise InvalidRequest("purpose: only batch is supported", "purpose")
             name = content.filename or "file"
             return await asyncio.to_thread(files.add, owner, name, content.file)
 
@@ -129,7 +129,7 @@ def _add_batches(app: FastAPI, gateway: Gateway, batches: Batches, queue: Queue)
         except ConnectionError as e:
             # The client gets an error, so the batch must not run later.
             await asyncio.to_thread(batches.forget, batch["id"])
-            raise ApiError(503, "the queue is not available now", None, "queue", 5) from e
+            raise Unavailable("the queue is not available now", None, "queue", 5) from e
         return batch
 
     @app.get("/v1/batches", tags=["batches"])

@@ -20,7 +20,15 @@ from serving.admission import (
 from serving.config import ServingConfig
 from serving.deployment import Deployment
 from serving.engine import EngineError
-from serving.gateway.errors import ApiError
+from serving.errors import (
+    DeadlinePassed,
+    InvalidRequest,
+    LimitReached,
+    NotFound,
+    RequestError,
+    Unauthorized,
+    Unavailable,
+)
 from serving.gateway.request import Generation, Sampling, lost, tells_logprobs
 from serving.keys import Key, Keys
 from serving.metrics import Metrics
@@ -80,7 +88,7 @@ class Gateway:
         """Returns the key of a request.
 
         Raises:
-            ApiError: 401: the request has no valid key.
+            Unauthorized: the request has no valid key.
         """
         if self.keys is None:
             return ANYBODY
@@ -89,28 +97,28 @@ class Gateway:
         key = self.keys.find(header) if owner is None else self.keys.named(owner)
         if key is None:
             text = "the API key is missing or not valid: send Authorization: Bearer sf-..."
-            raise ApiError(401, text, code="invalid_api_key")
+            raise Unauthorized(text, code="invalid_api_key")
         return key
 
     def model(self, name: str) -> Model | AdaptedModel:
         """Returns a model or adapter by its name.
 
         Raises:
-            ApiError: 404: there is none with that name.
+            NotFound: there is none with that name.
         """
         models = self.models | self.adapted
         model = models.get(name)
         if model is None:
             there = ", ".join(sorted(models))
             text = f"there is no model {name[:64]!r}; there is {there}"
-            raise ApiError(404, text, "model", "model_not_found")
+            raise NotFound(text, "model", "model_not_found")
         return model
 
     def deadline_s(self, request: Request) -> float:
         """Returns the seconds that a request may take; a client can ask for less than the setting.
 
         Raises:
-            ApiError: 400: the client's header is not valid.
+            InvalidRequest: the client's header is not valid.
         """
         most = self.config.admission.request_timeout_s
         asked = request.headers.get(_TIMEOUT_HEADER)
@@ -122,7 +130,7 @@ class Gateway:
             seconds = -1.0
         if not 0 < seconds < _DAY_S:
             text = f"{_TIMEOUT_HEADER} must be a number of seconds, above 0 and below {_DAY_S:g}"
-            raise ApiError(400, text, _TIMEOUT_HEADER)
+            raise InvalidRequest(text, _TIMEOUT_HEADER)
         return min(most, seconds)
 
     async def begin(
@@ -136,7 +144,7 @@ class Gateway:
         """Encodes the prompts, checks the request, and waits for its slots.
 
         Raises:
-            ApiError: The request is refused, or was not admitted.
+            RequestError: The request is refused, or was not admitted.
         """
         # The deployment is picked once: if a rollout replaces it meanwhile, it still finishes this
         # request, since its tokens, limits and defaults were used.
@@ -178,18 +186,18 @@ class Gateway:
         """Returns a vector for each input, the number of tokens, and the artifact's version.
 
         Raises:
-            ApiError: The request is refused, was not admitted, or failed.
+            RequestError: The request is refused, was not admitted, or failed.
         """
         deadline_s = self.deadline_s(request)
         over_s = asyncio.get_running_loop().time() + deadline_s
         with model.pick() as deployment:
             info = deployment.engine.info
             if "embeddings" not in info.features:
-                raise ApiError(400, f"{info.engine} has no embeddings", "model", "unsupported")
+                raise InvalidRequest(f"{info.engine} has no embeddings", "model", "unsupported")
             tokens = await self._encode(deployment, inputs, deadline_s, "input")
             if (longest := max(map(len, tokens))) > info.max_context:
                 text = f"an input has {longest} tokens, but the context has {info.max_context}"
-                raise ApiError(400, text, "input", "context_length_exceeded")
+                raise InvalidRequest(text, "input", "context_length_exceeded")
             num_tokens = sum(map(len, tokens))
             slot = await self._admit(request, key, model, num_tokens, 0, 1)
             try:
@@ -198,7 +206,7 @@ class Gateway:
                     vectors = await deployment.engine.embed(id, tokens, model.adapter)
             except TimeoutError as e:
                 text = f"not finished within the deadline of {deadline_s:g} s"
-                raise ApiError(504, text, code="deadline") from e
+                raise DeadlinePassed(text, code="deadline") from e
             except EngineError as e:
                 raise lost(e) from e
             finally:
@@ -231,7 +239,7 @@ class Gateway:
         name = request.headers.get(_PRIORITY_HEADER, Priority.interactive.name)
         if name not in Priority.__members__:
             text = f"{_PRIORITY_HEADER} must be one of {', '.join(Priority.__members__)}"
-            raise ApiError(400, text, _PRIORITY_HEADER)
+            raise InvalidRequest(text, _PRIORITY_HEADER)
         try:
             return await self.admission.acquire(
                 key.id,
@@ -247,7 +255,7 @@ class Gateway:
             raise _refusal(e) from e
         except DeadlineExpired as e:
             self.metrics.rejections.labels(model.name, key.id, "expired").inc()
-            raise ApiError(504, str(e), code="deadline", retry_after_s=1) from e
+            raise DeadlinePassed(str(e), code="deadline", retry_after_s=1) from e
 
     async def _encode(
         self,
@@ -262,26 +270,26 @@ class Gateway:
             # An engine would index beyond its embedding and crash, losing everybody's requests.
             if isinstance(prompt, list) and (largest := max(prompt)) >= vocab_size:
                 text = f"token {largest} is not in the vocabulary of {vocab_size}"
-                raise ApiError(400, text, field)
+                raise InvalidRequest(text, field)
         texts = [prompt for prompt in prompts if not isinstance(prompt, list)]
         try:
             async with asyncio.timeout(deadline_s):
                 encoded = iter(await deployment.text.encode(texts))
         except TextError as e:
             param = field if e.param == "prompt" else e.param
-            raise ApiError(400, f"{param}: {e.message}", param) from e
+            raise InvalidRequest(f"{param}: {e.message}", param) from e
         except EngineError as e:
             raise lost(e) from e
         except TimeoutError as e:
             text = f"not tokenized within the deadline of {deadline_s:g} s"
-            raise ApiError(504, text, code="deadline") from e
+            raise DeadlinePassed(text, code="deadline") from e
         return [prompt if isinstance(prompt, list) else next(encoded) for prompt in prompts]
 
 
 def _max_tokens(
     deployment: Deployment, prompts: list[list[int]], sampling: Sampling, field: str
 ) -> int:
-    """Returns the limit on new tokens; raises ApiError 400 if prompt and answer do not fit."""
+    """Returns the limit on new tokens; raises InvalidRequest if prompt and answer do not fit."""
     longest, context = max(map(len, prompts)), deployment.engine.info.max_context
     room, wanted = context - longest, sampling.max_tokens
     if room < 1:
@@ -289,7 +297,7 @@ def _max_tokens(
             f"the prompt has {longest} tokens, which leaves no room for an answer in the model's"
             f" context of {context}"
         )
-        raise ApiError(400, text, field, "context_length_exceeded")
+        raise InvalidRequest(text, field, "context_length_exceeded")
     if wanted is None:
         return min(room, sampling.default_max_tokens or room)
     if wanted > room:
@@ -298,7 +306,7 @@ def _max_tokens(
             f"the prompt has {longest} tokens and {name} is {wanted}: together"
             f" {longest + wanted}, but the model's context has {context}"
         )
-        raise ApiError(400, text, name, "context_length_exceeded")
+        raise InvalidRequest(text, name, "context_length_exceeded")
     return wanted
 
 
@@ -306,10 +314,10 @@ def _check_features(deployment: Deployment, sampling: Sampling, choice: Choice) 
     info = deployment.engine.info
     if sampling.schema is not None and "json_schema" not in info.features:
         text = f"{info.engine} does not support JSON schemas"
-        raise ApiError(400, text, sampling.schema_field, "unsupported")
+        raise InvalidRequest(text, sampling.schema_field, "unsupported")
     for name in choice.extras():
         if name not in info.features:
-            raise ApiError(400, f"{name}: {info.engine} lacks it", name, "unsupported")
+            raise InvalidRequest(f"{name}: {info.engine} lacks it", name, "unsupported")
     if sampling.logprobs is None:
         return
     if not tells_logprobs(deployment, choice):
@@ -319,16 +327,15 @@ def _check_features(deployment: Deployment, sampling: Sampling, choice: Choice) 
                 " unless temperature is 0, or temperature and top_p are 1, and top_k, min_p and"
                 " repetition_penalty are not used"
             )
-        raise ApiError(400, text, "logprobs", "unsupported")
+        raise InvalidRequest(text, "logprobs", "unsupported")
     if sampling.logprobs > info.max_logprobs:
         text = f"{info.engine} returns at most {max(0, info.max_logprobs)} alternatives a token"
-        raise ApiError(400, text, "logprobs", "unsupported")
+        raise InvalidRequest(text, "logprobs", "unsupported")
 
 
-def _refusal(rejected: Rejected) -> ApiError:
-    status = 503 if rejected.reason == "draining" else 429
-    param = None
-    if rejected.reason == "too_many_sequences":
-        status, param = 400, "n"
-    retry_s = rejected.retry_after_s
-    return ApiError(status, str(rejected), param, rejected.reason, retry_s)
+def _refusal(rejected: Rejected) -> RequestError:
+    reason, retry_s = rejected.reason, rejected.retry_after_s
+    if reason == "too_many_sequences":
+        return InvalidRequest(str(rejected), "n", reason)
+    kind = Unavailable if reason == "draining" else LimitReached
+    return kind(str(rejected), None, reason, retry_s)

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from serving.admission import Slot
 from serving.deployment import Deployment
 from serving.engine import EngineError, EngineFailed, EngineRefused, TokenRequest
-from serving.gateway.errors import ApiError
+from serving.errors import (
+    DeadlinePassed,
+    InvalidRequest,
+    LimitReached,
+    RequestError,
+    RequestFailed,
+    Unavailable,
+)
 from serving.keys import Key
 from serving.metrics import Metrics
 from serving.models import AdaptedModel, Model
@@ -107,13 +114,13 @@ class Generation:
         """Yields (choice, text) until all choices have ended; closing early cancels the rest.
 
         Raises:
-            ApiError: The engine refused or lost the request, or its deadline has passed.
+            RequestError: The engine refused or lost the request, or its deadline has passed.
         """
         metrics = self._metrics
         metrics.queue.labels(*self._labels).observe(self._started_s - self._arrived_s)
         metrics.prompt_tokens.labels(*self._labels).inc(self.prompt_tokens)
         reasons: list[str] = []
-        error: ApiError | None = None
+        error: RequestError | None = None
         is_over = False
         try:
             stream = self._stream(self._requests())
@@ -131,7 +138,7 @@ class Generation:
             is_over = True
         except TimeoutError as e:
             text = f"not finished within the deadline of {self._deadline_s:g} s"
-            error = ApiError(504, text, code="deadline")
+            error = DeadlinePassed(text, code="deadline")
             raise error from e
         except EngineError as e:
             field = None if self._sampling.schema is None else self._sampling.schema_field
@@ -220,7 +227,7 @@ class Generation:
         if self._transcript is not None:
             self._transcript.add(index, chunk)
 
-    def _close(self, reasons: list[str], error: ApiError | None, is_over: bool) -> None:
+    def _close(self, reasons: list[str], error: RequestError | None, is_over: bool) -> None:
         took_s = time.monotonic() - self._arrived_s
         # Called exactly once, however the request ends: it frees the deployment and the slot.
         self.deployment.__exit__()
@@ -228,7 +235,7 @@ class Generation:
         metrics = self._metrics
         for reason in reasons:
             metrics.success.labels(*self._labels, reason).inc()
-        is_clients = error is not None and error.status < 500  # the client's fault
+        is_clients = isinstance(error, InvalidRequest | LimitReached)  # the client's fault
         if is_clients:
             metrics.rejections.labels(self._model.name, self._key.id, "refused").inc()
         elif error is not None:
@@ -270,16 +277,16 @@ def tells_logprobs(deployment: Deployment, choice: Choice) -> bool:
     return choice.is_models_own or "logprobs_when_sampling" in info.features
 
 
-def lost(error: EngineError, schema_field: str | None = None) -> ApiError:
+def lost(error: EngineError, schema_field: str | None = None) -> RequestError:
     """Returns the response to a request that an engine lost, refused, or failed at."""
     if isinstance(error, EngineFailed):
-        return ApiError(500, f"the engine failed: {error}", code="engine_failed")
+        return RequestFailed(f"the engine failed: {error}", code="engine_failed")
     if not isinstance(error, EngineRefused):
         text = f"the engine lost the request: {error}"
-        return ApiError(503, text, code="engine", retry_after_s=1)
+        return Unavailable(text, code="engine", retry_after_s=1)
     if error.retry_after_s is not None:
         text = f"the engine is busy: {error}"
-        return ApiError(429, text, code="engine_busy", retry_after_s=error.retry_after_s)
+        return LimitReached(text, code="engine_busy", retry_after_s=error.retry_after_s)
     if schema_field is not None:
-        return ApiError(400, f"{schema_field}: {error}", schema_field, "schema_refused")
-    return ApiError(400, f"the engine refuses the request: {error}", code="unsupported")
+        return InvalidRequest(f"{schema_field}: {error}", schema_field, "schema_refused")
+    return InvalidRequest(f"the engine refuses the request: {error}", code="unsupported")

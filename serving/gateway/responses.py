@@ -8,7 +8,8 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Collection
 from typing import Any
 
-from serving.gateway.errors import ApiError
+from serving.errors import RequestError
+from serving.gateway.errors import body_of
 from serving.gateway.request import Generation
 from serving.text.call_formats import CallParser
 from serving.text.codec import TextChunk, TextLogprob, TextToken
@@ -65,8 +66,8 @@ class Answer(ABC):
             async for index, chunk in chunks:
                 for delta in self._deltas(index, chunk):
                     yield _event({**head, "choices": [delta]})
-        except ApiError as e:
-            yield _event(e.body())
+        except RequestError as e:
+            yield _event(body_of(e))
             return
         finally:
             await chunks.aclose()  # type: ignore[attr-defined]

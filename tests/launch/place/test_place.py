@@ -11,8 +11,9 @@ import yaml
 from core.errors import ConfigError
 from launch.__main__ import main
 from launch.catalog.catalog import Catalog
-from launch.place.place import job_of, place_of
-from launch.place.sky_task import documents, render
+from launch.place.cli import place_of
+from launch.place.place import job_of
+from launch.place.skypilot import documents
 from launch.plan.planner import make_plan
 from launch.settings import compose_settings
 from tests.launch.offers import offer
@@ -41,6 +42,10 @@ def placed(*words, offers=SPOT):
     catalog = Catalog("test", datetime.date(2026, 5, 24), 0, "sha256:0", tuple(offers))
     plan = make_plan(settings, catalog)
     return job_of(plan, place_of(settings.launch))
+
+
+def render(job):
+    return place_of(job.launch).render(job)
 
 
 def document(job):
@@ -212,6 +217,9 @@ def test_on_this_machine_a_job_is_a_chain_of_its_stages(capsys):
     words = ["run.dir=runs/mine", "stop.steps=7", "launch.target=local"]
     assert main(["render", *words]) == 0
     assert shlex.split(capsys.readouterr().out) == ["python", "-m", "launch", "pipeline", *words]
+    # No export is there yet: `up` has tried to run the stages here.
+    assert main(["up", *words, "launch.stages=[compress]"]) == 2
+    assert capsys.readouterr().err.startswith("launch.stages=[compress]: ")
     assert main(["up", *words, "launch.budget_usd=3"]) == 2
     assert capsys.readouterr().err.startswith("launch.budget_usd=3.0: ")
     for verb in (["status"], ["logs", "mine"], ["down", "mine"]):
