@@ -71,6 +71,7 @@ def main() -> None:
 def recovered(rows: dict[str, Any]) -> float:
     """Returns the share of the loss by pruning that healing recovers, in log-perplexity."""
     pruned, healed = rows["pruned 25%"], rows["pruned 25%, healed"]
+    # Differences of log-perplexity, since those are differences of the loss that is trained.
     lost = math.log(pruned["child_perplexity"] / pruned["parent_perplexity"])
     left = math.log(healed["child_perplexity"] / healed["parent_perplexity"])
     return 1 - left / lost
