@@ -37,6 +37,7 @@ def main() -> None:
         "recipe=[prune_structured,heal]",
         f"recipe.heal.tokens={options.tokens}",
         f"recipe.heal.lr={options.lr}",
+        # Few tokens make few steps: smaller batches make more of them.
         "recipe.heal.global_batch_size=4",
     ]
     recipes = {
