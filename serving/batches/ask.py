@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.batches.ledger import Line
 from serving.batches.runner import Reply
-from serving.gateway.gateway import OWNER
+from serving.gateway.incoming import OWNER
 
 _RETRY_S = 5.0
 _log = logging.getLogger("spotforge.serving")
