@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from starlette.requests import Request
 
 from serving.admission import Priority
+from serving.batches.ask import OWNER
 from serving.errors import InvalidRequest
 from serving.gateway.gateway import Gateway
 from serving.gateway.request import InferenceRequest
@@ -16,9 +17,6 @@ from serving.gateway.schema import ChatRequest, CompletionRequest, EmbeddingRequ
 from serving.keys import Key
 from serving.text.codec import Chat
 
-# Key of an ASGI scope with the id of an API key: batches in this process act for its owner. No HTTP
-# request can set it.
-OWNER = "spotforge.owner"
 _TIMEOUT_HEADER = "x-request-timeout"
 _PRIORITY_HEADER = "x-priority"
 _DAY_S = 86_400.0
