@@ -84,6 +84,16 @@ def test_extras_are_imported_in_their_leaves_only(library):
             assert library not in imported(path, everywhere=False), name
 
 
+def test_the_gateways_domain_knows_no_http():
+    edge = {"admin", "app", "batches", "errors", "http_limits", "incoming"}
+    users = {
+        path.stem
+        for path in (ROOT / "serving/gateway").glob("*.py")
+        if imported(path) & {"fastapi", "starlette", "uvicorn"}
+    }
+    assert users == edge
+
+
 def test_leaves_are_imported_inside_functions():
     """A user without wandb imports nothing that needs it."""
     leaves = {f[:-3].replace("/", ".") for files in LEAVES.values() for f in files}
