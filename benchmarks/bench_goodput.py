@@ -109,6 +109,7 @@ class Machines:
         """Removes a node; returns `notice` or `kill`."""
         agent = self._agents.pop(self._rng.randrange(len(self._agents)))
         if self._rng.random() < self._no_notice:
+            # The ranks of the node die with their agent, as on a machine that is gone.
             agent.kill()
             agent.wait()
             return "kill"
@@ -205,6 +206,7 @@ def replay(
                 current += 1 if nodes > current else -1
                 changes.append(Change(now_s, kind, current))
         ended = time.time()
+        # 33 says that the run has saved and is to be started again.
         if (code := machines.stop()) != 33:
             machines.give_up(f"the supervisor ended with {code} instead of 33")
     finally:

@@ -37,6 +37,7 @@ def main() -> None:
         "recipe=[prune_structured,heal]",
         f"recipe.heal.tokens={options.tokens}",
         f"recipe.heal.lr={options.lr}",
+        # Few tokens make few steps: smaller batches make more of them.
         "recipe.heal.global_batch_size=4",
     ]
     recipes = {
@@ -71,6 +72,7 @@ def main() -> None:
 def recovered(rows: dict[str, Any]) -> float:
     """Returns the share of the loss by pruning that healing recovers, in log-perplexity."""
     pruned, healed = rows["pruned 25%"], rows["pruned 25%, healed"]
+    # Differences of log-perplexity, since those are differences of the loss that is trained.
     lost = math.log(pruned["child_perplexity"] / pruned["parent_perplexity"])
     left = math.log(healed["child_perplexity"] / healed["parent_perplexity"])
     return 1 - left / lost

@@ -192,6 +192,7 @@ class Server:
             self._process.wait(60)
         except subprocess.TimeoutExpired:
             self._process.kill()
+        # The tree was read before the end: orphans have no parent to be found by.
         for process in psutil.wait_procs(tree, 5)[1]:  # workers that some peers leave behind
             process.kill()
 

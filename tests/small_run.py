@@ -48,13 +48,13 @@ class SmallRun:
         prepare_training(self.model, compile=False, checkpointing=checkpointing)
         matrices = {n for n, p in self.model.named_parameters() if p.ndim >= 2}
         self.strategy = parallel.build(world, precision or PrecisionConfig())
-        weights = Materializer(self.module, self.model, model, seed=3, device=world.device)
+        materializer = Materializer(self.module, self.model, model, seed=3, device=world.device)
         self.strategy.setup(
             self.module,
-            self.module.materializer(weights, world.device),
+            self.module.materialize_with(materializer, world.device),
             partial(AdamWConfig(lr=3e-3, max_norm=0.5).build, decayed=matrices),
             ADAMW,
-            weights.sparse,
+            materializer.sparse,
         )
         self.step = 0
 

@@ -103,6 +103,7 @@ class Checkpointer:
         self.wait()  # one save at a time: the stager's buffers are still in use by the last one
         tensors = tensors_of()
         self._check_space(tensors)
+        # Kept for all saves, since its buffers, pinned on a GPU's host, are slow to allocate.
         if self._stager is None:
             self._stager = _stager(self._world.device)
         staged = self._stager.stage(tensors)
@@ -149,6 +150,7 @@ class Checkpointer:
 
     def close(self) -> None:
         """Ends the background threads; a current upload is given up."""
+        # Its thread uses a process group that does not outlive the run.
         self._writer.shutdown(wait=True)
         if self._uploader is not None:
             self._uploader.close()

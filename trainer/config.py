@@ -328,6 +328,7 @@ def resolve(config: TrainerConfig) -> dict[str, Any]:
     """Returns the settings as plain data, to be stored and compared."""
     text = json.dumps(asdict(config), default=_enum_value)
     settings: dict[str, Any] = json.loads(text)
+    # Derived, but stored: a resume compares it if the schedule depends on it.
     return settings | {"total_steps": config.total_steps}
 
 

@@ -77,7 +77,7 @@ class DistillationLoss(Objective):
             loss = loss + auxiliary
         return loss
 
-    def materializer(self, model: Materialize, device: torch.device) -> Materialize:
+    def materialize_with(self, model: Materialize, device: torch.device) -> Materialize:
         teacher = self.teacher.materializer(self, device)
 
         def materialize(part: nn.Module) -> None:

@@ -58,6 +58,7 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: Dtype) -> None:
             weights = _Weights(checkpoint, staging, getattr(torch, dtype.value))
             _write_weights(weights, staging, stored_names)
             config = json.loads((staging / "config.json").read_text())
+            # Engines choose the class of a model by `architectures`.
             config |= {"architectures": [type(weights.model).__name__], "dtype": dtype.value}
             (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             _check_reads_back(weights, staging)

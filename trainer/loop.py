@@ -14,7 +14,6 @@ from core import layout
 from core.errors import DivergedError, ExitCode
 from monitoring.throughput import Throughput
 from parallel.strategy import Strategy
-from parallel.world import World
 from trainer.anomaly import AnomalyAction, LossWatch
 from trainer.checkpoint import TrainerState, committed, read_state
 from trainer.checkpointer import Checkpointer
@@ -22,12 +21,11 @@ from trainer.config import TrainerConfig
 from trainer.data.loader import Batch, TrainLoader
 from trainer.data.prepare import PreparedData
 from trainer.evaluation import evaluate, generate, held_out_batches, prompt_ids
-from trainer.heartbeat import Heartbeat
 from trainer.interval import Interval, SaveSchedule, expected_mtbf_s
 from trainer.objective import Objective
+from trainer.process import Process
 from trainer.reporter import Reporter, count_crashes, save_costs_s
 from trainer.resume import find_checkpoint, state_reader
-from trainer.stopping import StopSignal
 
 
 class TrainingLoop:
@@ -40,20 +38,17 @@ class TrainingLoop:
     def __init__(
         self,
         config: TrainerConfig,
-        world: World,
+        process: Process,
         data: PreparedData,
         module: Objective,
         strategy: Strategy,
         checkpointer: Checkpointer,
         reporter: Reporter,
-        stop: StopSignal,
-        heartbeat: Heartbeat,
         state: TrainerState,
     ) -> None:
-        self.config, self.world, self.data = config, world, data
+        self.config, self.process, self.world, self.data = config, process, process.world, data
         self.module, self.strategy = module, strategy
         self.checkpointer, self.reporter = checkpointer, reporter
-        self.stop, self.heartbeat = stop, heartbeat
         self.state = state
         assert state.order is not None, "the run sets it at its start or when it resumes"
         self.order = state.order
@@ -69,7 +64,7 @@ class TrainingLoop:
         self.save_schedule = SaveSchedule(
             Interval.parse(config.checkpoint.interval), mtbf_s, save_costs_s(config.run_dir)
         )
-        held_out_batches(config, data, world, module.apart)  # raises now if there is no sample
+        held_out_batches(config, data, self.world, module.apart)  # raises now if there is no sample
         if config.evaluation.sample_prompt is not None:
             prompt_ids(config, data.tokenizer)  # raises now if the prompt has no tokens
         self.loader = self._loader(state.num_samples)
@@ -97,7 +92,7 @@ class TrainingLoop:
             if config.evaluation.at_start and state.step == 0:
                 self._evaluate_and_log({"step": 0, "num_tokens": 0, "elapsed_s": state.elapsed_s})
             while total_steps is None or state.step < total_steps:
-                self.heartbeat.at("train", state.step)
+                self.process.heartbeat.at("train", state.step)
                 # 1. This rank's micro-batches of the next global batch
                 wait_began = time.perf_counter()
                 batches = next(self.loader)
@@ -106,7 +101,8 @@ class TrainingLoop:
                 # 2. All that ranks must agree on, in one small collective on the CPU
                 num_targets, stop, time_up, save_failed, save_due = world.sum(
                     sum(batch.num_targets for batch in batches),
-                    self.stop.requested(),
+                    self.process.stop.requested(),
+                    # Clocks of ranks differ, and all must leave the loop at the same step.
                     world.rank == 0 and self._time_is_up(began),
                     self.checkpointer.failed,
                     world.rank == 0 and self.save_schedule.due(state.step + 1),
@@ -115,6 +111,7 @@ class TrainingLoop:
                     self.checkpointer.wait()  # raises the error on every rank
                 if stop:
                     outcome = ExitCode.START_AGAIN
+                # The batch at hand does not count as trained on, so a resume reads it again.
                 if stop or time_up:
                     break
 
@@ -163,10 +160,12 @@ class TrainingLoop:
                     self.reporter.progress(state.step)
                 if record is None and not saves:
                     continue
+                # Saves and evaluations would make steps look slow.
                 with throughput.paused():
                     if saves:
                         blocked_s += self._save(state)
                         saved_step = state.step
+                    # The run's last step is safe, whatever happens in its last evaluation.
                     if last:
                         self.checkpointer.wait()
                     if record is not None and evaluates:
@@ -226,6 +225,7 @@ class TrainingLoop:
             self.reporter.event("skip", state.step, loss=loss, reason=anomaly)
             return dataclasses.replace(state, num_samples=num_samples)
         self.checkpointer.wait()
+        # `resume` may name the checkpoint that this run began from, and there may be newer ones.
         newest = dataclasses.replace(self.config, resume="auto")
         checkpoint = find_checkpoint(newest, self.checkpoints, self.world, self.reporter)
         if checkpoint is None:
@@ -262,7 +262,7 @@ class TrainingLoop:
 
     def _save(self, state: TrainerState) -> float:
         """Saves and returns the seconds it took from training."""
-        self.heartbeat.at("save", state.step)
+        self.process.heartbeat.at("save", state.step)
         blocked_s = self.checkpointer.save(self.strategy.state, state)
         self.save_schedule.saved(blocked_s)
         return blocked_s
@@ -281,22 +281,16 @@ class TrainingLoop:
 
     def _evaluate(self, step: int) -> dict[str, Any]:
         """Returns validation metrics and shows a sample; returns {} if a rank was told to stop."""
-        config, world = self.config, self.world
-        self.heartbeat.at("evaluate", step)
-        metrics = evaluate(config, self.data, self.strategy, self.module, world, self._poll)
+        config, process = self.config, self.process
+        process.heartbeat.at("evaluate", step)
+        metrics = evaluate(config, self.data, self.strategy, self.module, process)
         if metrics is None:
             return {}
         if config.evaluation.sample_prompt is not None:
-            text = generate(
-                config, self.data.tokenizer, self.strategy, self.module, world, self._poll
-            )
+            text = generate(config, self.data.tokenizer, self.strategy, self.module, process)
             if text is not None:
                 self.reporter.sample(step, config.evaluation.sample_prompt, text)
         return metrics
-
-    def _poll(self) -> bool:
-        self.heartbeat.beat()
-        return self.stop.requested()
 
     def _loader(self, first_sample: int) -> TrainLoader:
         config, world = self.config, self.world

@@ -152,6 +152,7 @@ def _build(hf_config: Any, dtype: torch.dtype, attn_implementation: str | None) 
         return _on_meta(hf_config, dtype, attn_implementation)
     except Exception as e:  # constructors check little: values that do not fit raise anything
         error = e
+    # A second attempt tells whether the attention is to blame or the rest of the config.
     if attn_implementation is not None:
         try:
             _on_meta(hf_config, dtype, None)

@@ -62,7 +62,7 @@ class Objective(nn.Module, ABC):
         """
 
     @abstractmethod
-    def materializer(self, model: Materialize, device: torch.device) -> Materialize:
+    def materialize_with(self, model: Materialize, device: torch.device) -> Materialize:
         """Returns a function that fills this module part by part, given one for `model`."""
 
     def states(
@@ -105,7 +105,7 @@ class NextTokenLoss(Objective):
         self.parts = {"cross_entropy": entropy.detach(), "auxiliary_loss": auxiliary.detach()}
         return entropy + auxiliary
 
-    def materializer(self, model: Materialize, device: torch.device) -> Materialize:
+    def materialize_with(self, model: Materialize, device: torch.device) -> Materialize:
         return model
 
 

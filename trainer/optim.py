@@ -71,6 +71,7 @@ class AdamWConfig:
                 "weight_decay": 0.0,
             },
         ]
+        # Fused: one kernel updates many parameters, where launches take longer than arithmetic.
         return AdamW(
             [g for g in groups if g["params"]],
             lr=self.lr,

@@ -73,6 +73,7 @@ def find_checkpoint(
     damaged: DamagedError | None = None
     with world.together():
         candidates = _candidates(config, folder, remote) if world.rank == 0 else []
+    # All ranks try the same candidates in the same order: what one finds damaged, all pass over.
     for candidate, stored in world.from_first(candidates):
         try:
             with world.together():
@@ -191,6 +192,7 @@ def check_same_run(
     before, now = _BEFORE_KEYS | _flat(saved.config), _BEFORE_KEYS | _flat(state.config)
     before |= {"data": saved.data_digest, "data.tokenizer": saved.tokenizer_fingerprint}
     now |= {"data": state.data_digest, "data.tokenizer": state.tokenizer_fingerprint}
+    # Follows from `stop`. Training for longer changes no step, unless the schedule is stretched.
     total_before = before.pop("total_steps", None)
     total_now = now.pop("total_steps", None)
     bound = {"data", "data.tokenizer"}

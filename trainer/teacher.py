@@ -48,6 +48,7 @@ class Teacher(nn.Module):
         Returns:
             Hidden states (B, T, H), or logits (B, T, V), in the teacher's type.
         """
+        # Autocast would compute in the student's type.
         with torch.autocast(input_ids.device.type, enabled=False):
             return outputs_of(self.model, hidden, model_inputs(input_ids, position_ids))
 
@@ -85,6 +86,7 @@ def build_teacher(
     with _about(config):
         model = build_meta_model(config, 0, torch_dtype(dtype.value))
         WeightsReader(config, model)
+        # Without a tokenizer of its own, only the sizes of the vocabularies can be compared.
         brings_tokenizer = any(find_file(config, name) for name in _TOKENIZER_FILES)
         tokenizer = load_tokenizer(config.path, config.revision) if brings_tokenizer else None
     rows, wanted = (m.get_output_embeddings().weight.shape[0] for m in (model, student))

@@ -209,7 +209,9 @@ def peak_while_building(world, folder, parallel):
     """The most elements of the teacher that this rank held after any part was filled."""
     model = build_meta_model(MODEL, VOCAB)
     module = DistillConfig(teacher=str(folder)).build(model, MODEL, "")
-    fill = module.materializer(Materializer(module, model, MODEL, 0, world.device), world.device)
+    fill = module.materialize_with(
+        Materializer(module, model, MODEL, 0, world.device), world.device
+    )
     held = []
 
     def record(part):

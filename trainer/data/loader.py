@@ -302,6 +302,7 @@ def validation_batches(
     if max_samples is not None and max_samples < 1:
         raise ConfigError("max_samples", max_samples, "must be at least 1", "raise it")
     samples = _validation_samples(prepared, max_seq_len, max_samples)
+    # Rank 0 is dealt the first sample of each round, so it has the most batches.
     dealt = [samples[r::world_size] for r in range(world_size)]
     return (
         batch

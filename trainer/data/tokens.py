@@ -66,6 +66,7 @@ class TokenDataset:
             raise IndexError(f"tokens [{start}, {start + count}) of {self.num_tokens}")
         tokens = np.empty(count, np.int64)
         done = 0
+        # From the right, so that a position on a border belongs to the shard that starts there.
         shard = int(np.searchsorted(self._borders, start, side="right")) - 1
         while done < count:
             inside = start + done - int(self._borders[shard])
@@ -113,6 +114,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         rule = f"has format {manifest['format_version']}, this version reads {FORMAT_VERSION}"
         raise ConfigError("data.path", folder, rule, "prepare it again")
     manifest["digest"] = digest
+    # Sizes only: digests would cost a read of all tokens at each start (data.verify).
     for entry in _entries(manifest):
         _check_size(folder, entry)
     for entry in manifest["tokenizer"]:

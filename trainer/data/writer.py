@@ -44,6 +44,7 @@ class TokenDatasetWriter:
     ) -> None:
         self._folder, self._tokenizer = folder, tokenizer
         self.vocab_size = vocab_size_of(tokenizer)
+        # Small ids in two bytes, which halves what is stored, hashed and read.
         self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
         self._splits = {
             split: _SplitWriter(folder, split, self.dtype, shard_tokens) for split in SPLITS
