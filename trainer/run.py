@@ -61,7 +61,7 @@ from trainer.resume import (
 )
 from trainer.run_lock import lock_run
 from trainer.stopping import StopSignal
-from trainer.weights import find_file
+from trainer.weight_files import find_file
 
 
 def train(
