@@ -15,7 +15,6 @@ much for it as the real machines would have.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
@@ -33,6 +32,7 @@ from typing import Any, NoReturn, cast
 
 from benchmarks.availability import Trace
 from core.process.python import environment, python
+from core.settings.options import OptionParser
 from monitoring.environment import describe_environment
 from monitoring.goodput import goodput
 from monitoring.jsonl import read_records
@@ -317,7 +317,7 @@ def _spread(values: Sequence[float | None]) -> dict[str, float | int]:
 
 def main() -> int:
     """Runs the command line; returns 1 if a sample was repeated or skipped."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_goodput")
+    parser = OptionParser(prog="python -m benchmarks.bench_goodput")
     parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE.json")
     parser.add_argument("--compression", nargs="+", type=float, default=[12.0], metavar="X")
     parser.add_argument("--minutes", type=float, default=8.0, help="of each replay (default: 8)")

@@ -9,7 +9,6 @@ from the parent on the calibration text. Text and model of the published figures
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_compression import copy_text, measure, table
+from core.settings.options import OptionParser
 from monitoring.environment import describe_environment
 
 RESULT = Path("benchmarks/results/healing.json")
@@ -25,7 +25,7 @@ RESULT = Path("benchmarks/results/healing.json")
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = OptionParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="files of text")
     parser.add_argument("--tokens", type=int, default=131_072, help="tokens to heal on")

@@ -11,7 +11,6 @@ and writes `benchmarks/results/overload.json`.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_serving import NEW_TOKENS, Server, random_prompt, save_model, servers
+from core.settings.options import OptionParser
 from monitoring.environment import describe_environment
 
 RESULT = Path("benchmarks/results/overload.json")
@@ -143,7 +143,7 @@ def _quantile(values: list[float], share: float) -> float:
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = OptionParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seconds", type=float, default=20, help="length of each of three parts")
     parser.add_argument("--running", type=int, default=8, help="engine.max_running")
     options = parser.parse_args()

@@ -20,7 +20,6 @@ Spot costs 30% of on-demand where a trace has no prices. Prints a table, and wri
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ import matplotlib
 
 from benchmarks.informed import informed
 from core.errors import ConfigError
+from core.settings.options import OptionParser
 from launch.simulation.market import SPOT_SHARE, Market, markov_market, read_market
 from launch.simulation.simulate import Job, MakePolicy
 from launch.simulation.study import ORACLE, OURS, POLICIES, Row, compare
@@ -193,7 +193,7 @@ def plot(cells: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = OptionParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tuned", type=Path, nargs="+", default=[], metavar="TRACE")
     parser.add_argument("--untouched", type=Path, nargs="+", default=[], metavar="TRACE")
     parser.add_argument("--starts", type=int, default=200, help="per cell (default: 200)")

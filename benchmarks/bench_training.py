@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from core.process.python import environment, python
+from core.settings.options import OptionParser
 
 MODEL = {
     "hidden_size": 512,
@@ -163,7 +164,7 @@ CONTESTANTS: dict[str, Callable[[int], float]] = {
 
 def main() -> None:
     """Runs all contestants, prints a table and writes the result file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = OptionParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="measured steps; a multiple of 5")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/training.json"))

@@ -1,6 +1,5 @@
 """Writes a run's page `report.html`; run as `python -m monitoring.report runs/demo`."""
 
-import argparse
 import json
 import math
 import statistics
@@ -14,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from core import layout
 from core.errors import ConfigError
 from core.folder import write_file
+from core.settings.options import OptionParser
 from monitoring.goodput import Goodput, goodput
 from monitoring.run_charts import draw
 from monitoring.run_files import Run, mapping, mappings, number, read_run
@@ -335,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code of the process.
     """
-    parser = argparse.ArgumentParser(prog="python -m monitoring.report", description=__doc__)
+    parser = OptionParser(prog="python -m monitoring.report", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="folder of a run, e.g. runs/demo")
     try:
         print(write_report(parser.parse_args(argv).run_dir))
