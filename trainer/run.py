@@ -45,7 +45,6 @@ from trainer.model import (
 from trainer.model_config import ModelConfig, NamedModelConfig, PathModelConfig
 from trainer.optim import Decay, decayed_names
 from trainer.positions import check_positions
-from trainer.probe import leave_unused, settle
 from trainer.process import Process
 from trainer.remote import RemoteCheckpoints
 from trainer.reporter import Reporter, check_run_dir
@@ -60,6 +59,7 @@ from trainer.resume import (
     stored_config,
 )
 from trainer.run_lock import lock_run
+from trainer.settle import leave_unused, settle
 from trainer.stopping import StopSignal
 from trainer.weight_files import find_file
 

@@ -20,7 +20,8 @@ from tests.distributed import run_distributed
 from trainer.data.batch import IGNORE_INDEX, Sample, batches_apart
 from trainer.objective import NextTokenLoss
 from trainer.optim import AdamWConfig
-from trainer.probe import APART, POSITIONS, Probe, refuse_layerdrop, settle
+from trainer.probe import APART, POSITIONS, Probe
+from trainer.settle import refuse_layerdrop, settle
 
 SIZES = {
     "vocab_size": 64,
