@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,13 @@ LEAVES = {
     "celery": {"serving/batches/celery_queue.py"},
 }
 
+# Modules that import, in functions or for their types, what imports them, and why.
+LAZY = {
+    "core.settings.command": "help page and refusals of a Command, needed seldom, are about it",
+    "parallel.config": "build() of a config makes its strategy, which takes that config",
+    "serving.batches.worker": "it starts the queue that takes its settings",
+}
+
 
 def sources(package):
     return sorted((ROOT / package).rglob("*.py"))
@@ -41,14 +49,19 @@ def sources(package):
 
 def imported(path, everywhere=True):
     """Top-level names that a file imports: anywhere in it, or when it is itself imported."""
+    return {name.split(".")[0] for name in imported_names(path, everywhere)}
+
+
+def imported_names(path, everywhere=True):
+    """Dotted names; what is imported from a module may be a module itself, so it is named too."""
     names, todo = set(), [ast.parse(path.read_text(), str(path))]
     while todo:
         node = todo.pop()
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names.add((node.module or "").split(".")[0])
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not everywhere:
             continue
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -70,6 +83,16 @@ def test_imports_point_one_way(package):
     for path in sources(package):
         against = imported(path) & OURS - allowed
         assert not against, f"{path.relative_to(ROOT)} imports {', '.join(sorted(against))}"
+
+
+def test_no_module_imports_what_imports_it():
+    paths = [path for package in [*PACKAGES, "benchmarks"] for path in sources(package)]
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
+    graph = {
+        name: imported_names(path, everywhere=name not in LAZY) & modules.keys()
+        for name, path in modules.items()
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
 
 
 @pytest.mark.parametrize("library", LEAVES)
