@@ -40,7 +40,6 @@ LEAVES = {
 LAZY = {
     "core.settings.command": "help page and refusals of a Command, needed seldom, are about it",
     "parallel.config": "build() of a config makes its strategy, which takes that config",
-    "serving.batches.worker": "it starts the queue that takes its settings",
 }
 
 

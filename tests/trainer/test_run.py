@@ -334,8 +334,9 @@ def test_sigterm_on_two_ranks_saves_and_resumes(small, tmp_path, launcher):
     assert steps == list(range(1, len(steps) + 1)), "a step was lost or repeated"
 
 
-def test_skypilot_nodes_meet(small, tmp_path):
+def test_skypilot_nodes_meet(small, tmp_path, monkeypatch):
     """Two `nodes` of one rank each, as SkyPilot describes them."""
+    monkeypatch.setenv("SPOTFORGE_TOKEN", "what the nodes share")
     more = [*small, "micro_batch_size=2"]
     processes = []
     for rank in range(2):
@@ -350,6 +351,13 @@ def test_skypilot_nodes_meet(small, tmp_path):
     outs = [finish(process) for process in processes]
     assert "2 x cpu" in outs[0] + outs[1]
     assert metrics(tmp_path / "run")[-1]["step"] == 6
+
+
+def test_skypilot_nodes_without_a_token_are_refused(small, trainer, monkeypatch):
+    for name, value in (("NUM_NODES", "2"), ("NODE_RANK", "1"), ("NODE_IPS", "127.0.0.1\n::1")):
+        monkeypatch.setenv(f"SKYPILOT_{name}", value)
+    refused = trainer(*small, "nproc=1", "micro_batch_size=2")
+    assert refused.code == 2 and refused.err.startswith("SPOTFORGE_TOKEN=")
 
 
 def test_a_launcher_that_contradicts_nproc_is_refused(trainer, small, tmp_path, monkeypatch):
