@@ -263,7 +263,8 @@ class TrainerConfig:
             trained.
         shutdown_timeout_s: Time that ranks have to save after SIGTERM before they are killed.
         hang_timeout_s: Time without progress on any rank after which the supervisor (nproc above 1)
-            prints the stacks of all ranks and restarts them.
+            prints the stacks of all ranks and restarts them, at most: after 20 steps ten times the
+            slowest usual step, and 20 seconds, count as a hang.
     """
 
     run: RunConfig = field(default_factory=RunConfig)

@@ -225,6 +225,7 @@ class TrainingLoop:
             self.reporter.say(f"{what}; skipping its batch")
             self.reporter.event("skip", state.step, loss=loss, reason=anomaly)
             return dataclasses.replace(state, num_samples=num_samples)
+        self.process.heartbeat.at("load", state.step)
         self.checkpointer.wait()
         # `resume` may name the checkpoint that this run began from, and there may be newer ones.
         newest = dataclasses.replace(self.config, resume="auto")

@@ -299,6 +299,7 @@ def _finish(
     outcome: ExitCode,
 ) -> None:
     world = process.world
+    process.heartbeat.at("finish", step)  # which may take longer than anything in the loop
     checkpoint = config.run_dir / layout.CHECKPOINTS / step_name(step)
     finished = outcome is ExitCode.FINISHED
     # All ranks stop; only those that got the signal know the reason.

@@ -87,7 +87,12 @@ def add_verbs(commands: Any) -> None:
         help="use machines such that M divides the number of ranks (default: 1)",
     )
     for name, default_s, what in (
-        ("hang-timeout", 600, "without a heartbeat of any rank that count as a hang"),
+        (
+            "hang-timeout",
+            600,
+            "without a heartbeat of any rank that count as a hang, at most: after 20 steps, ten "
+            "times the longest usual silence counts, or 20 s if that is longer",
+        ),
         ("startup-timeout", 1800, "that count as a hang before the first step is done"),
         ("grace", 600, "for ranks to save before they are killed"),
     ):

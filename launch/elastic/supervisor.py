@@ -24,6 +24,7 @@ from core.process.signals import call_on_stop, hold
 from launch.elastic.journal import Journal, say, show
 from launch.elastic.machine import Machine
 from launch.elastic.nodes import Listener, Node, dismiss
+from launch.elastic.patience import Patience
 from launch.elastic.policy import Failure, History, choose_nodes
 from launch.elastic.protocol import Dump, Kill, Message, Prepare, Stop, command_digest
 from launch.elastic.rendezvous import End, Generation, StopCause
@@ -61,6 +62,7 @@ class Supervisor:
         self._settings = settings
         self._journal = Journal(settings.events)
         self._history = History()
+        self._patience = Patience(settings.hang_timeout_s)
         self._changed = asyncio.Event()
         self._nodes: list[Node] = []  # in the order in which they joined
         self._gang: Generation | None = None  # while one runs
@@ -170,11 +172,13 @@ class Supervisor:
             + (f" after step {self._history.step}" if self._history.step is not None else ""),
             quiet=gang.number == 1 and self._listener is None,
         )
+        self._patience.begin()
         gang.start(self._listener.address if self._listener else "127.0.0.1")
         end = await self._watch(gang)
         # Before any kill: ranks that are killed below would look like the cause.
         failure = gang.failure(end)
         if end is End.HUNG:
+            self._patience.relax()
             await self._show_stacks(gang)
         # Ranks that wait for a lost or hanging peer do not react to SIGTERM. After a failure they
         # may still be writing their own errors.
@@ -246,11 +250,17 @@ class Supervisor:
                 self._stop_if_needed(gang)
 
     def _hangs(self, gang: Generation) -> bool:
-        settings = self._settings
         # Before the first step ranks may compile, download or tokenize for a long time.
-        has_stepped = gang.has_stepped()
-        limit_s = settings.hang_timeout_s if has_stepped else settings.startup_timeout_s
-        return gang.silence_s() > limit_s
+        if not gang.has_stepped():
+            return gang.silence_s() > self._settings.startup_timeout_s
+        patience = self._patience
+        patience.observe(gang.ranks)
+        if gang.silence_s() <= patience.limit_s:
+            return False
+        if patience.usual_s is not None:
+            usual = f"usually at most {patience.usual_s:.1f} s"
+            self._say(f"no rank beat for {gang.silence_s():.0f} s, {usual} in this phase")
+        return True
 
     def _stop_if_needed(self, gang: Generation) -> None:
         leaving = [node for node in gang.nodes if node.leaving is not None]

@@ -164,6 +164,17 @@ def test_the_same_error_three_times_ends_it(site):
     assert site.events()[-1]["event"] == "crash_loop"
 
 
+@pytest.mark.long
+def test_a_hang_is_found_by_the_usual_steps(site):
+    """The cap is ten minutes; steps take a fraction of a second."""
+    toy = ["--steps", 60, "--do", 1, 40, "hang", 1]
+    supervisor = site.supervise("--nproc", 2, toy=toy)
+    started = time.monotonic()
+    assert supervisor.end() == 0
+    assert time.monotonic() - started < 200
+    assert [e["event"] for e in site.events()] == ["start", "hang", "start", "finish"]
+
+
 def test_a_hang_is_shown_and_after_three_it_ends(site):
     toy = ["--steps", 30, "--do", 1, 20, "hang", 9]
     supervisor = site.supervise("--nproc", 2, "--hang-timeout", 2, toy=toy)
