@@ -1,7 +1,5 @@
 """Distributed data parallel: `torch.nn.parallel.DistributedDataParallel`."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
@@ -9,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -76,6 +75,8 @@ class DdpStrategy(Strategy):
             **_NO_BUFFER_SYNC,
         )
         _order_buckets(replicated)
+        if self._precision.reduce_dtype is Dtype.bfloat16:
+            replicated.register_comm_hook(None, _mean_in_bfloat16)
         return replicated
 
     def leave_unused(self, **inputs: Any) -> list[str]:
@@ -138,6 +139,21 @@ class DdpStrategy(Strategy):
             self._parameters, self._optimizer, self._optimizer_state, read, num_updates
         )
         read(self._buffers)
+
+
+# torch checks a hook's annotations, which must be types: this file imports no `annotations`.
+def _mean_in_bfloat16(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Replaces a bucket's gradients by their means over ranks, sent and summed in bfloat16.
+
+    Gradients stay float32 on each rank. torch's own hook does the same, but refuses to with gloo.
+    """
+    gradients = bucket.buffer()
+    sent = (gradients / dist.get_world_size()).to(torch.bfloat16)
+    reduced = dist.all_reduce(sent, async_op=True).get_future()
+    means: torch.futures.Future[Tensor] = reduced.then(
+        lambda done: gradients.copy_(done.value()[0])
+    )
+    return means
 
 
 def _order_buckets(module: DistributedDataParallel) -> None:

@@ -1,5 +1,6 @@
 """Ranks on machines of their own find each other, or say who cannot reach whom."""
 
+import json
 import signal
 import sys
 import time
@@ -9,14 +10,15 @@ import pytest
 
 pytestmark = pytest.mark.hosts
 
-MEET = [sys.executable, str(Path(__file__).with_name("meet.py"))]
+HERE = Path(__file__).parent
+MEET = [str(HERE / "meet.py")]
 
 
 @pytest.fixture
-def meet(environment, tmp_path):
+def start_ranks(environment, tmp_path):
     """Starts ranks as torchrun does, one on each host; returns the processes and their logs."""
 
-    def start(hosts, seconds=0, masters=None):
+    def start(hosts, *words, masters=None):
         started = []
         for rank, host in enumerate(hosts):
             place = {"RANK": rank, "WORLD_SIZE": len(hosts), "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
@@ -25,10 +27,15 @@ def meet(environment, tmp_path):
             env = {**environment, **{name: str(value) for name, value in place.items()}}
             log = tmp_path / f"rank-{rank}"
             with log.open("w") as output:
-                started.append((host.start(*MEET, str(seconds), output=output, env=env), log))
+                started.append((host.start(sys.executable, *words, output=output, env=env), log))
         return started
 
     return start
+
+
+@pytest.fixture
+def meet(start_ranks):
+    return lambda hosts, seconds=0, **more: start_ranks(hosts, *MEET, str(seconds), **more)
 
 
 def ends(started):
@@ -78,3 +85,19 @@ def test_ranks_that_never_met_end_when_told(bed, meet):
     time.sleep(5)
     first.send_signal(signal.SIGTERM)
     assert first.wait(20) == 33, log.read_text()
+
+
+def test_bfloat16_halves_what_a_slow_link_carries(bed, start_ranks):
+    hosts = bed("a", "b").hosts
+    for host in hosts:
+        host.slow("20mbit")
+    trained = {}
+    for dtype in ("float32", "bfloat16"):
+        results = ends(start_ranks(hosts, str(HERE / "train.py"), dtype))
+        assert [code for code, _ in results] == [0, 0], results
+        trained[dtype] = json.loads(results[0][1].splitlines()[-1])
+    for loss, expected in zip(
+        trained["bfloat16"]["losses"], trained["float32"]["losses"], strict=True
+    ):
+        assert loss == pytest.approx(expected, rel=1e-2)
+    assert trained["float32"]["seconds"] > 1.5 * trained["bfloat16"]["seconds"]
