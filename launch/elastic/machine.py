@@ -103,6 +103,13 @@ class Machine:
         """True while a rank runs."""
         return self._gang is not None and any(r.exit is None for r in self._gang.status())
 
+    @property
+    def silence_s(self) -> float:
+        """Seconds since the newest beat of any rank; 0 if no rank beats."""
+        ranks = self._gang.status() if self._gang else []
+        beats = [rank.beat_at for rank in ranks if rank.beat_at is not None]
+        return time.monotonic() - max(beats) if beats else 0.0
+
     def close(self) -> None:
         """Kills the ranks and removes their files."""
         for job in self._jobs:
