@@ -14,9 +14,10 @@ import os
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple, Protocol
 
 import psutil
@@ -142,8 +143,8 @@ def check_reachable(
     Raises:
         SpotforgeError: Some cannot reach others; the same error is raised on all ranks.
     """
-    token = secrets.token_hex(_TOKEN_BYTES)
-    with _answering(address, token) if local_rank == 0 else _silent() as port:
+    token = new_token()
+    with answering(address, token) if local_rank == 0 else _silent() as port:
         own = Machine(rank, socket.gethostname(), address, port, token)
         store.set(f"machine/{rank}", json.dumps(own))
         ranks = (Machine(*json.loads(store.get(f"machine/{i}"))) for i in range(world_size))
@@ -151,10 +152,13 @@ def check_reachable(
         if local_rank == 0:
             others = [machine for machine in machines if machine.rank != rank]
             with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
+                probed = pool.map(
+                    lambda other: probe(other.address, other.port, other.token), others
+                )
                 problems = [
-                    f"{own} cannot reach {other}: {problem}"
-                    for other, problem in zip(others, pool.map(_probe, others), strict=True)
-                    if problem is not None
+                    f"{own} cannot reach {other}: {reach.problem}"
+                    for other, reach in zip(others, probed, strict=True)
+                    if reach.problem is not None
                 ]
             store.set(f"problems/{rank}", json.dumps(problems))
         # Nobody stops to answer before all have tried.
@@ -171,44 +175,79 @@ def _silent() -> Iterator[None]:
     yield None
 
 
+class Reach(NamedTuple):
+    """Says how a machine reaches another one.
+
+    Attributes:
+        problem: Reason why it does not; None if it does.
+        mbit_per_s: Speed at which bytes came, in Mbit/s; None if none were asked for, or came.
+    """
+
+    problem: str | None = None
+    mbit_per_s: float | None = None
+
+
+def new_token() -> str:
+    """Returns a random token, by which a probe knows that the right machine answers."""
+    return secrets.token_hex(_TOKEN_BYTES)
+
+
 @contextmanager
-def _answering(address: str, token: str) -> Iterator[int]:
-    """Tells everyone who connects the token, and yields the port; reads nothing from anyone."""
-    with _listening(address) as listener:
+def answering(address: str, token: str, num_bytes: int = 0) -> Iterator[int]:
+    """Answers everyone who connects with the token and so many bytes, and yields the port.
 
-        def answer() -> None:
-            while True:
-                try:
-                    connection, _ = listener.accept()
-                    with connection:
-                        connection.sendall(token.encode())
-                except OSError:
-                    if listener.fileno() == -1:
-                        return
+    It reads nothing from anyone.
 
-        threading.Thread(target=answer, name="probes", daemon=True).start()
-        yield listener.getsockname()[1]
-        # Closing alone does not wake a thread that waits in `accept`.
-        listener.shutdown(socket.SHUT_RDWR)
-
-
-def _listening(address: str) -> socket.socket:
+    Raises:
+        OSError: This machine does not have the address.
+    """
     family = socket.getaddrinfo(address, 0)[0][0]
-    return socket.create_server((address, 0), family=family)
+    text = token.encode() + bytes(num_bytes)
+    with socket.create_server((address, 0), family=family) as listener:
+
+        def answer(connection: socket.socket) -> None:
+            with connection, suppress(OSError):
+                connection.settimeout(_TIMEOUT_S)
+                connection.sendall(text)
+
+        def accept() -> None:
+            # Machines are answered at once, since one that is slow takes seconds.
+            with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
+                while listener.fileno() != -1:
+                    with suppress(OSError):
+                        pool.submit(answer, listener.accept()[0])
+
+        thread = threading.Thread(target=accept, name="probes", daemon=True)
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            # Closing alone does not wake a thread that waits in `accept`.
+            listener.shutdown(socket.SHUT_RDWR)
 
 
-def _probe(machine: Machine) -> str | None:
-    """Returns what is wrong with the way to a machine; None if nothing is."""
+def probe(address: str, port: int | None, token: str, num_bytes: int = 0) -> Reach:
+    """Connects to a machine that is `answering`, and reads what it sends, for 10 s at most."""
+    began = time.monotonic()
+    received = 0
     try:
-        with socket.create_connection((machine.address, machine.port), _TIMEOUT_S) as s:
+        with socket.create_connection((address, port), _TIMEOUT_S) as s:
             with s.makefile("rb") as answer:
-                if answer.read(2 * _TOKEN_BYTES).decode(errors="replace") != machine.token:
-                    return "another machine has the same address"
+                if answer.read(2 * _TOKEN_BYTES).decode(errors="replace") != token:
+                    return Reach("another machine has the same address")
+                if not num_bytes:
+                    return Reach()
+                while received < num_bytes and time.monotonic() < began + _TIMEOUT_S:
+                    chunk = answer.read1(num_bytes - received)
+                    if not chunk:
+                        break
+                    received += len(chunk)
     except TimeoutError:
-        return f"no answer in {_TIMEOUT_S:g} s"
+        if not received:
+            return Reach(f"no answer in {_TIMEOUT_S:g} s")
     except OSError as e:
-        return e.strerror or str(e)
-    return None
+        return Reach(e.strerror or str(e))
+    return Reach(None, received * 8e-6 / (time.monotonic() - began))
 
 
 def _address_of(interface: str) -> str:

@@ -15,7 +15,9 @@ from launch.elastic.protocol import (
     Hello,
     Leaving,
     Message,
+    Open,
     Pong,
+    Probed,
     ProtocolError,
     RankStatus,
     Ready,
@@ -27,6 +29,7 @@ from launch.elastic.protocol import (
     encode,
     receive,
 )
+from launch.elastic.reach import Apart
 from launch.elastic.token import OPTION, is_proof, new_challenge, proof_of
 from parallel.launcher import TOKEN_VARIABLE
 
@@ -45,6 +48,9 @@ class Node:
         ready: Answer to the last Prepare; None before it.
         ranks: Status of the ranks of the last start.
         stacks: Answer to the last Dump; None before it.
+        open: Answer to the last Listen; None before it.
+        probed: Answer to the last Probe; None before it.
+        apart: State of a machine that others cannot reach; it is left out.
         leaving: Reason why the machine goes away; None if it does not.
         lost: Reason why the machine is gone; None while it is connected.
     """
@@ -56,10 +62,22 @@ class Node:
         self.ready: Ready | None = None
         self.ranks: list[RankStatus] = []
         self.stacks: list[str] | None = None
+        self.open: Open | None = None
+        self.probed: Probed | None = None
+        self.apart = Apart()
         self.leaving: str | None = None
         self.lost: str | None = None
         self._generation = 0
         self._send = send
+
+    def address_seen_from(self, supervisor: str) -> str:
+        """Returns the address at which other machines reach this one.
+
+        Args:
+            supervisor: Address of the supervisor's machine for the others. A node on that machine
+                has connected over loopback, an address that the others cannot use.
+        """
+        return supervisor if ipaddress.ip_address(self.address).is_loopback else self.address
 
     def send(self, message: Message) -> None:
         """Sends a message; does nothing if the machine is gone."""
@@ -94,6 +112,10 @@ class Node:
                 self.stacks = message.stacks
             case Leaving():
                 self.leaving = message.reason
+            case Open():
+                self.open = message
+            case Probed():
+                self.probed = message
 
     @property
     def is_running(self) -> bool:

@@ -7,6 +7,8 @@
     Status    how my ranks are: on every change  Start, Stop (SIGTERM), Kill (SIGKILL)
               and each second                    Pong
     Stacks    what my ranks are doing            Dump
+    Open      the port at which I answer probes  Listen
+    Probed    how I reach the others             Probe
     Leaving   this machine goes away             Dismiss with the exit code to end with
 
 The supervisor sends rank numbers, never a command: a machine runs the command it was started with.
@@ -154,6 +156,44 @@ class Dump:
 
 
 @dataclass(frozen=True)
+class Listen:
+    address: str
+
+
+@dataclass(frozen=True)
+class Open:
+    port: int | None
+    token: str
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A machine that answers probes."""
+
+    address: str
+    port: int
+    token: str
+
+
+@dataclass(frozen=True)
+class Probe:
+    peers: list[Peer]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one machine reaches another; see `parallel.network.Reach`."""
+
+    problem: str | None
+    mbit_per_s: float | None
+
+
+@dataclass(frozen=True)
+class Probed:
+    ways: list[Way]
+
+
+@dataclass(frozen=True)
 class Pong:
     pass
 
@@ -178,6 +218,10 @@ Message = (
     | Stop
     | Kill
     | Dump
+    | Listen
+    | Open
+    | Probe
+    | Probed
     | Pong
     | Dismiss
 )

@@ -10,6 +10,7 @@ from parallel.world import join_world
 
 stop = threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: stop.set())
+print("ready", flush=True)
 try:
     with join_world(stop.is_set) as world:
         found = world.gather(os.environ["GLOO_SOCKET_IFNAME"])

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.elastic.conftest import wait_until
+
 pytestmark = pytest.mark.hosts
 
 HERE = Path(__file__).parent
@@ -82,7 +84,8 @@ def test_ranks_that_never_met_end_when_told(bed, meet):
     a, b = bed("a", "b").hosts
     (first, log), (second, _) = meet([a, b], seconds=600)
     second.kill()
-    time.sleep(5)
+    wait_until(lambda: "ready" in log.read_text(), log.read_text)
+    time.sleep(2)  # it waits for the other one, in C++
     first.send_signal(signal.SIGTERM)
     assert first.wait(20) == 33, log.read_text()
 

@@ -148,6 +148,15 @@ def test_another_machine_with_the_same_address_is_told_from_the_right_one(monkey
 def test_a_port_at_which_nobody_answers(monkeypatch):
     monkeypatch.setattr(network, "_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        machine = network.Machine(1, "b", "127.0.0.1", silent.getsockname()[1], "0" * 32)
-        assert network._probe(machine) is not None
-    assert network._probe(machine) is not None  # refused
+        port = silent.getsockname()[1]
+        assert network.probe("127.0.0.1", port, "0" * 32).problem is not None
+    assert network.probe("127.0.0.1", port, "0" * 32).problem is not None  # refused
+
+
+def test_bytes_tell_the_speed():
+    token = network.new_token()
+    with network.answering("127.0.0.1", token, num_bytes=2**20) as port:
+        reach = network.probe("127.0.0.1", port, token, num_bytes=2**20)
+    assert reach.problem is None and reach.mbit_per_s > 1
+    with pytest.raises(OSError), network.answering("192.0.2.1", token):
+        pass
