@@ -13,7 +13,8 @@ from core.errors import ConfigError
 from parallel.strategy import Strategy
 from parallel.world import World
 from trainer.config import TrainerConfig
-from trainer.data.loader import Batch, validation_batches
+from trainer.data.batch import Batch
+from trainer.data.loader import validation_batches
 from trainer.data.prepare import PreparedData
 from trainer.objective import Objective
 from trainer.process import Process

@@ -26,6 +26,7 @@ from trainer.checkpoint import described_tensors, read_state, read_tensors
 from trainer.data.tokenizer import check_tokenizer, fingerprint, load_tokenizer
 from trainer.model import Materializer, build_meta_model
 from trainer.model_config import PathModelConfig
+from trainer.weight_files import INDEX, SINGLE
 from trainer.weights import WeightGroup, WeightsReader, canonical_names, saving_groups
 
 _SHARD_BYTES = 5 * 10**9  # size of one file that the hub recommends
@@ -160,7 +161,7 @@ def _write_weights(weights: _Weights, folder: Path, stored_names: list[str] | No
     shards = list(_shards(saving_groups(weights.model, stored_names)))
     weight_map: dict[str, str] = {}
     for i, groups in enumerate(shards, start=1):
-        file = "model.safetensors"
+        file = SINGLE
         if len(shards) > 1:
             file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         tensors: dict[str, Tensor] = {}
@@ -171,7 +172,7 @@ def _write_weights(weights: _Weights, folder: Path, stored_names: list[str] | No
     if len(shards) > 1:
         size = sum(_size_bytes(group) for groups in shards for group in groups)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        (folder / INDEX).write_text(json.dumps(index, indent=1))
 
 
 def _check_reads_back(weights: _Weights, folder: Path) -> None:

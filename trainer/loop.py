@@ -18,7 +18,8 @@ from trainer.anomaly import AnomalyAction, LossWatch
 from trainer.checkpoint import TrainerState, committed, read_state
 from trainer.checkpointer import Checkpointer
 from trainer.config import TrainerConfig
-from trainer.data.loader import Batch, TrainLoader
+from trainer.data.batch import Batch
+from trainer.data.loader import TrainLoader
 from trainer.data.prepare import PreparedData
 from trainer.evaluation import evaluate, generate, held_out_batches, prompt_ids
 from trainer.interval import Interval, SaveSchedule, expected_mtbf_s

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.strategy import Materialize
-from trainer.data.loader import IGNORE_INDEX
+from trainer.data.batch import IGNORE_INDEX
 
 # Number of logits held at once: they fit into a CPU's cache, and keep a GPU busy.
 _CHUNK_NUMEL = {"cpu": 2**22, "cuda": 2**26}

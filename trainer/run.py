@@ -45,7 +45,6 @@ from trainer.model import (
 from trainer.model_config import ModelConfig, NamedModelConfig, PathModelConfig
 from trainer.optim import Decay, decayed_names
 from trainer.positions import check_positions
-from trainer.probe import leave_unused, settle
 from trainer.process import Process
 from trainer.remote import RemoteCheckpoints
 from trainer.reporter import Reporter, check_run_dir
@@ -60,8 +59,9 @@ from trainer.resume import (
     stored_config,
 )
 from trainer.run_lock import lock_run
+from trainer.settle import leave_unused, settle
 from trainer.stopping import StopSignal
-from trainer.weights import find_file
+from trainer.weight_files import find_file
 
 
 def train(
@@ -117,7 +117,7 @@ def train_in(
     if too_long is not None:
         reporter.say(too_long)
 
-    # From here on files are written, and another job must not write them, too.
+    # From here on files are written, which no other job may do in that directory meanwhile.
     with _locked(config, world):
         # 3. The checkpoint to resume from: refused here, if at all, before anything is written
         folder = config.run_dir / layout.CHECKPOINTS
@@ -199,7 +199,7 @@ def train_in(
         try:
             state, outcome = loop.run()
             # 6. The results
-            _finish(config, world, reporter, checkpointer, stop, state.step, outcome)
+            _finish(config, process, reporter, checkpointer, state.step, outcome)
         except BaseException as e:
             with suppress(OSError):  # for example of a full disk: it must not hide the first error
                 reporter.event("fail", heartbeat.step, error=f"{type(e).__name__}: {e}")
@@ -292,17 +292,17 @@ def _open_remote(config: TrainerConfig, world: World) -> RemoteCheckpoints | Non
 
 def _finish(
     config: TrainerConfig,
-    world: World,
+    process: Process,
     reporter: Reporter,
     checkpointer: Checkpointer,
-    stop: StopSignal,
     step: int,
     outcome: ExitCode,
 ) -> None:
+    world = process.world
     checkpoint = config.run_dir / layout.CHECKPOINTS / step_name(step)
     finished = outcome is ExitCode.FINISHED
     # All ranks stop; only those that got the signal know the reason.
-    reasons = [reason for reason in world.gather(stop.reason) if reason]
+    reasons = [reason for reason in world.gather(process.stop.reason) if reason]
     with world.together():
         # Meanwhile the last upload goes on in its thread.
         if finished and config.export.at_end and world.rank == 0:

@@ -15,7 +15,8 @@ from trainer.data.tokenizer import fingerprint, load_tokenizer
 from trainer.model import Materializer, build_meta_model
 from trainer.model_config import PathModelConfig
 from trainer.objective import model_inputs, outputs_of
-from trainer.weights import WeightsReader, find_file
+from trainer.weight_files import find_file
+from trainer.weights import WeightsReader
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 

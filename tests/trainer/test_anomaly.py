@@ -6,9 +6,11 @@ import os
 import signal
 
 import pytest
+import torch
 
 from core.errors import ExitCode
 from parallel.config import DdpConfig, FsdpConfig, ZeroConfig
+from parallel.ddp import DdpStrategy
 from parallel.world import join_world
 from tests.distributed import run_distributed
 from tests.small_run import SmallRun
@@ -129,6 +131,13 @@ def test_a_loss_that_is_not_logged_is_not_saved_either(trainer, small, tmp_path,
     spoilt(24)
     result = trainer(*small, "checkpoint.interval=4", "log.every_steps=100", "stop.steps=8")
     assert result.code == 1 and "step 4: the loss is nan; nothing was saved" in result.err
+    assert not committed(tmp_path / "run" / "checkpoints")
+
+
+def test_a_gradient_that_is_no_number_is_not_saved(trainer, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(DdpStrategy, "step", lambda *_, **__: torch.tensor(math.nan))
+    result = trainer(*small, "checkpoint.interval=2", "log.every_steps=100", "stop.steps=4")
+    assert result.code == 1 and "step 2: the gradient norm is nan" in result.err
     assert not committed(tmp_path / "run" / "checkpoints")
 
 

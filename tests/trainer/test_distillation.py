@@ -19,7 +19,7 @@ from tests.small_run import MODEL, VOCAB, SmallRun
 from tests.trainer.test_model import held_numel
 from trainer import objective
 from trainer.config import DistillConfig
-from trainer.data.loader import IGNORE_INDEX
+from trainer.data.batch import IGNORE_INDEX
 from trainer.distillation import divergence_sum, fused_linear_distillation
 from trainer.model import Materializer, build_meta_model
 from trainer.optim import AdamWConfig

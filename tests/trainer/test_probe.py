@@ -17,10 +17,11 @@ from parallel.config import DdpConfig, FsdpConfig, PrecisionConfig
 from parallel.optimizer_state import ADAMW
 from parallel.world import join_world
 from tests.distributed import run_distributed
-from trainer.data.loader import IGNORE_INDEX, Sample, batches_apart
+from trainer.data.batch import IGNORE_INDEX, Sample, batches_apart
 from trainer.objective import NextTokenLoss
 from trainer.optim import AdamWConfig
-from trainer.probe import APART, POSITIONS, Probe, refuse_layerdrop, settle
+from trainer.probe import APART, POSITIONS, Probe
+from trainer.settle import refuse_layerdrop, settle
 
 SIZES = {
     "vocab_size": 64,

@@ -17,7 +17,7 @@ from trainer.model import build_meta_model
 from trainer.model_config import NamedModelConfig
 from trainer.objective import NextTokenLoss
 from trainer.optim import AdamWConfig
-from trainer.probe import leave_unused
+from trainer.settle import leave_unused
 
 # A decoder made for an encoder, and one whose indexer chooses tokens without a gradient.
 BART = NamedModelConfig(

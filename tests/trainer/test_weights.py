@@ -10,6 +10,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM
 
+from core import layout
 from core.errors import ConfigError
 from parallel.config import DdpConfig, Dtype, FsdpConfig, ZeroConfig
 from parallel.optimizer_state import ADAMW
@@ -20,7 +21,6 @@ from tests.families import zoo
 from tests.small_run import SmallRun
 from tests.trainer.test_checkpoint import a_state, no_assets, tell_nobody
 from trainer.checkpoint import (
-    STORED_NAMES,
     committed,
     described_tensors,
     read_tensors,
@@ -256,7 +256,7 @@ def test_what_came_with_a_model_goes_with_it(llama, tmp_path):
     data = SimpleNamespace(tokenizer=zoo.byte_tokenizer())
     _save_assets(config_of(llama), model, data, stored_names, tmp_path)
     assert json.loads((tmp_path / "generation_config.json").read_text()) == came
-    assert json.loads((tmp_path / STORED_NAMES).read_text()) == stored_names
+    assert json.loads((tmp_path / layout.STORED_NAMES).read_text()) == stored_names
     assert sorted(stored_names) == sorted(load_file(llama / "model.safetensors"))
 
 
