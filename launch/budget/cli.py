@@ -38,18 +38,18 @@ def add_verbs(commands: Any) -> None:
     _add_guard(commands)
     cost = commands.add_parser(
         "cost",
-        help="what a job has cost so far, and will cost, as its ledger says",
-        description="Shows a ledger: spent, expected and forecast; dollars a million tokens; a "
-        "table by place.",
+        help="show what a job has cost and will cost, from its ledger",
+        description="Shows a ledger: spent, expected and forecast sums, dollars per million "
+        "tokens, and a table by place.",
     )
     cost.set_defaults(run=_cost)
-    cost.add_argument("ledger", metavar="DIR", type=_folder, help="the folder that guard writes to")
+    cost.add_argument("ledger", metavar="DIR", type=_folder, help="folder that guard writes to")
 
 
 def _add_guard(commands: Any) -> None:
     parser = commands.add_parser(
         "guard",
-        help="run a command, write down what it costs, stop it at the budget",
+        help="run a command, record its cost, stop it at the budget",
         usage="python -m launch guard [options] --ledger DIR -- COMMAND...",
         description=_GUARD,
         epilog=_EXAMPLES,

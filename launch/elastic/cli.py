@@ -64,7 +64,7 @@ def add_verbs(commands: Any) -> None:
 def _add_supervise(commands: Any) -> None:
     supervise = commands.add_parser(
         "supervise",
-        help="start ranks here and on the machines that join, and keep them going",
+        help="start ranks here and on machines that join, and restart them",
         usage="python -m launch supervise [options] -- COMMAND...",
         description=_SUPERVISE,
         epilog=_SUPERVISE_EXAMPLES,
@@ -75,7 +75,7 @@ def _add_supervise(commands: Any) -> None:
         "--listen",
         metavar="[HOST:]PORT",
         type=_address,
-        help="let machines join at this address (default: no machine can; HOST: 0.0.0.0)",
+        help="address at which machines can join (default: none; HOST: 0.0.0.0)",
     )
     _add_token(supervise, "; made if it does not exist")
     supervise.add_argument(
@@ -83,14 +83,14 @@ def _add_supervise(commands: Any) -> None:
         metavar="N",
         type=count(),
         default=1,
-        help="wait for so many machines before the first start, this one included (default: 1)",
+        help="machines to wait for before the first start, with this one (default: 1)",
     )
     supervise.add_argument(
         "--multiple-of",
         metavar="M",
         type=count(),
         default=1,
-        help="use machines such that M divides the number of ranks (default: 1)",
+        help="number that must divide the number of ranks (default: 1)",
     )
     for name, default_s, what in (
         ("hang-timeout", 600, "without a heartbeat of any rank that count as a hang"),
@@ -136,7 +136,7 @@ def _add_supervise(commands: Any) -> None:
 def _add_join(commands: Any) -> None:
     join = commands.add_parser(
         "join",
-        help="run ranks here for a supervisor elsewhere",
+        help="run ranks here for a supervisor on another machine",
         usage="python -m launch join HOST:PORT [options] -- COMMAND...",
         description=_JOIN,
         epilog=_JOIN_EXAMPLES,

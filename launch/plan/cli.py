@@ -32,7 +32,7 @@ def add_verbs(commands: Any) -> None:
     """
     parser = commands.add_parser(
         "plan",
-        help="what a job costs, by where it runs",
+        help="rank the places for a job by cost",
         usage="python -m launch plan [options] [key=value ...]",
         description=_PLAN,
         epilog=_EXAMPLES,
@@ -40,14 +40,14 @@ def add_verbs(commands: Any) -> None:
     parser.set_defaults(run=_plan)
     parser.more_help = launch_keys
     add_words(parser, "the job and launch.*")
-    parser.add_argument("--json", action="store_true", help="print everything, as JSON")
+    parser.add_argument("--json", action="store_true", help="print the whole plan as JSON")
     parser.add_argument(
         "--top", metavar="N", type=count(), default=12, help="candidates to show (default: 12)"
     )
     parser.add_argument(
         "--rejected",
         action="store_true",
-        help="show all that is rejected, not one example a reason",
+        help="show all rejected candidates, not one for each reason",
     )
     parser.add_argument(
         "--today",
