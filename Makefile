@@ -12,8 +12,9 @@ train: install  ## The main job: learn to write Python from the standard library
 	$(BIN)/python -m trainer experiment=stdlib nproc=$(NPROC)
 
 # Two at a time: most tests wait for processes of one core. A file stays together, with its fixtures.
+# Long files come first, by tests/conftest.py.
 test: install lint  ## What CI runs: lint, types, tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: install  ## The tests that take over 15 s each
 	$(BIN)/python -m pytest -m long

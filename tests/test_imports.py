@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -39,22 +40,29 @@ LEAVES = {
 LAZY = {
     "core.settings.command": "help page and refusals of a Command, needed seldom, are about it",
     "parallel.config": "build() of a config makes its strategy, which takes that config",
-    "serving.batches.worker": "it starts the queue that takes its settings",
 }
 
 
+@cache
 def sources(package):
     return sorted((ROOT / package).rglob("*.py"))
 
 
+@cache
+def parsed(path):
+    return ast.parse(path.read_text(), str(path))
+
+
+@cache
 def imported(path, everywhere=True):
     """Top-level names that a file imports: anywhere in it, or when it is itself imported."""
     return {name.split(".")[0] for name in imported_names(path, everywhere)}
 
 
+@cache
 def imported_names(path, everywhere=True):
     """Dotted names; what is imported from a module may be a module itself, so it is named too."""
-    names, todo = set(), [ast.parse(path.read_text(), str(path))]
+    names, todo = set(), [parsed(path)]
     while todo:
         node = todo.pop()
         if isinstance(node, ast.Import):
@@ -107,12 +115,22 @@ def test_extras_are_imported_in_their_leaves_only(library):
             assert library not in imported(path, everywhere=False), name
 
 
+def test_the_gateways_domain_knows_no_http():
+    edge = {"admin", "app", "batches", "errors", "http_limits", "incoming"}
+    users = {
+        path.stem
+        for path in (ROOT / "serving/gateway").glob("*.py")
+        if imported(path) & {"fastapi", "starlette", "uvicorn"}
+    }
+    assert users == edge
+
+
 def test_leaves_are_imported_inside_functions():
     """A user without wandb imports nothing that needs it."""
     leaves = {f[:-3].replace("/", ".") for files in LEAVES.values() for f in files}
     for package in PACKAGES:
         for path in sources(package):
-            for node in ast.parse(path.read_text()).body:
+            for node in parsed(path).body:
                 if isinstance(node, ast.ImportFrom):
                     assert node.module not in leaves, f"{path}:{node.lineno}"
 

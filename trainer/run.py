@@ -30,7 +30,7 @@ from trainer.data.order import OrderRule
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.tokenizer import vocab_size_of
 from trainer.dry_run import check_forward
-from trainer.export import export_checkpoint
+from trainer.exporter import export_checkpoint
 from trainer.fake_quant import prepare_fake_quant
 from trainer.heartbeat import Heartbeat
 from trainer.loop import TrainingLoop

@@ -21,7 +21,7 @@ from compression.stream import BlockStream
 from compression.targets.names import StoredNames
 from core import layout
 from core.errors import ConfigError, DamagedError
-from trainer.export import save_weights
+from trainer.exporter import save_weights
 from trainer.weight_files import INDEX, SINGLE
 
 _SHARD_BYTES = 256 * 2**20  # limit of memory; a larger block has a file to itself

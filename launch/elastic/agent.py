@@ -26,7 +26,8 @@ from launch.elastic.protocol import (
     encode,
     receive,
 )
-from launch.elastic.token import VARIABLE, is_proof, new_challenge, proof_of
+from launch.elastic.token import is_proof, new_challenge, proof_of
+from parallel.launcher import TOKEN_VARIABLE
 
 _POLL_S = 0.1
 _MAX_BACKOFF_S = 10.0
@@ -155,7 +156,7 @@ class Agent:
         challenges = (hello.challenge, challenge.challenge)
         if not is_proof(answer.proof, self._membership.token, "supervisor", *challenges):
             rule = "the supervisor there lacks this machine's token"
-            raise ConfigError("HOST:PORT", where, rule, f"give it the same {VARIABLE}")
+            raise ConfigError("HOST:PORT", where, rule, f"give it the same {TOKEN_VARIABLE}")
         self._say(f"joined {where} with {nproc} {'rank' if nproc == 1 else 'ranks'}")
 
     def _hello(self, challenge: Challenge, nproc: int, address: str) -> Hello:

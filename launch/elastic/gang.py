@@ -23,8 +23,8 @@ from typing import Any
 from core import layout
 from core.process.child import Child
 from core.process.python import USERS_PATH
-from launch.elastic import token
 from launch.elastic.protocol import MAX_TEXT_CHARS, RankStatus, Start
+from parallel.launcher import TOKEN_VARIABLE
 from parallel.network import address_to, interface_variables
 
 _STACKS_S = 3.0
@@ -161,7 +161,7 @@ def _environment(start: Start, local_rank: int, folder: Path) -> Mapping[str, st
     # Our own programs run with our own PYTHONPATH; the ranks' program gets the user's back.
     if USERS_PATH in given:
         given["PYTHONPATH"] = given.pop(USERS_PATH)
-    given.pop(token.VARIABLE, None)  # ranks join nothing
+    given.pop(TOKEN_VARIABLE, None)  # ranks join nothing
     if start.world_size > start.nproc:
         # COMMAND may be a program that does not choose by itself, as ours does.
         given |= interface_variables(address_to(start.master_addr), given)

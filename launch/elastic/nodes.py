@@ -27,7 +27,8 @@ from launch.elastic.protocol import (
     encode,
     receive,
 )
-from launch.elastic.token import OPTION, VARIABLE, is_proof, new_challenge, proof_of
+from launch.elastic.token import OPTION, is_proof, new_challenge, proof_of
+from parallel.launcher import TOKEN_VARIABLE
 
 _GOODBYE_S = 2.0
 _MAX_STRANGERS = 64  # connections at once that have proved nothing yet
@@ -230,7 +231,7 @@ class Listener:
         said = (hello.nproc, hello.command_sha256, hello.address)
         challenges = (challenge, hello.challenge)
         if not is_proof(hello.proof, self._token, "machine", *challenges, *said):
-            return f"it lacks the supervisor's token: give it {VARIABLE}, or {OPTION}"
+            return f"it lacks the supervisor's token: give it {TOKEN_VARIABLE}, or {OPTION}"
         if hello.command_sha256 != self._digest:
             return "its command after -- differs from the supervisor's"
         return None

@@ -27,7 +27,7 @@ from launch.elastic.nodes import Listener, Node, dismiss
 from launch.elastic.policy import Failure, History, choose_nodes
 from launch.elastic.protocol import Dump, Kill, Message, Prepare, Stop, command_digest
 from launch.elastic.rendezvous import End, Generation, StopCause
-from launch.elastic.token import VARIABLE
+from parallel.launcher import TOKEN_VARIABLE
 from parallel.network import address_to
 
 _TICK_S = 0.1
@@ -395,7 +395,7 @@ def _join_command(address: str, settings: Settings) -> str:
             host = socket.gethostname()
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     join = shlex.join(["python", "-m", "launch", "join", where, "--", *settings.command])
-    return f"{VARIABLE}={settings.token} {join}"
+    return f"{TOKEN_VARIABLE}={settings.token} {join}"
 
 
 def _count(number: int, what: str) -> str:

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from core.errors import ConfigError
+from parallel.launcher import TOKEN_VARIABLE
 
-VARIABLE = "SPOTFORGE_TOKEN"
 OPTION = "--token-file"
 # A proof can be recorded, and tokens tried against it elsewhere.
 _MIN_CHARS = 16
@@ -36,8 +36,8 @@ def read_token(
         ConfigError: The file cannot be read or made, or the token is too short.
     """
     if path is None:
-        token = environment.get(VARIABLE, "").strip()
-        return _checked(VARIABLE, "...", token) if token else None
+        token = environment.get(TOKEN_VARIABLE, "").strip()
+        return _checked(TOKEN_VARIABLE, "...", token) if token else None
     try:
         if makes and not path.exists():
             # Created with these rights: a later chmod would leave a moment in which all can read.

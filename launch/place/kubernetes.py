@@ -18,7 +18,7 @@ from launch.place.readable_yaml import to_yaml
 from launch.plan.candidate import Candidate
 from launch.plan.planner import Plan
 from launch.settings import Settings
-from parallel.launcher import SUPERVISOR_PORT
+from parallel.launcher import SUPERVISOR_PORT, TOKEN_VARIABLE
 
 _CONTAINER, _REPLICATED = "spotforge", "node"
 # Taints with which GKE and AKS reserve spot machines, and all clouds machines with GPUs.
@@ -52,7 +52,10 @@ class Kubernetes:
 
     def render(self, job: Job) -> str:
         """See `Place`."""
-        return job.heading("kubectl apply -f FILE") + "\n" + to_yaml(self.document(job))
+        usage = "kubectl apply -f FILE"
+        if job.secrets:
+            usage += f"; its Secret {self._launch.kubernetes.secret} has {', '.join(job.secrets)}"
+        return job.heading(usage) + "\n" + to_yaml(self.document(job))
 
     def document(self, job: Job) -> dict[str, Any]:
         """Returns the JobSet as a document, before it becomes YAML."""
@@ -95,7 +98,7 @@ class Kubernetes:
     def _pod(self, job: Job) -> dict[str, Any]:
         launch, kubernetes = self._launch, self._launch.kubernetes
         env: list[dict[str, Any]] = [{"name": k, "value": v} for k, v in sorted(launch.env.items())]
-        for name in launch.secrets:
+        for name in job.secrets:
             of = {"secretKeyRef": {"name": kubernetes.secret, "key": name}}
             env.append({"name": name, "valueFrom": of})
         container = {
@@ -142,8 +145,22 @@ class Kubernetes:
         return "\n".join([*lines, f"exec {job.supervise(job.own_price())}", ""])
 
     def start(self, job: Job, text: str) -> int:
-        """See `Place`."""
-        return self._kubectl().run("apply", "-f", "-", text=text)
+        """See `Place`.
+
+        Raises:
+            ConfigError: The cluster lacks a secret, without which no pod would start.
+        """
+        kubectl, secret = self._kubectl(), self._launch.kubernetes.secret
+        for name in job.secrets:
+            path = f"jsonpath={{.data.{name}}}"
+            if not kubectl.ask("get", "secret", secret, "-o", path, *self._where()):
+                rule = f"the cluster's Secret of that name has no {name}"
+                fix = f"kubectl create secret generic {secret} --from-literal={name}=..."
+                if name == TOKEN_VARIABLE:
+                    rule += ", by which nodes join"
+                    fix = fix.replace("...", '"$(openssl rand -hex 24)"')
+                raise ConfigError("launch.kubernetes.secret", secret, rule, fix)
+        return kubectl.run("apply", "-f", "-", text=text)
 
     def status(self) -> int:
         """See `Place`."""

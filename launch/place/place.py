@@ -11,11 +11,12 @@ from typing import Protocol
 
 from core.errors import ConfigError
 from launch.config import LaunchConfig, Stage, Target
+from launch.elastic.token import new_token
 from launch.pipeline.stages import check_stages
 from launch.plan.candidate import Candidate
 from launch.plan.planner import Plan
 from launch.settings import Settings
-from parallel.launcher import SUPERVISOR_PORT
+from parallel.launcher import SUPERVISOR_PORT, TOKEN_VARIABLE
 
 MOUNT = "/spotforge"
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
@@ -64,6 +65,12 @@ class Job:
     def num_nodes(self) -> int:
         """Number of nodes, which is the same for every candidate."""
         return self.candidates[0].num_nodes
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Names of variables with secrets: the user's, and the token by which nodes join."""
+        token = [TOKEN_VARIABLE] if self.num_nodes > 1 else []
+        return tuple(dict.fromkeys([*self.launch.secrets, *token]))
 
     def heading(self, usage: str) -> str:
         """Returns comment lines for a rendered file: the candidates and the file's usage."""
@@ -226,12 +233,20 @@ def job_of(
     )
 
 
-def check_secrets(launch: LaunchConfig) -> None:
-    """Raises ConfigError if a secret has no value in this environment."""
-    for name in launch.secrets:
-        if not os.environ.get(name):
+def secrets_of(job: Job) -> dict[str, str]:
+    """Returns the values of a job's secrets from this environment, and a new token if it has none.
+
+    Raises:
+        ConfigError: A secret of the user's has no value.
+    """
+    values = {name: os.environ.get(name, "") for name in job.secrets}
+    if TOKEN_VARIABLE in values and not values[TOKEN_VARIABLE]:
+        values[TOKEN_VARIABLE] = new_token()
+    for name, value in values.items():
+        if not value:
             rule = "is not set in this environment"
             raise ConfigError("launch.secrets", name, rule, f"export {name}=...")
+    return values
 
 
 def of_one_pool(plan: Plan) -> list[Candidate]:

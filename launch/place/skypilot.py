@@ -17,7 +17,7 @@ from core.errors import ConfigError, ExitCode
 from launch.catalog.offer import Offer
 from launch.catalog.skypilot import SINGLE_NODE_CLOUDS
 from launch.config import LaunchConfig, Stage
-from launch.place.place import MOUNT, Job, Storage, check_secrets
+from launch.place.place import MOUNT, Job, Storage, secrets_of
 from launch.place.program import Program
 from launch.place.readable_yaml import to_yaml
 from launch.plan.candidate import Candidate
@@ -104,7 +104,8 @@ class SkyPilot:
         Raises:
             ConfigError: SkyPilot cannot mount `launch.bucket`.
         """
-        usage = "sky launch FILE, or as a managed job: sky jobs launch FILE"
+        secrets = "".join(f" --secret {name}" for name in job.secrets)
+        usage = f"sky launch{secrets} FILE, or as a managed job: sky jobs launch{secrets} FILE"
         return f"{job.heading(usage)}\n{to_yaml(*documents(job))}"
 
     def start(self, job: Job, text: str) -> int:
@@ -113,8 +114,7 @@ class SkyPilot:
         Raises:
             ConfigError: A secret has no value, or no cloud of the job has credentials.
         """
-        check_secrets(self._launch)
-        sky = self._sky()
+        values, sky = secrets_of(job), self._sky()
         clouds = sorted({_infra(c.offer).partition("/")[0] for c in job.candidates})
         if not _enabled(sky.ask("check", "-o", "json", *clouds)):
             rule = f"no credentials for any of {', '.join(clouds)}"
@@ -123,9 +123,9 @@ class SkyPilot:
             path = Path(folder) / f"{job.name}.yaml"
             path.write_text(text, encoding="utf-8")
             # SkyPilot takes the values from the environment: they appear in no file or argument.
-            secrets = [word for name in self._launch.secrets for word in ("--secret", name)]
+            secrets = [word for name in values for word in ("--secret", name)]
             words = ["--yes", "--detach-run", "--name", job.name, *secrets, str(path)]
-            return sky.run("jobs", "launch", *words)
+            return sky.run("jobs", "launch", *words, env=values)
 
     def status(self) -> int:
         """See `Place`."""
@@ -193,8 +193,8 @@ def _task(job: Job, stage: Stage, name: str) -> dict[str, Any]:
     if launch.skypilot.workdir is not None:
         task["workdir"] = launch.skypilot.workdir
     task["envs"] = {**launch.env, "SPOTFORGE_PRICES": _prices(job)}
-    if launch.secrets:
-        task["secrets"] = dict.fromkeys(launch.secrets)
+    if job.secrets:
+        task["secrets"] = dict.fromkeys(job.secrets)
     if launch.bucket is not None:
         store, bucket = _bucket(launch)
         task["file_mounts"] = {MOUNT: {"name": bucket, "store": store, "mode": "MOUNT_CACHED"}}

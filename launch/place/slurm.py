@@ -10,11 +10,12 @@ from pathlib import Path
 
 from core.errors import ConfigError, ExitCode
 from launch.config import LaunchConfig, hours
-from launch.place.place import Job, Storage, check_secrets, of_one_pool, refuse_unused
+from launch.place.place import Job, Storage, of_one_pool, refuse_unused, secrets_of
 from launch.place.program import Program
 from launch.plan.candidate import Candidate
 from launch.plan.planner import Plan
 from launch.settings import Settings
+from parallel.launcher import TOKEN_VARIABLE
 
 # The job's commands are in an exported shell function, since srun runs one command on every node.
 _SCRIPT = """\
@@ -27,6 +28,8 @@ set -u
 head=$(hostname)  # the first node, on which this script runs
 port=$((20000 + SLURM_JOB_ID % 40000))
 export head port
+# By it the other nodes join the first; srun hands it to all of them.
+export {token}="${{{token}:-$(head -c 24 /dev/urandom | od -An -v -tx1 | tr -d ' \n')}}"
 
 node() {{
   trap : TERM USR1  # they are for the programs, whose exit code this shell is to see
@@ -102,6 +105,7 @@ class Slurm:
                 f"#SBATCH --{name}" + ("" if value is None else f"={value}")
                 for name, value in given.items()
             ),
+            token=TOKEN_VARIABLE,
             environment="".join(f"{line}\n" for line in environment),
             join=job.join('"$head:$port"') if job.num_nodes > 1 else ":",
             supervise=job.supervise(job.own_price(), port='"$port"'),
@@ -110,8 +114,8 @@ class Slurm:
 
     def start(self, job: Job, text: str) -> int:
         """See `Place`."""
-        check_secrets(self._launch)  # sbatch passes the whole environment on, secrets included
-        return _program("sbatch").run(text=text)
+        # sbatch passes the whole environment on.
+        return _program("sbatch").run(text=text, env=secrets_of(job))
 
     def status(self) -> int:
         """See `Place`."""

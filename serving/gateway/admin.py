@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from core.errors import ConfigError, SpotforgeError
 from serving.errors import Conflict, Forbidden, InvalidRequest, NotFound
 from serving.gateway.gateway import Gateway
+from serving.gateway.incoming import key_of
 from serving.rollout import Busy, Event, Rollout
 
 
@@ -48,7 +49,7 @@ def add_admin(
     """
 
     def authorize(request: Request) -> None:
-        if gateway.keys is not None and not gateway.authorize(request).admin:
+        if gateway.keys is not None and not key_of(gateway, request).admin:
             raise Forbidden("the key is not an admin's", code="admin_only")
 
     def rollout_of(name: str | None) -> Rollout:

@@ -22,7 +22,7 @@ from serving.engines.process import watch_of
 from serving.engines.proof import Case, Proof, Scores
 from serving.engines.selection import build
 from serving.gateway.errors import response_to
-from serving.gateway.request import lost
+from serving.gateway.generation import lost
 from serving.rollout import Rollout
 from serving.text.pipeline import LocalStages
 from tests.serving.completions_server import FakeServer

@@ -131,7 +131,8 @@ def wanted(small, tmp_path):
     folder = write_model(tmp_path / "model", 320, **SIZES)
     kept = [s for s in small if not s.startswith("model.")]
     pretrained = ["model=pretrained", f"model.path={folder}", "data.tokenizer=train"]
-    return [*kept, *pretrained, "model.keep_zeros=true", "schedule=constant"]
+    exported = ["export.at_end=true", "schedule=constant"]
+    return [*kept, *pretrained, *exported, "model.keep_zeros=true"]
 
 
 def test_a_resumed_run_and_its_export_keep_them(trainer, wanted, tmp_path):

@@ -28,7 +28,7 @@ from trainer.checkpoint import (
 )
 from trainer.checkpointer import Checkpointer
 from trainer.config import CheckpointConfig
-from trainer.export import export_checkpoint
+from trainer.exporter import export_checkpoint
 from trainer.model import Materializer, build_meta_model
 from trainer.model_config import PathModelConfig
 from trainer.resume import check_same_model, state_reader

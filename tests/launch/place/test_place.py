@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import shlex
 import stat
 
@@ -175,6 +176,7 @@ def stand_in_sky(folder, checked='{"default": {"AWS": ["compute"]}}'):
         f'#!/bin/sh\necho "$@" >> {folder}/calls\n'
         f"[ \"$1\" = check ] && echo started && echo '{checked}' && exit 0\n"
         f'[ "$2" = launch ] && for last in "$@"; do :; done && cp "$last" {folder}/task.yaml\n'
+        f'[ "$2" = launch ] && echo "$SPOTFORGE_TOKEN" >> {folder}/tokens\n'
         "exit 0\n"
     )
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
@@ -195,6 +197,23 @@ def test_up_hands_the_task_to_sky_with_the_names_of_secrets(tmp_path, monkeypatc
     assert launch.startswith("jobs launch --yes --detach-run --name my-run --secret KEY ")
     assert "very-secret" not in launch
     assert yaml.safe_load((tmp_path / "task.yaml").read_text()) == document(job)
+
+
+def test_nodes_get_a_token_to_join_by(tmp_path, monkeypatch):
+    """It is made for the job, and is in no file."""
+    monkeypatch.delenv("SPOTFORGE_TOKEN", raising=False)
+    sky = stand_in_sky(tmp_path)
+    job = placed("launch.bucket=s3://mine", "launch.nodes=[2]", "launch.shared_dir=/shared", sky)
+    assert start(job) == 0
+    assert " --secret SPOTFORGE_TOKEN " in (tmp_path / "calls").read_text()
+    tokens = (tmp_path / "tokens").read_text().split()
+    assert len(tokens) == 1 and len(tokens[0]) >= 32 and "SPOTFORGE_TOKEN" not in os.environ
+    task = (tmp_path / "task.yaml").read_text()
+    assert tokens[0] not in task
+    assert yaml.safe_load(task)["secrets"] == {"SPOTFORGE_TOKEN": None}
+    monkeypatch.setenv("SPOTFORGE_TOKEN", "of the user's own")
+    assert start(job) == 0
+    assert (tmp_path / "tokens").read_text().splitlines()[1] == "of the user's own"
 
 
 def test_without_credentials_or_a_secret_nothing_is_launched(tmp_path, monkeypatch):
