@@ -23,6 +23,11 @@ class Dtype(Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of an element."""
+        return 2 if self is Dtype.bfloat16 else 4
+
 
 @dataclass
 class PrecisionConfig:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from parallel.adamw_state import canonical_state, load_canonical_state
+from parallel.canonical_state import canonical_state, load_canonical_state
 from parallel.config import DdpConfig, Dtype, PrecisionConfig
+from parallel.optimizer_state import OptimizerState
 from parallel.strategy import (
     BuildOptimizer,
     Materialize,
@@ -42,6 +43,7 @@ class DdpStrategy(Strategy):
         self._config, self._world, self._precision = config, world, precision
         self._module: nn.Module
         self._optimizer: Optimizer
+        self._optimizer_state: OptimizerState
         self._parameters: dict[str, nn.Parameter]
         self._buffers: dict[str, Tensor]
         self._sparse: list[nn.Parameter]  # parameters whose zeros stay zero
@@ -51,6 +53,7 @@ class DdpStrategy(Strategy):
         module: nn.Module,
         materialize: Materialize,
         build_optimizer: BuildOptimizer,
+        optimizer_state: OptimizerState,
         keep_zeros: Collection[str] = (),
     ) -> None:
         materialize(module)
@@ -59,6 +62,7 @@ class DdpStrategy(Strategy):
         self._sparse = [self._parameters[name] for name in sorted(keep_zeros)]
         self._module = self._replicate(module)
         self._optimizer = build_optimizer(trainable(self._parameters))
+        self._optimizer_state = optimizer_state
 
     def _replicate(self, module: nn.Module, has_unused: bool = False) -> nn.Module:
         if self._world.world_size == 1:
@@ -122,12 +126,17 @@ class DdpStrategy(Strategy):
             group["lr"] = lr
 
     def state(self) -> dict[str, Tensor]:
-        whole = canonical_state(self._parameters, self._optimizer) | self._buffers
+        whole = (
+            canonical_state(self._parameters, self._optimizer, self._optimizer_state)
+            | self._buffers
+        )
         rank, world_size = self._world.rank, self._world.world_size
         return {n: t for i, (n, t) in enumerate(whole.items()) if i % world_size == rank}
 
     def load_state(self, read: ReadTensors, num_updates: int) -> None:
-        load_canonical_state(self._parameters, self._optimizer, read, num_updates)
+        load_canonical_state(
+            self._parameters, self._optimizer, self._optimizer_state, read, num_updates
+        )
         read(self._buffers)
 
 

@@ -12,7 +12,7 @@ from serving.artifact import Artifact
 from serving.config import GenerationConfig, ServingConfig, Topology
 from serving.engine import Engine, EngineInfo, TokenRequest
 from serving.engines import selection
-from serving.sampling import Choice, defaults_of
+from serving.sampling import SamplingParams, defaults_of
 from serving.text.codec import TextChunk
 from serving.text.pipeline import LocalStages, TextStages
 from serving.text.split import SplitStages
@@ -37,11 +37,11 @@ class Deployment:
         engine: Engine,
         text: TextStages,
         adapters: dict[str, Adapter] | None = None,
-        defaults: Choice | None = None,
+        defaults: SamplingParams | None = None,
         why: str = "",
     ) -> None:
         self.artifact, self.engine, self.text, self.why = artifact, engine, text, why
-        self.adapters, self.defaults = adapters or {}, defaults or Choice()
+        self.adapters, self.defaults = adapters or {}, defaults or SamplingParams()
         self._users = 0
         self._unused = asyncio.Event()
         self._unused.set()
@@ -128,17 +128,17 @@ class Deployment:
         await self.text.close()
 
 
-def sampling_defaults(folder: Path, config: ServingConfig) -> Choice:
+def sampling_defaults(folder: Path, config: ServingConfig) -> SamplingParams:
     """Returns the sampling settings that the model's author recommends, unless they are not wanted.
 
     Raises:
         ConfigError: The author's settings are not valid.
     """
     is_authors = config.generation_config is GenerationConfig.auto
-    return defaults_of(folder) if is_authors else Choice()
+    return defaults_of(folder) if is_authors else SamplingParams()
 
 
-def check_defaults(defaults: Choice, info: EngineInfo) -> None:
+def check_defaults(defaults: SamplingParams, info: EngineInfo) -> None:
     """Raises ConfigError for a default that the engine does not support."""
     for name in defaults.extras():
         if name not in info.features:

@@ -37,11 +37,13 @@ of the request. A line of any kind is a heartbeat.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from core.errors import SpotforgeError
+from serving.sampling import SamplingParams
 
 # A choice that rounding decides, such as the last expert that a router selects for a token: the
 # index of the choice in the forward pass, and the row of its scores.
@@ -78,19 +80,13 @@ class Unproven(SpotforgeError):
 
 
 @dataclass(frozen=True, slots=True)
-class TokenRequest:
-    """A request for one sequence.
+class TokenRequest(SamplingParams):
+    """A request for one sequence, with its sampling settings.
 
     Attributes:
         id: Id that is unique among the engine's requests.
         prompt: Token ids, at least one.
         max_tokens: New tokens, at most; at least 1.
-        temperature: Divisor of the logits; 0: always the likeliest token.
-        top_p: Probability mass of the likeliest tokens that are drawn from, in (0, 1].
-        top_k: Number of the likeliest tokens that are drawn from; 0: all.
-        min_p: Least probability relative to the likeliest token's, in [0, 1].
-        repetition_penalty: Factor on the logits of tokens that already occur, as transformers
-            defines it; 1: no penalty.
         seed: Seed of the draws. The same seed, prompt and model give the same tokens, whatever else
             is in the batch.
         logprobs: Number of alternatives to return with each token's own log-probability; None: no
@@ -105,17 +101,21 @@ class TokenRequest:
     id: str
     prompt: list[int]
     max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
     seed: int = 0
     logprobs: int | None = None
     ignore_eos: bool = False
     offset: int = 0
     schema: dict[str, Any] | None = None
     adapter: str | None = None
+
+    def rest(self, tokens: list[int]) -> TokenRequest:
+        """Returns the request for what is still to be generated after its first tokens."""
+        return dataclasses.replace(
+            self,
+            prompt=self.prompt + tokens,
+            max_tokens=self.max_tokens - len(tokens),
+            offset=len(tokens),
+        )
 
 
 class TokenLogprob(NamedTuple):
@@ -177,6 +177,12 @@ class EngineInfo:
     features: list[str] = field(default_factory=list)
     built_with: str = ""
     restored_buffers: list[str] = field(default_factory=list)
+
+    def tells_logprobs(self, params: SamplingParams) -> bool:
+        """Returns whether the engine returns the model's own log-probabilities with settings."""
+        if self.max_logprobs < 0:
+            return False
+        return params.is_models_own or "logprobs_when_sampling" in self.features
 
 
 @dataclass

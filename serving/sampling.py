@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,8 @@ _RANGES = {  # least and greatest value
 }
 
 
-@dataclass(frozen=True)
-class Choice:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
     """Sampling settings, applied in the order of transformers' logits processors.
 
     Attributes:
@@ -40,14 +38,9 @@ class Choice:
     top_p: float = 1.0
     min_p: float = 0.0
 
-    def but(self, asked: Mapping[str, float | None]) -> Choice:
-        """Returns a copy with the values that are not None replaced."""
-        given: dict[str, Any] = {name: x for name, x in asked.items() if x is not None}
-        return dataclasses.replace(self, **given)
-
     def extras(self) -> list[str]:
         """Returns the names of settings that are in effect and that not every engine supports."""
-        neutral = Choice()
+        neutral = SamplingParams()
         names = ("top_k", "min_p", "repetition_penalty")
         return [name for name in names if getattr(self, name) != getattr(neutral, name)]
 
@@ -60,7 +53,7 @@ class Choice:
         return self.temperature == 0 or is_whole
 
 
-def defaults_of(folder: Path) -> Choice:
+def defaults_of(folder: Path) -> SamplingParams:
     """Returns the sampling settings of a model's `generation_config.json`.
 
     Args:
@@ -82,4 +75,4 @@ def defaults_of(folder: Path) -> Choice:
             fix = "correct the file, or set generation_config=vllm"
             raise ConfigError("generation_config", "auto", rule, fix)
         asked[name] = max(value, 0)  # top_k=-1 means the same as 0: all tokens
-    return Choice().but(asked)
+    return SamplingParams(**asked)

@@ -14,6 +14,7 @@ from launch.elastic.protocol import (
     MAX_LINE_BYTES,
     SUPERVISOR_SILENCE_S,
     VERSION,
+    Challenge,
     Dismiss,
     Hello,
     Leaving,
@@ -25,6 +26,8 @@ from launch.elastic.protocol import (
     encode,
     receive,
 )
+from launch.elastic.token import is_proof, new_challenge, proof_of
+from parallel.launcher import TOKEN_VARIABLE
 
 _POLL_S = 0.1
 _MAX_BACKOFF_S = 10.0
@@ -40,6 +43,7 @@ class Membership:
     nproc: int | None
     grace_s: float
     wait_s: float
+    token: str | None
 
 
 class Agent:
@@ -128,10 +132,13 @@ class Agent:
         nproc, problem = await machine.offer()
         if problem is not None:
             raise SpotforgeError(problem)
-        digest = command_digest(self._membership.command)
-        writer.write(encode(Hello(VERSION, nproc, digest, writer.get_extra_info("sockname")[0])))
         where = f"{self._membership.host}:{self._membership.port}"
         try:
+            challenge = await asyncio.wait_for(receive(reader), SUPERVISOR_SILENCE_S)
+            if not isinstance(challenge, Challenge):
+                raise ProtocolError("expected Challenge")
+            hello = self._hello(challenge, nproc, writer.get_extra_info("sockname")[0])
+            writer.write(encode(hello))
             answer = await asyncio.wait_for(receive(reader), SUPERVISOR_SILENCE_S)
         except ProtocolError as e:
             raise ConfigError(
@@ -142,11 +149,21 @@ class Agent:
                 "HOST:PORT",
                 where,
                 f"the supervisor refuses this machine: {answer.reason}",
-                "start the same version with the same COMMAND on both",
+                "start the same version with the same COMMAND and token on both",
             )
         if not isinstance(answer, Welcome):
             raise ProtocolError("expected Welcome or Refused")
+        challenges = (hello.challenge, challenge.challenge)
+        if not is_proof(answer.proof, self._membership.token, "supervisor", *challenges):
+            rule = "the supervisor there lacks this machine's token"
+            raise ConfigError("HOST:PORT", where, rule, f"give it the same {TOKEN_VARIABLE}")
         self._say(f"joined {where} with {nproc} {'rank' if nproc == 1 else 'ranks'}")
+
+    def _hello(self, challenge: Challenge, nproc: int, address: str) -> Hello:
+        digest, own = command_digest(self._membership.command), new_challenge()
+        parts = (challenge.challenge, own, nproc, digest, address)
+        proof = proof_of(self._membership.token, "machine", *parts)
+        return Hello(VERSION, nproc, digest, address, own, proof)
 
     async def _obey(
         self, machine: Machine, reader: asyncio.StreamReader, send: Callable[[Message], None]

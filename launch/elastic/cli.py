@@ -27,7 +27,10 @@ a cloud on this machine, whose two nodes last two minutes on average and have 30
   python -m launch supervise --nodes 2 --interrupt-every 120 --notice 30 -- \\
       python -m trainer experiment=stdlib
 
-Anyone who reaches the port can join: listen on a private network only.
+A machine joins only if it has the supervisor's token: SPOTFORGE_TOKEN, or --token-file. A
+supervisor that listens beyond loopback and was given none makes one, and prints the command that
+joins with it. What the machines then send each other, gradients among it, is not encrypted: see
+docs/surviving.md.
 
 exit codes: 0 finished; 33 stopped, with all steps saved, start it again; 2 refused; 1 failed
 """
@@ -40,7 +43,8 @@ _JOIN_EXAMPLES = """\
 example:
   python -m launch join 10.0.0.1:29400 -- python -m trainer experiment=stdlib
 
-COMMAND must be the supervisor's, word for word: it is never sent, only its digest is compared.
+COMMAND must be the supervisor's, word for word: it is never sent, only its digest is compared. So
+must be the token, in SPOTFORGE_TOKEN or --token-file: it is never sent either, only proved.
 
 exit codes: the supervisor's; 33 if this machine left; 1 if no supervisor answered in time
 """
@@ -67,6 +71,7 @@ def add_verbs(commands: Any) -> None:
         type=_address,
         help="let machines join at this address (default: no machine can; HOST: 0.0.0.0)",
     )
+    _add_token(supervise, "; made if it does not exist")
     supervise.add_argument(
         "--nodes",
         metavar="N",
@@ -131,6 +136,7 @@ def add_verbs(commands: Any) -> None:
         "supervisor", metavar="HOST:PORT", type=_peer, help="address of the supervisor"
     )
     join.set_defaults(run=_join, refuse=join.error)
+    _add_token(join, "")
     _add_nproc(join, "", least=1)
     join.add_argument(
         "--grace",
@@ -161,23 +167,39 @@ def _add_nproc(parser: argparse.ArgumentParser, more: str, least: int) -> None:
     )
 
 
+def _add_token(parser: argparse.ArgumentParser, more: str) -> None:
+    parser.add_argument(
+        "--token-file",
+        metavar="FILE",
+        type=Path,
+        help=f"file with the token of the run{more} (default: the variable SPOTFORGE_TOKEN)",
+    )
+
+
 def _supervise(options: argparse.Namespace, command: Sequence[str]) -> int:
     if options.listen is None and options.nproc == 0:
         options.refuse("--nproc 0 without --listen leaves no machine to run on")
     is_local_cloud = options.listen is None and options.nodes > 1
     if options.interrupt_every is not None and not is_local_cloud:
         options.refuse("--interrupt-every is for --nodes 2 or more, without --listen")
+    if options.token_file is not None and options.listen is None:
+        options.refuse("--token-file is for machines that join: it needs --listen")
     _check(options, command)
     import asyncio  # imported here, with what needs it, so that --help is fast
 
     from launch.elastic.local_cloud import free_port
     from launch.elastic.supervisor import Settings, Supervisor
+    from launch.elastic.token import new_token, read_token
 
+    token = read_token(options.token_file, makes=True)
+    makes_token = token is None and options.listen is not None and _is_open(options.listen[0])
     settings = Settings(
         command=command,
         # In a local cloud only the nodes have ranks, so that any of them can be lost.
         nproc=0 if is_local_cloud else options.nproc,
         listen=("127.0.0.1", free_port()) if is_local_cloud else options.listen,
+        token=new_token() if makes_token else token,
+        shows_token=makes_token,
         nodes=options.nodes,
         multiple_of=options.multiple_of,
         hang_timeout_s=options.hang_timeout,
@@ -222,13 +244,22 @@ def _join(options: argparse.Namespace, command: Sequence[str]) -> int:
     import asyncio
 
     from launch.elastic.agent import Agent, Membership
+    from launch.elastic.token import read_token
 
-    async def run() -> int:
-        host, port = options.supervisor
-        membership = Membership(host, port, command, options.nproc, options.grace, options.wait)
-        return await Agent(membership).run()
+    host, port = options.supervisor
+    token = read_token(options.token_file)
+    membership = Membership(host, port, command, options.nproc, options.grace, options.wait, token)
+    return asyncio.run(Agent(membership).run())
 
-    return asyncio.run(run())
+
+def _is_open(host: str) -> bool:
+    """Returns whether other machines may reach an address at which this one listens."""
+    import ipaddress
+
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host != "localhost"  # a name
 
 
 def _check(options: argparse.Namespace, command: Sequence[str]) -> None:

@@ -12,6 +12,8 @@ A generation is one start of the gang on the current machines. Its end decides w
 """
 
 import asyncio
+import shlex
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,11 +27,14 @@ from launch.elastic.nodes import Listener, Node, dismiss
 from launch.elastic.policy import Failure, History, choose_nodes
 from launch.elastic.protocol import Dump, Kill, Message, Prepare, Stop, command_digest
 from launch.elastic.rendezvous import End, Generation, StopCause
+from parallel.launcher import TOKEN_VARIABLE
+from parallel.network import address_to
 
 _TICK_S = 0.1
 _ECHO_GRACE_S = 5.0  # time in which ranks that lost a peer end by themselves
 _KILL_S = 30.0  # longer than a kill takes, unless the rank is stuck in a driver call
 _STACKS_S = 6.0
+_ELSEWHERE = "192.0.2.1"  # of no machine (RFC 5737), so the route to it is the default one
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Settings:
     command: Sequence[str]
     nproc: int | None
     listen: tuple[str, int] | None
+    token: str | None
+    shows_token: bool  # in the command that joins, since nobody else knows the token
     nodes: int
     multiple_of: int
     hang_timeout_s: float
@@ -95,9 +102,13 @@ class Supervisor:
         if settings.listen is not None:
             host, port = settings.listen
             digest = command_digest(settings.command)
-            self._listener = Listener(digest, self._joined, self._changed, self._say)
+            token = settings.token
+            self._listener = Listener(digest, token, self._joined, self._changed, self._say)
             try:
-                self._say(f"listening on {await self._listener.open(host, port)}")
+                address = await self._listener.open(host, port)
+                self._say(f"listening on {address}")
+                if settings.shows_token:
+                    self._say(f"machines join with: {_join_command(address, settings)}")
             except OSError as e:
                 raise ConfigError(
                     "--listen", f"{host}:{port}", e.strerror or str(e), "choose another port"
@@ -373,6 +384,18 @@ class Supervisor:
         step = self._gang.step if self._gang is not None else None
         step = step if step is not None else self._history.step
         self._journal.write(event, self._generation, self._world_size, step, text)
+
+
+def _join_command(address: str, settings: Settings) -> str:
+    host, _, port = address.rpartition(":")
+    if host in ("0.0.0.0", "::"):
+        try:
+            host = address_to(_ELSEWHERE)
+        except OSError:
+            host = socket.gethostname()
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    join = shlex.join(["python", "-m", "launch", "join", where, "--", *settings.command])
+    return f"{TOKEN_VARIABLE}={settings.token} {join}"
 
 
 def _count(number: int, what: str) -> str:

@@ -41,16 +41,14 @@ def add_verbs(commands: Any) -> None:
 
 def _pipeline(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from core.errors import ConfigError, ExitCode
-    from launch.pipeline.chain import Chain
-    from launch.pipeline.stages import stages_of
+    from launch.pipeline.chain import chain_of
 
     settings = settings_of(options)
-    stages = stages_of(settings, options.config_dir)
-    names = [stage.name for stage in stages]
+    chain = chain_of(settings, options.config_dir)
+    names = [stage.value for stage in settings.launch.stages]
     for option, name in (("--only", options.only), ("--record", options.record)):
         if name is not None and name not in names:
             raise ConfigError(option, name, "not in launch.stages", f"one of {', '.join(names)}")
-    chain = Chain(stages, settings.trainer.run_dir / "pipeline.json")
     if options.record is not None:
         chain.record(options.record)
         return ExitCode.FINISHED

@@ -9,8 +9,8 @@ from core.errors import ExitCode
 from launch.words import add_words, launch_keys, settings_of
 
 _PLAN = """\
-Ranks every way to run a job (cloud, region, zone, GPU, number, spot or on-demand, or owned
-machines) by its expected total cost: compute, interruptions, egress, storage. The words are those
+Ranks the candidates for a job (cloud, region, zone, GPU, number of nodes, spot or on-demand, or
+owned machines) by expected total cost: compute, interruptions, egress, storage. The words are those
 of python -m trainer; words that begin with launch. are for the launcher. Nothing is started."""
 
 _EXAMPLES = """\
@@ -19,7 +19,7 @@ a job of your own (conf/experiment/mine.yaml; docs/launch.md has one), by when, 
 with the prices that come with this package, which are of May 2026:
   python -m launch plan experiment=stdlib launch.max_price_age=365d
 
-exit codes: 0 there is a way; 2 refused, or the rules exclude all (names the rule to loosen)
+exit codes: 0 there is a candidate; 2 refused, or the rules exclude all (names the rule to loosen)
 """
 
 
@@ -41,10 +41,12 @@ def add_verbs(commands: Any) -> None:
     add_words(parser, "the job and launch.*")
     parser.add_argument("--json", action="store_true", help="print everything, as JSON")
     parser.add_argument(
-        "--top", metavar="N", type=_count, default=12, help="ways to show (default: 12)"
+        "--top", metavar="N", type=_count, default=12, help="candidates to show (default: 12)"
     )
     parser.add_argument(
-        "--rejected", action="store_true", help="show every rejected way, not one a reason"
+        "--rejected",
+        action="store_true",
+        help="show all that is rejected, not one example a reason",
     )
     parser.add_argument(
         "--today",

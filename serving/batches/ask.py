@@ -11,8 +11,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.batches.ledger import Line
 from serving.batches.runner import Reply
-from serving.gateway.gateway import OWNER
 
+# Key of an ASGI scope with the id of an API key: batches in this process act for its owner. No HTTP
+# request can set it.
+OWNER = "spotforge.owner"
 _RETRY_S = 5.0
 _log = logging.getLogger("spotforge.serving")
 

@@ -10,7 +10,7 @@ from typing import Any
 from serving.batches.database import Database
 from serving.batches.files import new_id
 from serving.batches.pages import Page, page
-from serving.gateway.errors import ApiError
+from serving.errors import Conflict, NotFound
 
 WINDOW_S = 24 * 3600
 OPEN = "('validating', 'in_progress')"  # statuses in which lines may still be started
@@ -32,7 +32,7 @@ class Batches:
         """Creates a batch, whose file is checked later.
 
         Raises:
-            ApiError: 404: there is no such file.
+            NotFound: there is no such file.
         """
         id, now_s = new_id("batch_"), int(time.time())
         with self._database.transaction() as transaction:
@@ -42,7 +42,7 @@ class Batches:
             ).fetchone()
             if file is None:
                 text = f"there is no file {input_file_id[:64]!r} of purpose batch"
-                raise ApiError(404, text, "input_file_id")
+                raise NotFound(text, "input_file_id")
             transaction.execute(
                 "INSERT INTO batches"
                 " (id, owner, status, endpoint, input_file_id, created_at, expires_at, metadata)"
@@ -60,17 +60,17 @@ class Batches:
         return self.get(owner, id)
 
     def get(self, owner: str, id: str) -> dict[str, Any]:
-        """Returns a batch in OpenAI's shape; raises ApiError 404 if there is no such batch."""
+        """Returns a batch in OpenAI's shape; raises NotFound if there is no such batch."""
         rows = self._database.read("SELECT * FROM batches WHERE id = ? AND owner = ?", id, owner)
         if not rows:
-            raise ApiError(404, f"there is no batch {id[:64]!r}", "batch_id")
+            raise NotFound(f"there is no batch {id[:64]!r}", "batch_id")
         return _described(rows[0])
 
     def list_page(self, owner: str, after: str | None, limit: int) -> Page:
         """Returns a page of a key's batches, newest first.
 
         Raises:
-            ApiError: 404: there is no batch `after`.
+            NotFound: there is no batch `after`.
         """
         where = "owner = ?"
         return page(self._database, "batches", where, [owner], after, limit, "desc", _described)
@@ -79,14 +79,14 @@ class Batches:
         """Cancels a batch, so that no more of its lines are started.
 
         Raises:
-            ApiError: 404: there is no such batch; 409: the batch has ended.
+            NotFound: there is no such batch; 409: the batch has ended.
         """
         with self._database.transaction() as transaction:
             is_open = f"id = ? AND owner = ? AND status IN {OPEN}"
             set_status(transaction, "cancelling", is_open, id, owner)
         batch = self.get(owner, id)
         if batch["status"] not in ("cancelling", "cancelled"):
-            raise ApiError(409, f"the batch is {batch['status']} already", code="batch_ended")
+            raise Conflict(f"the batch is {batch['status']} already", code="batch_ended")
         return batch
 
     def forget(self, id: str) -> None:

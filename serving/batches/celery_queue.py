@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 from celery import Celery
@@ -19,12 +19,10 @@ from starlette.types import ASGIApp
 
 from serving.batches.ask import ask_over_http
 from serving.batches.batches import Batches
+from serving.batches.config import WorkerConfig
 from serving.batches.database import Database
 from serving.batches.ledger import Ledger, Line
 from serving.batches.runner import Reply, Runner
-
-if TYPE_CHECKING:
-    from serving.batches.worker import WorkerConfig
 
 _TASK = "spotforge.run_batch"
 _QUEUE = "spotforge.batches"

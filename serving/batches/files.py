@@ -12,7 +12,7 @@ from typing import IO, Any
 from core.folder import staged_file
 from serving.batches.database import Database
 from serving.batches.pages import Page, page
-from serving.gateway.errors import ApiError
+from serving.errors import Conflict, NotFound
 
 _UNFINISHED = "('validating', 'in_progress', 'cancelling', 'finalizing')"
 
@@ -53,20 +53,20 @@ class Files:
         return self.get(owner, id)
 
     def get(self, owner: str, id: str) -> dict[str, Any]:
-        """Returns a file in OpenAI's shape; raises ApiError 404 if there is no such file."""
+        """Returns a file in OpenAI's shape; raises NotFound if there is no such file."""
         rows = self._database.read("SELECT * FROM files WHERE id = ? AND owner = ?", id, owner)
         if not rows:
             raise _absent(id)
         return _described(rows[0])
 
     def path(self, owner: str, id: str) -> Path:
-        """Returns the path of a file's content; raises ApiError 404 if there is no such file."""
+        """Returns the path of a file's content; raises NotFound if there is no such file."""
         return self._database.path(self.get(owner, id)["id"])
 
     def list_page(
         self, owner: str, purpose: str | None, after: str | None, limit: int, order: str
     ) -> Page:
-        """Returns a page of a key's files; raises ApiError 404 if there is no file `after`."""
+        """Returns a page of a key's files; raises NotFound if there is no file `after`."""
         where, values = "owner = ?", [owner]
         if purpose is not None:
             where, values = where + " AND purpose = ?", [owner, purpose]
@@ -76,7 +76,7 @@ class Files:
         """Deletes a file.
 
         Raises:
-            ApiError: 404: there is no such file; 409: a batch still reads the file.
+            NotFound: there is no such file; 409: a batch still reads the file.
         """
         with self._database.transaction() as transaction:
             used = transaction.execute(
@@ -85,7 +85,7 @@ class Files:
                 (id, owner),
             ).fetchone()
             if used is not None:
-                raise ApiError(409, f"{used['id']} still reads the file", code="file_in_use")
+                raise Conflict(f"{used['id']} still reads the file", code="file_in_use")
             query = "DELETE FROM files WHERE id = ? AND owner = ? RETURNING id"
             row = transaction.execute(query, (id, owner)).fetchone()
             if row is None:
@@ -117,5 +117,5 @@ def _described(row: sqlite3.Row) -> dict[str, Any]:
     }
 
 
-def _absent(id: str) -> ApiError:
-    return ApiError(404, f"there is no file {id[:64]!r}", "file_id")
+def _absent(id: str) -> NotFound:
+    return NotFound(f"there is no file {id[:64]!r}", "file_id")

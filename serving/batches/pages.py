@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from serving.batches.database import Database
-from serving.gateway.errors import ApiError
+from serving.errors import NotFound
 
 Page = dict[str, Any]
 
@@ -35,14 +35,14 @@ def page(
         describe: Function that returns a row as the client sees it.
 
     Raises:
-        ApiError: 404: there is no item `after` in the list.
+        NotFound: there is no item `after` in the list.
     """
     bound = ""
     if after is not None:
         query = f"SELECT seq FROM {table} WHERE {where} AND id = ?"
         rows = database.read(query, *values, after)
         if not rows:
-            raise ApiError(404, f"there is no {after[:64]!r} in the list", "after")
+            raise NotFound(f"there is no {after[:64]!r} in the list", "after")
         # `seq` and not the time, which several items may share.
         bound = f"AND seq {'>' if order == 'asc' else '<'} {rows[0]['seq']}"
     rows = database.read(

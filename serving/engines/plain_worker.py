@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from core.process.json_lines import JsonLines
+from serving.engine import TokenRequest
 from serving.engines.torch_worker import Settings, TorchWorker, serve
 
 if TYPE_CHECKING:
@@ -71,10 +72,10 @@ class PlainWorker(TorchWorker):
         name = f"plain transformers {transformers.__version__}"
         self._say_ready(name, self._max_running, self._embeds_text())
 
-    def _begin(self, request: dict[str, Any]) -> None:
-        prompt, max_tokens = request["prompt"], request["max_tokens"]
-        steps = _steps_of(self._model, prompt, max_tokens)
-        self._running.append(_Sequence(request["id"], prompt, max_tokens, steps))
+    def _begin(self, request: TokenRequest) -> None:
+        steps = _steps_of(self._model, request.prompt, request.max_tokens)
+        sequence = _Sequence(request.id, request.prompt, request.max_tokens, steps)
+        self._running.append(sequence)
 
     def _cancel(self, name: str) -> None:
         self._running = deque(s for s in self._running if s.request_id != name)
@@ -93,7 +94,7 @@ class PlainWorker(TorchWorker):
             self._lines.say("failed", {"id": name, "error": error})
             return
         sequence.generated_tokens.append(token)
-        is_stopped = token in self._eos and not self._sampler.ignores_eos(name)
+        is_stopped = token in self._eos and not self._requests[name].ignore_eos
         is_ended = is_stopped or len(sequence.generated_tokens) == sequence.max_tokens
         if not is_ended:
             self._running.append(sequence)
@@ -106,7 +107,7 @@ class PlainWorker(TorchWorker):
         import torch
 
         if self._adapters is not None:
-            self._adapters.use(self._adapter_of[sequence.request_id])
+            self._adapters.use(self._requests[sequence.request_id].adapter)
         generated = sequence.generated_tokens
         with torch.no_grad():
             scores = sequence.steps.send(generated[-1] if generated else None).unsqueeze(0)

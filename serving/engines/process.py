@@ -90,15 +90,6 @@ class _Live:
     tokens: list[int] = field(default_factory=list)
     deaths: int = 0
 
-    def rest(self) -> TokenRequest:
-        """Returns the request for the tokens that are still to be generated."""
-        return dataclasses.replace(
-            self.request,
-            prompt=self.request.prompt + self.tokens,
-            max_tokens=self.request.max_tokens - len(self.tokens),
-            offset=len(self.tokens),
-        )
-
 
 @dataclass(eq=False)
 class _Embeds:
@@ -312,7 +303,7 @@ class ProcessEngine:
         self._is_up = True
         self._up.set()
         for live in self._live.values():
-            self._say("submit", dataclasses.asdict(live.rest()))
+            self._say("submit", dataclasses.asdict(live.request.rest(live.tokens)))
 
     async def _probe(self) -> None:
         """Has the process generate one token with its log-probability."""

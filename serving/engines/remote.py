@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import os
 import time
@@ -122,7 +121,7 @@ class RemoteEngine:
         try:
             while True:
                 try:
-                    chunks = self._client.stream(_rest(request, tokens))
+                    chunks = self._client.stream(request.rest(tokens))
                     async with contextlib.aclosing(chunks):  # type: ignore[type-var]
                         async for chunk in chunks:
                             self._token_s = time.monotonic()
@@ -220,16 +219,6 @@ class RemoteEngine:
             self._token_s = time.monotonic()
             self._is_ready = True
             self._up.set()
-
-
-def _rest(request: TokenRequest, tokens: list[int]) -> TokenRequest:
-    """Returns the request for the tokens that are still to be generated."""
-    return dataclasses.replace(
-        request,
-        prompt=request.prompt + tokens,
-        max_tokens=request.max_tokens - len(tokens),
-        offset=len(tokens),
-    )
 
 
 def connect(config: EngineConfig, max_context: int) -> RemoteEngine:

@@ -22,6 +22,8 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
+from serving.engine import TokenRequest
+
 
 class Sampler(ContinuousBatchingLogitsProcessor):
     """Chooses each row's token and marks it for the argmax that transformers takes afterwards.
@@ -35,7 +37,7 @@ class Sampler(ContinuousBatchingLogitsProcessor):
 
     def __init__(self, eos: list[int]) -> None:
         self._eos = eos
-        self._requests: dict[str, dict[str, Any]] = {}
+        self._requests: dict[str, TokenRequest] = {}
         self._texts: dict[str, _HeldText] = {}
         self._seen: dict[str, _SeenTokens] = {}
         self._logprobs: dict[str, list[Any]] = {}
@@ -48,20 +50,20 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         processors.tensors_required = 1
         processors.do_processing = True
 
-    def add(self, request: dict[str, Any], matcher: LLMatcher | None) -> None:
+    def add(self, request: TokenRequest, matcher: LLMatcher | None) -> None:
         """Adds a request; must come before the request is submitted for generation.
 
         Args:
-            request: Fields of `TokenRequest`.
+            request: Request with its own sampling settings.
             matcher: Matcher of its schema at the beginning of the text; None: no schema.
         """
-        self._requests[request["id"]] = request
+        self._requests[request.id] = request
         if matcher is not None:
-            self._texts[request["id"]] = _HeldText(matcher, request)
-        if request["repetition_penalty"] != 1:
-            self._seen[request["id"]] = _SeenTokens(request["repetition_penalty"])
-        if request["logprobs"] is not None:
-            self._logprobs[request["id"]] = []
+            self._texts[request.id] = _HeldText(matcher, request)
+        if request.repetition_penalty != 1:
+            self._seen[request.id] = _SeenTokens(request.repetition_penalty)
+        if request.logprobs is not None:
+            self._logprobs[request.id] = []
 
     def remove(self, name: str) -> None:
         """Removes a request that has ended."""
@@ -74,10 +76,6 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         """Returns why a request's grammar failed, e.g. beyond its limits; None: it did not."""
         text = self._texts.get(name)
         return text.matcher.get_error() if text is not None and text.matcher.is_error() else None
-
-    def ignores_eos(self, name: str) -> bool:
-        """Returns whether a request goes on after an EOS."""
-        return bool(self._requests[name]["ignore_eos"])
 
     def take_logprobs(self, name: str, count: int) -> list[Any] | None:
         """Takes the log-probabilities of a request's next tokens; None: none were asked for."""
@@ -108,22 +106,22 @@ class Sampler(ContinuousBatchingLogitsProcessor):
             Scores, (N, V), in which only the chosen token of a row is finite; the logits themselves
             if no row is sampled, penalized or masked.
         """
-        drawn: list[tuple[int, dict[str, Any], float]] = []
-        requests: list[dict[str, Any] | None] = []
+        drawn: list[tuple[int, TokenRequest, float]] = []
+        requests: list[TokenRequest | None] = []
         for i, state in enumerate(self._rows):
             request = self._requests.get(state.request_id)  # None: cancelled in the meantime
             requests.append(request)
-            if request is not None and request["temperature"] > 0:
+            if request is not None and request.temperature > 0:
                 position = len(state.initial_tokens) + len(state.generated_tokens)
                 # The number depends on seed and position only: it is the same after a restart and
                 # in any batch.
-                drawn.append((i, request, random.Random(f"{request['seed']} {position}").random()))
+                drawn.append((i, request, random.Random(f"{request.seed} {position}").random()))
         allowed = self._allowed(self._penalized(scores))
         chosen = allowed.argmax(dim=-1)
         if drawn:
             rows = torch.tensor([i for i, _, _ in drawn], device=scores.device)
             columns = zip(
-                *((*(r[name] for name in _DRAWN_BY), u) for _, r, u in drawn), strict=True
+                *((r.temperature, r.top_k, r.top_p, r.min_p, u) for _, r, u in drawn), strict=True
             )
             chosen[rows] = draw(
                 allowed[rows],
@@ -162,15 +160,15 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         return allowed
 
     def _note_logprobs(
-        self, scores: Tensor, chosen: Tensor, requests: list[dict[str, Any] | None]
+        self, scores: Tensor, chosen: Tensor, requests: list[TokenRequest | None]
     ) -> None:
         for i, request in enumerate(requests):
-            if request is None or request["logprobs"] is None:
+            if request is None or request.logprobs is None:
                 continue
             # Of the scores before penalty, grammar and temperature: the model's own distribution.
             logprobs = scores[i].log_softmax(-1)
-            values, indices = logprobs.topk(min(request["logprobs"], logprobs.numel()))
-            kept = self._logprobs.get(request["id"])
+            values, indices = logprobs.topk(min(request.logprobs, logprobs.numel()))
+            kept = self._logprobs.get(request.id)
             if kept is not None:
                 top = list(zip(indices.tolist(), values.tolist(), strict=True))
                 kept.append((logprobs[chosen[i]].item(), top))
@@ -183,9 +181,9 @@ class _HeldText:
     generated them was lost.
     """
 
-    def __init__(self, matcher: LLMatcher, request: dict[str, Any]) -> None:
+    def __init__(self, matcher: LLMatcher, request: TokenRequest) -> None:
         self.matcher = matcher
-        self._seen = len(request["prompt"]) - request["offset"]  # tokens of prompt and answer
+        self._seen = len(request.prompt) - request.offset  # tokens of prompt and answer
 
     def mask(self, state: RequestState, vocab_size: int) -> Tensor:
         """Returns which tokens may come next, (V,) bool."""
@@ -216,9 +214,6 @@ class _SeenTokens:
         self._mask[torch.tensor(new, device=scores.device, dtype=torch.long)] = True
         lower = torch.where(scores < 0, scores * self._penalty, scores / self._penalty)
         return torch.where(self._mask, lower, scores)
-
-
-_DRAWN_BY = ("temperature", "top_k", "top_p", "min_p")
 
 
 def draw(

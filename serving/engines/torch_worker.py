@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from core.errors import ConfigError
 from core.process.json_lines import IDLE_S, JsonLines
 from serving.adapters import key_of, resolve
+from serving.engine import TokenRequest
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -98,8 +99,8 @@ class TorchWorker(ABC):
         self._sampler = Sampler(self._eos)
         self._adapters = _adapters(settings, self._model)
         self._told: dict[str, int] = {}  # number of tokens that were sent, by request
-        self._adapter_of: dict[str, str | None] = {}  # by request
-        self._compiling: dict[str, dict[str, Any]] = {}  # requests whose schema is being compiled
+        self._requests: dict[str, TokenRequest] = {}  # that have not ended
+        self._compiling: dict[str, TokenRequest] = {}  # requests whose schema is being compiled
         self._embeds: dict[str, dict[str, Any]] = {}  # requests with their remaining inputs
         self._grammars: Grammars | None = None
         tokenizer = AutoTokenizer.from_pretrained(settings.folder, trust_remote_code=False)
@@ -110,7 +111,7 @@ class TorchWorker(ABC):
     # -- What subclasses implement -----------------------------------------------------------
 
     @abstractmethod
-    def _begin(self, request: dict[str, Any]) -> None:
+    def _begin(self, request: TokenRequest) -> None:
         """Starts a request that was added to the sampler."""
 
     @abstractmethod
@@ -177,17 +178,18 @@ class TorchWorker(ABC):
                 self._lines.say("idle", {"kv_cache_usage": self._kv_cache_usage()})
             self._check()
 
-    def _on_submit(self, request: dict[str, Any]) -> None:
-        self._told[request["id"]] = 0
-        self._adapter_of[request["id"]] = request["adapter"]
-        if request["schema"] is None:
+    def _on_submit(self, fields: dict[str, Any]) -> None:
+        request = TokenRequest(**fields)
+        self._told[request.id] = 0
+        self._requests[request.id] = request
+        if request.schema is None:
             self._sampler.add(request, None)
             self._begin(request)
         elif self._grammars is None:
-            self._refuse(request["id"], "this engine does not support JSON schemas")
+            self._refuse(request.id, "this engine does not support JSON schemas")
         else:
-            self._compiling[request["id"]] = request
-            self._grammars.compile(request["id"], request["schema"])
+            self._compiling[request.id] = request
+            self._grammars.compile(request.id, request.schema)
 
     def _on_grammar(self, name: str, found: LLMatcher | str) -> None:
         """Passes a result from the grammars' thread to the main thread, which owns the state."""
@@ -217,7 +219,7 @@ class TorchWorker(ABC):
             self._cancel(name)
 
     def _forget(self, name: str) -> None:
-        del self._told[name], self._adapter_of[name]
+        del self._told[name], self._requests[name]
         self._sampler.remove(name)
 
     def _die(self, error: object) -> NoReturn:
@@ -247,7 +249,7 @@ class TorchWorker(ABC):
             return
         self._told[name] += len(new)
         logprobs = self._sampler.take_logprobs(name, len(new))
-        if is_ended and new and new[-1] in self._eos and not self._sampler.ignores_eos(name):
+        if is_ended and new and new[-1] in self._eos and not self._requests[name].ignore_eos:
             finished.append((name, "stop"))
             new, logprobs = new[:-1], None if logprobs is None else logprobs[:-1]
         elif is_ended:

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from core.process.json_lines import JsonLines
+from serving.engine import TokenRequest
 from serving.engines.torch_worker import Settings, TorchWorker, Unfit, serve
 
 _PAGE_TOKENS = 32  # tokens of a page of the KV cache
@@ -65,13 +66,13 @@ class TransformersWorker(TorchWorker):
             ),
         )
 
-    def _begin(self, request: dict[str, Any]) -> None:
+    def _begin(self, request: TokenRequest) -> None:
         self._manager.add_request(
-            request["prompt"],
-            request_id=request["id"],
-            max_new_tokens=request["max_tokens"],
+            request.prompt,
+            request_id=request.id,
+            max_new_tokens=request.max_tokens,
             streaming=True,
-            eos_token_id=-1 if request["ignore_eos"] else self._eos,
+            eos_token_id=-1 if request.ignore_eos else self._eos,
         )
 
     def _cancel(self, name: str) -> None:
@@ -113,9 +114,10 @@ class TransformersWorker(TorchWorker):
         processor = self._manager.batch_processor
         assert processor is not None
         requests = processor.inputs_and_outputs.requests_in_batch
+        asked = [(r.query_length, self._requests.get(r.state.request_id)) for r in requests]
         # A request that was cancelled in the meantime has no adapter here; its tokens and cache
         # are not read, so the base will do.
-        return [(r.query_length, self._adapter_of.get(r.state.request_id)) for r in requests]
+        return [(length, None if one is None else one.adapter) for length, one in asked]
 
     def _kv_cache_usage(self) -> float:
         processor = self._manager.batch_processor

@@ -10,8 +10,9 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from core.errors import ConfigError, SpotforgeError
-from serving.gateway.errors import ApiError
+from serving.errors import Conflict, Forbidden, InvalidRequest, NotFound
 from serving.gateway.gateway import Gateway
+from serving.gateway.incoming import key_of
 from serving.rollout import Busy, Event, Rollout
 
 
@@ -48,15 +49,15 @@ def add_admin(
     """
 
     def authorize(request: Request) -> None:
-        if gateway.keys is not None and not gateway.authorize(request).admin:
-            raise ApiError(403, "the key is not an admin's", code="admin_only")
+        if gateway.keys is not None and not key_of(gateway, request).admin:
+            raise Forbidden("the key is not an admin's", code="admin_only")
 
     def rollout_of(name: str | None) -> Rollout:
         if name is None and len(rollouts) == 1:
             return next(iter(rollouts.values()))
         if name not in rollouts:
             there = ", ".join(sorted(rollouts)) or "none yet"
-            raise ApiError(404, f"there is no model {name!r}; there is {there}", "model")
+            raise NotFound(f"there is no model {name!r}; there is {there}", "model")
         return rollouts[name]
 
     @app.post("/admin/swap")
@@ -95,11 +96,11 @@ async def _answer(work: Any) -> dict[str, Any]:
     try:
         event: Event = await work
     except Busy as e:
-        raise ApiError(409, str(e), code="busy") from e
+        raise Conflict(str(e), code="busy") from e
     except ConfigError as e:
-        raise ApiError(400, str(e), e.key) from e
+        raise InvalidRequest(str(e), e.key) from e
     except SpotforgeError as e:
-        raise ApiError(409, f"not swapped: {e}", code="does_not_start") from e
+        raise Conflict(f"not swapped: {e}", code="does_not_start") from e
     return dataclasses.asdict(event)
 
 

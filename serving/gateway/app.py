@@ -6,7 +6,7 @@ import array
 import asyncio
 import base64
 import functools
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import Awaitable
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -17,15 +17,17 @@ from starlette.exceptions import HTTPException
 
 from monitoring.environment import describe_environment
 from serving.batches.service import BatchService
+from serving.errors import RequestError
 from serving.gateway.batches import add_batches
-from serving.gateway.errors import ApiError
+from serving.gateway.errors import error_body, response_to
 from serving.gateway.gateway import Gateway
+from serving.gateway.generation import Chunks, Generation
+from serving.gateway.incoming import key_of, request_of
 from serving.gateway.invalid import describe
-from serving.gateway.request import Generation, Sampling
-from serving.gateway.responses import Answer, ChatAnswer, Chunks, CompletionAnswer
+from serving.gateway.responses import Answer, ChatAnswer, CompletionAnswer
 from serving.gateway.schema import ChatRequest, CompletionRequest, EmbeddingRequest
 from serving.models import AdaptedModel, Model
-from serving.text.codec import Chat
+from serving.text.codec import Chat, TextChunk
 
 T = TypeVar("T")
 
@@ -121,12 +123,9 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
     @app.post("/v1/completions", tags=["generation"], responses={200: _STREAMED})
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continues a text."""
-        sampling = _sampling(body, body.logprobs)
-        prompts = body.prompts()
-        generation = await _begin(gateway, request, body.model, prompts, sampling)
-        answer = CompletionAnswer(
-            generation, body.model, len(prompts) * body.num_choices(), body.includes_usage()
-        )
+        asked = request_of(gateway, request, body, body.prompts())
+        generation = await _unless_gone(request, gateway.begin(asked))
+        answer = CompletionAnswer(generation, body.includes_usage())
         return await _respond(request, generation, answer, bool(body.stream))
 
     @app.post("/v1/chat/completions", tags=["generation"], responses={200: _STREAMED})
@@ -134,14 +133,12 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
         """Continues a conversation."""
         tools = body.offered_tools()
         finds_calls = tools is not None and not body.must_call
-        sampling = _sampling(body, body.wanted_logprobs(), finds_calls)
         messages = [message.for_template() for message in body.messages]
         chat = Chat(messages, tools, body.chat_template_kwargs or {}, finds_calls)
-        generation = await _begin(gateway, request, body.model, [chat], sampling)
+        asked = request_of(gateway, request, body, [chat])
+        generation = await _unless_gone(request, gateway.begin(asked))
         answer = ChatAnswer(
             generation,
-            body.model,
-            body.num_choices(),
             body.includes_usage(),
             finds_calls=body.function_names() if finds_calls else None,
             is_call=body.must_call,
@@ -152,10 +149,8 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
     @app.post("/v1/embeddings", tags=["generation"])
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         """Returns the mean of the last hidden states of each input, scaled to unit length."""
-        key, model = gateway.authorize(request), gateway.model(body.model)
-        vectors, num_tokens, version = await _unless_gone(
-            request, gateway.embed(request, key, model, body.inputs())
-        )
+        asked = request_of(gateway, request, body, body.inputs())
+        vectors, num_tokens, version = await _unless_gone(request, gateway.embed(asked))
         data = [
             {"object": "embedding", "index": i, "embedding": _encoded(vector, body.encoding_format)}
             for i, vector in enumerate(vectors)
@@ -167,14 +162,14 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/v1/models", tags=["models"])
     async def models(request: Request) -> dict[str, Any]:
         """Returns all models and adapters."""
-        gateway.authorize(request)
+        key_of(gateway, request)
         models = (gateway.models | gateway.adapted).values()
         return {"object": "list", "data": [_described(model) for model in models]}
 
     @app.get("/v1/models/{name:path}", tags=["models"])
     async def model(name: str, request: Request) -> dict[str, Any]:
         """Returns one model or adapter."""
-        gateway.authorize(request)
+        key_of(gateway, request)
         return _described(gateway.model(name))
 
 
@@ -221,29 +216,21 @@ def _add_health(app: FastAPI, gateway: Gateway) -> None:
 def add_error_handlers(app: FastAPI) -> None:
     """Gives every error OpenAI's shape."""
 
-    @app.exception_handler(ApiError)
-    async def api_error(request: Request, error: ApiError) -> JSONResponse:
-        return error.response()
+    @app.exception_handler(RequestError)
+    async def unanswered(request: Request, error: RequestError) -> JSONResponse:
+        return response_to(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return describe(error.errors()[0], error.body).response()
+        return response_to(describe(error.errors()[0], error.body))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         text = str(error.detail)
         if text == _UNREADABLE:
             text = "the body is not valid JSON in UTF-8"
-        response = ApiError(error.status_code, text).response()
-        response.headers.update(error.headers or {})
-        return response
-
-
-async def _begin(
-    gateway: Gateway, request: Request, name: str, prompts: list[Any], sampling: Sampling
-) -> Generation:
-    key, model = gateway.authorize(request), gateway.model(name)
-    return await _unless_gone(request, gateway.begin(request, key, model, prompts, sampling))
+        status = error.status_code
+        return JSONResponse(error_body(status, text), status, error.headers)
 
 
 async def _respond(
@@ -251,7 +238,7 @@ async def _respond(
 ) -> Response:
     chunks = generation.chunks()
     headers = {
-        "x-request-id": generation.id,
+        "x-request-id": generation.request.id,
         "x-artifact-version": generation.version,
     }
     if not is_stream:
@@ -265,13 +252,13 @@ async def _respond(
     return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
 
-async def _again(first: Any, rest: Chunks) -> AsyncIterator[Any]:
+async def _again(first: tuple[int, TextChunk], rest: Chunks) -> Chunks:
     try:
         yield first
         async for item in rest:
             yield item
     finally:
-        await rest.aclose()  # type: ignore[attr-defined]
+        await rest.aclose()
 
 
 async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
@@ -281,7 +268,7 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
     try:
         await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ApiError(_CLOSED_REQUEST, "the client has disconnected")
+            raise HTTPException(_CLOSED_REQUEST, "the client has disconnected")
         return task.result()
     finally:
         for future in (task, gone):
@@ -294,25 +281,6 @@ async def _gone(request: Request) -> None:
     # The body has been read by now, so the next message is the disconnect.
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _sampling(
-    body: CompletionRequest | ChatRequest, logprobs: int | None, finds_calls: bool = False
-) -> Sampling:
-    return Sampling(
-        max_tokens=body.limit(),
-        max_tokens_field=body.limit_field(),
-        default_max_tokens=body.default_limit,
-        choice=body.choice(),
-        n=body.num_choices(),
-        seed=body.seed,
-        logprobs=logprobs,
-        stop=body.stops(),
-        ignore_eos=bool(body.ignore_eos),
-        schema=body.schema_of_text(),
-        schema_field=body.schema_field(),
-        finds_calls=finds_calls,
-    )
 
 
 def _encoded(vector: list[float], encoding: str | None) -> list[float] | str:

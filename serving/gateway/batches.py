@@ -14,8 +14,9 @@ from serving.batches.batches import Batches
 from serving.batches.database import Database
 from serving.batches.files import Files
 from serving.batches.queue import Queue
-from serving.gateway.errors import ApiError
+from serving.errors import InvalidRequest, Unavailable
 from serving.gateway.gateway import Gateway
+from serving.gateway.incoming import key_of
 
 _UPLOAD: dict[str, Any] = {
     "requestBody": {
@@ -71,15 +72,15 @@ def _add_files(app: FastAPI, gateway: Gateway, files: Files) -> None:
     @app.post("/v1/files", tags=["batches"], openapi_extra=_UPLOAD)
     async def create_file(request: Request) -> dict[str, Any]:
         """Stores a file of requests, one JSON object a line."""
-        owner = gateway.authorize(request).id
+        owner = key_of(gateway, request).id
         async with request.form(max_files=1, max_fields=4) as form:
             for name in form.keys() - {"file", "purpose"}:
-                raise ApiError(400, f"{name[:64]}: is not supported", name[:64])
+                raise InvalidRequest(f"{name[:64]}: is not supported", name[:64])
             content, purpose = form.get("file"), form.get("purpose")
             if not isinstance(content, UploadFile):
-                raise ApiError(400, "file: is missing in the form", "file")
+                raise InvalidRequest("file: is missing in the form", "file")
             if purpose != "batch":
-                raise ApiError(400, "purpose: only batch is supported", "purpose")
+                raise InvalidRequest("purpose: only batch is supported", "purpose")
             name = content.filename or "file"
             return await asyncio.to_thread(files.add, owner, name, content.file)
 
@@ -92,26 +93,26 @@ def _add_files(app: FastAPI, gateway: Gateway, files: Files) -> None:
         order: Literal["asc", "desc"] = "desc",
     ) -> dict[str, Any]:
         """Returns a page of the key's files."""
-        owner = gateway.authorize(request).id
+        owner = key_of(gateway, request).id
         return await asyncio.to_thread(files.list_page, owner, purpose, after, limit, order)
 
     @app.get("/v1/files/{file_id}", tags=["batches"])
     async def file(file_id: str, request: Request) -> dict[str, Any]:
         """Returns one file's description."""
-        owner = gateway.authorize(request).id
+        owner = key_of(gateway, request).id
         return await asyncio.to_thread(files.get, owner, file_id)
 
     @app.get("/v1/files/{file_id}/content", tags=["batches"], response_class=FileResponse)
     async def content(file_id: str, request: Request) -> FileResponse:
         """Returns a file's content."""
-        owner = gateway.authorize(request).id
+        owner = key_of(gateway, request).id
         path = await asyncio.to_thread(files.path, owner, file_id)
         return FileResponse(path, media_type="application/octet-stream")
 
     @app.delete("/v1/files/{file_id}", tags=["batches"])
     async def delete_file(file_id: str, request: Request) -> dict[str, Any]:
         """Deletes a file, unless a batch still reads it."""
-        owner = gateway.authorize(request).id
+        owner = key_of(gateway, request).id
         await asyncio.to_thread(files.delete, owner, file_id)
         return {"id": file_id, "object": "file", "deleted": True}
 
@@ -120,7 +121,7 @@ def _add_batches(app: FastAPI, gateway: Gateway, batches: Batches, queue: Queue)
     @app.post("/v1/batches", tags=["batches"])
     async def create_batch(body: BatchRequest, request: Request) -> dict[str, Any]:
         """Creates a batch, whose requests are answered within a day."""
-        owner = gateway.authorize(request).id
+        owner = key_of(gateway, request).id
         batch = await asyncio.to_thread(
             batches.create, owner, body.input_file_id, body.endpoint, body.metadata
         )
@@ -129,7 +130,7 @@ def _add_batches(app: FastAPI, gateway: Gateway, batches: Batches, queue: Queue)
         except ConnectionError as e:
             # The client gets an error, so the batch must not run later.
             await asyncio.to_thread(batches.forget, batch["id"])
-            raise ApiError(503, "the queue is not available now", None, "queue", 5) from e
+            raise Unavailable("the queue is not available now", None, "queue", 5) from e
         return batch
 
     @app.get("/v1/batches", tags=["batches"])
@@ -139,17 +140,17 @@ def _add_batches(app: FastAPI, gateway: Gateway, batches: Batches, queue: Queue)
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
     ) -> dict[str, Any]:
         """Returns a page of the key's batches, newest first."""
-        owner = gateway.authorize(request).id
+        owner = key_of(gateway, request).id
         return await asyncio.to_thread(batches.list_page, owner, after, limit)
 
     @app.get("/v1/batches/{batch_id}", tags=["batches"])
     async def batch(batch_id: str, request: Request) -> dict[str, Any]:
         """Returns a batch: its status, counts and result files."""
-        owner = gateway.authorize(request).id
+        owner = key_of(gateway, request).id
         return await asyncio.to_thread(batches.get, owner, batch_id)
 
     @app.post("/v1/batches/{batch_id}/cancel", tags=["batches"])
     async def cancel(batch_id: str, request: Request) -> dict[str, Any]:
         """Cancels a batch; requests that have begun are completed."""
-        owner = gateway.authorize(request).id
+        owner = key_of(gateway, request).id
         return await asyncio.to_thread(batches.cancel, owner, batch_id)

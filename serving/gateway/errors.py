@@ -1,4 +1,4 @@
-"""Errors of the API, in OpenAI's shape."""
+"""Errors as HTTP responses in OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -6,51 +6,30 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
+from serving.errors import (
+    Conflict,
+    DeadlinePassed,
+    Forbidden,
+    InvalidRequest,
+    LimitReached,
+    NotFound,
+    RequestError,
+    RequestFailed,
+    Unauthorized,
+    Unavailable,
+)
 
-class ApiError(Exception):
-    """An error response.
-
-    Args:
-        status: HTTP status.
-        message: Error in one line, for people.
-        param: Field of the request that is wrong.
-        code: Error code, for programs.
-        retry_after_s: Whole seconds after which a retry makes sense; None: it never does.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after_s: int | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.retry_after_s = retry_after_s
-
-    def body(self) -> dict[str, Any]:
-        """Returns the response body in OpenAI's shape."""
-        return {
-            "error": {
-                "message": self.message,
-                "type": _TYPES.get(self.status, "server_error"),
-                "param": self.param,
-                "code": self.code,
-            }
-        }
-
-    def response(self) -> JSONResponse:
-        """Returns the HTTP response, with `Retry-After` if a retry makes sense."""
-        headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
-        if self.status == 401:
-            headers["www-authenticate"] = "Bearer"
-        if self.status == 500:
-            headers["x-should-retry"] = "false"  # by default OpenAI's clients retry a 500 twice
-        return JSONResponse(self.body(), self.status, headers)
-
-
+_STATUS: dict[type[RequestError], int] = {
+    InvalidRequest: 400,
+    Unauthorized: 401,
+    Forbidden: 403,
+    NotFound: 404,
+    Conflict: 409,
+    LimitReached: 429,
+    RequestFailed: 500,
+    Unavailable: 503,
+    DeadlinePassed: 504,
+}
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -65,3 +44,27 @@ _TYPES = {
     431: "invalid_request_error",
     504: "timeout_error",
 }
+_HEADERS = {
+    401: {"www-authenticate": "Bearer"},
+    500: {"x-should-retry": "false"},  # by default OpenAI's clients retry a 500 twice
+}
+
+
+def error_body(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """Returns the body of an error in OpenAI's shape."""
+    kind = _TYPES.get(status, "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def body_of(error: RequestError) -> dict[str, Any]:
+    """Returns the body of the response to a request that is not answered."""
+    return error_body(_STATUS[type(error)], str(error), error.param, error.code)
+
+
+def response_to(error: RequestError) -> JSONResponse:
+    """Returns the response to a request that is not answered, with `Retry-After` if it may be."""
+    status, retry_s = _STATUS[type(error)], error.retry_after_s
+    headers = {} if retry_s is None else {"retry-after": str(retry_s)}
+    return JSONResponse(body_of(error), status, headers | _HEADERS.get(status, {}))

@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import time
-import uuid
-from collections.abc import Sequence
+import contextlib
+import dataclasses
+import random
 
-from starlette.requests import Request
-
-from serving.admission import (
-    Admission,
-    DeadlineExpired,
-    Limits,
-    Priority,
-    Rejected,
-    Slot,
-)
+from serving.admission import Admission, DeadlineExpired, Limits, Rejected, Slot
 from serving.config import ServingConfig
 from serving.deployment import Deployment
-from serving.engine import EngineError
-from serving.gateway.errors import ApiError
-from serving.gateway.request import Generation, Sampling, lost, tells_logprobs
+from serving.engine import EngineError, EngineInfo, TokenRequest
+from serving.errors import (
+    DeadlinePassed,
+    InvalidRequest,
+    LimitReached,
+    NotFound,
+    RequestError,
+    Unauthorized,
+    Unavailable,
+)
+from serving.gateway.generation import Generation, lost
+from serving.gateway.request import InferenceRequest
 from serving.keys import Key, Keys
 from serving.metrics import Metrics
 from serving.models import AdaptedModel, Model
-from serving.sampling import Choice
+from serving.sampling import SamplingParams
 from serving.telemetry import Telemetry
-from serving.text.codec import Chat, TextError
+from serving.text.codec import TextError
 
-# Key of an ASGI scope with the id of an API key: batches in this process act for its owner. No HTTP
-# request can set it.
-OWNER = "spotforge.owner"
 ANYBODY = Key("anonymous", sha256="", created="")
-_TIMEOUT_HEADER = "x-request-timeout"
-_PRIORITY_HEADER = "x-priority"
-_DAY_S = 86_400.0
 
 
 class Gateway:
@@ -76,134 +70,90 @@ class Gateway:
             and all(model.champion.is_ready for model in self.models.values())
         )
 
-    def authorize(self, request: Request) -> Key:
+    def authorize(self, authorization: str | None, owner: str | None = None) -> Key:
         """Returns the key of a request.
 
+        Args:
+            authorization: Credentials of the client: `Bearer sf-...`.
+            owner: Id of the key that the request is made for; None: `authorization` decides.
+
         Raises:
-            ApiError: 401: the request has no valid key.
+            Unauthorized: The request has no valid key.
         """
         if self.keys is None:
             return ANYBODY
-        owner = request.scope.get(OWNER)
-        header = request.headers.get("authorization")
-        key = self.keys.find(header) if owner is None else self.keys.named(owner)
+        key = self.keys.find(authorization) if owner is None else self.keys.named(owner)
         if key is None:
             text = "the API key is missing or not valid: send Authorization: Bearer sf-..."
-            raise ApiError(401, text, code="invalid_api_key")
+            raise Unauthorized(text, code="invalid_api_key")
         return key
 
     def model(self, name: str) -> Model | AdaptedModel:
         """Returns a model or adapter by its name.
 
         Raises:
-            ApiError: 404: there is none with that name.
+            NotFound: There is none with that name.
         """
         models = self.models | self.adapted
         model = models.get(name)
         if model is None:
             there = ", ".join(sorted(models))
             text = f"there is no model {name[:64]!r}; there is {there}"
-            raise ApiError(404, text, "model", "model_not_found")
+            raise NotFound(text, "model", "model_not_found")
         return model
 
-    def deadline_s(self, request: Request) -> float:
-        """Returns the seconds that a request may take; a client can ask for less than the setting.
-
-        Raises:
-            ApiError: 400: the client's header is not valid.
-        """
-        most = self.config.admission.request_timeout_s
-        asked = request.headers.get(_TIMEOUT_HEADER)
-        if asked is None:
-            return most
-        try:
-            seconds = float(asked)
-        except ValueError:
-            seconds = -1.0
-        if not 0 < seconds < _DAY_S:
-            text = f"{_TIMEOUT_HEADER} must be a number of seconds, above 0 and below {_DAY_S:g}"
-            raise ApiError(400, text, _TIMEOUT_HEADER)
-        return min(most, seconds)
-
-    async def begin(
-        self,
-        request: Request,
-        key: Key,
-        model: Model | AdaptedModel,
-        prompts: Sequence[str | list[int] | Chat],
-        sampling: Sampling,
-    ) -> Generation:
+    async def begin(self, request: InferenceRequest) -> Generation:
         """Encodes the prompts, checks the request, and waits for its slots.
 
         Raises:
-            ApiError: The request is refused, or was not admitted.
+            RequestError: The request is refused, or was not admitted.
         """
-        # The deployment is picked once: if a rollout replaces it meanwhile, it still finishes this
-        # request, since its tokens, limits and defaults were used.
-        arrived_s = time.monotonic()
-        deadline_s = self.deadline_s(request)
-        deployment = model.pick()
-        with deployment:
-            tokens = await self._encode(deployment, prompts, deadline_s)
-            field = "messages" if isinstance(prompts[0], Chat) else "prompt"
-            max_tokens = _max_tokens(deployment, tokens, sampling, field)
-            choice = deployment.defaults.but(sampling.choice)
-            _check_features(deployment, sampling, choice)
-            sequences = len(tokens) * sampling.n
-            prompt_tokens = sum(map(len, tokens)) * sampling.n
-            slot = await self._admit(request, key, model, prompt_tokens, max_tokens, sequences)
-        return Generation(
-            self.metrics,
-            self.telemetry,
-            key,
-            model,
-            deployment,
-            tokens,
-            max_tokens,
-            sampling,
-            choice,
-            slot,
-            arrived_s,
-            deadline_s,
-            self.telemetry.transcript(prompts, sequences),
-        )
+        with contextlib.ExitStack() as held:
+            # The deployment is picked once: if a rollout replaces it meanwhile, it still finishes
+            # this request, since its tokens, limits and defaults were used.
+            deployment = held.enter_context(request.model.pick())
+            info = deployment.engine.info
+            prompts = await self._encode(request, deployment)
+            max_tokens = _max_tokens(request, max(map(len, prompts)), info.max_context)
+            params = dataclasses.replace(deployment.defaults, **request.sampling)
+            _check_features(request, params, info)
+            prompt_tokens = sum(map(len, prompts)) * request.n
+            slot = await self._admit(request, prompt_tokens, max_tokens, len(prompts) * request.n)
+            sequences = _sequences(request, prompts, max_tokens, params)
+            # The deployment stays in use until the last chunk, beyond this call.
+            return Generation(
+                request, deployment, sequences, slot, held.pop_all(), self.metrics, self.telemetry
+            )
 
-    async def embed(
-        self,
-        request: Request,
-        key: Key,
-        model: Model | AdaptedModel,
-        inputs: Sequence[str | list[int]],
-    ) -> tuple[list[list[float]], int, str]:
-        """Returns a vector for each input, the number of tokens, and the artifact's version.
+    async def embed(self, request: InferenceRequest) -> tuple[list[list[float]], int, str]:
+        """Returns a vector for each prompt, the number of tokens, and the artifact's version.
 
         Raises:
-            ApiError: The request is refused, was not admitted, or failed.
+            RequestError: The request is refused, was not admitted, or failed.
         """
-        deadline_s = self.deadline_s(request)
-        over_s = asyncio.get_running_loop().time() + deadline_s
-        with model.pick() as deployment:
+        with request.model.pick() as deployment:
             info = deployment.engine.info
             if "embeddings" not in info.features:
-                raise ApiError(400, f"{info.engine} has no embeddings", "model", "unsupported")
-            tokens = await self._encode(deployment, inputs, deadline_s, "input")
+                raise InvalidRequest(f"{info.engine} has no embeddings", "model", "unsupported")
+            tokens = await self._encode(request, deployment)
             if (longest := max(map(len, tokens))) > info.max_context:
                 text = f"an input has {longest} tokens, but the context has {info.max_context}"
-                raise ApiError(400, text, "input", "context_length_exceeded")
+                raise InvalidRequest(text, request.prompts_field, "context_length_exceeded")
             num_tokens = sum(map(len, tokens))
-            slot = await self._admit(request, key, model, num_tokens, 0, 1)
+            slot = await self._admit(request, num_tokens, 0, 1)
             try:
-                id = uuid.uuid4().hex
-                async with asyncio.timeout_at(over_s):
-                    vectors = await deployment.engine.embed(id, tokens, model.adapter)
+                async with asyncio.timeout(request.left_s):
+                    vectors = await deployment.engine.embed(
+                        request.id, tokens, request.model.adapter
+                    )
             except TimeoutError as e:
-                text = f"not finished within the deadline of {deadline_s:g} s"
-                raise ApiError(504, text, code="deadline") from e
+                text = f"not finished within the deadline of {request.deadline_s:g} s"
+                raise DeadlinePassed(text, code="deadline") from e
             except EngineError as e:
                 raise lost(e) from e
             finally:
                 slot.release(num_tokens)
-            return vectors, num_tokens, model.identity(deployment)[0]
+            return vectors, num_tokens, request.model.identity(deployment)[0]
 
     def refresh_metrics(self) -> None:
         """Sets the gauges, which show states and not counts."""
@@ -220,26 +170,17 @@ class Gateway:
                 metrics.text_restarts.labels(*labels).set(deployment.text.restarts)
 
     async def _admit(
-        self,
-        request: Request,
-        key: Key,
-        model: Model | AdaptedModel,
-        prompt_tokens: int,
-        max_tokens: int,
-        sequences: int,
+        self, request: InferenceRequest, prompt_tokens: int, max_tokens: int, sequences: int
     ) -> Slot:
-        name = request.headers.get(_PRIORITY_HEADER, Priority.interactive.name)
-        if name not in Priority.__members__:
-            text = f"{_PRIORITY_HEADER} must be one of {', '.join(Priority.__members__)}"
-            raise ApiError(400, text, _PRIORITY_HEADER)
+        key, model = request.key, request.model
         try:
             return await self.admission.acquire(
                 key.id,
                 prompt_tokens,
                 max_tokens,
-                self.deadline_s(request),
+                request.deadline_s,
                 sequences,
-                Priority[name],
+                request.priority,
                 key.limits,
             )
         except Rejected as e:
@@ -247,88 +188,98 @@ class Gateway:
             raise _refusal(e) from e
         except DeadlineExpired as e:
             self.metrics.rejections.labels(model.name, key.id, "expired").inc()
-            raise ApiError(504, str(e), code="deadline", retry_after_s=1) from e
+            raise DeadlinePassed(str(e), code="deadline", retry_after_s=1) from e
 
-    async def _encode(
-        self,
-        deployment: Deployment,
-        prompts: Sequence[str | list[int] | Chat],
-        deadline_s: float,
-        field: str = "prompt",
-    ) -> list[list[int]]:
-        """Returns the token ids of prompts; `field` is their name in the request."""
-        vocab_size = deployment.text.vocab_size
-        for prompt in prompts:
+    async def _encode(self, request: InferenceRequest, deployment: Deployment) -> list[list[int]]:
+        """Returns the token ids of each prompt."""
+        field, vocab_size = request.prompts_field, deployment.text.vocab_size
+        for prompt in request.prompts:
             # An engine would index beyond its embedding and crash, losing everybody's requests.
             if isinstance(prompt, list) and (largest := max(prompt)) >= vocab_size:
                 text = f"token {largest} is not in the vocabulary of {vocab_size}"
-                raise ApiError(400, text, field)
-        texts = [prompt for prompt in prompts if not isinstance(prompt, list)]
+                raise InvalidRequest(text, field)
+        texts = [prompt for prompt in request.prompts if not isinstance(prompt, list)]
         try:
-            async with asyncio.timeout(deadline_s):
+            async with asyncio.timeout(request.left_s):
                 encoded = iter(await deployment.text.encode(texts))
         except TextError as e:
             param = field if e.param == "prompt" else e.param
-            raise ApiError(400, f"{param}: {e.message}", param) from e
+            raise InvalidRequest(f"{param}: {e.message}", param) from e
         except EngineError as e:
             raise lost(e) from e
         except TimeoutError as e:
-            text = f"not tokenized within the deadline of {deadline_s:g} s"
-            raise ApiError(504, text, code="deadline") from e
-        return [prompt if isinstance(prompt, list) else next(encoded) for prompt in prompts]
+            text = f"not tokenized within the deadline of {request.deadline_s:g} s"
+            raise DeadlinePassed(text, code="deadline") from e
+        return [p if isinstance(p, list) else next(encoded) for p in request.prompts]
 
 
-def _max_tokens(
-    deployment: Deployment, prompts: list[list[int]], sampling: Sampling, field: str
-) -> int:
-    """Returns the limit on new tokens; raises ApiError 400 if prompt and answer do not fit."""
-    longest, context = max(map(len, prompts)), deployment.engine.info.max_context
-    room, wanted = context - longest, sampling.max_tokens
+def _max_tokens(request: InferenceRequest, longest: int, context: int) -> int:
+    """Returns the limit on new tokens; raises InvalidRequest if prompt and answer do not fit."""
+    room, wanted = context - longest, request.max_tokens
     if room < 1:
         text = (
             f"the prompt has {longest} tokens, which leaves no room for an answer in the model's"
             f" context of {context}"
         )
-        raise ApiError(400, text, field, "context_length_exceeded")
+        raise InvalidRequest(text, request.prompts_field, "context_length_exceeded")
     if wanted is None:
-        return min(room, sampling.default_max_tokens or room)
+        return min(room, request.default_max_tokens or room)
     if wanted > room:
-        name = sampling.max_tokens_field
+        name = request.max_tokens_field
         text = (
             f"the prompt has {longest} tokens and {name} is {wanted}: together"
             f" {longest + wanted}, but the model's context has {context}"
         )
-        raise ApiError(400, text, name, "context_length_exceeded")
+        raise InvalidRequest(text, name, "context_length_exceeded")
     return wanted
 
 
-def _check_features(deployment: Deployment, sampling: Sampling, choice: Choice) -> None:
-    info = deployment.engine.info
-    if sampling.schema is not None and "json_schema" not in info.features:
+def _check_features(request: InferenceRequest, params: SamplingParams, info: EngineInfo) -> None:
+    if request.schema is not None and "json_schema" not in info.features:
         text = f"{info.engine} does not support JSON schemas"
-        raise ApiError(400, text, sampling.schema_field, "unsupported")
-    for name in choice.extras():
+        raise InvalidRequest(text, request.schema_field, "unsupported")
+    for name in params.extras():
         if name not in info.features:
-            raise ApiError(400, f"{name}: {info.engine} lacks it", name, "unsupported")
-    if sampling.logprobs is None:
+            raise InvalidRequest(f"{name}: {info.engine} lacks it", name, "unsupported")
+    if request.logprobs is None:
         return
-    if not tells_logprobs(deployment, choice):
+    if not info.tells_logprobs(params):
         text = f"logprobs: {info.engine} returns none"
         if info.max_logprobs >= 0:
             text += (
                 " unless temperature is 0, or temperature and top_p are 1, and top_k, min_p and"
                 " repetition_penalty are not used"
             )
-        raise ApiError(400, text, "logprobs", "unsupported")
-    if sampling.logprobs > info.max_logprobs:
+        raise InvalidRequest(text, "logprobs", "unsupported")
+    if request.logprobs > info.max_logprobs:
         text = f"{info.engine} returns at most {max(0, info.max_logprobs)} alternatives a token"
-        raise ApiError(400, text, "logprobs", "unsupported")
+        raise InvalidRequest(text, "logprobs", "unsupported")
 
 
-def _refusal(rejected: Rejected) -> ApiError:
-    status = 503 if rejected.reason == "draining" else 429
-    param = None
-    if rejected.reason == "too_many_sequences":
-        status, param = 400, "n"
-    retry_s = rejected.retry_after_s
-    return ApiError(status, str(rejected), param, rejected.reason, retry_s)
+def _sequences(
+    request: InferenceRequest, prompts: list[list[int]], max_tokens: int, params: SamplingParams
+) -> list[TokenRequest]:
+    seed = random.getrandbits(63) if request.seed is None else request.seed
+    # Every sequence has its own seed, or all choices of a prompt would be the same text.
+    return [
+        TokenRequest(
+            id=f"{request.id}-{i}",
+            prompt=prompt,
+            max_tokens=max_tokens,
+            **dataclasses.asdict(params),
+            seed=seed + i,
+            logprobs=request.logprobs,
+            ignore_eos=request.ignore_eos,
+            schema=request.schema,
+            adapter=request.model.adapter,
+        )
+        for i, prompt in enumerate(prompt for prompt in prompts for _ in range(request.n))
+    ]
+
+
+def _refusal(rejected: Rejected) -> RequestError:
+    reason, retry_s = rejected.reason, rejected.retry_after_s
+    if reason == "too_many_sequences":
+        return InvalidRequest(str(rejected), "n", reason)
+    kind = Unavailable if reason == "draining" else LimitReached
+    return kind(str(rejected), None, reason, retry_s)

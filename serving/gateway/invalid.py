@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from serving.gateway.errors import ApiError
+from serving.errors import InvalidRequest
 from serving.gateway.schema import Unsupported
 
 # Fields of OpenAI's API that are accepted only with their default.
@@ -29,22 +29,22 @@ _KINDS = {
 _AS_JSON = {"False": "false", "True": "true", "None": "null"}
 
 
-def describe(error: dict[str, Any], body: Any) -> ApiError:
-    """Returns a 400 that names the field.
+def describe(error: dict[str, Any], body: Any) -> InvalidRequest:
+    """Returns the error that names the field.
 
     Args:
         error: First error of pydantic's `errors()`.
         body: Body of the request.
     """
     if error["type"] == "json_invalid":
-        return ApiError(400, "the body is not valid JSON")
+        return InvalidRequest("the body is not valid JSON")
     kind, (place, *where) = error["type"], error["loc"]
     # The location of a query parameter is not a path in the body.
     path = [str(x) for x in where] if place != "body" else _path(where, body, kind == "missing")
     field, param = path[-1] if path else "", ".".join(path)
     if not path and kind == "model_attributes_type":
         text = "the body must be a JSON object, sent with content-type: application/json"
-        return ApiError(400, text)
+        return InvalidRequest(text)
     if kind == "missing":
         rule = "is missing"
     elif kind == "extra_forbidden" or field in _UNSUPPORTED:
@@ -57,7 +57,7 @@ def describe(error: dict[str, Any], body: Any) -> ApiError:
     elif kind == "value_error":  # raised by our validators, whose text begins with the field
         text = str(error["ctx"]["error"])
         named = text.partition(" ")[0].rstrip(":")
-        return ApiError(400, text, param or named)
+        return InvalidRequest(text, param or named)
     elif kind in ("too_short", "too_long"):
         rule = f"must have {_bounds(error['ctx'])} items"
     elif kind in ("string_too_short", "string_too_long"):
@@ -65,7 +65,7 @@ def describe(error: dict[str, Any], body: Any) -> ApiError:
     else:
         rule = error["msg"]
         rule = rule.replace("Input should be", "must be")
-    return ApiError(400, f"{param or 'the body'} {rule}", param or None)
+    return InvalidRequest(f"{param or 'the body'} {rule}", param or None)
 
 
 def _bounds(told: dict[str, Any]) -> str:

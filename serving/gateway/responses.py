@@ -8,13 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Collection
 from typing import Any
 
-from serving.gateway.errors import ApiError
-from serving.gateway.request import Generation
+from serving.errors import RequestError
+from serving.gateway.errors import body_of
+from serving.gateway.generation import Chunks, Generation
 from serving.text.call_formats import CallParser
 from serving.text.codec import TextChunk, TextLogprob, TextToken
 from serving.text.tools import WholeCall
-
-Chunks = AsyncIterator[tuple[int, TextChunk]]
 
 
 class Answer(ABC):
@@ -22,8 +21,6 @@ class Answer(ABC):
 
     Args:
         generation: Generation that yields the text.
-        model: Name of the model as the client wrote it.
-        num_choices: Number of choices in the response.
         include_usage: True: a stream ends with its usage.
     """
 
@@ -31,16 +28,15 @@ class Answer(ABC):
     kind: str
     chunk_kind: str
 
-    def __init__(
-        self, generation: Generation, model: str, num_choices: int, include_usage: bool
-    ) -> None:
-        self._generation, self._num_choices = generation, num_choices
-        self._include_usage = include_usage
+    def __init__(self, generation: Generation, include_usage: bool) -> None:
+        request = generation.request
+        self._generation, self._include_usage = generation, include_usage
+        self._num_choices = len(request.prompts) * request.n
         self._head = {
-            "id": f"{self.prefix}-{generation.id}",
+            "id": f"{self.prefix}-{request.id}",
             "object": self.kind,
             "created": int(time.time()),
-            "model": model,
+            "model": request.model.name,
             # OpenAI's field for the configuration that responds; here the version of the weights.
             "system_fingerprint": f"fp_{generation.version}",
         }
@@ -65,11 +61,11 @@ class Answer(ABC):
             async for index, chunk in chunks:
                 for delta in self._deltas(index, chunk):
                     yield _event({**head, "choices": [delta]})
-        except ApiError as e:
-            yield _event(e.body())
+        except RequestError as e:
+            yield _event(body_of(e))
             return
         finally:
-            await chunks.aclose()  # type: ignore[attr-defined]
+            await chunks.aclose()
         if self._include_usage:
             yield _event({**head, "choices": [], "usage": self._usage()})
         yield b"data: [DONE]\n\n"
@@ -193,8 +189,8 @@ class ChatAnswer(Answer):
     def _call_id(self, index: int, at: int) -> str:
         # Mistral's templates raise for ids that do not have nine letters and digits.
         if self._format is not None and self._format.has_short_ids:
-            return f"{self._generation.id[:5]}{index:02x}{at:02x}"
-        return f"call_{self._generation.id[:16]}{index}{at}"
+            return f"{self._generation.request.id[:5]}{index:02x}{at:02x}"
+        return f"call_{self._generation.request.id[:16]}{index}{at}"
 
 
 def _delta(

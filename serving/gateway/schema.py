@@ -137,15 +137,16 @@ class _Sampling(_Body):
         """Returns whether a stream ends with its usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def choice(self) -> dict[str, float | None]:
-        """Returns the fields of `Choice` by name; None: not given."""
-        return {
+    def sampling(self) -> dict[str, float]:
+        """Returns the fields of `SamplingParams` that are given, by name."""
+        fields = {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": None if self.top_k is None else max(0, self.top_k),
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
         }
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 class CompletionRequest(_Sampling):
@@ -167,6 +168,7 @@ class CompletionRequest(_Sampling):
     suffix: None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 
+    prompts_field: ClassVar[str] = "prompt"
     default_limit: ClassVar[int | None] = 16
 
     def limit(self) -> int | None:
@@ -176,6 +178,10 @@ class CompletionRequest(_Sampling):
     def limit_field(self) -> str:
         """Returns the name of the field with the limit."""
         return "max_tokens"
+
+    def num_logprobs(self) -> int | None:
+        """Returns the number of alternatives for each token; None: no log-probabilities."""
+        return self.logprobs
 
     def prompts(self) -> list[str | list[int]]:
         """Returns the prompts as a list."""
@@ -354,6 +360,7 @@ class ChatRequest(_Sampling, Unsupported):
         """See `_Sampling`."""
         return "tool_choice" if self.must_call else super().schema_field()
 
+    prompts_field: ClassVar[str] = "messages"
     default_limit: ClassVar[int | None] = None
 
     def limit(self) -> int | None:
@@ -364,8 +371,8 @@ class ChatRequest(_Sampling, Unsupported):
         """See `CompletionRequest`."""
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
-    def wanted_logprobs(self) -> int | None:
-        """Returns the number of alternatives for each token; None: no log-probabilities."""
+    def num_logprobs(self) -> int | None:
+        """See `CompletionRequest`."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def function_names(self) -> list[str]:
@@ -395,6 +402,8 @@ class EmbeddingRequest(_Body):
     encoding_format: Literal["float", "base64"] | None = Field(None, description="Default: float.")
     dimensions: None = None
     user: str | None = Field(None, max_length=256)
+
+    prompts_field: ClassVar[str] = "input"
 
     def inputs(self) -> list[str | list[int]]:
         """Returns the inputs as a list."""

@@ -52,6 +52,7 @@ def test_each_command_explains_itself(verb, capsys):
             ["supervise", "--interrupt-every", "9", "--", "true"],
             "--interrupt-every is for --nodes 2",
         ),
+        (["supervise", "--nodes", "2", "--nodes=3", "--", "true"], "--nodes: is given twice"),
         (["supervise", "--nodes", "0", "--", "true"], "'0' is not a number of 1 or more"),
         (["supervise", "--grace", "-1", "--", "true"], "'-1' is not a number of seconds"),
         (["supervise", "--grace", "nan", "--", "true"], "'nan' is not a number of seconds"),

@@ -50,7 +50,8 @@ _TESTS = {
         "tests/trainer/test_launching.py",
     ],
     "parallel/world.py": [
-        "tests/parallel",
+        "tests/parallel/test_launcher.py",
+        "tests/parallel/test_parity.py",
         "tests/trainer/test_preemption.py",
         "tests/trainer/test_checkpoint.py",
     ],

@@ -16,7 +16,8 @@ from tests.distributed import run_distributed
 from tests.small_run import SmallRun
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "losses.json"
-STEPS = 20
+# A step of several ranks costs several steps; what goes wrong on them does in the first few.
+STEPS = {1: 20, 2: 8, 4: 8}
 
 STRATEGIES = {
     "ddp": DdpConfig(),
@@ -33,7 +34,8 @@ STRATEGIES = {
 def train_each(names):
     """Losses and gradient norms of each strategy, trained one after another by the same ranks."""
     with join_world() as world:
-        return {name: SmallRun(STRATEGIES[name], world).train(STEPS) for name in names}
+        steps = STEPS[world.world_size]
+        return {name: SmallRun(STRATEGIES[name], world).train(steps) for name in names}
 
 
 @cache
@@ -55,7 +57,7 @@ def test_losses_agree(name, world_size):
     if name == "hsdp" and world_size == 1:
         pytest.skip("two replicas need two ranks")
     zero = name.startswith("zero")
-    golden = json.loads(GOLDEN.read_text())
+    golden = json.loads(GOLDEN.read_text())[: STEPS[world_size]]
     trained = losses_of("zero" if zero else "torch", world_size)[name]
     for (loss, norm), (expected, expected_norm) in zip(trained, golden, strict=True):
         assert loss == pytest.approx(expected, abs=1e-5 if zero else 1e-6)

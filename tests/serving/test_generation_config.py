@@ -1,5 +1,6 @@
 """What a model's author says of sampling is what a request gets that says nothing of it."""
 
+import dataclasses
 import json
 import shutil
 
@@ -10,7 +11,7 @@ from core.errors import ConfigError
 from serving.config import GenerationConfig, ServingConfig
 from serving.deployment import check_defaults, sampling_defaults
 from serving.engine import EngineInfo
-from serving.sampling import Choice, defaults_of
+from serving.sampling import SamplingParams, defaults_of
 from tests.serving.conftest import Process
 
 AUTHORS = {
@@ -21,7 +22,7 @@ AUTHORS = {
     "do_sample": True,
     "eos_token_id": [1, 2],
 }
-CHOICE = Choice(temperature=0.6, top_p=0.9, top_k=20, repetition_penalty=1.05)
+PARAMS = SamplingParams(temperature=0.6, top_p=0.9, top_k=20, repetition_penalty=1.05)
 
 
 def written(folder, content):
@@ -30,14 +31,17 @@ def written(folder, content):
 
 
 def test_defaults_are_the_authors_or_neutral(tmp_path):
-    assert defaults_of(tmp_path) == Choice()
+    assert defaults_of(tmp_path) == SamplingParams()
     written(tmp_path, AUTHORS)
-    assert defaults_of(tmp_path) == CHOICE
-    for source, wanted in ((GenerationConfig.auto, CHOICE), (GenerationConfig.vllm, Choice())):
+    assert defaults_of(tmp_path) == PARAMS
+    for source, wanted in (
+        (GenerationConfig.auto, PARAMS),
+        (GenerationConfig.vllm, SamplingParams()),
+    ):
         config = ServingConfig("x", generation_config=source)
         assert sampling_defaults(tmp_path, config) == wanted
     nulls = {"temperature": None, "top_k": -1, "min_p": 0}
-    assert defaults_of(written(tmp_path, nulls)) == Choice()
+    assert defaults_of(written(tmp_path, nulls)) == SamplingParams()
 
 
 @pytest.mark.parametrize(
@@ -63,29 +67,30 @@ def test_what_cannot_be_is_refused_in_a_line(tmp_path, name, value):
 
 def test_an_engine_that_lacks_a_setting_is_refused_not_ignored():
     able = EngineInfo("able", 9, 9, features=["top_k", "repetition_penalty"])
-    check_defaults(CHOICE, able)
-    check_defaults(Choice(temperature=0.3, top_p=0.2), EngineInfo("plain", 9, 9))
+    check_defaults(PARAMS, able)
+    check_defaults(SamplingParams(temperature=0.3, top_p=0.2), EngineInfo("plain", 9, 9))
     with pytest.raises(ConfigError, match="the model says top_k=20, which plain lacks"):
-        check_defaults(CHOICE, EngineInfo("plain", 9, 9))
+        check_defaults(PARAMS, EngineInfo("plain", 9, 9))
 
 
 def test_requests_are_built_with_them_once(served):
     with served() as running:
         running.engine.info.features.extend(["top_k", "min_p", "repetition_penalty"])
         deployment = running.gateway.models["tiny"].champion
-        deployment.defaults = CHOICE
+        deployment.defaults = PARAMS
         body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
         own = {"temperature": 0, "top_k": -1, "min_p": 0.1, "repetition_penalty": 1, "top_p": 1}
         for asked, wanted in (
-            ({}, CHOICE),
-            ({"temperature": None, "top_k": None}, CHOICE),
-            ({"top_p": 0.5}, CHOICE.but({"top_p": 0.5})),
-            (own, Choice(1, 0, 0, 1, 0.1)),
+            ({}, PARAMS),
+            ({"temperature": None, "top_k": None}, PARAMS),
+            ({"top_p": 0.5}, dataclasses.replace(PARAMS, top_p=0.5)),
+            (own, SamplingParams(temperature=0, min_p=0.1)),
         ):
             answer = httpx.post(f"{running.url}/v1/completions", json=body | asked)
             assert answer.status_code == 200, answer.text
             request = running.engine.seen[-1]
-            assert {name: getattr(request, name) for name in vars(wanted)} == vars(wanted)
+            wanted = dataclasses.asdict(wanted)
+            assert {name: getattr(request, name) for name in wanted} == wanted
         running.engine.info.features.remove("min_p")
         error = httpx.post(f"{running.url}/v1/completions", json=body | own).json()["error"]
         assert error["param"] == "min_p" and "fake 1" in error["message"]

@@ -21,7 +21,8 @@ from serving.engines import vllm
 from serving.engines.process import watch_of
 from serving.engines.proof import Case, Proof, Scores
 from serving.engines.selection import build
-from serving.gateway.request import lost
+from serving.gateway.errors import response_to
+from serving.gateway.generation import lost
 from serving.rollout import Rollout
 from serving.text.pipeline import LocalStages
 from tests.serving.completions_server import FakeServer
@@ -176,9 +177,9 @@ def test_refusals(export, status, headers, told, retry_after_s):
         with pytest.raises(EngineError) as raised:
             await chunks_of(engine)
         assert isinstance(raised.value, EngineRefused) == (status != 401)
-        answer = lost(raised.value)
-        assert (answer.status, answer.retry_after_s) == (told, retry_after_s)
-        assert f"not now (status {status})" in answer.message
+        error = lost(raised.value)
+        assert (response_to(error).status_code, error.retry_after_s) == (told, retry_after_s)
+        assert f"not now (status {status})" in str(error)
 
     with_remote(export, work)
 

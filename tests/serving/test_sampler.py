@@ -87,7 +87,7 @@ def test_a_mixed_batch_has_transformers_distributions():
     for i, settings in enumerate(SETTINGS):
         for seed in range(seeds):
             request = TokenRequest(f"{i}-{seed}", prompts[i], 9, seed=seed, logprobs=1, **settings)
-            sampler.add({name: getattr(request, name) for name in request.__slots__}, None)
+            sampler.add(request, None)
             # A request that was begun elsewhere has a part of its answer in the prompt.
             halves = (prompts[i][:2], prompts[i][2:]) if seed % 2 else (prompts[i], [])
             rows.append(
@@ -122,7 +122,7 @@ def test_generation_applies_the_same(export):
     wanted = model.generate(torch.tensor([prompt]), generation_config=config)[0, 3:].tolist()
     request = TokenRequest("a", prompt, 24, temperature=0, repetition_penalty=penalty)
     sampler = Sampler([0])
-    sampler.add({name: getattr(request, name) for name in request.__slots__}, None)
+    sampler.add(request, None)
     state = SimpleNamespace(request_id="a", initial_tokens=prompt, generated_tokens=[])
     for _ in range(24):
         with torch.no_grad():

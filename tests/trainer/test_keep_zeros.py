@@ -11,7 +11,7 @@ from parallel.world import join_world
 from tests.distributed import run_distributed
 from tests.small_run import MODEL, VOCAB, SmallRun
 from tests.trainer.test_refusals import assert_refused
-from trainer.config import PathModelConfig
+from trainer.model_config import PathModelConfig
 
 STRATEGIES = {
     "ddp": DdpConfig(),
@@ -131,7 +131,8 @@ def wanted(small, tmp_path):
     folder = write_model(tmp_path / "model", 320, **SIZES)
     kept = [s for s in small if not s.startswith("model.")]
     pretrained = ["model=pretrained", f"model.path={folder}", "data.tokenizer=train"]
-    return [*kept, *pretrained, "model.keep_zeros=true", "schedule=constant"]
+    exported = ["export.at_end=true", "schedule=constant"]
+    return [*kept, *pretrained, *exported, "model.keep_zeros=true"]
 
 
 def test_a_resumed_run_and_its_export_keep_them(trainer, wanted, tmp_path):

@@ -184,7 +184,8 @@ def test_an_agent_that_runs_something_else_is_refused(site):
 
 def test_strangers_at_the_port_disturb_nothing(site):
     supervisor, port = site.listen("--nproc", 1, toy=LONG)
-    hello = {"type": "Hello", "version": 1, "nproc": 1, "command_sha256": "", "address": "x"}
+    hello = {"type": "Hello", "version": 2, "nproc": 1, "command_sha256": "", "address": "x"}
+    hello |= {"challenge": "", "proof": ""}
     for garbage in (
         b"",
         b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
@@ -195,6 +196,7 @@ def test_strangers_at_the_port_disturb_nothing(site):
         b'{"type": "Dismiss", "code": 0, "reason": ""}\n',
         json.dumps({**hello, "nproc": "many"}).encode() + b"\n",
         json.dumps({**hello, "more": 1}).encode() + b"\n",
+        json.dumps({**hello, "challenge": "x" * 5000}).encode() + b"\n",
     ):
         with socket.create_connection(("127.0.0.1", port)) as stranger:
             stranger.settimeout(120)
