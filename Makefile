@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 NPROC  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 2)
 
 .PHONY: train test test-long test-matrix test-pythons test-sky test-llama test-openvino test-hosts families \
-  chaos soak lint install benchmark clean
+  chaos soak mutants lint install benchmark clean
 
 train: install  ## The main job: learn to write Python from the standard library's source
 	$(BIN)/python -m trainer experiment=stdlib nproc=$(NPROC)
@@ -33,6 +33,9 @@ chaos: install  ## Hundreds of kills, stops and damages, from a seed; writes a p
 
 soak: install  ## An hour of all that clients do, against a server of a small random model
 	$(BIN)/python -m tests.serving.soak
+
+mutants: install  ## Breaks the code in 30 places and shows which test catches each
+	$(BIN)/python -m tests.mutants
 
 PYTHONS ?= python3.11 python3.12 python3.13
 # Index of CPU builds of torch for them; the default index has builds of gigabytes.

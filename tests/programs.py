@@ -63,6 +63,7 @@ _FORKED = {
     "serving.engines.logits": False,
     "serving.text.tokenizer": False,
     "tests.rank": False,
+    "tests.trainer.data.builder": False,
     "trainer": True,
     "trainer.export": False,
     "trainer.rank": False,

@@ -140,12 +140,11 @@ import sys
 from core.settings.command import CONFIG_DIR
 from trainer.command import TRAINER
 
-composed = 0
-for group in TRAINER.group_names:
-    for file in sorted((CONFIG_DIR / group).glob("*.yaml")):
-        TRAINER.compose_tree([f"{group}={file.stem}"])
-        composed += 1
-assert composed > 20, composed
+# Composed are all first options at once, then all second ones, ...
+groups = {g: sorted(p.stem for p in (CONFIG_DIR / g).glob("*.yaml")) for g in TRAINER.group_names}
+assert sum(map(len, groups.values())) > 20, groups
+for i in range(max(map(len, groups.values()))):
+    TRAINER.compose_tree([f"{g}={names[i]}" for g, names in groups.items() if i < len(names)])
 print(sorted({"torch", "transformers", "datasets", "deepspeed", "wandb"} & set(sys.modules)))
 """
 

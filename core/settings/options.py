@@ -1,6 +1,7 @@
 """Command lines of verbs, options and words, for programs that need more than settings."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -67,3 +68,30 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         print(f"spotforge {version()}")
         parser.exit()
+
+
+def count(least: int = 1) -> Callable[[str], int]:
+    """Returns a parser of whole numbers of at least `least`, as the type of an option."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return parse
+
+
+def number(least: float | None = None) -> Callable[[str], float]:
+    """Returns a parser of finite numbers of at least `least`, or above 0 if it is None."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan  # breaks every bound
+        if not (value > 0 if least is None else value >= least) or math.isinf(value):
+            rule = "above 0" if least is None else f"of at least {least:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {rule}")
+        return value
+
+    return parse

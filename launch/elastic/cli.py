@@ -7,6 +7,7 @@ from typing import Any
 
 from core.process.child import check_program
 from core.process.signals import exit_at_once
+from core.settings.options import count, number
 
 _SUPERVISE = """\
 Starts COMMAND once for each rank, on this machine and on those that join it, and starts all of them
@@ -56,9 +57,14 @@ def add_verbs(commands: Any) -> None:
     Args:
         commands: Object that `add_subparsers` returned.
     """
+    _add_supervise(commands)
+    _add_join(commands)
+
+
+def _add_supervise(commands: Any) -> None:
     supervise = commands.add_parser(
         "supervise",
-        help="start ranks here and on the machines that join, and keep them going",
+        help="start ranks here and on machines that join, and restart them",
         usage="python -m launch supervise [options] -- COMMAND...",
         description=_SUPERVISE,
         epilog=_SUPERVISE_EXAMPLES,
@@ -69,22 +75,22 @@ def add_verbs(commands: Any) -> None:
         "--listen",
         metavar="[HOST:]PORT",
         type=_address,
-        help="let machines join at this address (default: no machine can; HOST: 0.0.0.0)",
+        help="address at which machines can join (default: none; HOST: 0.0.0.0)",
     )
     _add_token(supervise, "; made if it does not exist")
     supervise.add_argument(
         "--nodes",
         metavar="N",
-        type=_count,
+        type=count(),
         default=1,
-        help="wait for so many machines before the first start, this one included (default: 1)",
+        help="machines to wait for before the first start, with this one (default: 1)",
     )
     supervise.add_argument(
         "--multiple-of",
         metavar="M",
-        type=_count,
+        type=count(),
         default=1,
-        help="use machines such that M divides the number of ranks (default: 1)",
+        help="number that must divide the number of ranks (default: 1)",
     )
     for name, default_s, what in (
         (
@@ -99,7 +105,7 @@ def add_verbs(commands: Any) -> None:
         supervise.add_argument(
             f"--{name}",
             metavar="S",
-            type=_seconds,
+            type=number(),
             default=float(default_s),
             help=f"seconds {what} (default: {default_s})",
         )
@@ -113,7 +119,7 @@ def add_verbs(commands: Any) -> None:
     cloud.add_argument(
         "--interrupt-every",
         metavar="S",
-        type=_seconds,
+        type=number(),
         help="mean seconds after which a node is preempted (default: never)",
     )
     for name, default_s, what in (
@@ -123,16 +129,19 @@ def add_verbs(commands: Any) -> None:
         cloud.add_argument(
             f"--{name}",
             metavar="S",
-            type=_seconds_or_none,
+            type=number(0),
             default=float(default_s),
             help=f"seconds {what} (default: {default_s})",
         )
     cloud.add_argument(
         "--seed", metavar="N", type=int, default=0, help="seed of the times (default: 0)"
     )
+
+
+def _add_join(commands: Any) -> None:
     join = commands.add_parser(
         "join",
-        help="run ranks here for a supervisor elsewhere",
+        help="run ranks here for a supervisor on another machine",
         usage="python -m launch join HOST:PORT [options] -- COMMAND...",
         description=_JOIN,
         epilog=_JOIN_EXAMPLES,
@@ -146,14 +155,14 @@ def add_verbs(commands: Any) -> None:
     join.add_argument(
         "--grace",
         metavar="S",
-        type=_seconds,
+        type=number(),
         default=600.0,
         help="seconds after SIGTERM within which this machine leaves (default: 600)",
     )
     join.add_argument(
         "--wait",
         metavar="S",
-        type=_seconds,
+        type=number(),
         default=300.0,
         help="seconds to wait for a supervisor, at the start or after losing it (default: 300)",
     )
@@ -161,7 +170,7 @@ def add_verbs(commands: Any) -> None:
 
 def _add_nproc(parser: argparse.ArgumentParser, more: str, least: int) -> None:
     def nproc(text: str) -> int | None:
-        return None if text == "auto" else _count(text, least)
+        return None if text == "auto" else count(least)(text)
 
     parser.add_argument(
         "--nproc",
@@ -272,26 +281,6 @@ def _check(options: argparse.Namespace, command: Sequence[str]) -> None:
         options.refuse("say what to run: -- COMMAND...")
     exit_at_once()
     check_program(command)
-
-
-def _count(text: str, least: int = 1) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of {least} or more")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds
-
-
-def _seconds_or_none(text: str) -> float:
-    return 0.0 if text == "0" else _seconds(text)
 
 
 def _address(text: str) -> tuple[str, int]:

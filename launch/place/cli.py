@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from launch.settings import Settings
 
 _UP = """\
-Plans the job and writes it in the language of launch.target: a SkyPilot task with the best places
-in order (sky), a batch script (slurm), a JobSet (kubernetes), a command (local). `up` then starts
-it: on SkyPilot as a managed job, started again elsewhere when its machines are lost, and not when
-it fails. SkyPilot is a program of its own environment: pip install 'skypilot[aws,gcp]==0.14.1'
-there, and have it in PATH or named by launch.sky."""
+Plans the job and writes it for launch.target: as a SkyPilot task with the best places in order
+(sky), a batch script (slurm), a JobSet (kubernetes) or a command (local). `up` then starts it. On
+SkyPilot it is a managed job, which is started again elsewhere when its machines are lost, but not
+when it fails. SkyPilot needs an environment of its own: pip install 'skypilot[aws,gcp]==0.14.1'
+there, and put it into PATH or name it in launch.sky."""
 
 _EXAMPLES = """\
 example:
@@ -41,19 +41,19 @@ def add_verbs(commands: Any) -> None:
         commands: Object that `add_subparsers` returned.
     """
     render = commands.add_parser(
-        "render", help="write the job as the place takes it", description=_UP, epilog=_EXAMPLES
+        "render", help="write the job as a file for its target", description=_UP, epilog=_EXAMPLES
     )
     render.set_defaults(run=_render)
     render.add_argument("-o", "--output", metavar="FILE", type=Path, help="default: print it")
     up = commands.add_parser(
-        "up", help="start the job where it is cheapest", description=_UP, epilog=_EXAMPLES
+        "up", help="start the job in the cheapest place", description=_UP, epilog=_EXAMPLES
     )
     up.set_defaults(run=_up)
     for parser in (render, up):
         add_words(parser, "the job and launch.*")
-    status = commands.add_parser("status", help="the jobs that were started, as their place says")
-    logs = commands.add_parser("logs", help="what a job prints")
-    down = commands.add_parser("down", help="end a job and its machines")
+    status = commands.add_parser("status", help="show the jobs of the target")
+    logs = commands.add_parser("logs", help="show the output of a job")
+    down = commands.add_parser("down", help="end a job and release its machines")
     for parser in (logs, down):
         parser.add_argument("name", help="name of the job (launch.name)")
     for parser, run in ((status, _status), (logs, _logs), (down, _down)):

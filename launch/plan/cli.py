@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from core.errors import ExitCode
+from core.settings.options import count
 from launch.words import add_words, launch_keys, settings_of
 
 _PLAN = """\
@@ -31,7 +32,7 @@ def add_verbs(commands: Any) -> None:
     """
     parser = commands.add_parser(
         "plan",
-        help="what a job costs, by where it runs",
+        help="rank the places for a job by cost",
         usage="python -m launch plan [options] [key=value ...]",
         description=_PLAN,
         epilog=_EXAMPLES,
@@ -39,14 +40,14 @@ def add_verbs(commands: Any) -> None:
     parser.set_defaults(run=_plan)
     parser.more_help = launch_keys
     add_words(parser, "the job and launch.*")
-    parser.add_argument("--json", action="store_true", help="print everything, as JSON")
+    parser.add_argument("--json", action="store_true", help="print the whole plan as JSON")
     parser.add_argument(
-        "--top", metavar="N", type=_count, default=12, help="candidates to show (default: 12)"
+        "--top", metavar="N", type=count(), default=12, help="candidates to show (default: 12)"
     )
     parser.add_argument(
         "--rejected",
         action="store_true",
-        help="show all that is rejected, not one example a reason",
+        help="show all rejected candidates, not one for each reason",
     )
     parser.add_argument(
         "--today",
@@ -69,12 +70,6 @@ def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
     plan = make_plan(settings, catalog)
     print(as_json(plan) if options.json else table(plan, options.top, options.rejected))
     return ExitCode.FINISHED
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
-    return int(text)
 
 
 def _date(text: str) -> datetime.date:

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Generator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from core.process.json_lines import JsonLines
 from serving.engine import TokenRequest
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class _Sequence:
-    """A running request; its attributes have the names that the sampler reads.
+    """A running request, which is a `Row` of the sampler.
 
     Attributes:
         request_id: Id of the request.
@@ -42,12 +42,6 @@ class _Sequence:
     max_tokens: int
     steps: Generator[Tensor, int | None, None]
     generated_tokens: list[int] = field(default_factory=list)
-
-
-class _Row(NamedTuple):
-    """A row of logits, as the sampler expects it from transformers."""
-
-    state: _Sequence
 
 
 class PlainWorker(TorchWorker):
@@ -111,9 +105,7 @@ class PlainWorker(TorchWorker):
         generated = sequence.generated_tokens
         with torch.no_grad():
             scores = sequence.steps.send(generated[-1] if generated else None).unsqueeze(0)
-            row: Any = _Row(sequence)
-            rows = self._sampler.prepare_tensor_args([row])
-            return int(self._sampler(scores, rows).argmax(dim=-1))
+            return int(self._sampler(scores, [sequence]))
 
     def _check(self) -> None:
         pass  # this engine has no thread that could have ended
@@ -157,13 +149,15 @@ def _steps(
     """
     import torch
 
+    from serving.engines.internals import inputs_after
+
     length = None  # of the new inputs: None is the whole prompt; then 1, a token
     while True:
         inputs = model.prepare_inputs_for_generation(
             input_ids, next_sequence_length=length, is_first_iteration=length is None, **kwargs
         )
         outputs = model(**inputs, return_dict=True)
-        kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
+        kwargs = inputs_after(model, outputs, kwargs)
         logits = outputs.logits[0, -1].float()
         del outputs
         token = yield logits

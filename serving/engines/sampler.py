@@ -1,4 +1,4 @@
-"""Sampling by each request's own settings inside transformers' continuous batching.
+"""Sampling by each request's own settings, in batches of any mix.
 
 transformers samples all requests of a batch with the same settings, from one stream of random
 numbers. Here every request has its own settings and seed, and the token at a position does not
@@ -9,31 +9,37 @@ request with a schema gets only tokens that its grammar allows.
 from __future__ import annotations
 
 import random
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from llguidance import LLMatcher
 from torch import Tensor
-from transformers import LogitsProcessorList
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessor,
-    ContinuousBatchingLogitsProcessorList,
-)
-from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
 from serving.engine import TokenRequest
 
 
-class Sampler(ContinuousBatchingLogitsProcessor):
-    """Chooses each row's token and marks it for the argmax that transformers takes afterwards.
+class Row(Protocol):
+    """A sequence whose next token is chosen, with the names that transformers gives them.
+
+    Attributes:
+        request_id: Id of the request.
+        initial_tokens: Token ids of the prompt.
+        generated_tokens: Tokens that were generated so far.
+    """
+
+    request_id: str
+    initial_tokens: list[int]
+    generated_tokens: list[int]
+
+
+class Sampler:
+    """Chooses the next token of each row.
 
     Args:
         eos: Tokens that end a text.
     """
-
-    supported_kwargs: dict[str, type] = {}
-    ignored_kwargs: tuple[str, ...] = ()
 
     def __init__(self, eos: list[int]) -> None:
         self._eos = eos
@@ -41,14 +47,6 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         self._texts: dict[str, _HeldText] = {}
         self._seen: dict[str, _SeenTokens] = {}
         self._logprobs: dict[str, list[Any]] = {}
-        self._rows: list[RequestState] = []
-
-    def install(self, processors: ContinuousBatchingLogitsProcessorList) -> None:
-        """Replaces all processors of a manager that has not been started."""
-        # transformers' own processors would apply one request's settings to the whole batch.
-        processors.logits_processor = LogitsProcessorList([self])
-        processors.tensors_required = 1
-        processors.do_processing = True
 
     def add(self, request: TokenRequest, matcher: LLMatcher | None) -> None:
         """Adds a request; must come before the request is submitted for generation.
@@ -86,29 +84,16 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         taken, kept[:count] = kept[:count], []
         return taken
 
-    def fill_defaults(self, int32_tensor: Tensor) -> None:
-        """Zeroes the tensor, since the sampler keeps no state of requests in tensors."""
-        int32_tensor.zero_()
-
-    def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Tensor:
-        """Notes which requests the rows of the next call belong to."""
-        self._rows = [future.state for future in requests_with_new_token]
-        return torch.zeros(len(self._rows), dtype=torch.int32)
-
-    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
-        """Marks the chosen token of each row.
+    def __call__(self, scores: Tensor, rows: Sequence[Row]) -> Tensor:
+        """Returns the next token of each row, (N,) int64.
 
         Args:
-            scores: Float32 logits, (N, V).
-            tensor_arg: Not used.
-
-        Returns:
-            Scores, (N, V), in which only the chosen token of a row is finite; the logits themselves
-            if no row is sampled, penalized or masked.
+            scores: Float32 logits, (N, V); there may be more than there are rows.
+            rows: Sequences that the logits are for.
         """
         drawn: list[tuple[int, TokenRequest, float]] = []
         requests: list[TokenRequest | None] = []
-        for i, state in enumerate(self._rows):
+        for i, state in enumerate(rows):
             request = self._requests.get(state.request_id)  # None: cancelled in the meantime
             requests.append(request)
             if request is not None and request.temperature > 0:
@@ -116,43 +101,41 @@ class Sampler(ContinuousBatchingLogitsProcessor):
                 # The number depends on seed and position only: it is the same after a restart and
                 # in any batch.
                 drawn.append((i, request, random.Random(f"{request.seed} {position}").random()))
-        allowed = self._allowed(self._penalized(scores))
+        allowed = self._allowed(self._penalized(scores, rows), rows)
         chosen = allowed.argmax(dim=-1)
         if drawn:
-            rows = torch.tensor([i for i, _, _ in drawn], device=scores.device)
+            those = torch.tensor([i for i, _, _ in drawn], device=scores.device)
             columns = zip(
                 *((r.temperature, r.top_k, r.top_p, r.min_p, u) for _, r, u in drawn), strict=True
             )
-            chosen[rows] = draw(
-                allowed[rows],
+            chosen[those] = draw(
+                allowed[those],
                 *(torch.tensor(c, device=scores.device, dtype=torch.float64) for c in columns),
             )
         self._note_logprobs(scores, chosen, requests)
-        if not drawn and allowed is scores:
-            return scores
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen.unsqueeze(1), 0.0)
+        return chosen
 
-    def _penalized(self, scores: Tensor) -> Tensor:
+    def _penalized(self, scores: Tensor, rows: Sequence[Row]) -> Tensor:
         """Returns the scores (N, V) with each row's repetition penalty applied."""
         penalized = scores
-        for i, state in enumerate(self._rows):
+        for i, state in enumerate(rows):
             if (seen := self._seen.get(state.request_id)) is not None:
                 penalized = scores.clone() if penalized is scores else penalized
                 penalized[i] = seen.penalize(scores[i], state)
         return penalized
 
-    def _allowed(self, scores: Tensor) -> Tensor:
+    def _allowed(self, scores: Tensor, rows: Sequence[Row]) -> Tensor:
         """Returns the scores (N, V) with -inf for tokens that a row's grammar forbids."""
         held = [
             (i, text)
-            for i, state in enumerate(self._rows)
+            for i, state in enumerate(rows)
             if (text := self._texts.get(state.request_id)) is not None
         ]
         if not held:
             return scores
         allowed = scores.clone()
         for i, text in held:
-            mask = text.mask(self._rows[i], scores.shape[-1])
+            mask = text.mask(rows[i], scores.shape[-1])
             if text.matcher.is_error():  # ends the request; `error` says why
                 mask = torch.zeros(scores.shape[-1], dtype=torch.bool)
                 mask[self._eos] = True
@@ -185,7 +168,7 @@ class _HeldText:
         self.matcher = matcher
         self._seen = len(request.prompt) - request.offset  # tokens of prompt and answer
 
-    def mask(self, state: RequestState, vocab_size: int) -> Tensor:
+    def mask(self, state: Row, vocab_size: int) -> Tensor:
         """Returns which tokens may come next, (V,) bool."""
         initial = state.initial_tokens
         new = initial[self._seen :] + state.generated_tokens[max(0, self._seen - len(initial)) :]
@@ -204,7 +187,7 @@ class _SeenTokens:
         self._mask: Tensor | None = None  # (V,) bool
         self._count = 0
 
-    def penalize(self, scores: Tensor, state: RequestState) -> Tensor:
+    def penalize(self, scores: Tensor, state: Row) -> Tensor:
         """Returns the penalized scores (V,), as by `RepetitionPenaltyLogitsProcessor`."""
         if self._mask is None:
             self._mask = torch.zeros_like(scores, dtype=torch.bool)

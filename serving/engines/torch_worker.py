@@ -314,6 +314,7 @@ class TorchWorker(ABC):
     def _score(self, asked: dict[str, Any]) -> dict[str, Any]:
         import torch
 
+        from serving.engines.internals import can_leave_logits_out
         from serving.engines.ties import Choices
 
         if self._reference is None:
@@ -323,7 +324,7 @@ class TorchWorker(ABC):
             ids = torch.tensor([tokens], device=model.device)
             kept = {}
             # Only the scored positions, or a long prompt's logits could exceed the memory.
-            if model._supports_logits_to_keep():
+            if can_leave_logits_out(model):
                 kept["logits_to_keep"] = len(tokens) - start + 1
             with Choices(map(tuple, asked["turned"])) as choices:
                 logits = model(input_ids=ids, use_cache=False, **kept).logits[0]
@@ -344,9 +345,10 @@ class TorchWorker(ABC):
         It has the same weights in float32 if they fit in half of the free memory; otherwise it is
         the served model.
         """
+        from serving.engines.internals import can_set_attention
+
         model = self._model
-        # Some models fix their attention when they are built and cannot change it.
-        is_plain = _is_plain(model) or model._can_set_attn_implementation()
+        is_plain = _is_plain(model) or can_set_attention(model)
         if self._settings.dtype == "float32" and is_plain:
             return model
         if 4 * sum(p.numel() for p in model.parameters()) <= _free_bytes(model) / 2:
@@ -378,7 +380,7 @@ def _load(settings: Settings, dtype: str, is_plain: bool) -> tuple[Any, list[str
         ConfigError: The artifact cannot be loaded.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     from compression.targets.packing import load_folder
     from serving.engines.buffers import restore_buffers
@@ -388,7 +390,7 @@ def _load(settings: Settings, dtype: str, is_plain: bool) -> tuple[Any, list[str
     folder, numbers = Path(settings.folder), getattr(torch, dtype)
     try:
         described = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if type(described) not in AutoModelForCausalLM._model_mapping.keys():
+        if type(described) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             rule = f"is not served: {described.model_type} is not a causal language model"
             raise ConfigError("artifact", folder, rule, "serve a causal language model")
         attention = plain_attention(described) if is_plain else None
@@ -460,12 +462,13 @@ def _eos_tokens(model: Any) -> list[int]:
 @contextlib.contextmanager
 def _plain(model: Any) -> Iterator[None]:
     """Makes a model compute with plain attention within the context, without the paged cache."""
+    from serving.engines.internals import attention_of
     from trainer.attention import plain_attention
 
     if _is_plain(model):
         yield
         return
-    before = model.config._attn_implementation
+    before = attention_of(model)
     model.set_attn_implementation(plain_attention(model.config))
     try:
         yield
@@ -474,9 +477,10 @@ def _plain(model: Any) -> Iterator[None]:
 
 
 def _is_plain(model: Any) -> bool:
+    from serving.engines.internals import attention_of
     from trainer.attention import plain_attention
 
-    return bool(model.config._attn_implementation == plain_attention(model.config))
+    return attention_of(model) == plain_attention(model.config)
 
 
 def _embedding(model: Any, tokens: list[int]) -> list[float]:

@@ -95,10 +95,9 @@ def test_a_mixed_batch_has_transformers_distributions():
                     request_id=request.id, initial_tokens=halves[0], generated_tokens=halves[1]
                 )
             )
-    sampler.prepare_tensor_args([SimpleNamespace(state=row) for row in rows])
     many = scores.repeat_interleave(seeds, dim=0)
     before = many.clone()
-    chosen = sampler(many, torch.zeros(len(rows))).argmax(-1).view(len(SETTINGS), seeds)
+    chosen = sampler(many, rows).view(len(SETTINGS), seeds)
     assert torch.equal(many, before), "others read the scores, too"
     for i, settings in enumerate(SETTINGS):
         wanted = reference(settings, prompts[i], scores[i])
@@ -127,6 +126,5 @@ def test_generation_applies_the_same(export):
     for _ in range(24):
         with torch.no_grad():
             scores = model(torch.tensor([prompt + state.generated_tokens])).logits[:, -1]
-        sampler.prepare_tensor_args([SimpleNamespace(state=state)])
-        state.generated_tokens.append(sampler(scores, torch.zeros(1)).argmax().item())
+        state.generated_tokens.append(sampler(scores, [state]).item())
     assert state.generated_tokens == wanted
