@@ -62,6 +62,7 @@ _FORKED = {
     "serving.engines.transformers_worker": False,
     "serving.engines.logits": False,
     "serving.text.tokenizer": False,
+    "tests.ending": False,
     "tests.rank": False,
     "tests.trainer.data.builder": False,
     "trainer": True,
