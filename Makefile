@@ -5,21 +5,25 @@ BIN    := $(VENV)/bin
 # Every GPU there is, or two processes on a CPU.
 NPROC  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 2)
 
-.PHONY: train test test-long test-matrix test-pythons test-sky test-llama test-openvino families \
-  chaos soak lint install benchmark clean
+.PHONY: train test test-long test-matrix test-pythons test-sky test-llama test-openvino test-hosts families \
+  chaos soak mutants lint install benchmark clean
 
 train: install  ## The main job: learn to write Python from the standard library's source
 	$(BIN)/python -m trainer experiment=stdlib nproc=$(NPROC)
 
 # Two at a time: most tests wait for processes of one core. A file stays together, with its fixtures.
+# Long files come first, by tests/conftest.py.
 test: install lint  ## What CI runs: lint, types, tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: install  ## The tests that take over 15 s each
 	$(BIN)/python -m pytest -m long
 
 test-matrix: install  ## Every strategy at 1 to 4 ranks, resumed from every other
 	$(BIN)/python -m pytest -m matrix tests/trainer/test_matrix.py
+
+test-hosts: install  ## Machines of their own on one kernel, whose links break; needs root on Linux
+	$(BIN)/python -m pytest -m hosts tests/hosts
 
 families: install  ## Every family of models in every column, beside transformers; writes docs/models.md
 	$(BIN)/python -m tests.families
@@ -29,6 +33,9 @@ chaos: install  ## Hundreds of kills, stops and damages, from a seed; writes a p
 
 soak: install  ## An hour of all that clients do, against a server of a small random model
 	$(BIN)/python -m tests.serving.soak
+
+mutants: install  ## Breaks the code in 30 places and shows which test catches each
+	$(BIN)/python -m tests.mutants
 
 PYTHONS ?= python3.11 python3.12 python3.13
 # Index of CPU builds of torch for them; the default index has builds of gigabytes.

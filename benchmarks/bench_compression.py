@@ -24,6 +24,7 @@ from compression.artifact import read_report
 from compression.command import COMPRESSION
 from compression.run import run
 from core.settings.command import without
+from core.settings.options import OptionParser
 from monitoring.environment import describe_environment
 
 RESULT = Path("benchmarks/results/compression.json")
@@ -52,6 +53,7 @@ def recipes(group_size: int) -> dict[str, list[str]]:
 def goals(found: Mapping[str, float]) -> dict[str, Any]:
     """Returns how the promised figures turned out, from perplexities by row."""
     parent = found["parent"]
+    # Plain rounding needs no data: what it loses is what a method with data can win back.
     gap = found["int4 rounding"] - parent
     best = min(found["int4 GPTQ"], found["int4 AWQ"])
     pruned = {
@@ -82,7 +84,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = OptionParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="files of text")
     parser.add_argument("--group-size", type=int, default=64, help="group size of int4 (64)")
@@ -104,6 +106,7 @@ def main() -> None:
         copy_text(options.text, folder)
         for row, words in recipes(options.group_size).items():
             rows[row] = measure(options, folder, words)
+            # After each row, since all of them take hours.
             RESULT.write_text(json.dumps(result, indent=1) + "\n")
             print(table({row: rows[row]}).splitlines()[-1], flush=True)
     found = {name: row["child_perplexity"] for name, row in rows.items()}
@@ -133,6 +136,7 @@ def measure(options: argparse.Namespace, folder: Path, words: Sequence[str]) -> 
         "evaluation.speed=false",
         f"out={folder / 'out'}",
     ]
+    # A key may be given only once, and the recipe's own words win.
     out = run(COMPRESSION.compose([*without(settings, words), *words]), lambda: False)
     report = read_report(next(path for path in out.iterdir() if path.is_dir()))
     # Only the report is kept: artifacts of all recipes would fill the disk.

@@ -9,7 +9,6 @@ one). Prints the command's own table and writes `benchmarks/results/decode.json`
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.bench_compression import copy_text
 from core.process.python import environment, python
+from core.settings.options import OptionParser
 from monitoring.environment import describe_environment
 
 RESULT = Path("benchmarks/results/decode.json")
@@ -25,7 +25,7 @@ RESULT = Path("benchmarks/results/decode.json")
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = OptionParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="files of text")
     options = parser.parse_args()

@@ -15,7 +15,6 @@ much for it as the real machines would have.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
@@ -33,6 +32,7 @@ from typing import Any, NoReturn, cast
 
 from benchmarks.availability import Trace
 from core.process.python import environment, python
+from core.settings.options import OptionParser
 from monitoring.environment import describe_environment
 from monitoring.goodput import goodput
 from monitoring.jsonl import read_records
@@ -109,6 +109,7 @@ class Machines:
         """Removes a node; returns `notice` or `kill`."""
         agent = self._agents.pop(self._rng.randrange(len(self._agents)))
         if self._rng.random() < self._no_notice:
+            # The ranks of the node die with their agent, as on a machine that is gone.
             agent.kill()
             agent.wait()
             return "kill"
@@ -205,6 +206,7 @@ def replay(
                 current += 1 if nodes > current else -1
                 changes.append(Change(now_s, kind, current))
         ended = time.time()
+        # 33 says that the run has saved and is to be started again.
         if (code := machines.stop()) != 33:
             machines.give_up(f"the supervisor ended with {code} instead of 33")
     finally:
@@ -315,7 +317,7 @@ def _spread(values: Sequence[float | None]) -> dict[str, float | int]:
 
 def main() -> int:
     """Runs the command line; returns 1 if a sample was repeated or skipped."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_goodput")
+    parser = OptionParser(prog="python -m benchmarks.bench_goodput")
     parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE.json")
     parser.add_argument("--compression", nargs="+", type=float, default=[12.0], metavar="X")
     parser.add_argument("--minutes", type=float, default=8.0, help="of each replay (default: 8)")

@@ -9,7 +9,6 @@ from the parent on the calibration text. Text and model of the published figures
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_compression import copy_text, measure, table
+from core.settings.options import OptionParser
 from monitoring.environment import describe_environment
 
 RESULT = Path("benchmarks/results/healing.json")
@@ -25,7 +25,7 @@ RESULT = Path("benchmarks/results/healing.json")
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = OptionParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="files of text")
     parser.add_argument("--tokens", type=int, default=131_072, help="tokens to heal on")
@@ -37,6 +37,7 @@ def main() -> None:
         "recipe=[prune_structured,heal]",
         f"recipe.heal.tokens={options.tokens}",
         f"recipe.heal.lr={options.lr}",
+        # Few tokens make few steps: smaller batches make more of them.
         "recipe.heal.global_batch_size=4",
     ]
     recipes = {
@@ -71,6 +72,7 @@ def main() -> None:
 def recovered(rows: dict[str, Any]) -> float:
     """Returns the share of the loss by pruning that healing recovers, in log-perplexity."""
     pruned, healed = rows["pruned 25%"], rows["pruned 25%, healed"]
+    # Differences of log-perplexity, since those are differences of the loss that is trained.
     lost = math.log(pruned["child_perplexity"] / pruned["parent_perplexity"])
     left = math.log(healed["child_perplexity"] / healed["parent_perplexity"])
     return 1 - left / lost

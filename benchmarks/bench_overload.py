@@ -11,7 +11,6 @@ and writes `benchmarks/results/overload.json`.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_serving import NEW_TOKENS, Server, random_prompt, save_model, servers
+from core.settings.options import OptionParser
 from monitoring.environment import describe_environment
 
 RESULT = Path("benchmarks/results/overload.json")
@@ -47,6 +47,7 @@ async def ask(port: int, draw: random.Random, seen: Seen) -> None:
     fields = {"model": "model", "prompt": random_prompt(draw), "max_tokens": NEW_TOKENS}
     body = json.dumps(fields | {"temperature": 0, "stream": True}).encode()
     began_s = time.monotonic()
+    # A plain socket: the pool of a client library would hold requests back by itself.
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(
         b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
@@ -106,9 +107,11 @@ def measure(server: Server, running: int, seconds: float) -> dict[str, Any]:
     asyncio.run(at_capacity(server.port, running, 2))  # warms up
     capacity, rate = asyncio.run(at_capacity(server.port, running, seconds))
     at_rate = asyncio.run(arriving(server.port, rate, seconds))
+    # After the normal rate, so that the growth is what the excess requests add.
     before_bytes = server.rss_bytes()
     over = asyncio.run(arriving(server.port, TIMES * rate, seconds))
     after_bytes = server.rss_bytes()
+    # A server that answers wrongly may well be fast, so none of its figures count.
     if wrong := capacity.wrong + at_rate.wrong + over.wrong:
         raise RuntimeError(f"{len(wrong)} wrong answers, as: {wrong[0]}")
     in_time = sum(s <= _REFUSAL_S for s in over.refused) / len(over.refused)
@@ -140,7 +143,7 @@ def _quantile(values: list[float], share: float) -> float:
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = OptionParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seconds", type=float, default=20, help="length of each of three parts")
     parser.add_argument("--running", type=int, default=8, help="engine.max_running")
     options = parser.parse_args()

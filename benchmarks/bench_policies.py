@@ -20,7 +20,6 @@ Spot costs 30% of on-demand where a trace has no prices. Prints a table, and wri
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ import matplotlib
 
 from benchmarks.informed import informed
 from core.errors import ConfigError
+from core.settings.options import OptionParser
 from launch.simulation.market import SPOT_SHARE, Market, markov_market, read_market
 from launch.simulation.simulate import Job, MakePolicy
 from launch.simulation.study import ORACLE, OURS, POLICIES, Row, compare
@@ -84,6 +84,7 @@ def scenes(tuned: Sequence[Path], untouched: Sequence[Path]) -> Iterator[Scene]:
     market = markov_market(1, 20_000, up_h, down_h, 300.0, 1, price_change_h=12.0, num_regions=3)
     yield Scene("prices", "3 regions", market, 1, FULL, share_of_starts=0.2)
     for name in (TIGHT, GOOD) if tuned else ():
+        # Memoryless, so that there is a best policy without foresight to compare with.
         traces = read_market(tuned)
         up, down = spells_h(traces.only([traces.zones.index(name)]))
         market = markov_market(1, 20_000, [up], [down], 300.0)
@@ -122,6 +123,7 @@ def goals(rows: Sequence[Row]) -> dict[str, Any]:
     by_name = {row.policy: row for row in rows}
     ours, oracle = by_name[OURS], by_name[ORACLE]
     others = [row for row in rows if row.policy not in (OURS, INFORMED, ORACLE)]
+    # A policy that misses deadlines can save any amount, so only punctual ones compare.
     best = max((row for row in others if row.missed == 0), key=lambda row: row.saving)
     informed_row = by_name.get(INFORMED)
     of_future = {}
@@ -191,7 +193,7 @@ def plot(cells: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = OptionParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tuned", type=Path, nargs="+", default=[], metavar="TRACE")
     parser.add_argument("--untouched", type=Path, nargs="+", default=[], metavar="TRACE")
     parser.add_argument("--starts", type=int, default=200, help="per cell (default: 200)")
@@ -204,6 +206,7 @@ def main() -> None:
     for scene in scenes(sorted(options.tuned), sorted(options.untouched)):
         for ratio in RATIOS:
             cells.append(run_cell(scene, ratio, options.starts))
+            # After each cell, since all of them take hours.
             options.result.write_text(json.dumps(result, indent=1) + "\n")
             print(table(cells[-1:]).splitlines()[-1], f"({cells[-1]['seconds']} s)", flush=True)
     plot(cells, options.result.with_suffix(".png"))

@@ -12,7 +12,6 @@ SPOTFORGE_OPENVINO_PYTHON names an environment, llama.cpp if SPOTFORGE_LLAMA_PYT
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import importlib.util
 import json
@@ -35,6 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compression.targets.openvino_program import PYTHON
 from core.process.python import environment, python
+from core.settings.options import OptionParser
 from monitoring.environment import describe_environment
 from trainer.data.tokenizer import train_tokenizer
 
@@ -192,6 +192,7 @@ class Server:
             self._process.wait(60)
         except subprocess.TimeoutExpired:
             self._process.kill()
+        # The tree was read before the end: orphans have no parent to be found by.
         for process in psutil.wait_procs(tree, 5)[1]:  # workers that some peers leave behind
             process.kill()
 
@@ -272,7 +273,7 @@ def table(rows: dict[str, dict[str, dict[str, float | None]]]) -> str:
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = OptionParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=3, help="requests per stream")
     options = parser.parse_args()

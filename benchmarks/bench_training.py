@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from core.process.python import environment, python
+from core.settings.options import OptionParser
 
 MODEL = {
     "hidden_size": 512,
@@ -88,6 +89,7 @@ def train_hf_trainer(steps: int) -> float:
                 _synchronize()
                 self.began = time.perf_counter()
 
+    # Labels are the inputs, since transformers shifts them by one itself.
     rows = [
         {"input_ids": row[:-1], "labels": row[:-1]}
         for batch in _batches(WARMUP_STEPS + steps)
@@ -129,8 +131,10 @@ def train_spotforge(steps: int) -> float:
             f"global_batch_size={BATCH}",
             f"micro_batch_size={BATCH}",
             f"stop.steps={WARMUP_STEPS + steps}",
+            # The first line of metrics is the warm-up, and nothing else.
             f"log.every_steps={WARMUP_STEPS}",
             "schedule.warmup_steps=2",
+            # What the others do not do is left out, or kept short.
             "evaluation.max_samples=4",
             "export.at_end=false",
             "monitoring.report=false",
@@ -160,7 +164,7 @@ CONTESTANTS: dict[str, Callable[[int], float]] = {
 
 def main() -> None:
     """Runs all contestants, prints a table and writes the result file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = OptionParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="measured steps; a multiple of 5")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/training.json"))
@@ -168,6 +172,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.contestant:
         tokens_per_s = CONTESTANTS[arguments.contestant](arguments.steps)
+        # Our trainer is a child process, the others are this one.
         used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         print(json.dumps([tokens_per_s, max(u.ru_maxrss for u in used) * 1024]))
         return
@@ -203,6 +208,7 @@ def _write(results: dict[str, list[list[float]]], arguments: argparse.Namespace)
         rates = [tokens_per_s for tokens_per_s, _ in measured]
         table[name] = {
             "tokens_per_s_median": statistics.median(rates),
+            # Ratios within a round, since the speed of the machine drifts between rounds.
             "ratio_to_plain_median": statistics.median(
                 rate / base for rate, base in zip(rates, plain, strict=True)
             ),

@@ -9,7 +9,6 @@ because otherwise vLLM rounds W4A16's inputs to int8 if the CPU has AMX.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.bench_compression import copy_text
 from core.process.python import environment, python
+from core.settings.options import OptionParser
 from monitoring.environment import describe_environment
 from serving.engines.vllm import PYTHON
 
@@ -71,7 +71,7 @@ def by_vllm(folder: Path, texts: list[list[int]], scratch: Path) -> tuple[list[f
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = OptionParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="files of text")
     options = parser.parse_args()

@@ -43,6 +43,7 @@ class Informed:
     def decide(self, view: View) -> Sequence[Place]:
         """See `Policy`."""
         place, spot = view.place, Place(0, True)
+        # Once a loss in the next tick would miss the deadline, only on-demand is safe.
         if not can_risk(self._terms, view):
             return [on_demand(self._terms, view)]
         if place == spot:

@@ -11,11 +11,11 @@ from typing import Any
 
 from compression.config import CompressionConfig
 from compression.source import Source
+from core import layout
 from core.errors import ConfigError
-from core.folder import LINEAGE, LockHeldError, find_run, locked, sha256_of
+from core.folder import LockHeldError, find_run, locked, sha256_of
 from monitoring.environment import describe_environment
 
-REPORT = "compression.json"
 WORK = ".work"
 CANDIDATES = ".candidates"  # folder in which recipe=auto makes the artifacts that it compares
 AUTO = "auto.json"
@@ -30,7 +30,7 @@ def find_trained(name: str) -> Path:
     Raises:
         ConfigError: There is no such run directory.
     """
-    run = find_run(name, holds="config.yaml")
+    run = find_run(name, holds=layout.CONFIG)
     if run is None:
         raise ConfigError("run", name, "is not a run directory", "give runs/<name>")
     return run
@@ -42,10 +42,10 @@ def places(config: CompressionConfig) -> tuple[Path, Path]:
     Raises:
         ConfigError: There is no such run or folder, or the run was not exported.
     """
-    recipe = Path("compressed") / config.recipe_name
+    recipe = Path(layout.COMPRESSED) / config.recipe_name
     if config.parent.run is not None:
         run = find_trained(config.parent.run)
-        parent, out = run / "export", run / recipe
+        parent, out = run / layout.EXPORT, run / recipe
         if not parent.is_dir():
             fix = f"run python -m trainer.export run={run}"
             raise ConfigError("run", config.parent.run, "has no export", fix)
@@ -74,7 +74,7 @@ def check_replaceable(out: Path, recipe: str | None, parent: Path) -> None:
     for path in out.iterdir():
         if path.name in (WORK, CANDIDATES, AUTO, REJECTED, LOCK):
             continue
-        if not (path / REPORT).is_file():
+        if not (path / layout.COMPRESSION).is_file():
             rule = f"contains {path.name}, which is not an artifact of a compression"
             raise ConfigError("out", out, rule, "choose an empty folder")
         found = read_report(path)["recipe"]
@@ -82,7 +82,7 @@ def check_replaceable(out: Path, recipe: str | None, parent: Path) -> None:
             raise ConfigError(
                 "out", out, f"contains artifacts of recipe={found}", "choose another folder"
             )
-        made_of = json.loads((path / LINEAGE).read_text(encoding="utf-8"))["parent"]
+        made_of = json.loads((path / layout.LINEAGE).read_text(encoding="utf-8"))["parent"]
         # A parent that was moved is still the same parent if its files have the same digests.
         if made_of["path"] != str(parent) and not _holds(parent, made_of["files"]):
             rule = f"contains artifacts of another model, {made_of['path']}"
@@ -172,5 +172,5 @@ def origin(source: Source, made_from: dict[str, Any]) -> dict[str, Any]:
 
 def read_report(artifact: Path) -> dict[str, Any]:
     """Returns the content of an artifact's `compression.json`."""
-    report: dict[str, Any] = json.loads((artifact / REPORT).read_text(encoding="utf-8"))
+    report: dict[str, Any] = json.loads((artifact / layout.COMPRESSION).read_text(encoding="utf-8"))
     return report

@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from compression.recipe import HealConfig
+from core import layout
 from core.errors import ConfigError, ExitCode, Interrupted, SpotforgeError
 from core.process.child import Child, describe_exit, run
 from core.process.python import environment, python
@@ -84,7 +85,7 @@ def heal(
         # Settings that the trainer refuses are the user's, handed on by `overrides` or `data`.
         failure.exit_code = ExitCode.BAD_CONFIG if code == ExitCode.BAD_CONFIG else ExitCode.FAILED
         raise failure
-    return folder / "run" / "export"
+    return folder / "run" / layout.EXPORT
 
 
 def check_overrides(overrides: list[str], key: str) -> None:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from compression.scheme import Activation, Number, Scheme
+from compression.sparsity import Criterion, Pattern
 from core.errors import ConfigError
 from core.settings.rules import setting
 
@@ -32,27 +32,6 @@ class Method(Protocol):
     def apply(self, block: Block) -> None:
         """Changes the block's layers in place."""
         ...
-
-
-class Criterion(Enum):
-    """Criterion by which a weight is judged; wanda and sparsegpt also use the layer's inputs."""
-
-    magnitude = "magnitude"
-    wanda = "wanda"
-    sparsegpt = "sparsegpt"
-
-
-class Pattern(Enum):
-    """Positions at which zeros may be: anywhere, or a fixed number in each run of inputs."""
-
-    unstructured = "unstructured"
-    two_of_four = "two_of_four"
-    four_of_eight = "four_of_eight"
-
-    @property
-    def kept_of(self) -> tuple[int, int]:
-        """Number of weights that stay in a run, and length of the run."""
-        return {Pattern.two_of_four: (2, 4), Pattern.four_of_eight: (4, 8)}[self]
 
 
 # Constraints of fields that several steps have.

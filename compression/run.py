@@ -26,7 +26,6 @@ from compression import progress
 from compression.artifact import (
     LOCK,
     REJECTED,
-    REPORT,
     WORK,
     check_replaceable,
     claim,
@@ -53,6 +52,7 @@ from compression.stream import BlockStream
 from compression.structured.prune import check as check_structured
 from compression.targets.names import StoredNames
 from compression.targets.packing import torch_runner
+from core import layout
 from core.errors import ConfigError, Interrupted
 from core.folder import commit, write_lineage
 from core.settings.rules import check_settings
@@ -180,7 +180,7 @@ def run(config: CompressionConfig, stop_requested: Callable[[], bool]) -> Path:
                     "speed": {name: speed.describe() for name, speed in speeds.items()},
                     "timed": _lengths(config.evaluation) if speeds else None,
                 }
-                (artifact / REPORT).write_text(json.dumps(described, indent=1) + "\n")
+                (artifact / layout.COMPRESSION).write_text(json.dumps(described, indent=1) + "\n")
                 write_lineage(artifact, origin(source, made_from))
                 place = out / target.value
                 commit(artifact, place, replace=True)

@@ -21,6 +21,7 @@ from compression.artifact import find_trained
 from compression.chat import KEY, read_samples
 from compression.config import AUTO, CompressionConfig
 from compression.generated import generate_samples
+from core import layout
 from core.errors import ConfigError
 from trainer.data.config import DataConfig, MixtureDataConfig, PreparationConfig, SingleDataConfig
 from trainer.data.loader import TrainLoader, validation_batches
@@ -159,7 +160,7 @@ def data_config(config: CompressionConfig) -> DataConfig:
     if config.parent.run is None:
         rule = "there is no text to train on"
         raise ConfigError("data", "null", rule, "give data=text data.path=notes.txt")
-    saved: Any = OmegaConf.load(find_trained(config.parent.run) / "config.yaml")
+    saved: Any = OmegaConf.load(find_trained(config.parent.run) / layout.CONFIG)
     schema = MixtureDataConfig if "sources" in saved.data else SingleDataConfig
     found: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), saved.data))
     if "add_bos" not in saved.data:  # a run from before `add_bos` existed, which added none

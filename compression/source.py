@@ -13,10 +13,12 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from compression.layers import other_matrices
-from compression.recipe import BlockStep, Pattern, PruneConfig
+from compression.recipe import BlockStep, PruneConfig
+from compression.sparsity import Pattern
 from compression.stream import BlockStream
+from core import layout
 from core.errors import ConfigError, DamagedError
-from core.folder import LINEAGE, sha256_of
+from core.folder import sha256_of
 from trainer.data.tokenizer import fingerprint, load_tokenizer
 
 _PIECE = 2**22  # elements of a tensor that are checked at once
@@ -71,8 +73,8 @@ class Source:
         digests = {path.name: sha256_of(path) for path in sorted(files)}
         _check_numbers(folder)
         lineage = None
-        if (folder / LINEAGE).is_file():
-            lineage = json.loads((folder / LINEAGE).read_text(encoding="utf-8"))
+        if (folder / layout.LINEAGE).is_file():
+            lineage = json.loads((folder / layout.LINEAGE).read_text(encoding="utf-8"))
             for name, digest in digests.items():
                 listed = lineage["files"].get(name)
                 if listed is None or listed["sha256"] != digest:

@@ -21,9 +21,9 @@ from compression.experts import split_experts
 from compression.layers import linear_layers
 from core.errors import ConfigError
 from parallel.strategy import decoder_blocks
-from trainer.config import PathModelConfig
 from trainer.cpu import return_freed_memory
 from trainer.model import Materializer, build_meta_model
+from trainer.model_config import PathModelConfig
 
 Overwrite = Callable[[str, nn.Module], None]
 _CPU = torch.device("cpu")

@@ -25,11 +25,10 @@ from typing import Any, TypedDict
 
 from filelock import FileLock, Timeout
 
+from core import layout
 from core.errors import ConfigError
 
 STAGING = ".staging-"  # prefix of the name of everything that is not committed
-MANIFEST = "manifest.json"
-LINEAGE = "lineage.json"
 RUNS = Path("runs")  # parent folder of a run that is given by its name alone
 
 _CHUNK_BYTES = 8 << 20  # large enough for full disk throughput, small enough to be interrupted
@@ -134,7 +133,7 @@ def write_lineage(folder: Path, origin: Mapping[str, Any]) -> None:
         origin: Origin of the folder: code, settings, data, parent.
     """
     lineage = {"format_version": 1, **origin, "files": manifest_of(folder)}
-    (folder / LINEAGE).write_text(json.dumps(lineage, indent=1) + "\n", encoding="utf-8")
+    (folder / layout.LINEAGE).write_text(json.dumps(lineage, indent=1) + "\n", encoding="utf-8")
 
 
 # -- writing ---------------------------------------------------------------------------------------

@@ -1,15 +1,12 @@
 """`python -m launch`: prices a job, places it, and keeps it running."""
 
-import argparse
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
-from difflib import get_close_matches
-from typing import Any, NoReturn
+from collections.abc import Sequence
 
 from core.errors import ExitCode, SpotforgeError
-from core.version import version
+from core.settings.options import OptionParser
 from launch.budget import cli as budget
 from launch.catalog import cli as catalog
 from launch.elastic import cli as elastic
@@ -22,48 +19,9 @@ from launch.words import shown_settings
 _DESCRIPTION = "Prices a job, places it, and keeps it running on machines that come and go."
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line in one line, instead of argparse's usage page.
-
-    Attributes:
-        more_help: Function that returns the end of the help page; called only for `--help`, since
-            it imports Hydra.
-    """
-
-    more_help: Callable[[], str] | None = None
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
-        )
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parses as argparse does, and suggests the nearest option for a misspelt one."""
-        parsed, more = super().parse_known_args(args, namespace)
-        for option in (word.partition("=")[0] for word in more if word.startswith("--")):
-            if near := get_close_matches(option, self._option_string_actions, n=1):
-                self.error(f"unrecognized arguments: {option}; did you mean {near[0]}?")
-        return parsed, more
-
-    def format_help(self) -> str:
-        page = super().format_help()
-        return page if self.more_help is None else f"{page}\n{self.more_help()}"
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(ExitCode.BAD_CONFIG, f"{self.prog}: {message}; see --help\n")
-
-
-class _Version(argparse.Action):
-    """Prints the version. An action, since finding the version starts git."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        print(f"spotforge {version()}")
-        parser.exit()
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m launch", description=_DESCRIPTION)
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+def _parser() -> OptionParser:
+    parser = OptionParser(prog="python -m launch", description=_DESCRIPTION)
+    parser.add_version()
     commands = parser.add_subparsers(dest="verb", required=True)
     # Each package sets the default `run` of its parsers to a function of the options and the words
     # after `--`; `main` calls it.

@@ -18,6 +18,7 @@ import threading
 import time
 from pathlib import Path
 
+from core import layout
 from monitoring.jsonl import encode, read_records
 
 
@@ -38,4 +39,4 @@ class EventLog:
 
 def read_events(run_dir: Path) -> list[dict[str, object]]:
     """Returns the events of a run in order; an empty list if the file does not exist."""
-    return read_records(run_dir / "events.jsonl")
+    return read_records(run_dir / layout.EVENTS)

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
+from core import layout
 from core.folder import write_file
 from monitoring.config import MonitoringConfig, WandbMode
 from monitoring.console import build_console
@@ -70,17 +71,17 @@ class MetricLogger:
         run_dir.mkdir(parents=True, exist_ok=True)
         # The extra sinks come first: they may refuse, and then no file has been touched yet.
         extra_sinks = _extra_sinks(cfg, run_dir, run_name, settings)
-        metrics = JsonlSink(run_dir / "metrics.jsonl", first_step)
-        self._samples = JsonlSink(run_dir / "samples.jsonl", first_step)
+        metrics = JsonlSink(run_dir / layout.METRICS, first_step)
+        self._samples = JsonlSink(run_dir / layout.SAMPLES, first_step)
         self._console = build_console(run_name, total_steps, first_step, cfg.progress)
         self._sinks: list[Sink] = [metrics, *extra_sinks, self._console]
-        self._status_path = run_dir / "status.json"
+        self._status_path = run_dir / layout.STATUS
         self._status: dict[str, object] = {
             "run_name": run_name,
             "total_steps": total_steps,
             "num_parameters": settings.get("num_parameters"),
         }
-        self._elapsed_before_s = _elapsed_s(run_dir / "metrics.jsonl")
+        self._elapsed_before_s = _elapsed_s(run_dir / layout.METRICS)
         self._started = time.monotonic()
         self._resumed = first_step > 0
         self._closed = False

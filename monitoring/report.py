@@ -1,6 +1,5 @@
 """Writes a run's page `report.html`; run as `python -m monitoring.report runs/demo`."""
 
-import argparse
 import json
 import math
 import statistics
@@ -11,8 +10,10 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from core import layout
 from core.errors import ConfigError
 from core.folder import write_file
+from core.settings.options import OptionParser
 from monitoring.goodput import Goodput, goodput
 from monitoring.run_charts import draw
 from monitoring.run_files import Run, mapping, mappings, number, read_run
@@ -44,15 +45,15 @@ _SPENT = {
     "other_s": "other",
 }
 _PLACES = {
-    "config.yaml": "resolved configuration",
-    "environment.json": "code, packages and hardware",
-    "data.json": "data sources and their digests",
-    "metrics.jsonl": "everything that was logged",
-    "events.jsonl": "starts, saves, stops and losses",
-    "samples.jsonl": "generated texts",
-    "status.json": "how the run ended",
-    "checkpoints": "to resume from",
-    "export": "Hugging Face model",
+    layout.CONFIG: "resolved configuration",
+    layout.ENVIRONMENT: "code, packages and hardware",
+    layout.DATA: "data sources and their digests",
+    layout.METRICS: "everything that was logged",
+    layout.EVENTS: "starts, saves, stops and losses",
+    layout.SAMPLES: "generated texts",
+    layout.STATUS: "how the run ended",
+    layout.CHECKPOINTS: "to resume from",
+    layout.EXPORT: "Hugging Face model",
     "wandb": "Weights & Biases files",
 }
 
@@ -87,7 +88,7 @@ def write_report(run_dir: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     ).get_template("report.html")
-    path = run_dir / "report.html"
+    path = run_dir / layout.REPORT
     write_file(path, page.render(_view(run)).encode(errors="replace"))
     return path
 
@@ -334,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code of the process.
     """
-    parser = argparse.ArgumentParser(prog="python -m monitoring.report", description=__doc__)
+    parser = OptionParser(prog="python -m monitoring.report", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="folder of a run, e.g. runs/demo")
     try:
         print(write_report(parser.parse_args(argv).run_dir))

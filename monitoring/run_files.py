@@ -8,6 +8,7 @@ from typing import cast
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
+from core import layout
 from core.errors import ConfigError, DamagedError
 from monitoring.events import read_events
 from monitoring.jsonl import NOT_FINITE, read_records
@@ -117,20 +118,20 @@ def read_run(run_dir: Path) -> Run:
         ConfigError: The directory has no `metrics.jsonl`.
         DamagedError: A JSON or YAML file cannot be parsed.
     """
-    if not (run_dir / "metrics.jsonl").is_file():
+    if not (run_dir / layout.METRICS).is_file():
         raise ConfigError(
             "run_dir", run_dir, "has no metrics.jsonl", "name the folder of a run, e.g. runs/demo"
         )
     return Run(
         folder=run_dir,
-        records=read_records(run_dir / "metrics.jsonl"),
-        samples=read_records(run_dir / "samples.jsonl"),
+        records=read_records(run_dir / layout.METRICS),
+        samples=read_records(run_dir / layout.SAMPLES),
         events=read_events(run_dir),
-        status=_read_json(run_dir / "status.json"),
-        config=_read_yaml(run_dir / "config.yaml"),
-        environment=_read_json(run_dir / "environment.json"),
-        data=_read_json(run_dir / "data.json"),
-        checkpoints=_checkpoints(run_dir / "checkpoints"),
+        status=_read_json(run_dir / layout.STATUS),
+        config=_read_yaml(run_dir / layout.CONFIG),
+        environment=_read_json(run_dir / layout.ENVIRONMENT),
+        data=_read_json(run_dir / layout.DATA),
+        checkpoints=_checkpoints(run_dir / layout.CHECKPOINTS),
     )
 
 
@@ -159,14 +160,14 @@ def _damaged(path: Path, form: str) -> DamagedError:
 
 
 def _checkpoints(folder: Path) -> list[Checkpoint]:
-    names = sorted(p.name for p in folder.glob("step-*") if p.is_dir())
+    names = sorted(p.name for p in folder.glob(f"{layout.STEP}*") if p.is_dir())
     latest = _latest(folder)
     return [Checkpoint(name, _size_bytes(folder / name), name == latest) for name in names]
 
 
 def _latest(folder: Path) -> str:
     """Returns the name of the newest checkpoint; `LATEST` links to it or contains its name."""
-    for pointer in (folder / "LATEST", folder.parent / "LATEST"):
+    for pointer in (folder / layout.LATEST, folder.parent / layout.LATEST):
         if pointer.is_symlink():
             return pointer.readlink().name
         if pointer.is_file():

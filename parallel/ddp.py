@@ -1,7 +1,5 @@
 """Distributed data parallel: `torch.nn.parallel.DistributedDataParallel`."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
@@ -9,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from parallel.adamw_state import canonical_state, load_canonical_state
+from parallel.canonical_state import canonical_state, load_canonical_state
 from parallel.config import DdpConfig, Dtype, PrecisionConfig
+from parallel.optimizer_state import OptimizerState
 from parallel.strategy import (
     BuildOptimizer,
     Materialize,
@@ -42,6 +42,7 @@ class DdpStrategy(Strategy):
         self._config, self._world, self._precision = config, world, precision
         self._module: nn.Module
         self._optimizer: Optimizer
+        self._optimizer_state: OptimizerState
         self._parameters: dict[str, nn.Parameter]
         self._buffers: dict[str, Tensor]
         self._sparse: list[nn.Parameter]  # parameters whose zeros stay zero
@@ -51,6 +52,7 @@ class DdpStrategy(Strategy):
         module: nn.Module,
         materialize: Materialize,
         build_optimizer: BuildOptimizer,
+        optimizer_state: OptimizerState,
         keep_zeros: Collection[str] = (),
     ) -> None:
         materialize(module)
@@ -59,6 +61,7 @@ class DdpStrategy(Strategy):
         self._sparse = [self._parameters[name] for name in sorted(keep_zeros)]
         self._module = self._replicate(module)
         self._optimizer = build_optimizer(trainable(self._parameters))
+        self._optimizer_state = optimizer_state
 
     def _replicate(self, module: nn.Module, has_unused: bool = False) -> nn.Module:
         if self._world.world_size == 1:
@@ -72,6 +75,8 @@ class DdpStrategy(Strategy):
             **_NO_BUFFER_SYNC,
         )
         _order_buckets(replicated)
+        if self._precision.reduce_dtype is Dtype.bfloat16:
+            replicated.register_comm_hook(None, _mean_in_bfloat16)
         return replicated
 
     def leave_unused(self, **inputs: Any) -> list[str]:
@@ -122,13 +127,33 @@ class DdpStrategy(Strategy):
             group["lr"] = lr
 
     def state(self) -> dict[str, Tensor]:
-        whole = canonical_state(self._parameters, self._optimizer) | self._buffers
+        whole = (
+            canonical_state(self._parameters, self._optimizer, self._optimizer_state)
+            | self._buffers
+        )
         rank, world_size = self._world.rank, self._world.world_size
         return {n: t for i, (n, t) in enumerate(whole.items()) if i % world_size == rank}
 
     def load_state(self, read: ReadTensors, num_updates: int) -> None:
-        load_canonical_state(self._parameters, self._optimizer, read, num_updates)
+        load_canonical_state(
+            self._parameters, self._optimizer, self._optimizer_state, read, num_updates
+        )
         read(self._buffers)
+
+
+# torch checks a hook's annotations, which must be types: this file imports no `annotations`.
+def _mean_in_bfloat16(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Replaces a bucket's gradients by their means over ranks, sent and summed in bfloat16.
+
+    Gradients stay float32 on each rank. torch's own hook does the same, but refuses to with gloo.
+    """
+    gradients = bucket.buffer()
+    sent = (gradients / dist.get_world_size()).to(torch.bfloat16)
+    reduced = dist.all_reduce(sent, async_op=True).get_future()
+    means: torch.futures.Future[Tensor] = reduced.then(
+        lambda done: gradients.copy_(done.value()[0])
+    )
+    return means
 
 
 def _order_buckets(module: DistributedDataParallel) -> None:

@@ -13,8 +13,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from parallel.adamw_state import canonical_state, load_canonical_state
+from parallel.canonical_state import canonical_state, load_canonical_state
 from parallel.config import FsdpConfig, PrecisionConfig
+from parallel.optimizer_state import OptimizerState
 from parallel.strategy import (
     BuildOptimizer,
     Materialize,
@@ -39,6 +40,7 @@ class FsdpStrategy(Strategy):
         self._mesh: DeviceMesh
         self._module: FSDPModule
         self._optimizer: Optimizer
+        self._optimizer_state: OptimizerState
         self._parameters: dict[str, nn.Parameter]
         self._buffers: dict[str, Tensor]  # complete on every rank
         self._sparse: list[nn.Parameter]  # parameters whose zeros stay zero
@@ -48,6 +50,7 @@ class FsdpStrategy(Strategy):
         module: nn.Module,
         materialize: Materialize,
         build_optimizer: BuildOptimizer,
+        optimizer_state: OptimizerState,
         keep_zeros: Collection[str] = (),
     ) -> None:
         replicas = self._config.dp_replicate
@@ -76,6 +79,7 @@ class FsdpStrategy(Strategy):
         self._parameters, self._buffers = dict(model.named_parameters()), persistent_buffers(model)
         self._sparse = [self._parameters[name] for name in sorted(keep_zeros)]
         self._optimizer = build_optimizer(trainable(self._parameters))
+        self._optimizer_state = optimizer_state
 
     def _shard(
         self,
@@ -136,8 +140,10 @@ class FsdpStrategy(Strategy):
     def state(self) -> dict[str, Tensor]:
         rank, world_size = self._world.rank, self._world.world_size
         mine = {n: t for i, (n, t) in enumerate(self._buffers.items()) if i % world_size == rank}
-        return canonical_state(self._parameters, self._optimizer) | mine
+        return canonical_state(self._parameters, self._optimizer, self._optimizer_state) | mine
 
     def load_state(self, read: ReadTensors, num_updates: int) -> None:
-        load_canonical_state(self._parameters, self._optimizer, read, num_updates)
+        load_canonical_state(
+            self._parameters, self._optimizer, self._optimizer_state, read, num_updates
+        )
         read(self._buffers)

@@ -19,6 +19,7 @@ VARIABLES = (
     "MASTER_PORT",
 )
 SUPERVISOR_PORT = 29400  # where the supervisor of several machines listens
+TOKEN_VARIABLE = "SPOTFORGE_TOKEN"  # which they share, and by which they join it
 # A job with one process per machine (Kubeflow's PyTorchJob) sets only the other variables.
 _LOCAL = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 # Local ranks under launchers that start several processes per machine, by their own variables.

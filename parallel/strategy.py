@@ -2,8 +2,8 @@
 
 `Strategy` is the interface; `ddp.py`, `fsdp.py` and `zero.py` implement it, and no implementation
 inherits from another. Names and shapes in `state()` are canonical: parameters and persistent
-buffers have the names that Hugging Face gives them, shapes are global, and moments of trained
-parameters are named `optim.<name>.<slot>`. Therefore a checkpoint of one strategy at one world
+buffers have the names that Hugging Face gives them, shapes are global, and the state of
+optimizers is named as in `optimizer_state.py`. Therefore a checkpoint of one strategy at one world
 size loads under any other.
 """
 
@@ -17,15 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from parallel.optimizer_state import OptimizerState
+
 # Fills the parameters and buffers of a part of the model, which are on the meta device before.
 Materialize = Callable[[nn.Module], None]
 # Makes the optimizer of the model's parameters, given by canonical name.
 BuildOptimizer = Callable[[dict[str, nn.Parameter]], Optimizer]
 # Fills the given tensors, by canonical name, from a checkpoint.
 ReadTensors = Callable[[dict[str, Tensor]], None]
-
-# Slots of AdamW's state for each parameter, under the names that torch and DeepSpeed use.
-SLOTS = ("exp_avg", "exp_avg_sq")
 
 
 class Strategy(ABC):
@@ -43,6 +42,7 @@ class Strategy(ABC):
         module: nn.Module,
         materialize: Materialize,
         build_optimizer: BuildOptimizer,
+        optimizer_state: OptimizerState,
         keep_zeros: Collection[str] = (),
     ) -> None:
         """Materializes the model part by part, distributes it, and builds its optimizer.
@@ -53,7 +53,8 @@ class Strategy(ABC):
         Args:
             module: Module as described for the class.
             materialize: Function that fills a part of the model.
-            build_optimizer: Function that makes an AdamW.
+            build_optimizer: Function that makes the optimizer.
+            optimizer_state: Description of its state.
             keep_zeros: Canonical names of parameters whose zero elements stay zero: their gradients
                 pass through `without_zeros` before the norm is taken.
         """
@@ -113,9 +114,8 @@ class Strategy(ABC):
 
         Args:
             read: Function that fills tensors from the checkpoint. It may be called several times
-                with
-                a few tensors each, so that no rank needs memory for all.
-            num_updates: Number of optimizer steps behind that state, for AdamW's bias correction.
+                with a few tensors each, so that no rank needs memory for all.
+            num_updates: Number of optimizer steps behind that state, for bias correction.
         """
 
 

@@ -1,6 +1,8 @@
 """The ranks of a run: the place of this process among them, and how they agree."""
 
+import atexit
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +14,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from core.errors import Interrupted, SpotforgeError
+from core.errors import ExitCode, Interrupted, SpotforgeError
 from parallel.launcher import Place, read_place
+from parallel.network import check_reachable, choose_interface
 
 _TIMEOUT = timedelta(minutes=30)
 # One rank may fetch a checkpoint or export for a long time while the others wait for it. A lost
@@ -147,8 +150,10 @@ def _meet(place: Place, stop_requested: Callable[[], bool]) -> World:
     deadline = time.monotonic() + _RENDEZVOUS_S
     while not found:
         if stop_requested():
+            _leave_waiting(ExitCode.START_AGAIN)
             raise Interrupted(f"told to stop while {where} waited for the others; nothing was lost")
         if time.monotonic() > deadline:
+            _leave_waiting(ExitCode.FAILED)
             raise SpotforgeError(
                 f"{where}: the other ranks did not join within {_RENDEZVOUS_S:.0f} s; see how they "
                 "ended, and start all ranks again"
@@ -161,12 +166,31 @@ def _meet(place: Place, stop_requested: Callable[[], bool]) -> World:
     return found[0]
 
 
+def _leave_waiting(code: ExitCode) -> None:
+    """Makes this process end without destroying what the other thread still uses.
+
+    It cannot be told to stop while it waits in C++, and at the usual end of a process it would
+    abort it: the launcher would see a crash.
+    """
+
+    def end() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    atexit.register(end)
+
+
 def _connect(place: Place | None) -> World:
     rank, world_size, local_rank, local_world_size = 0, 1, 0, 1
     store: dist.Store = dist.HashStore()
     if place is not None:
         local_rank, local_world_size = place.local_rank, place.local_world_size
         store, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+        if world_size > local_world_size:
+            network = dist.PrefixStore("network", store)
+            address = choose_interface(network, rank, world_size, place.master_addr)
+            check_reachable(network, rank, local_rank, world_size, address)
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

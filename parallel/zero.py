@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from core.errors import MissingExtraError
 from core.folder import locked
-from parallel.adamw_state import moments
+from parallel.canonical_state import created_state
 from parallel.config import Dtype, PrecisionConfig, ZeroConfig
+from parallel.optimizer_state import OptimizerState, Slot
 from parallel.strategy import (
-    SLOTS,
     BuildOptimizer,
     Materialize,
     ReadTensors,
@@ -30,6 +30,7 @@ from parallel.strategy import (
     frozen_children,
     persistent_buffers,
     sharded_blocks,
+    torch_dtype,
     trainable,
     without_zeros,
 )
@@ -50,6 +51,7 @@ class ZeroStrategy(Strategy):
         self._engine: Any = None
         self._module: nn.Module
         self._build_optimizer: BuildOptimizer
+        self._optimizer_state: OptimizerState
         self._parameters: dict[str, nn.Parameter]
         self._buffers: dict[str, Tensor]  # complete on every rank
 
@@ -58,6 +60,7 @@ class ZeroStrategy(Strategy):
         module: nn.Module,
         materialize: Materialize,
         build_optimizer: BuildOptimizer,
+        optimizer_state: OptimizerState,
         keep_zeros: Collection[str] = (),
     ) -> None:
         if self._config.stage == 3:
@@ -73,7 +76,8 @@ class ZeroStrategy(Strategy):
             materialize(module)
         model = module.get_submodule("model")
         self._parameters, self._buffers = dict(model.named_parameters()), persistent_buffers(model)
-        self._module, self._build_optimizer = module, build_optimizer
+        self._module = module
+        self._build_optimizer, self._optimizer_state = build_optimizer, optimizer_state
         self._initialize(unused=[])
         for name in keep_zeros:
             # DeepSpeed reduces, clips and updates in one call, so gradients are masked before that,
@@ -100,7 +104,7 @@ class ZeroStrategy(Strategy):
             # Without the attribute a parameter is gathered in its own type, not in autocast's.
             for parameter in frozen.parameters():
                 vars(parameter).pop(_GATHERED_TYPE, None)
-        self._create_moments()
+        self._create_state()
 
     def leave_unused(self, **inputs: Any) -> list[str]:
         used: set[str] = set()
@@ -156,8 +160,8 @@ class ZeroStrategy(Strategy):
                         share[name] = parameter.detach().to("cpu", copy=True)
                 continue
             full = {name: safe_get_full_fp32_param(parameter)}
-            for slot in SLOTS:
-                full[f"optim.{name}.{slot}"] = safe_get_full_optimizer_state(parameter, slot)
+            for slot in self._optimizer_state.slots:
+                full[slot.entry(name)] = safe_get_full_optimizer_state(parameter, slot.name)
             if mine:
                 share |= {n: t.detach().to("cpu", copy=True) for n, t in full.items()}
         for i, (name, buffer) in enumerate(self._buffers.items()):
@@ -169,12 +173,15 @@ class ZeroStrategy(Strategy):
     def load_state(self, read: ReadTensors, num_updates: int) -> None:
         # All ranks read the same chunks, since setting values is collective at stage 3.
         for names in _chunks({n: _full_shape(p) for n, p in self._parameters.items()}):
-            for slot in (None, *SLOTS):
+            for slot in (None, *self._optimizer_state.slots):
                 there = {n: self._parameters[n] for n in names}
                 if slot is not None:
                     there = trainable(there)
-                key = {n: n if slot is None else f"optim.{n}.{slot}" for n in there}
-                values = {key[n]: torch.empty(_full_shape(p)) for n, p in there.items()}
+                key = {n: n if slot is None else slot.entry(n) for n in there}
+                dtype = torch.float32 if slot is None else torch_dtype(slot.dtype.value)
+                values = {
+                    key[n]: torch.empty(_full_shape(p), dtype=dtype) for n, p in there.items()
+                }
                 read(values)
                 for name, parameter in there.items():
                     value = values[key[name]].to(self._world.device)
@@ -184,7 +191,7 @@ class ZeroStrategy(Strategy):
                         self._set_master_copy(parameter, value, slot)
         read(self._buffers)
         for state in self._engine.optimizer.optimizer.state.values():
-            state["step"].fill_(num_updates)
+            state[self._optimizer_state.step].fill_(num_updates)
 
     def _partition(self, module: nn.Module) -> None:
         """Turns complete parameters into ZeRO-3 parameters, of which each rank keeps a part."""
@@ -192,11 +199,11 @@ class ZeroStrategy(Strategy):
             module=module, config_dict_or_path=self._deepspeed_config(), dtype=torch.float32
         )
 
-    def _create_moments(self) -> None:
-        """Creates zero moments before the first step, so that there is state to save or replace.
+    def _create_state(self) -> None:
+        """Creates the optimizer's state before the first step, so that it can be saved or replaced.
 
-        DeepSpeed creates them in the first step. At stages 1 and 2 it also links moments to
-        parameters only if the first parameter group has moments.
+        DeepSpeed creates it in the first step. At stages 1 and 2 it also links state to parameters
+        only if the first parameter group has state.
         """
         wrapper = self._engine.optimizer
         if self._config.stage == 3:
@@ -204,12 +211,12 @@ class ZeroStrategy(Strategy):
         else:
             partitions = wrapper.single_partition_of_fp32_groups
         for partition in partitions:
-            moments(wrapper.optimizer, partition)
+            created_state(wrapper.optimizer, partition, self._optimizer_state)
         if self._config.stage != 3:
             wrapper._lazy_init_hp_params_optimizer_state()
 
-    def _set_master_copy(self, parameter: nn.Parameter, value: Tensor, slot: str | None) -> None:
-        """Sets the tensor that the optimizer works on: the parameter, or one of its moments."""
+    def _set_master_copy(self, parameter: nn.Parameter, value: Tensor, slot: Slot | None) -> None:
+        """Sets the tensor that the optimizer works on: the parameter, or one of its slots."""
         from deepspeed import utils
 
         if self._config.stage == 3:
@@ -226,7 +233,7 @@ class ZeroStrategy(Strategy):
         if slot is None:
             set_parameter(parameter, value)
         else:
-            set_state(parameter, value, slot)
+            set_state(parameter, value, slot.name)
 
     def _set_working_copy(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Sets the parameter that forward uses."""

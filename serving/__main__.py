@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from core.errors import ConfigError, ExitCode
-from core.settings.command import Job
+from core.settings.command import Job, refuse_repeated
 from serving.command import SERVING
 from serving.config import ServingConfig
 
@@ -42,8 +42,9 @@ def _key_command(words: list[str]) -> int:
     """
     from serving import keys
 
+    refuse_repeated([word for word in words if "=" in word])
     files = [word.removeprefix("keys=") for word in words if word.startswith("keys=")]
-    path = Path(files[-1] if files else "keys.json").expanduser()
+    path = Path(files[0] if files else "keys.json").expanduser()
     match [word for word in words if not word.startswith("keys=")]:
         case ["create", name, *settings]:
             return keys.create_command(path, name, settings)

@@ -9,14 +9,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from core import layout
 from core.errors import ConfigError, DamagedError
-from core.folder import LINEAGE, RUNS, digest_of, manifest_of, read_json
+from core.folder import RUNS, digest_of, manifest_of, read_json
 
 KEY = "artifact"
-_EXPORT = "export"  # folder of the export in a run's folder
 # Files that say where an artifact comes from. They are left out of its digest, so that the same
 # weights have the same digest wherever they were made.
-_ABOUT_IT = {LINEAGE, "compression.json"}
+_ABOUT_IT = {layout.LINEAGE, layout.COMPRESSION}
 
 
 class Format(Enum):
@@ -69,7 +69,7 @@ class Artifact:
                 if above.parent.name == "runs":
                     return above.name
         [folder] = origins or [self.folder]
-        return folder.parent.name if folder.name == _EXPORT else folder.name
+        return folder.parent.name if folder.name == layout.EXPORT else folder.name
 
     @property
     def tokenizer_fingerprint(self) -> str | None:
@@ -94,7 +94,7 @@ def resolve(name: str, root: Path | None = None) -> Artifact:
             rule = f"{path.relative_to(folder)} is neither a file nor a folder, or a broken link"
             raise DamagedError(KEY, folder, rule, "copy all of it again")
     files = {name: entry["sha256"] for name, entry in manifest_of(folder).items()}
-    lineage = read_object(folder / LINEAGE) if LINEAGE in files else None
+    lineage = read_object(folder / layout.LINEAGE) if layout.LINEAGE in files else None
     if lineage is not None:
         _check_files(folder, files, lineage)
     _check_weights(folder)
@@ -110,7 +110,7 @@ def _find(name: str, root: Path | None) -> Path:
     if root is not None:
         candidates = [root / path for path in candidates]
     for path in candidates:
-        folder = path / _EXPORT if (path / _EXPORT / "config.json").is_file() else path
+        folder = path / layout.EXPORT if (path / layout.EXPORT / "config.json").is_file() else path
         if not (folder / "config.json").is_file():
             continue
         folder = folder.resolve()
@@ -118,7 +118,7 @@ def _find(name: str, root: Path | None) -> Path:
         if root is not None and not folder.is_relative_to(root.resolve()):
             continue
         return folder
-    if root is None and (given / "checkpoints").is_dir():
+    if root is None and (given / layout.CHECKPOINTS).is_dir():
         raise ConfigError(KEY, name, "has no export", f"run python -m trainer.export run={name}")
     where = "" if root is None else " where artifacts may lie"
     fix = "give runs/<name>/export, runs/<name>/compressed/<recipe>/<target> or a model's folder"

@@ -1,5 +1,7 @@
 """Fixtures of several packages' tests."""
 
+import os
+import shutil
 import sys
 from dataclasses import dataclass
 
@@ -7,6 +9,20 @@ import pytest
 
 from tests import programs
 from tests.words import last_of_each
+
+# Before torch is imported. Its threads wait for each other in loops, which on cores that two tests
+# share took ten times the CPU-seconds of one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# At the end of the tests, one of these files would leave the other workers without work.
+_LONG_FILES = """
+    test_readme.py test_run.py test_chaos.py test_celery.py test_supervisor.py test_agent.py
+    test_split.py test_parity.py test_batches.py test_engine.py
+""".split()
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in _LONG_FILES)
 
 
 @dataclass
@@ -65,7 +81,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def small(corpus, tmp_path):
-    """Overrides of a run that takes a second."""
+    """Overrides of a run that takes half a second; a report and an export would double that."""
     return [
         "data=text",
         f"data.path={corpus}",
@@ -78,6 +94,8 @@ def small(corpus, tmp_path):
         "schedule.warmup_steps=2",
         "log.every_steps=1",
         "evaluation.max_samples=8",
+        "export.at_end=false",
+        "monitoring.report=false",
         "model.config.hidden_size=32",
         "model.config.intermediate_size=64",
         "model.config.num_hidden_layers=2",
@@ -85,3 +103,19 @@ def small(corpus, tmp_path):
         "model.config.num_key_value_heads=2",
         f"run.dir={tmp_path / 'run'}",
     ]
+
+
+@pytest.fixture(scope="session")
+def first(tmp_path_factory):
+    return tmp_path_factory.mktemp("first") / "run"
+
+
+@pytest.fixture
+def trained(trainer, small, tmp_path, first):
+    """A run that has ended, in this test's folder; one is trained for all tests."""
+    if first.exists():
+        shutil.copytree(first, tmp_path / "run")
+    else:
+        assert trainer(*small).code == 0
+        shutil.copytree(tmp_path / "run", first)
+    return tmp_path / "run"

@@ -5,6 +5,7 @@ ROOM is overwritten with the command of each fork, so that /proc shows it.
 
 import gc
 import importlib
+import os
 import socket
 import sys
 
@@ -15,6 +16,8 @@ _IMPORTED = [
     "compression.auto",
     "compression.heal",
     "compressed_tensors",
+    # DeepSpeed with the first ZeRO engine imports this, and with it all of torch's compiler.
+    "deepspeed.runtime.zero.muon.muon_optimizer",
     "serving.engines.transformers_worker",
     "serving.server",
     "trainer.run",
@@ -24,6 +27,7 @@ _IMPORTED = [
 
 if __name__ == "__main__":
     connection = socket.socket(fileno=int(sys.argv[1]))
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as `parallel/zero.py` does, before the import
     for name in _IMPORTED:
         importlib.import_module(name)
     programs.replace_in_server()

@@ -6,8 +6,10 @@ import torch
 import torch.distributed as dist
 
 from parallel.config import PrecisionConfig
-from trainer.config import NamedModelConfig, PretrainConfig
+from parallel.optimizer_state import ADAMW
+from trainer.config import PretrainConfig
 from trainer.model import Materializer, build_meta_model, prepare_training
+from trainer.model_config import NamedModelConfig
 from trainer.optim import AdamWConfig
 
 GLOBAL_BATCH, SEQ_LEN, VOCAB = 16, 32, 128
@@ -46,12 +48,13 @@ class SmallRun:
         prepare_training(self.model, compile=False, checkpointing=checkpointing)
         matrices = {n for n, p in self.model.named_parameters() if p.ndim >= 2}
         self.strategy = parallel.build(world, precision or PrecisionConfig())
-        weights = Materializer(self.module, self.model, model, seed=3, device=world.device)
+        materializer = Materializer(self.module, self.model, model, seed=3, device=world.device)
         self.strategy.setup(
             self.module,
-            self.module.materializer(weights, world.device),
+            self.module.materialize_with(materializer, world.device),
             partial(AdamWConfig(lr=3e-3, max_norm=0.5).build, decayed=matrices),
-            weights.sparse,
+            ADAMW,
+            materializer.sparse,
         )
         self.step = 0
 

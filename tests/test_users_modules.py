@@ -79,7 +79,8 @@ def test_nodes_of_a_cloud_here_run_the_users_program_with_the_users_modules(fold
 
 @pytest.mark.long
 def test_two_ranks(folder, small, tmp_path):
-    finish(folder, "trainer", *last_of_each([*small, "nproc=2", "micro_batch_size=2"]))
+    words = [*small, "nproc=2", "micro_batch_size=2", "parallel=zero"]
+    finish(folder, "trainer", *last_of_each(words))
     records = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert json.loads(records[-1])["step"] == 6
     started = [json.loads(x) for x in (tmp_path / "run/events.jsonl").read_text().splitlines()]
@@ -88,8 +89,8 @@ def test_two_ranks(folder, small, tmp_path):
 
 @pytest.mark.long
 def test_a_pipeline(folder, small, tmp_path):
-    words = ["launch.stages=[train,compress]", "nproc=1"]
-    finish(folder, "launch", "pipeline", *small, *words)
+    words = [*small, "launch.stages=[train,compress]", "nproc=1", "export.at_end=true"]
+    finish(folder, "launch", "pipeline", *last_of_each(words))
     done = json.loads((tmp_path / "run/pipeline.json").read_text())["stages"]
     assert list(done) == ["train", "compress"]
 

@@ -28,14 +28,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from core import layout
 from core.errors import ConfigError, DamagedError
-from core.folder import MANIFEST, wrong_content, wrong_size
+from core.folder import wrong_content, wrong_size
 from trainer.data.order import OrderRule
-
-TRAINER = "trainer.json"
-LATEST = "LATEST"
-ASSETS = "huggingface"
-STORED_NAMES = "stored_names.json"
 
 
 @dataclass(frozen=True)
@@ -67,18 +63,18 @@ class TrainerState:
 
 def step_name(step: int) -> str:
     """Returns the name of a checkpoint's folder, as `step-00001000`."""
-    return f"step-{step:08d}"
+    return f"{layout.STEP}{step:08d}"
 
 
 def committed(folder: Path) -> list[Path]:
     """Returns the committed checkpoints, newest first."""
-    return sorted(folder.glob("step-*"), reverse=True)
+    return sorted(folder.glob(f"{layout.STEP}*"), reverse=True)
 
 
 def outdated(names: Iterable[str], keep_last: int, keep_every: int | None) -> list[str]:
     """Returns the names of the checkpoints that need not be kept; names as by `step_name`."""
     old = sorted(names, reverse=True)[keep_last:]
-    return [n for n in old if keep_every is None or int(n.removeprefix("step-")) % keep_every]
+    return [n for n in old if keep_every is None or int(n.removeprefix(layout.STEP)) % keep_every]
 
 
 def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
@@ -88,9 +84,9 @@ def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
         DamagedError: A file is missing, short or altered; names the first one.
     """
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        files = json.loads((checkpoint / layout.MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError) as e:
-        raise _damaged(checkpoint, f"{MANIFEST} cannot be read ({e})") from e
+        raise _damaged(checkpoint, f"{layout.MANIFEST} cannot be read ({e})") from e
     for i, (name, entry) in enumerate(sorted(files.items())):
         # Sizes are cheap, so all ranks check all of them; contents are read by one rank each.
         check = wrong_content if i % world_size == rank else wrong_size
@@ -104,7 +100,7 @@ def read_state(checkpoint: Path) -> TrainerState:
     Raises:
         ConfigError: Its run orders samples by a rule that this version does not know.
     """
-    values = json.loads((checkpoint / TRAINER).read_text())
+    values = json.loads((checkpoint / layout.TRAINER_STATE).read_text())
     order = values.pop("order", None)
     if order not in (None, *OrderRule):
         rule = f"its run orders samples by the rule {order!r}, which this version does not know"

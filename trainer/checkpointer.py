@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from core import layout
 from core.errors import ConfigError, SpotforgeError
 from core.folder import (
-    MANIFEST,
     Manifest,
     commit,
     manifest_of,
@@ -41,15 +41,7 @@ from core.folder import (
     write_file,
 )
 from parallel.world import World
-from trainer.checkpoint import (
-    ASSETS,
-    LATEST,
-    TRAINER,
-    TrainerState,
-    committed,
-    outdated,
-    step_name,
-)
+from trainer.checkpoint import TrainerState, committed, outdated, step_name
 from trainer.config import CheckpointConfig
 from trainer.remote import RemoteCheckpoints
 
@@ -111,6 +103,7 @@ class Checkpointer:
         self.wait()  # one save at a time: the stager's buffers are still in use by the last one
         tensors = tensors_of()
         self._check_space(tensors)
+        # Kept for all saves, since its buffers, pinned on a GPU's host, are slow to allocate.
         if self._stager is None:
             self._stager = _stager(self._world.device)
         staged = self._stager.stage(tensors)
@@ -157,6 +150,7 @@ class Checkpointer:
 
     def close(self) -> None:
         """Ends the background threads; a current upload is given up."""
+        # Its thread uses a process group that does not outlive the run.
         self._writer.shutdown(wait=True)
         if self._uploader is not None:
             self._uploader.close()
@@ -175,8 +169,9 @@ class Checkpointer:
         try:
             dcp.save(tensors, checkpoint_id=staging, process_group=group)
             if rank == 0:
-                self._save_assets(staging / ASSETS)
-                write_file(staging / TRAINER, json.dumps(dataclasses.asdict(state), indent=1))
+                self._save_assets(staging / layout.ASSETS)
+                described = json.dumps(dataclasses.asdict(state), indent=1)
+                write_file(staging / layout.TRAINER_STATE, described)
             # Each rank hashes the files that it wrote; rank 0 also hashes the assets.
             mine = manifest_of(staging, lambda path: _writer_of(path) == rank)
         except (Exception, CheckpointException) as e:  # the latter does not derive from Exception
@@ -192,7 +187,7 @@ class Checkpointer:
                 raise error
             if rank == 0:
                 files = {k: v for part in digests if part for k, v in part.items()}
-                write_file(staging / MANIFEST, json.dumps({"files": files}, indent=1))
+                write_file(staging / layout.MANIFEST, json.dumps({"files": files}, indent=1))
                 self._commit(staging, final)
                 self._tell(
                     "checkpoint",
@@ -212,7 +207,7 @@ class Checkpointer:
 
     def _commit(self, staging: Path, final: Path) -> None:
         commit(staging, final, replace=True)  # a damaged one of that name was skipped by resume
-        write_file(self._folder / LATEST, final.name + "\n")
+        write_file(self._folder / layout.LATEST, final.name + "\n")
         # Newer checkpoints are damaged or abandoned by the user; they must not displace this one.
         names = [p.name for p in committed(self._folder) if p.name <= final.name]
         being_uploaded = self._uploader.busy if self._uploader is not None else set()
@@ -313,9 +308,9 @@ class Uploader:
 
     def _upload(self, checkpoint: Path) -> str | None:
         began = time.perf_counter()
-        step = int(checkpoint.name.removeprefix("step-"))
+        step = int(checkpoint.name.removeprefix(layout.STEP))
         try:
-            files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+            files = json.loads((checkpoint / layout.MANIFEST).read_text())["files"]
             self._remote.upload(checkpoint, sorted(files))
             self._remote.commit(checkpoint)
             # As on disk, newer checkpoints must not displace this one.

@@ -7,15 +7,9 @@ starts, so that a misspelt key or a wrong type fails before anything runs. Impor
 from core.settings.command import Command
 from monitoring.config import MonitoringConfig
 from parallel.config import DdpConfig, FsdpConfig, PrecisionConfig, ZeroConfig
-from trainer.config import (
-    CheckpointConfig,
-    DistillConfig,
-    NamedModelConfig,
-    PathModelConfig,
-    PretrainConfig,
-    TrainerConfig,
-)
+from trainer.config import CheckpointConfig, DistillConfig, PretrainConfig, TrainerConfig
 from trainer.data.config import MixtureDataConfig, SingleDataConfig
+from trainer.model_config import NamedModelConfig, PathModelConfig
 from trainer.optim import AdamWConfig
 from trainer.schedule import ConstantConfig, CosineConfig, WarmupStableDecayConfig
 

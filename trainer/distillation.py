@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.strategy import Materialize
-from trainer.data.loader import IGNORE_INDEX
+from trainer.data.batch import IGNORE_INDEX
 from trainer.objective import (
     HeadGradients,
     Objective,
@@ -77,7 +77,7 @@ class DistillationLoss(Objective):
             loss = loss + auxiliary
         return loss
 
-    def materializer(self, model: Materialize, device: torch.device) -> Materialize:
+    def materialize_with(self, model: Materialize, device: torch.device) -> Materialize:
         teacher = self.teacher.materializer(self, device)
 
         def materialize(part: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Computes the validation loss and generates text, with the same sharded forward as training."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,9 +13,11 @@ from core.errors import ConfigError
 from parallel.strategy import Strategy
 from parallel.world import World
 from trainer.config import TrainerConfig
-from trainer.data.loader import Batch, validation_batches
+from trainer.data.batch import Batch
+from trainer.data.loader import validation_batches
 from trainer.data.prepare import PreparedData
 from trainer.objective import Objective
+from trainer.process import Process
 
 
 @contextmanager
@@ -54,8 +56,7 @@ def evaluate(
     data: PreparedData,
     strategy: Strategy,
     module: Objective,
-    world: World,
-    stop_requested: Callable[[], bool],
+    process: Process,
 ) -> dict[str, float] | None:
     """Computes the mean loss over the held-out samples; collective.
 
@@ -63,17 +64,19 @@ def evaluate(
         Metrics `validation_loss`, in nats per token, and `validation_bits_per_byte`, which compares
         across tokenizers; None if a rank was told to stop meanwhile.
     """
+    world = process.world
     total = torch.zeros((), device=world.device)
     num_targets = 0.0
     with evaluating(module):
         for batch in held_out_batches(config, data, world, module.apart):
             # Ranks agree on a stop before each forward, which is collective.
-            count, stop = world.sum(batch.num_targets, stop_requested())
+            count, stop = world.sum(batch.num_targets, process.poll())
             if stop:
                 return None
             num_targets += count
             on_device = batch.to(world.device)
             total += strategy.forward(**on_device.inputs())
+    # Once, since a sum after each batch would wait for the device each time.
     dist.all_reduce(total)
     loss = total.item() / num_targets
     return {
@@ -116,22 +119,22 @@ def generate(
     tokenizer: Any,
     strategy: Strategy,
     module: Objective,
-    world: World,
-    stop_requested: Callable[[], bool],
+    process: Process,
 ) -> str | None:
     """Continues `evaluation.sample_prompt`; collective. Returns None if a rank was told to stop.
 
     Every rank runs the same sharded forward once per token, and rank 0 chooses the token, so the
     model is never gathered. The choice is seeded: a step of a run always generates the same text.
     """
-    ids = prompt_ids(config, tokenizer)
+    world, ids = process.world, prompt_ids(config, tokenizer)
     prompt_len = len(ids)
     temperature = config.evaluation.sample_temperature
     generator = torch.Generator(world.device).manual_seed(config.seed)
     with evaluating(module):
         for _ in range(config.evaluation.sample_tokens):
-            if any(world.sum(stop_requested())):
+            if any(world.sum(process.poll())):
                 return None
+            # The model was trained at no later position.
             window = torch.tensor([ids[-config.data.max_seq_len :]], device=world.device)
             logits = strategy.forward(input_ids=window)[0].float()  # (V)
             if temperature > 0:

@@ -12,6 +12,8 @@ import time
 import traceback
 from pathlib import Path
 
+from core import layout
+
 PROCESS_BEGAN = time.monotonic()  # before torch and transformers are imported, which takes seconds
 
 
@@ -29,9 +31,9 @@ class Heartbeat:
         self._text = b"starting 0"
         self.step = 0
         if self._folder is not None:
-            self._fd = os.open(self._folder / "heartbeat", os.O_WRONLY | os.O_CREAT, 0o600)
+            self._fd = os.open(self._folder / layout.HEARTBEAT, os.O_WRONLY | os.O_CREAT, 0o600)
             # The file stays open, since faulthandler's C code cannot open one in a signal handler.
-            self._stacks = (self._folder / "stack.txt").open("w")
+            self._stacks = (self._folder / layout.STACK).open("w")
             faulthandler.register(signal.SIGUSR2, self._stacks, all_threads=True)
         self.beat()
 
@@ -50,4 +52,4 @@ class Heartbeat:
     def failed(self) -> None:
         """Writes the traceback of the exception being handled."""
         if self._folder is not None:
-            (self._folder / "error.txt").write_text(traceback.format_exc())
+            (self._folder / layout.ERROR).write_text(traceback.format_exc())

@@ -17,6 +17,7 @@ from core.errors import ConfigError
 _SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 # Before the first save was measured: early enough to lose little, late enough for stable timing.
 _FIRST_SAVE_S = 60.0
+# What a save costs changes with the load of the disk, so only recent ones count.
 _SAVES_REMEMBERED = 5
 
 

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Collection
 from pathlib import Path
 
+from core import layout
 from core.errors import ConfigError, ExitCode, SpotforgeError
 from core.folder import digest_of, write_file
 from core.process.child import Child, exit_code
@@ -24,7 +25,7 @@ from core.process.python import environment, python
 from core.process.signals import passed_on
 from core.settings.stored import to_yaml
 from parallel.config import FsdpConfig
-from parallel.launcher import SUPERVISOR_PORT, Place, read_place
+from parallel.launcher import SUPERVISOR_PORT, TOKEN_VARIABLE, Place, read_place
 from trainer.command import TRAINER
 from trainer.config import TrainerConfig, resolve
 from trainer.heartbeat import Heartbeat
@@ -101,12 +102,16 @@ def _supervisor(config: TrainerConfig, given: Collection[str], num_nodes: int) -
     """Returns the command that starts the ranks of this machine and restarts lost ones."""
     # nproc=auto is passed on: GPUs are counted before each start, since one may be lost by then.
     options = ["--nproc", config.nproc, "--grace", str(config.shutdown_timeout_s)]
+    if num_nodes > 1 and not os.environ.get(TOKEN_VARIABLE):
+        rule = f"is not set, and the {num_nodes} nodes of this job join by it"
+        fix = f"give all of them the same one: sky launch --secret {TOKEN_VARIABLE}=..."
+        raise ConfigError(TOKEN_VARIABLE, "", rule, fix)
     if int(os.environ.get("SKYPILOT_NODE_RANK", 0)) > 0:
         head = os.environ["SKYPILOT_NODE_IPS"].split("\n")[0]
         action = ["join", f"{head}:{SUPERVISOR_PORT}", *options]
     else:
         options += ["--hang-timeout", str(config.hang_timeout_s)]
-        options += ["--events", str(config.run_dir / "supervisor.jsonl")]
+        options += ["--events", str(config.run_dir / layout.SUPERVISOR_EVENTS)]
         if isinstance(config.parallel, FsdpConfig):
             # With replicas, FSDP can use only certain numbers of ranks.
             options += ["--multiple-of", str(config.parallel.ranks_multiple_of)]

@@ -10,23 +10,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from core import layout
 from core.errors import DivergedError, ExitCode
 from monitoring.throughput import Throughput
 from parallel.strategy import Strategy
-from parallel.world import World
 from trainer.anomaly import AnomalyAction, LossWatch
 from trainer.checkpoint import TrainerState, committed, read_state
 from trainer.checkpointer import Checkpointer
 from trainer.config import TrainerConfig
-from trainer.data.loader import Batch, TrainLoader
+from trainer.data.batch import Batch
+from trainer.data.loader import TrainLoader
 from trainer.data.prepare import PreparedData
 from trainer.evaluation import evaluate, generate, held_out_batches, prompt_ids
-from trainer.heartbeat import Heartbeat
 from trainer.interval import Interval, SaveSchedule, expected_mtbf_s
 from trainer.objective import Objective
+from trainer.process import Process
 from trainer.reporter import Reporter, count_crashes, save_costs_s
 from trainer.resume import find_checkpoint, state_reader
-from trainer.stopping import StopSignal
 
 
 class TrainingLoop:
@@ -39,24 +39,21 @@ class TrainingLoop:
     def __init__(
         self,
         config: TrainerConfig,
-        world: World,
+        process: Process,
         data: PreparedData,
         module: Objective,
         strategy: Strategy,
         checkpointer: Checkpointer,
         reporter: Reporter,
-        stop: StopSignal,
-        heartbeat: Heartbeat,
         state: TrainerState,
     ) -> None:
-        self.config, self.world, self.data = config, world, data
+        self.config, self.process, self.world, self.data = config, process, process.world, data
         self.module, self.strategy = module, strategy
         self.checkpointer, self.reporter = checkpointer, reporter
-        self.stop, self.heartbeat = stop, heartbeat
         self.state = state
         assert state.order is not None, "the run sets it at its start or when it resumes"
         self.order = state.order
-        self.checkpoints = config.run_dir / "checkpoints"
+        self.checkpoints = config.run_dir / layout.CHECKPOINTS
         self.loss_watch = LossWatch(config.anomaly)
         self.judges_every_loss = config.anomaly.action is not AnomalyAction.stop
         self.anomalies_in_a_row = 0
@@ -68,7 +65,7 @@ class TrainingLoop:
         self.save_schedule = SaveSchedule(
             Interval.parse(config.checkpoint.interval), mtbf_s, save_costs_s(config.run_dir)
         )
-        held_out_batches(config, data, world, module.apart)  # raises now if there is no sample
+        held_out_batches(config, data, self.world, module.apart)  # raises now if there is no sample
         if config.evaluation.sample_prompt is not None:
             prompt_ids(config, data.tokenizer)  # raises now if the prompt has no tokens
         self.loader = self._loader(state.num_samples)
@@ -90,13 +87,13 @@ class TrainingLoop:
         began = time.monotonic() - state.elapsed_s
         saved_step = state.step if state.step else None
         blocked_s = 0.0
-        loss: _StepLoss | None = None
+        trained: _Step | None = None  # the last step that was not skipped
         outcome = ExitCode.FINISHED
         try:
             if config.evaluation.at_start and state.step == 0:
                 self._evaluate_and_log({"step": 0, "num_tokens": 0, "elapsed_s": state.elapsed_s})
             while total_steps is None or state.step < total_steps:
-                self.heartbeat.at("train", state.step)
+                self.process.heartbeat.at("train", state.step)
                 # 1. This rank's micro-batches of the next global batch
                 wait_began = time.perf_counter()
                 batches = next(self.loader)
@@ -105,7 +102,8 @@ class TrainingLoop:
                 # 2. All that ranks must agree on, in one small collective on the CPU
                 num_targets, stop, time_up, save_failed, save_due = world.sum(
                     sum(batch.num_targets for batch in batches),
-                    self.stop.requested(),
+                    self.process.stop.requested(),
+                    # Clocks of ranks differ, and all must leave the loop at the same step.
                     world.rank == 0 and self._time_is_up(began),
                     self.checkpointer.failed,
                     world.rank == 0 and self.save_schedule.due(state.step + 1),
@@ -114,16 +112,18 @@ class TrainingLoop:
                     self.checkpointer.wait()  # raises the error on every rank
                 if stop:
                     outcome = ExitCode.START_AGAIN
+                # The batch at hand does not count as trained on, so a resume reads it again.
                 if stop or time_up:
                     break
 
                 # 3. Forward, backward, update
                 lr = config.optim.lr * config.schedule.scale(state.step, total_steps)
                 strategy.set_lr(lr)
-                loss, grad_norm, anomaly = self._train_step(batches, num_targets, state.step)
-                if anomaly is not None:
-                    state = self._recover(anomaly, loss.value(), state)
+                step = self._train_step(batches, num_targets, state.step)
+                if step.anomaly is not None:
+                    state = self._recover(step.anomaly, step.loss, state)
                     continue
+                trained = step
                 self.anomalies_in_a_row = 0
                 num_tokens = config.global_batch_size * config.data.max_seq_len
                 state = dataclasses.replace(
@@ -138,14 +138,18 @@ class TrainingLoop:
                 # 4. Periodically: metrics (the only place that waits for the device), a checkpoint,
                 #    validation. The save comes first, so that no later failure loses the step.
                 last = state.step == total_steps
+                saves = last or save_due
                 evaluates = last or _due(state.step, config.evaluation.every_steps)
+                logs = evaluates or _due(state.step, config.log.every_steps)
+                if logs or saves:
+                    step.all_reduce()
+                    self._refuse_divergence(step, state)
                 record: dict[str, Any] | None = None
-                if evaluates or _due(state.step, config.log.every_steps):
-                    self._refuse_divergence(state, loss.value(), grad_norm.item())
+                if logs:
                     record = {
                         "step": state.step,
-                        **loss.means(),
-                        "grad_norm": grad_norm.item(),
+                        **step.means,
+                        "grad_norm": step.grad_norm.item(),
                         "lr": lr,
                         "num_tokens": state.num_tokens,
                         **throughput.window(),
@@ -155,12 +159,14 @@ class TrainingLoop:
                     blocked_s = 0.0
                 else:
                     self.reporter.progress(state.step)
-                if record is None and not save_due:
+                if record is None and not saves:
                     continue
+                # Saves and evaluations would make steps look slow.
                 with throughput.paused():
-                    if last or save_due:
-                        blocked_s += self._save(state, loss)
+                    if saves:
+                        blocked_s += self._save(state)
                         saved_step = state.step
+                    # The run's last step is safe, whatever happens in its last evaluation.
                     if last:
                         self.checkpointer.wait()
                     if record is not None and evaluates:
@@ -171,37 +177,39 @@ class TrainingLoop:
             self.loader.close()
         # A stop or the end of the time may come between two saves.
         if saved_step != state.step:
-            self._save(state, loss)
+            if trained is not None:
+                trained.all_reduce()
+                self._refuse_divergence(trained, state)
+            self._save(state)
         self.checkpointer.wait()
         return state, outcome
 
-    def _train_step(
-        self, batches: list[Batch], num_targets: float, step: int
-    ) -> tuple["_StepLoss", Tensor, str | None]:
-        """Runs one update; returns the global loss, the gradient norm, and any reason to skip it.
+    def _train_step(self, batches: list[Batch], num_targets: float, step: int) -> "_Step":
+        """Runs one update, or skips it for an anomaly.
 
         The loss is summed, then divided by the global count, so every split of a global batch gives
         the same gradient.
         """
         config, world, strategy = self.config, self.world, self.strategy
-        loss = _StepLoss(num_targets)
-        anomaly = None
+        result = _Step(num_targets)
         torch.manual_seed(_step_seed(config.seed, step, world.rank))  # for dropout
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
             on_device = batch.to(world.device)
             with strategy.accumulate(last=last):
                 loss_sum = strategy.forward(**on_device.inputs())
-                loss.add({"loss": loss_sum.detach(), **self.module.parts})
+                result.add({"loss": loss_sum.detach(), **self.module.parts})
                 if last and self.judges_every_loss:
-                    anomaly = self.loss_watch.verdict(loss.value())
+                    result.all_reduce()
+                    result.anomaly = self.loss_watch.verdict(result.loss)
                 # Every strategy discards a gradient that is not finite. NaN is the one way to take
                 # back micro-batches that were already accumulated or reduced.
-                strategy.backward(loss_sum / (num_targets if anomaly is None else math.nan))
-        grad_norm = strategy.step(config.optim.max_norm, skip_not_finite=self.judges_every_loss)
-        if anomaly is None and self.judges_every_loss and not math.isfinite(grad_norm.item()):
-            anomaly = f"the gradient norm is {grad_norm.item()}"
-        return loss, grad_norm, anomaly
+                strategy.backward(loss_sum / (math.nan if result.anomaly else num_targets))
+        norm = strategy.step(config.optim.max_norm, skip_not_finite=self.judges_every_loss)
+        result.grad_norm = norm
+        if self.judges_every_loss and not result.anomaly and not math.isfinite(norm.item()):
+            result.anomaly = f"the gradient norm is {norm.item()}"
+        return result
 
     def _recover(self, anomaly: str, loss: float, state: TrainerState) -> TrainerState:
         """Returns the state to continue from after a batch was skipped; the same on every rank.
@@ -217,7 +225,9 @@ class TrainingLoop:
             self.reporter.say(f"{what}; skipping its batch")
             self.reporter.event("skip", state.step, loss=loss, reason=anomaly)
             return dataclasses.replace(state, num_samples=num_samples)
+        self.process.heartbeat.at("load", state.step)
         self.checkpointer.wait()
+        # `resume` may name the checkpoint that this run began from, and there may be newer ones.
         newest = dataclasses.replace(self.config, resume="auto")
         checkpoint = find_checkpoint(newest, self.checkpoints, self.world, self.reporter)
         if checkpoint is None:
@@ -238,8 +248,8 @@ class TrainingLoop:
             order=state.order,
         )
 
-    def _refuse_divergence(self, state: TrainerState, loss: float, grad_norm: float) -> None:
-        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+    def _refuse_divergence(self, step: "_Step", state: TrainerState) -> None:
+        for name, value in (("loss", step.loss), ("gradient norm", step.grad_norm.item())):
             if not math.isfinite(value):
                 raise self._diverged(state, f"the {name} is {value}")
 
@@ -252,11 +262,9 @@ class TrainingLoop:
             ", or set anomaly.action=skip or rollback"
         )
 
-    def _save(self, state: TrainerState, loss: "_StepLoss | None") -> float:
-        """Saves and returns the seconds it took from training; raises if the loss is not finite."""
-        self.heartbeat.at("save", state.step)
-        if loss is not None:
-            self._refuse_divergence(state, loss.value(), 0.0)
+    def _save(self, state: TrainerState) -> float:
+        """Saves and returns the seconds it took from training."""
+        self.process.heartbeat.at("save", state.step)
         blocked_s = self.checkpointer.save(self.strategy.state, state)
         self.save_schedule.saved(blocked_s)
         return blocked_s
@@ -275,22 +283,16 @@ class TrainingLoop:
 
     def _evaluate(self, step: int) -> dict[str, Any]:
         """Returns validation metrics and shows a sample; returns {} if a rank was told to stop."""
-        config, world = self.config, self.world
-        self.heartbeat.at("evaluate", step)
-        metrics = evaluate(config, self.data, self.strategy, self.module, world, self._poll)
+        config, process = self.config, self.process
+        process.heartbeat.at("evaluate", step)
+        metrics = evaluate(config, self.data, self.strategy, self.module, process)
         if metrics is None:
             return {}
         if config.evaluation.sample_prompt is not None:
-            text = generate(
-                config, self.data.tokenizer, self.strategy, self.module, world, self._poll
-            )
+            text = generate(config, self.data.tokenizer, self.strategy, self.module, process)
             if text is not None:
                 self.reporter.sample(step, config.evaluation.sample_prompt, text)
         return metrics
-
-    def _poll(self) -> bool:
-        self.heartbeat.beat()
-        return self.stop.requested()
 
     def _loader(self, first_sample: int) -> TrainLoader:
         config, world = self.config, self.world
@@ -314,33 +316,40 @@ class TrainingLoop:
         return minutes is not None and time.monotonic() - began >= minutes * 60
 
 
-class _StepLoss:
-    """Sums the loss of a step and its parts; sums over ranks when the value is first read."""
+class _Step:
+    """Holds what one step computes: sums of the loss and its parts, and the gradient norm.
+
+    Attributes:
+        grad_norm: Gradient norm before clipping, a scalar on the device.
+        anomaly: Reason why the update is skipped; None if it is not.
+        means: Means of the loss and its parts over all ranks' targets, once they are reduced.
+    """
+
+    grad_norm: Tensor
 
     def __init__(self, num_targets: float) -> None:
-        self._sums: dict[str, Tensor] = {}
         self._num_targets = num_targets
-        self._means: dict[str, float] | None = None
+        self._sums: dict[str, Tensor] = {}
+        self.anomaly: str | None = None
+        self.means: dict[str, float] = {}
 
     def add(self, sums: dict[str, Tensor]) -> None:
         """Adds a micro-batch of this rank."""
         for name, value in sums.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def means(self) -> dict[str, float]:
-        """Returns means over all ranks' targets; the first call is collective and waits."""
-        if self._means is None:
+    def all_reduce(self) -> None:
+        """Sums over ranks, if that was not done before; collective, and waits for the device."""
+        if not self.means:
             total = torch.stack([*self._sums.values()])
             dist.all_reduce(total)
-            self._means = {
-                name: value / self._num_targets
-                for name, value in zip(self._sums, total.tolist(), strict=True)
-            }
-        return self._means
+            means = [value / self._num_targets for value in total.tolist()]
+            self.means = dict(zip(self._sums, means, strict=True))
 
-    def value(self) -> float:
-        """Returns the training loss in nats per token; see `means`."""
-        return self.means()["loss"]
+    @property
+    def loss(self) -> float:
+        """Training loss in nats per token, once it is reduced."""
+        return self.means["loss"]
 
 
 def _due(step: int, every_steps: int | None) -> bool:

@@ -40,7 +40,7 @@ class MemoryPlan:
     Attributes:
         parameters: Float32 weights that the rank holds.
         gradients: Gradients of those weights.
-        optimizer: AdamW's two moments, and ZeRO's own copy of the weights.
+        optimizer: State of the optimizer, and ZeRO's own copy of the weights.
         gathered: Weights in the type of computation, or those of other ranks, while they are used,
             and buffers for reducing gradients.
         activations: Tensors that backward needs of one micro-batch.
@@ -90,7 +90,7 @@ def plan_memory(config: TrainerConfig, shape: ModelShape, world_size: int) -> Me
     # A micro-batch is never larger than a rank's share of the global batch.
     rows = min(config.micro_batch_size, -(-config.global_batch_size // world_size))
     tokens = rows * config.data.max_seq_len
-    compute_bytes = 2 if is_bf16 else 4
+    compute_bytes = config.precision.param_dtype.num_bytes
     state = _state(config, shape, world_size, compute_bytes)
     teacher = teacher_shape(config)
     embedding = shape.vocab_size * shape.hidden_size
@@ -185,11 +185,17 @@ def _state(
     config: TrainerConfig, shape: ModelShape, world_size: int, compute_bytes: int
 ) -> dict[str, float]:
     parallel, n = config.parallel, float(shape.num_parameters)
+    per_weight = config.optim.state.num_bytes
     block = float(shape.num_block_parameters)
     root = n - shape.num_layers * block  # embedding, output layer, last norm
     cast = compute_bytes * n if compute_bytes < 4 else 0.0  # autocast caches its casts
     if isinstance(parallel, DdpConfig):
-        return {"parameters": 4 * n, "gradients": 4 * n, "optimizer": 8 * n, "gathered": cast}
+        return {
+            "parameters": 4 * n,
+            "gradients": 4 * n,
+            "optimizer": per_weight * n,
+            "gathered": cast,
+        }
     if isinstance(parallel, FsdpConfig):
         part = n / (world_size // parallel.dp_replicate)
         # Two blocks are gathered at a time, or all of them, plus as many float32 gradients.
@@ -201,13 +207,13 @@ def _state(
         return {
             "parameters": 4 * part,
             "gradients": 4 * part,
-            "optimizer": 8 * part,
+            "optimizer": per_weight * part,
             "gathered": gathered,
         }
     assert isinstance(parallel, ZeroConfig)
     part = n / world_size
     whole = 2 * block + root if parallel.stage == 3 else n
-    states = 12 * part  # two moments and DeepSpeed's own float32 copy of the weights
+    states = (per_weight + 4) * part  # also DeepSpeed's own float32 copy of the weights
     weights = 4 * (part if parallel.stage == 3 else n)
     gradients = 4 * (n if parallel.stage == 1 else part)
     host = states * parallel.offload_optimizer + weights * parallel.offload_parameters
@@ -224,7 +230,7 @@ def _teacher(config: TrainerConfig, shape: ModelShape, world_size: int) -> tuple
     """Returns the bytes of the teacher's weights on GPU and host, sharded like trained weights."""
     parallel, objective = config.parallel, config.objective
     assert isinstance(objective, DistillConfig)
-    size = 2.0 if objective.teacher_dtype is Dtype.bfloat16 else 4.0
+    size = float(objective.teacher_dtype.num_bytes)
     n, ranks = shape.num_parameters, 1
     if isinstance(parallel, FsdpConfig):
         ranks = world_size // parallel.dp_replicate

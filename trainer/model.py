@@ -20,8 +20,8 @@ from transformers.utils import logging
 from core.errors import ConfigError
 from parallel.strategy import decoder_blocks, persistent_buffers
 from trainer.attention import plain_attention
-from trainer.config import NamedModelConfig, PathModelConfig
 from trainer.constructed import constructed_values
+from trainer.model_config import NamedModelConfig, PathModelConfig
 from trainer.weights import WeightsReader
 
 
@@ -152,6 +152,7 @@ def _build(hf_config: Any, dtype: torch.dtype, attn_implementation: str | None) 
         return _on_meta(hf_config, dtype, attn_implementation)
     except Exception as e:  # constructors check little: values that do not fit raise anything
         error = e
+    # A second attempt tells whether the attention is to blame or the rest of the config.
     if attn_implementation is not None:
         try:
             _on_meta(hf_config, dtype, None)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.strategy import Materialize
-from trainer.data.loader import IGNORE_INDEX
+from trainer.data.batch import IGNORE_INDEX
 
 # Number of logits held at once: they fit into a CPU's cache, and keep a GPU busy.
 _CHUNK_NUMEL = {"cpu": 2**22, "cuda": 2**26}
@@ -62,7 +62,7 @@ class Objective(nn.Module, ABC):
         """
 
     @abstractmethod
-    def materializer(self, model: Materialize, device: torch.device) -> Materialize:
+    def materialize_with(self, model: Materialize, device: torch.device) -> Materialize:
         """Returns a function that fills this module part by part, given one for `model`."""
 
     def states(
@@ -105,7 +105,7 @@ class NextTokenLoss(Objective):
         self.parts = {"cross_entropy": entropy.detach(), "auxiliary_loss": auxiliary.detach()}
         return entropy + auxiliary
 
-    def materializer(self, model: Materialize, device: torch.device) -> Materialize:
+    def materialize_with(self, model: Materialize, device: torch.device) -> Materialize:
         return model
 
 

@@ -22,11 +22,12 @@ from typing import TypeVar
 import fsspec  # type: ignore[import-untyped]
 from fsspec.callbacks import Callback  # type: ignore[import-untyped]
 
+from core import layout
 from core.errors import ConfigError, DamagedError, MissingExtraError, SpotforgeError
-from core.folder import MANIFEST, Entry, Manifest, staged_folder, wrong_content
+from core.folder import Entry, Manifest, staged_folder, wrong_content
 
 _KEY = "checkpoint.upload"
-_NAME = re.compile(r"step-\d+")
+_NAME = re.compile(rf"{layout.STEP}\d+")
 _ATTEMPTS = 5
 _BACKOFF_S = 1.0
 
@@ -119,14 +120,14 @@ class RemoteCheckpoints:
         """
         base = self._base(checkpoint.name)
         sizes = self._sizes(base)
-        for file, entry in json.loads((checkpoint / MANIFEST).read_text())["files"].items():
+        for file, entry in json.loads((checkpoint / layout.MANIFEST).read_text())["files"].items():
             found = sizes.get(f"{base}/{file}")
             if found != entry["size_bytes"]:
                 wrong = "is missing" if found is None else "has the wrong size"
                 raise SpotforgeError(
                     f"{_KEY}={self.url}: {checkpoint.name} is not committed: {file} {wrong}"
                 )
-        self._put(checkpoint / MANIFEST, f"{base}/{MANIFEST}")
+        self._put(checkpoint / layout.MANIFEST, f"{base}/{layout.MANIFEST}")
 
     def download(self, name: str, folder: Path, beat: Callable[[], None] = lambda: None) -> Path:
         """Downloads a checkpoint and commits it in `folder`, replacing one of that name.
@@ -148,7 +149,7 @@ class RemoteCheckpoints:
             _check_space(folder, sum(entry["size_bytes"] for entry in files.values()))
             for file, entry in files.items():
                 self._fetch(name, file, staging / file, entry, beat)
-            (staging / MANIFEST).write_bytes(manifest)
+            (staging / layout.MANIFEST).write_bytes(manifest)
         return folder / name
 
     def delete(self, name: str) -> None:
@@ -184,7 +185,7 @@ class RemoteCheckpoints:
 
     def _is_committed(self, name: str) -> bool:
         # Not fs.exists: some file systems report a refused request as "does not exist".
-        path = f"{self._base(name)}/{MANIFEST}"
+        path = f"{self._base(name)}/{layout.MANIFEST}"
         try:
             self._retried(f"asking for {name}", lambda: self._fs.info(path))
         except FileNotFoundError:
@@ -243,7 +244,7 @@ class RemoteCheckpoints:
 
     def _manifest(self, name: str) -> tuple[bytes, Manifest]:
         """Returns the raw manifest, and the files that it lists."""
-        path = f"{self._base(name)}/{MANIFEST}"
+        path = f"{self._base(name)}/{layout.MANIFEST}"
         try:
             content: bytes = self._retried(f"reading {path}", lambda: self._fs.cat_file(path))
             entries = json.loads(content)["files"].items()
@@ -252,19 +253,20 @@ class RemoteCheckpoints:
                 for file, e in entries
             }
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise self._damaged(name, f"{MANIFEST} cannot be read ({_line(e)})") from e
+            raise self._damaged(name, f"{layout.MANIFEST} cannot be read ({_line(e)})") from e
         # The manifest comes from outside: a path such as ../../.bashrc must not be written.
         for file in files:
             parts = PurePosixPath(file).parts
-            if not parts or parts[0] == "/" or ".." in parts or "\0" in file or file == MANIFEST:
+            outside = not parts or parts[0] == "/" or ".." in parts or "\0" in file
+            if outside or file == layout.MANIFEST:
                 raise self._damaged(
-                    name, f"{MANIFEST} lists {file!r}, which is not inside the checkpoint"
+                    name, f"{layout.MANIFEST} lists {file!r}, which is not inside the checkpoint"
                 )
         return content, files
 
     def _withdraw(self, name: str) -> None:
         """Removes a checkpoint's manifest, so that `names` no longer returns it."""
-        path = f"{self._base(name)}/{MANIFEST}"
+        path = f"{self._base(name)}/{layout.MANIFEST}"
         try:
             self._retried(f"removing {path}", lambda: self._fs.rm_file(path))
         except FileNotFoundError:

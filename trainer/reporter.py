@@ -14,6 +14,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
+from core import layout
 from core.errors import ConfigError
 from monitoring.environment import describe_environment
 from monitoring.events import EventLog, read_events
@@ -43,7 +44,7 @@ class Reporter:
         self._num_parameters = sum(p.numel() for p in model.parameters())
         self._flops_per_token = _flops_per_token(model, config.data.max_seq_len)
         self._logger: MetricLogger | None = None
-        self._events = EventLog(config.run_dir / "events.jsonl")
+        self._events = EventLog(config.run_dir / layout.EVENTS)
 
     def event(self, event: str, step: int, **details: float | int | str) -> None:
         """Records an event of the run (`monitoring/events.py`); safe to call from any thread."""
@@ -69,12 +70,12 @@ class Reporter:
             return
         first_step = state.step
         run_dir = self._config.run_dir
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(self._resolved, sort_keys=False))
+        (run_dir / layout.CONFIG).write_text(yaml.safe_dump(self._resolved, sort_keys=False))
         # The order matters: until data.json names the rule of the samples' order, an old run's rule
         # is known only from the Python version in its environment.json, which is overwritten here.
         for name, content in (
-            ("data.json", self._data.describe() | {"order": state.order}),
-            ("environment.json", describe_environment()),
+            (layout.DATA, self._data.describe() | {"order": state.order}),
+            (layout.ENVIRONMENT, describe_environment()),
         ):
             (run_dir / name).write_text(json.dumps(content, indent=1))
         config = self._config
@@ -151,15 +152,16 @@ class Reporter:
     def say_what_next(self, checkpoint: Path) -> None:
         """Prints where the results are, and what to try next."""
         run_dir = self._config.run_dir
+        export = run_dir / layout.EXPORT
         self.say(f"\ncheckpoint  {_short(checkpoint)}")
-        for name, path in (("export", run_dir / "export"), ("report", run_dir / "report.html")):
+        for name, path in (("export", export), ("report", run_dir / layout.REPORT)):
             if path.exists():
                 self.say(f"{name:<12}{_short(path)}")
-        if (run_dir / "export").exists():
+        if export.exists():
             prompt = self._config.evaluation.sample_prompt or "The"
             code = (
                 "from transformers import pipeline; "
-                f"print(pipeline('text-generation', '{_short(run_dir / 'export')}')({prompt!r})"
+                f"print(pipeline('text-generation', '{_short(export)}')({prompt!r})"
                 "[0]['generated_text'])"
             )
             self.say(f'\ntry it      {_short(Path(sys.executable))} -c "{code}"')
@@ -222,7 +224,7 @@ def _rows(config: TrainerConfig, world_size: int) -> str:
 
 def _last_step(run_dir: Path) -> int:
     """Returns the last step that an earlier start has logged."""
-    return max((int(str(r["step"])) for r in read_records(run_dir / "metrics.jsonl")), default=0)
+    return max((int(str(r["step"])) for r in read_records(run_dir / layout.METRICS)), default=0)
 
 
 def _flops_per_token(model: PreTrainedModel, seq_len: int) -> float:

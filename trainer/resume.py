@@ -10,17 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core import layout
 from core.errors import ConfigError, DamagedError
-from parallel.strategy import SLOTS, ReadTensors, persistent_buffers, trainable
+from parallel.optimizer_state import OptimizerState
+from parallel.strategy import ReadTensors, persistent_buffers
 from parallel.world import World
-from trainer.checkpoint import (
-    TRAINER,
-    TrainerState,
-    committed,
-    read_tensors,
-    tensor_shapes,
-    verify,
-)
+from trainer.checkpoint import TrainerState, committed, read_tensors, tensor_shapes, verify
 from trainer.config import TrainerConfig
 from trainer.data.order import OrderRule
 from trainer.remote import RemoteCheckpoints
@@ -78,6 +73,7 @@ def find_checkpoint(
     damaged: DamagedError | None = None
     with world.together():
         candidates = _candidates(config, folder, remote) if world.rank == 0 else []
+    # All ranks try the same candidates in the same order: what one finds damaged, all pass over.
     for candidate, stored in world.from_first(candidates):
         try:
             with world.together():
@@ -111,19 +107,20 @@ def stored_config(config: TrainerConfig) -> dict[str, Any] | None:
     """
     if config.resume == "never":
         return None
-    checkpoints = committed(config.run_dir / "checkpoints")
+    checkpoints = committed(config.run_dir / layout.CHECKPOINTS)
     if config.resume != "auto":
         checkpoints = [Path(config.resume).expanduser()]
     for checkpoint in checkpoints:
         with suppress(OSError, ValueError, KeyError, TypeError):  # reported by verification
-            stored: dict[str, Any] = json.loads((checkpoint / TRAINER).read_bytes())["config"]
+            content = (checkpoint / layout.TRAINER_STATE).read_bytes()
+            stored: dict[str, Any] = json.loads(content)["config"]
             return stored
     if config.checkpoint.upload is not None and config.resume == "auto":
         remote = RemoteCheckpoints(config.checkpoint.upload)
         remote.check()
         for name in remote.names():
             with suppress(OSError, ValueError, KeyError, TypeError):
-                stored = json.loads(remote.read(name, TRAINER))["config"]
+                stored = json.loads(remote.read(name, layout.TRAINER_STATE))["config"]
                 return stored
     return None
 
@@ -195,6 +192,7 @@ def check_same_run(
     before, now = _BEFORE_KEYS | _flat(saved.config), _BEFORE_KEYS | _flat(state.config)
     before |= {"data": saved.data_digest, "data.tokenizer": saved.tokenizer_fingerprint}
     now |= {"data": state.data_digest, "data.tokenizer": state.tokenizer_fingerprint}
+    # Follows from `stop`. Training for longer changes no step, unless the schedule is stretched.
     total_before = before.pop("total_steps", None)
     total_now = now.pop("total_steps", None)
     bound = {"data", "data.tokenizer"}
@@ -248,10 +246,10 @@ def order_of(saved: TrainerState, run_dir: Path) -> OrderRule:
     """
     if saved.order is not None:
         return saved.order
-    named = _read_object(run_dir / "data.json").get("order")
+    named = _read_object(run_dir / layout.DATA).get("order")
     if named in tuple(OrderRule):
         return OrderRule(named)
-    python = str(_read_object(run_dir / "environment.json").get("python", ""))
+    python = str(_read_object(run_dir / layout.ENVIRONMENT).get("python", ""))
     major, _, rest = python.partition(".")
     minor = rest.partition(".")[0]
     if major.isdecimal() and minor.isdecimal() and (int(major), int(minor)) >= (3, 12):
@@ -259,14 +257,20 @@ def order_of(saved: TrainerState, run_dir: Path) -> OrderRule:
     return OrderRule.left_to_right
 
 
-def check_same_model(checkpoint: Path, model: nn.Module, say: Callable[[str], None]) -> None:
+def check_same_model(
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer_state: OptimizerState,
+    say: Callable[[str], None],
+) -> None:
     """Compares a checkpoint's tensors with those of the model.
 
-    Checkpoints of earlier releases lack buffers, and have moments of frozen parameters.
+    Checkpoints of earlier releases lack buffers, and have optimizer state of frozen parameters.
 
     Args:
         checkpoint: Verified checkpoint.
         model: Model on the meta device.
+        optimizer_state: Description of what its optimizer keeps.
         say: Function that prints a line.
 
     Raises:
@@ -274,12 +278,15 @@ def check_same_model(checkpoint: Path, model: nn.Module, say: Callable[[str], No
     """
     parameters, buffers = dict(model.named_parameters()), persistent_buffers(model)
     wanted = {name: tensor.shape for name, tensor in (*parameters.items(), *buffers.items())}
-    moments = {n: [f"optim.{n}.{slot}" for slot in SLOTS] for n in parameters}
-    for name in trainable(parameters):
-        wanted |= dict.fromkeys(moments[name], wanted[name])
+    frozen: set[str] = set()
+    for name, parameter in parameters.items():
+        entries = [slot.entry(name) for slot in optimizer_state.slots]
+        if parameter.requires_grad:
+            wanted |= dict.fromkeys(entries, parameter.shape)
+        else:
+            frozen.update(entries)
     stored = tensor_shapes(checkpoint)
     absent = buffers.keys() - stored.keys()
-    frozen = {m for n in parameters.keys() - trainable(parameters).keys() for m in moments[n]}
     if absent:
         say(
             f"resume: {checkpoint.name} was saved by a release that did not save buffers; "

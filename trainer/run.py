@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import shutil
-import time
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -17,20 +16,21 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from core.errors import ConfigError, ExitCode, Interrupted, SpotforgeError
+from core import layout
+from core.errors import ConfigError, ExitCode, SpotforgeError
 from parallel.launcher import read_place
 from parallel.strategy import Strategy
 from parallel.world import World, join_world
-from trainer.checkpoint import STORED_NAMES, TrainerState, read_state, step_name
+from trainer.checkpoint import TrainerState, read_state, step_name
 from trainer.checkpointer import Checkpointer
-from trainer.config import ModelConfig, NamedModelConfig, PathModelConfig, TrainerConfig, resolve
+from trainer.config import TrainerConfig, resolve
 from trainer.cpu import keep_freed_memory
 from trainer.data.loader import check_samples
 from trainer.data.order import OrderRule
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.tokenizer import vocab_size_of
 from trainer.dry_run import check_forward
-from trainer.export import export_checkpoint
+from trainer.exporter import export_checkpoint
 from trainer.fake_quant import prepare_fake_quant
 from trainer.heartbeat import Heartbeat
 from trainer.loop import TrainingLoop
@@ -42,9 +42,10 @@ from trainer.model import (
     prepare_training,
     set_special_token,
 )
+from trainer.model_config import ModelConfig, NamedModelConfig, PathModelConfig
 from trainer.optim import Decay, decayed_names
 from trainer.positions import check_positions
-from trainer.probe import leave_unused, settle
+from trainer.process import Process
 from trainer.remote import RemoteCheckpoints
 from trainer.reporter import Reporter, check_run_dir
 from trainer.resume import (
@@ -58,8 +59,9 @@ from trainer.resume import (
     stored_config,
 )
 from trainer.run_lock import lock_run
+from trainer.settle import leave_unused, settle
 from trainer.stopping import StopSignal
-from trainer.weights import find_file
+from trainer.weight_files import find_file
 
 
 def train(
@@ -96,35 +98,10 @@ def train_in(
     given: Collection[str] = (),
 ) -> ExitCode:
     """Runs training on one of the ranks of `world`; see `train`."""
-    poll = _Poll(world, stop, heartbeat)
-    with world.together():
-        config.check(world.world_size)
+    process = Process(world, stop, heartbeat)
 
     # 1. Data: prepared once, by the first rank that gets there
-    heartbeat.at("data", 0)
-    with world.together():
-        check_run_dir(config)
-        if world.device.type == "cuda":
-            gpu = torch.cuda.get_device_properties(world.device)
-            check_memory(config, world.world_size, gpu.total_memory)
-        model_config = hf_config_of(config.model)  # before the data is prepared, since it may raise
-        stored = stored_config(config) if world.rank == 0 else None
-    stored = world.from_first(stored)
-    begun_before = stored is not None and "add_bos" not in stored["data"]
-    with world.together():
-        if stored is not None and config.data.add_bos == "auto" and "data.add_bos" not in given:
-            config = _with_bos(config, bool(stored["data"].get("add_bos")))
-        data = prepare(
-            config.data,
-            model_path=getattr(config.model, "path", None),
-            stop_requested=poll,
-            model_config=model_config,
-            begun_before=begun_before,
-        )
-        config = _with_bos(config, data.add_bos)
-        check_samples(data, config.data.max_seq_len)
-        if config.data.verify:
-            data.verify(world.local_rank, world.local_world_size, poll)
+    config, data, begun_before = _prepare_data(config, process, given)
 
     # 2. The model, on the meta device until its strategy decides where each part goes
     with world.together():
@@ -140,9 +117,10 @@ def train_in(
     if too_long is not None:
         reporter.say(too_long)
 
+    # From here on files are written, which no other job may do in that directory meanwhile.
     with _locked(config, world):
         # 3. The checkpoint to resume from: refused here, if at all, before anything is written
-        folder = config.run_dir / "checkpoints"
+        folder = config.run_dir / layout.CHECKPOINTS
         state = TrainerState(
             0, 0, 0, 0.0, data.digest, data.tokenizer_fingerprint, resolved, OrderRule.exact
         )
@@ -156,7 +134,7 @@ def train_in(
                 before = saved.config
                 keep_what_was_found(resolved, before, given)
                 check_same_run(config, state, saved, reporter.say)
-                check_same_model(checkpoint, model, reporter.say)
+                check_same_model(checkpoint, model, config.optim.state, reporter.say)
                 why = "the newest valid one" if config.resume == "auto" else "as resume says"
                 reporter.say(f"resuming after step {saved.step}, from {checkpoint} ({why})")
                 if config.total_steps is not None and saved.step > config.total_steps:
@@ -176,20 +154,22 @@ def train_in(
             model, compile=config.compile, checkpointing=config.activation_checkpointing
         )
         decay = Decay(resolved["optim"].get("decay", "matrices"))
+        # Sharding replaces the parameters that carry the model's marks, so names are chosen now.
         decayed = decayed_names(model, decay)
         # Filling and distributing a large model takes minutes, which a stop must not wait for.
-        poll.refuse_to_start()
+        process.refuse_to_start()
         with world.together():
             strategy: Strategy = config.parallel.build(world, config.precision)
-            weights = Materializer(module, model, config.model, config.seed, world.device)
+            materializer = Materializer(module, model, config.model, config.seed, world.device)
             strategy.setup(
                 module,
-                module.materializer(weights, world.device),
+                module.materialize_with(materializer, world.device),
                 partial(config.optim.build, decayed=decayed),
-                weights.sparse,
+                config.optim.state,
+                materializer.sparse,
             )
-        if weights.sparse:
-            reporter.say(f"keep_zeros: {weights.num_zeros} weights are zero and stay zero")
+        if materializer.sparse:
+            reporter.say(f"keep_zeros: {materializer.num_zeros} weights are zero and stay zero")
         # Eager: a few tokens, in other modes than a step's, would only compile other graphs.
         with world.together(), torch.compiler.set_stance("force_eager"):
             check_forward(config, strategy, module, world)
@@ -198,36 +178,28 @@ def train_in(
         # After the probes, since finding unused parameters may rebuild the optimizer without state.
         if checkpoint is not None:
             strategy.load_state(state_reader(checkpoint), num_updates=state.step)
-        poll.refuse_to_start()
+        process.refuse_to_start()
 
         # 5. The loop
         checkpointer = Checkpointer(
             config.checkpoint,
             folder,
             world,
-            partial(_save_assets, config.model, model, data, weights.stored_names),
+            partial(_save_assets, config.model, model, data, materializer.stored_names),
             reporter.event,
             remote,
             heartbeat.beat,
         )
         with world.together():
             loop = TrainingLoop(
-                config,
-                world,
-                data,
-                module,
-                strategy,
-                checkpointer,
-                reporter,
-                stop,
-                heartbeat,
-                state,
+                config, process, data, module, strategy, checkpointer, reporter, state
             )
+        # Nothing is refused any more, so the run directory may describe this start.
         reporter.open(state)
         try:
             state, outcome = loop.run()
             # 6. The results
-            _finish(config, world, reporter, checkpointer, stop, state.step, outcome)
+            _finish(config, process, reporter, checkpointer, state.step, outcome)
         except BaseException as e:
             with suppress(OSError):  # for example of a full disk: it must not hide the first error
                 reporter.event("fail", heartbeat.step, error=f"{type(e).__name__}: {e}")
@@ -238,40 +210,49 @@ def train_in(
     return outcome
 
 
+def _prepare_data(
+    config: TrainerConfig, process: Process, given: Collection[str]
+) -> tuple[TrainerConfig, PreparedData, bool]:
+    """Refuses what cannot run, as far as that needs no data, and prepares the data.
+
+    Returns:
+        Settings with `data.add_bos` as found out, the data, and whether the run to be resumed began
+        before there was such a key.
+    """
+    world = process.world
+    with world.together():
+        config.check(world.world_size)
+    process.heartbeat.at("data", 0)
+    with world.together():
+        # What can be refused is refused before the data is prepared, which may take hours.
+        check_run_dir(config)
+        if world.device.type == "cuda":
+            gpu = torch.cuda.get_device_properties(world.device)
+            check_memory(config, world.world_size, gpu.total_memory)
+        model_config = hf_config_of(config.model)  # before the data is prepared, since it may raise
+        # Data is prepared as for the run to be resumed, whose checkpoint is verified only later.
+        stored = stored_config(config) if world.rank == 0 else None
+    stored = world.from_first(stored)
+    begun_before = stored is not None and "add_bos" not in stored["data"]
+    with world.together():
+        if stored is not None and config.data.add_bos == "auto" and "data.add_bos" not in given:
+            config = _with_bos(config, bool(stored["data"].get("add_bos")))
+        data = prepare(
+            config.data,
+            model_path=getattr(config.model, "path", None),
+            stop_requested=process.poll_apart,
+            model_config=model_config,
+            begun_before=begun_before,
+        )
+        config = _with_bos(config, data.add_bos)
+        check_samples(data, config.data.max_seq_len)
+        if config.data.verify:
+            data.verify(world.local_rank, world.local_world_size, process.poll_apart)
+    return config, data, begun_before
+
+
 def _with_bos(config: TrainerConfig, add_bos: bool) -> TrainerConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, add_bos=add_bos))
-
-
-class _Poll:
-    """Is polled in pauses outside the loop: sends a heartbeat, and notices a stop on any rank.
-
-    Ranks are not in step there (one prepares data, the others wait for it), so a stop is announced
-    through the store instead of a collective.
-    """
-
-    _EVERY_S = 0.5  # each question goes to another process
-
-    def __init__(self, world: World, stop: StopSignal, heartbeat: Heartbeat) -> None:
-        self._world, self._stop, self._heartbeat = world, stop, heartbeat
-        self._asked = time.monotonic()
-
-    def __call__(self) -> bool:
-        self._heartbeat.beat()
-        if self._stop.requested():
-            self._world.announce_stop()
-            return True
-        if time.monotonic() - self._asked < self._EVERY_S:
-            return False
-        self._asked = time.monotonic()
-        return self._world.stop_announced()
-
-    def refuse_to_start(self) -> None:
-        """Raises Interrupted on every rank if any rank was told to stop; collective."""
-        self._heartbeat.beat()
-        if any(self._world.sum(self._stop.requested())):
-            stopped = Interrupted("told to stop before training started; nothing was lost")
-            stopped.seen_by_all = True
-            raise stopped
 
 
 @contextmanager
@@ -311,19 +292,22 @@ def _open_remote(config: TrainerConfig, world: World) -> RemoteCheckpoints | Non
 
 def _finish(
     config: TrainerConfig,
-    world: World,
+    process: Process,
     reporter: Reporter,
     checkpointer: Checkpointer,
-    stop: StopSignal,
     step: int,
     outcome: ExitCode,
 ) -> None:
-    checkpoint = config.run_dir / "checkpoints" / step_name(step)
+    world = process.world
+    process.heartbeat.at("finish", step)  # which may take longer than anything in the loop
+    checkpoint = config.run_dir / layout.CHECKPOINTS / step_name(step)
     finished = outcome is ExitCode.FINISHED
-    reasons = [reason for reason in world.gather(stop.reason) if reason]
+    # All ranks stop; only those that got the signal know the reason.
+    reasons = [reason for reason in world.gather(process.stop.reason) if reason]
     with world.together():
+        # Meanwhile the last upload goes on in its thread.
         if finished and config.export.at_end and world.rank == 0:
-            export_checkpoint(checkpoint, config.run_dir / "export", config.export.dtype)
+            export_checkpoint(checkpoint, config.run_dir / layout.EXPORT, config.export.dtype)
     with world.together():
         failure = checkpointer.wait_for_uploads()
         if failure is not None and finished:
@@ -383,4 +367,4 @@ def _save_assets(
         model.generation_config.save_pretrained(folder)
     data.tokenizer.save_pretrained(folder)
     if stored_names is not None:
-        (folder / STORED_NAMES).write_text(json.dumps(stored_names))
+        (folder / layout.STORED_NAMES).write_text(json.dumps(stored_names))

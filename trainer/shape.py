@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError
-from trainer.config import DistillConfig, NamedModelConfig, PathModelConfig, TrainerConfig
+from trainer.config import DistillConfig, TrainerConfig
+from trainer.model_config import NamedModelConfig, PathModelConfig
 
 # Defaults of transformers for fields that a config does not set, by architecture.
 _DEFAULTS: dict[str, dict[str, Any]] = {

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from core import layout
 from core.folder import write_file
 from trainer.preemption import NoticeSource
 
@@ -123,7 +124,7 @@ class StopSignal:
             if folder is None or self._recorded:
                 return
             self._recorded = True
-            path = Path(folder) / "stop_reason.txt"
+            path = Path(folder) / layout.STOP_REASON
             try:
                 write_file(path, f"{reason}\n")
             except OSError as e:

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from core.errors import ConfigError
+from parallel.config import Dtype
 from parallel.strategy import Materialize, torch_dtype
-from trainer.config import DistillConfig, ModelConfig, PathModelConfig
 from trainer.data.tokenizer import fingerprint, load_tokenizer
 from trainer.model import Materializer, build_meta_model
+from trainer.model_config import PathModelConfig
 from trainer.objective import model_inputs, outputs_of
-from trainer.weights import WeightsReader, find_file
+from trainer.weight_files import find_file
+from trainer.weights import WeightsReader
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -25,12 +27,10 @@ class Teacher(nn.Module):
     It always stays in evaluation mode: no dropout, no random numbers.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, config: DistillConfig, path: PathModelConfig
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, config: PathModelConfig) -> None:
         super().__init__()
         self.model: Any = model.requires_grad_(False)
-        self._config, self._path = config, path
+        self._config = config
         self.eval()
 
     def train(self, mode: bool = True) -> "Teacher":
@@ -49,6 +49,7 @@ class Teacher(nn.Module):
         Returns:
             Hidden states (B, T, H), or logits (B, T, V), in the teacher's type.
         """
+        # Autocast would compute in the student's type.
         with torch.autocast(input_ids.device.type, enabled=False):
             return outputs_of(self.model, hidden, model_inputs(input_ids, position_ids))
 
@@ -60,7 +61,7 @@ class Teacher(nn.Module):
             device: Device of the weights.
         """
         with _about(self._config):
-            materialize = Materializer(module, self.model, self._path, 0, device)
+            materialize = Materializer(module, self.model, self._config, 0, device)
 
         def fill(part: nn.Module) -> None:
             with _about(self._config):
@@ -70,53 +71,52 @@ class Teacher(nn.Module):
 
 
 def build_teacher(
-    config: DistillConfig,
-    student: PreTrainedModel,
-    model_config: ModelConfig,
-    tokenizer_fingerprint: str,
+    config: PathModelConfig, dtype: Dtype, student: PreTrainedModel, tokenizer_fingerprint: str
 ) -> Teacher:
     """Returns the teacher on the meta device, after checking that its files exist.
+
+    Args:
+        config: Settings of the teacher.
+        dtype: Type of its weights and computation.
+        student: Model that it teaches.
+        tokenizer_fingerprint: Fingerprint of the tokenizer that the data was prepared with.
 
     Raises:
         ConfigError: There is no such model, it has no weights, or its tokens are not the student's.
     """
-    path = PathModelConfig(
-        path=config.teacher,
-        revision=config.revision,
-        attn_implementation=model_config.attn_implementation,
-    )
     with _about(config):
-        model = build_meta_model(path, 0, torch_dtype(config.teacher_dtype.value))
-        WeightsReader(path, model)
-        brings_tokenizer = any(find_file(path, name) for name in _TOKENIZER_FILES)
-        tokenizer = load_tokenizer(config.teacher, config.revision) if brings_tokenizer else None
+        model = build_meta_model(config, 0, torch_dtype(dtype.value))
+        WeightsReader(config, model)
+        # Without a tokenizer of its own, only the sizes of the vocabularies can be compared.
+        brings_tokenizer = any(find_file(config, name) for name in _TOKENIZER_FILES)
+        tokenizer = load_tokenizer(config.path, config.revision) if brings_tokenizer else None
     rows, wanted = (m.get_output_embeddings().weight.shape[0] for m in (model, student))
     if rows != wanted:
         raise ConfigError(
             "objective.teacher",
-            config.teacher,
+            config.path,
             f"has a vocabulary of {rows}, and the model one of {wanted}",
             f"choose a teacher of the model's family, or set model.vocab_size={rows}",
         )
     if tokenizer is not None and fingerprint(tokenizer) != tokenizer_fingerprint:
         raise ConfigError(
             "objective.teacher",
-            config.teacher,
+            config.path,
             "its tokenizer is not the one that the data was prepared with",
-            f"set data.tokenizer={config.teacher}",
+            f"set data.tokenizer={config.path}",
         )
-    return Teacher(model, config, path)
+    return Teacher(model, config)
 
 
 @contextmanager
-def _about(config: DistillConfig) -> Iterator[None]:
+def _about(config: PathModelConfig) -> Iterator[None]:
     """Turns errors about a model into errors about `objective.teacher`."""
     try:
         yield
     except ConfigError as e:
         raise ConfigError(
             "objective.teacher",
-            config.teacher,
+            config.path,
             e.rule,
             "give a causal language model with safetensors weights and model.attn_implementation",
         ) from e

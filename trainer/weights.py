@@ -11,16 +11,14 @@ before anything is read, because the group is first converted on the meta device
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -30,27 +28,11 @@ from transformers.core_model_loading import (
     dot_natural_key,
     revert_weight_conversion,
 )
-from transformers.utils import cached_file
 
-from core.errors import ConfigError, DamagedError
-from trainer.config import PathModelConfig
+from core.errors import ConfigError
+from trainer.model_config import PathModelConfig
+from trainer.weight_files import described_weights, weight_files
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 # Types that are numbers by themselves; codes of a quantized model need their scales.
 _NUMBERS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
@@ -93,10 +75,10 @@ class WeightsReader:
     """
 
     def __init__(self, config: PathModelConfig, model: PreTrainedModel) -> None:
-        self._files = _weight_files(config)
+        self._files = weight_files(config)
         self.stored_names = sorted(self._files)
         conversions = get_model_conversion_mapping(model)
-        stored = _described(config, self._files)
+        stored = described_weights(config, self._files)
         groups, unexplained = _loading_groups(model, conversions, stored)
         _use_conversions(model, conversions)
         self._group_of = {name: group for group in groups for name in group.targets}
@@ -195,77 +177,6 @@ def canonical_names(model: PreTrainedModel) -> dict[str, str]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[name] = first.setdefault(id(parameter), name)
     return names
-
-
-def find_file(config: PathModelConfig, name: str) -> str | None:
-    """Returns the path of a file in the folder or hub repository; None if it does not exist."""
-    path: str | None = cached_file(
-        config.path, name, revision=config.revision, _raise_exceptions_for_missing_entries=False
-    )
-    return path
-
-
-def _weight_files(config: PathModelConfig) -> dict[str, str]:
-    """Returns the file of each stored tensor; as in transformers, a single file precedes an index.
-
-    Raises:
-        ConfigError: There are no safetensors, or one of several files is missing.
-        DamagedError: The file or the index cannot be read.
-    """
-    single = find_file(config, _SINGLE)
-    if single is not None:
-        return dict.fromkeys(_names_in(config, single), single)
-    index = find_file(config, _INDEX)
-    if index is None:
-        raise ConfigError(
-            "model.path",
-            config.path,
-            f"has neither {_SINGLE} nor {_INDEX}",
-            "save the model as safetensors, or use model=config for random weights",
-        )
-    try:
-        weight_map: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise DamagedError(
-            "model.path", config.path, f"{_INDEX} has no weight_map", "download it again"
-        ) from e
-    files: dict[str, str] = {}
-    for shard in shards:  # as in transformers, the files' content counts, not the index's
-        path = find_file(config, shard)
-        if path is None:
-            raise ConfigError("model.path", config.path, f"{shard} is missing", "download it again")
-        files |= dict.fromkeys(_names_in(config, path), path)
-    return files
-
-
-def _names_in(config: PathModelConfig, path: str) -> list[str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as e:
-        line = str(e).strip().split("\n")[0].rstrip(".")
-        rule = f"{Path(path).name} cannot be read: {line}"
-        raise DamagedError("model.path", config.path, rule, "download or export it again") from e
-
-
-def _described(config: PathModelConfig, files: dict[str, str]) -> dict[str, Tensor]:
-    """Returns shape and type of each stored tensor, as tensors on the meta device."""
-    described: dict[str, Tensor] = {}
-    for path in sorted(set(files.values())):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                piece = file.get_slice(name)
-                dtype = _DTYPES.get(piece.get_dtype())
-                if dtype is None:
-                    raise ConfigError(
-                        "model.path",
-                        config.path,
-                        f"{name} is of type {piece.get_dtype()}, which no model is trained in",
-                        "give the model that it was made from",
-                    )
-                described[name] = torch.empty(piece.get_shape(), dtype=dtype, device="meta")
-    return described
 
 
 def _loading_groups(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compression.block import Block, watch_inputs
 from compression.methods.gptq import inverse_factor
-from compression.recipe import Criterion, Pattern
+from compression.sparsity import Criterion, Pattern
 
 _BLOCK = 128  # columns for which SparseGPT chooses zeros at once
 

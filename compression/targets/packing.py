@@ -19,13 +19,15 @@ from compression.scheme import Scheme
 from compression.speed import TorchRunner
 from compression.stream import BlockStream
 from compression.targets.names import StoredNames
+from core import layout
 from core.errors import ConfigError, DamagedError
-from trainer.export import save_weights
+from trainer.exporter import save_weights
+from trainer.weight_files import INDEX, SINGLE
 
 _SHARD_BYTES = 256 * 2**20  # limit of memory; a larger block has a file to itself
 _NOT_COPIED = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf"),
-    *("config.json", "lineage.json"),
+    *("config.json", layout.LINEAGE),
 )
 
 # Tensors and codes by name -> the tensors to store, and the metadata of their file.
@@ -69,7 +71,7 @@ def write_folder(
     # The number of files is part of their names, and known only now.
     names = {p.name: f"{p.stem}-of-{len(shards):05d}.safetensors" for p in shards}
     if len(shards) == 1:
-        names = {shards[0].name: "model.safetensors"}
+        names = {shards[0].name: SINGLE}
     for path in shards:
         path.rename(out / names[path.name])
     if len(shards) > 1:
@@ -77,7 +79,7 @@ def write_folder(
             "metadata": {"total_size": size},
             "weight_map": {name: names[file] for name, file in weight_map.items()},
         }
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+        (out / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 
 def _on_disk(

@@ -301,7 +301,7 @@ class Command:
             quoted = str(folder_of_options(config_dir).absolute()).replace("'", r"\'")
             words = [*words, f"hydra.searchpath=['file://{quoted}']"]
         parser = OverridesParser.create()
-        found: dict[tuple[bool, str], Override] = {}
+        found: list[Override] = []
         for word in words:
             try:
                 override = parser.parse_override(self._spelt_out(word, sweeps))
@@ -311,12 +311,9 @@ class Command:
             if override.is_hydra_override() and key != "hydra.searchpath":
                 rule = "only hydra.searchpath has an effect here"
                 raise ConfigError(key, value, rule, "leave it out")
-            # `~key +key=value` replaces a value, so a key may be deleted and set at once.
-            at = (override.is_delete(), self.short.get(key, key))
-            if at in found:
-                raise ConfigError(key, value, "is given twice", "leave one out")
-            found[at] = override
-        return list(found.values())
+            found.append(override)
+        refuse_repeated(words, self.short)
+        return found
 
     def _spelt_out(self, word: str, sweeps: bool) -> str:
         """Returns a word in Hydra's syntax: quoted, with its full key, `++` and `[]` where needed.
@@ -456,6 +453,23 @@ def _quoted(value: str, sweeps: bool) -> str:
     except HydraException:
         return QuotedString(value, Quote.double).with_quotes()
     return value
+
+
+def refuse_repeated(words: Sequence[str], short: Mapping[str, str] | None = None) -> None:
+    """Raises ConfigError if two words set the same key, of which the last would count.
+
+    Args:
+        words: Words of the form `key=value`.
+        short: Full keys by their short names.
+    """
+    found: set[tuple[bool, str]] = set()
+    for word in words:
+        key, _, value = word.lstrip("+~").partition("=")
+        # `~key +key=value` replaces a value, so a key may be deleted and set at once.
+        at = (word.startswith("~"), (short or {}).get(key, key))
+        if at in found:
+            raise ConfigError(key, value, "is given twice", "leave one out")
+        found.add(at)
 
 
 def without(words: Sequence[str], others: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError
+from core.settings.options import number
 
 _GUARD = """\
 Runs COMMAND on a rented machine, records its cost tick by tick, and stops it in time to save before
@@ -34,9 +35,21 @@ def add_verbs(commands: Any) -> None:
     Args:
         commands: Object that `add_subparsers` returned.
     """
+    _add_guard(commands)
+    cost = commands.add_parser(
+        "cost",
+        help="show what a job has cost and will cost, from its ledger",
+        description="Shows a ledger: spent, expected and forecast sums, dollars per million "
+        "tokens, and a table by place.",
+    )
+    cost.set_defaults(run=_cost)
+    cost.add_argument("ledger", metavar="DIR", type=_folder, help="folder that guard writes to")
+
+
+def _add_guard(commands: Any) -> None:
     parser = commands.add_parser(
         "guard",
-        help="run a command, write down what it costs, stop it at the budget",
+        help="run a command, record its cost, stop it at the budget",
         usage="python -m launch guard [options] --ledger DIR -- COMMAND...",
         description=_GUARD,
         epilog=_EXAMPLES,
@@ -50,7 +63,7 @@ def add_verbs(commands: Any) -> None:
         help="folder that records what was spent",
     )
     price = parser.add_mutually_exclusive_group()
-    price.add_argument("--usd-per-h", metavar="X", type=_number(0), help="price of a node-hour")
+    price.add_argument("--usd-per-h", metavar="X", type=number(0), help="price of a node-hour")
     price.add_argument(
         "--prices", metavar="FILE", type=Path, help="prices by place (default: SPOTFORGE_PRICES)"
     )
@@ -60,7 +73,7 @@ def add_verbs(commands: Any) -> None:
     parser.add_argument(
         "--budget-usd",
         metavar="X",
-        type=_number(),
+        type=number(),
         default=math.inf,
         help="what the job may cost in all its starts (default: no limit)",
     )
@@ -70,7 +83,7 @@ def add_verbs(commands: Any) -> None:
     parser.add_argument(
         "--deadline-h",
         metavar="X",
-        type=_number(),
+        type=number(),
         default=math.inf,
         help="hours from the estimate, else from the first start, to the deadline",
     )
@@ -91,18 +104,10 @@ def add_verbs(commands: Any) -> None:
         parser.add_argument(
             f"--{name}-s",
             metavar="S",
-            type=_number(),
+            type=number(),
             default=float(default_s),
             help=f"seconds {what} (default: {default_s})",
         )
-    cost = commands.add_parser(
-        "cost",
-        help="what a job has cost so far, and will cost, as its ledger says",
-        description="Shows a ledger: spent, expected and forecast; dollars a million tokens; a "
-        "table by place.",
-    )
-    cost.set_defaults(run=_cost)
-    cost.add_argument("ledger", metavar="DIR", type=_folder, help="the folder that guard writes to")
 
 
 def _cost(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -181,22 +186,6 @@ def _folder(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("'' is not the name of a folder")
     return Path(text)
-
-
-def _number(least: float | None = None) -> Any:
-    """Returns a parser of finite numbers of at least `least`; above 0 without it."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (value > 0 if least is None else value >= least) or math.isinf(value):
-            rule = "above 0" if least is None else f"of at least {least:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {rule}")
-        return value
-
-    return parse
 
 
 def _estimate(text: str | None) -> dict[str, float]:

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from core import layout
 from monitoring.events import read_events
 
 _TAIL_BYTES = 1 << 16
@@ -34,11 +35,11 @@ def read_progress(run_dir: Path | None) -> Progress:
     Raises:
         OSError: The folder cannot be read, e.g. since a mounted bucket is unreachable.
     """
-    last = _last_record(run_dir / "metrics.jsonl") if run_dir is not None else {}
+    last = _last_record(run_dir / layout.METRICS) if run_dir is not None else {}
     step, tokens = last.get("step"), last.get("num_tokens")
     if run_dir is None or not isinstance(step, int) or not isinstance(tokens, int | float):
         return Progress()
-    total_steps = _read_json(run_dir / "status.json").get("total_steps")
+    total_steps = _read_json(run_dir / layout.STATUS).get("total_steps")
     if not isinstance(total_steps, int) or step < 1:
         return Progress(step, float(tokens))
     # The status has no total of tokens; every step so far had the same number on average.
@@ -52,8 +53,9 @@ def saved_step(run_dir: Path | None) -> int | None:
         OSError: See `read_progress`.
     """
     # The pattern leaves out checkpoints that are being written: they are `.staging-step-*`.
-    names = [path.name for path in run_dir.glob("checkpoints/step-*")] if run_dir else []
-    steps = [int(digits) for name in names if (digits := name.removeprefix("step-")).isdecimal()]
+    found = run_dir.glob(f"{layout.CHECKPOINTS}/{layout.STEP}*") if run_dir else ()
+    digits = [path.name.removeprefix(layout.STEP) for path in found]
+    steps = [int(number) for number in digits if number.isdecimal()]
     return max(steps, default=None)
 
 

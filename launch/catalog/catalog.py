@@ -76,7 +76,7 @@ def load_catalog(launch: LaunchConfig, date: datetime.date) -> Catalog:
         rule = f"its prices are of {snapshot.date}, and today is {date}"
         fix = "correct its date, or --today"
         raise ConfigError("launch.catalog", launch.catalog or snapshot.source, rule, fix)
-    _check_names(launch, snapshot.offers)
+    _check_names(launch, [offer for offer in snapshot.offers if not offer.pool])
     rented = (_as_the_users(launch, offer) for offer in snapshot.offers)
     offers = (*rented, *_owned(launch))
     return Catalog(snapshot.source, snapshot.date, age_days, snapshot.digest, offers)
@@ -93,7 +93,7 @@ def owned_catalog(launch: LaunchConfig, kind: PoolKind, date: datetime.date) -> 
     Raises:
         ConfigError: There is no pool of that kind, or a pool has an invalid setting.
     """
-    offers = tuple(offer for offer in _owned(launch) if offer.cloud == kind.value)
+    offers = tuple(offer for offer in _owned(launch) if offer.pool_kind == kind.value)
     if not offers:
         example = f"{{hpc:{{kind:{kind.value},gpu:A100-80GB,gpus_per_node:8,nodes:2}}}}"
         rule = "launch.pools has no pool of that kind"
@@ -131,7 +131,7 @@ def read_skypilot_folder(folder: Path) -> Snapshot:
 
 
 def _check_names(launch: LaunchConfig, offers: Sequence[Offer]) -> None:
-    """Raises ConfigError for an unknown name, which would have no effect on any offer."""
+    """Raises ConfigError for a name that no rented offer has, which would have no effect."""
     clouds, regions = {offer.cloud for offer in offers}, {offer.region for offer in offers}
     named = {"launch.clouds": launch.clouds, "launch.countries": launch.countries}
     named["launch.discounts"] = [key.partition("/")[0] for key in launch.discounts]
@@ -175,7 +175,7 @@ def _as_the_users(launch: LaunchConfig, offer: Offer) -> Offer:
 
 def _pool(name: str, pool: PoolConfig) -> Offer:
     return Offer(
-        cloud=pool.kind.value,
+        cloud="",
         region="",
         zone="",
         instance_type="",
@@ -184,6 +184,7 @@ def _pool(name: str, pool: PoolConfig) -> Offer:
         usd_per_h=pool.usd_per_h,
         is_spot=False,
         pool=name,
+        pool_kind=pool.kind.value,
         max_nodes=pool.nodes,
         country=country_of(f"launch.pools.{name}.country", pool.country),
     )

@@ -11,9 +11,9 @@ from core.errors import ConfigError, ExitCode
 from launch.words import add_words, settings_of
 
 _UPDATE = """\
-Takes the catalogs that SkyPilot has downloaded (in $SKY_RUNTIME_DIR/.sky/catalogs/v8 or
-~/.sky/catalogs/v8) into a snapshot of spotforge's own, which `plan` then uses. They are as old as
-SkyPilot's files: let SkyPilot fetch them again first, e.g. with `sky show-gpus`."""
+Copies the catalogs that SkyPilot has downloaded (to $SKY_RUNTIME_DIR/.sky/catalogs/v8 or
+~/.sky/catalogs/v8) to a snapshot, which `plan` then uses. They are as old as SkyPilot's files: let
+SkyPilot download them again first, e.g. with `sky show-gpus`."""
 
 
 def add_verbs(commands: Any) -> None:
@@ -22,12 +22,12 @@ def add_verbs(commands: Any) -> None:
     Args:
         commands: Object that `add_subparsers` returned.
     """
-    catalog = commands.add_parser("catalog", help="which prices there are, and newer ones")
+    catalog = commands.add_parser("catalog", help="show the prices, or update them")
     verbs = catalog.add_subparsers(dest="action", metavar="show | update", required=True)
-    show = verbs.add_parser("show", help="which prices `plan` would use")
+    show = verbs.add_parser("show", help="show which prices `plan` uses")
     show.set_defaults(run=_show)
     add_words(show, "e.g. launch.catalog=F")
-    update = verbs.add_parser("update", help="take SkyPilot's prices", description=_UPDATE)
+    update = verbs.add_parser("update", help="copy SkyPilot's prices", description=_UPDATE)
     update.set_defaults(run=_update)
     update.add_argument(
         "--from",

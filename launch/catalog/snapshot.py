@@ -2,7 +2,7 @@
 
     {"date": "2026-05-24", "source": "...", "digest": "sha256:...", "offers": [{...}, ...]}
 
-An offer has the fields of `Offer`; fields with a default may be left out. A file written by hand
+An offer is a row of `Offer.as_row`; fields with a default may be left out. A file written by hand
 needs no digest.
 """
 
@@ -10,7 +10,7 @@ import datetime
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from launch.catalog.gpus import known_gpu
 from launch.catalog.offer import Offer
 from monitoring.units import printable
 
-_FIELDS = {field.name: field for field in fields(Offer)}
+_FIELDS = {field.name: field for field in fields(Offer) if field.name != "pool_kind"}
 _NEEDED = {name for name, field in _FIELDS.items() if field.default is MISSING}
 _TEXT = {"cloud", "region", "zone", "instance_type", "gpu", "pool", "country"}
 
@@ -45,7 +45,7 @@ class Snapshot:
 
 def digest_of(offers: Sequence[Offer]) -> str:
     """Returns the SHA-256 of offers in their order: `sha256:...`."""
-    text = json.dumps([asdict(offer) for offer in offers], sort_keys=True)
+    text = json.dumps([offer.as_row() for offer in offers], sort_keys=True)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
@@ -91,7 +91,7 @@ def write_snapshot(path: Path, date: datetime.date, source: str, offers: Sequenc
     rows = [
         {
             name: value
-            for name, value in asdict(offer).items()
+            for name, value in offer.as_row().items()
             if name in _NEEDED or value != _FIELDS[name].default
         }
         for offer in offers
@@ -129,7 +129,10 @@ def _offer(path: Path, number: int, row: Any) -> Offer:
     if not isinstance(row["gpus_per_node"], int):
         raise refuse(f"gpus_per_node={row['gpus_per_node']} is not an integer")
     try:
-        country = country_of("country", row.get("country", ""))
-        return Offer(**(row | {"gpu": known_gpu(row["gpu"], "gpu"), "country": country}))
+        row["gpu"] = known_gpu(row["gpu"], "gpu")
+        row["country"] = country_of("country", row.get("country", ""))
+        if row.get("pool"):
+            row |= {"cloud": "", "pool_kind": row["cloud"]}
+        return Offer(**row)
     except ConfigError as e:
         raise refuse(str(e)) from e

@@ -14,20 +14,25 @@ from launch.elastic.protocol import (
     MAX_LINE_BYTES,
     SUPERVISOR_SILENCE_S,
     VERSION,
+    Challenge,
     Dismiss,
     Hello,
     Leaving,
     Message,
     ProtocolError,
     Refused,
+    Stop,
     Welcome,
     command_digest,
     encode,
     receive,
 )
+from launch.elastic.token import is_proof, new_challenge, proof_of
+from parallel.launcher import TOKEN_VARIABLE
 
 _POLL_S = 0.1
 _MAX_BACKOFF_S = 10.0
+_LONE_SILENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Membership:
     nproc: int | None
     grace_s: float
     wait_s: float
+    token: str | None
 
 
 class Agent:
@@ -103,24 +109,46 @@ class Agent:
         """Serves one supervisor; returns the exit code, or None if the connection is lost."""
 
         def send(message: Message) -> None:
-            writer.write(encode(message))
+            if not writer.is_closing():
+                writer.write(encode(message))
 
         machine = Machine(self._membership.command, self._membership.nproc, send)
         try:
             await self._introduce(machine, reader, writer)
             return await self._obey(machine, reader, send)
         except (ProtocolError, EOFError, OSError, TimeoutError) as e:
-            running = machine.is_running
-            killing = "; killing its ranks" if running else ""
-            self._say(f"lost the supervisor: {_reason(e)}{killing}")
+            lost, running = f"lost the supervisor: {_reason(e)}", machine.is_running
+            if running and _is_dead(e):
+                self._say(f"{lost}; its ranks save")
+                writer.close()
+                running = not await self._let_save(machine)
+            else:
+                self._say(f"{lost}; killing its ranks" if running else lost)
             if self._stop is not None:
                 return ExitCode.FAILED if running else ExitCode.START_AGAIN
             return None
         finally:
-            # Ranks of a lost supervisor must end: its successor starts others, and two generations
-            # must not write to one run directory.
+            # Ranks of a lost supervisor must end before this machine joins its successor, which
+            # starts others: two generations must not write to one run directory.
             machine.close()
             writer.close()
+
+    async def _let_save(self, machine: Machine) -> bool:
+        """Tells the ranks to save and end; returns whether they did.
+
+        They have the grace period, unless they beat no more: their peers are lost, too.
+        """
+        deadline = time.monotonic() + self._membership.grace_s
+        machine.receive(Stop())
+        while machine.is_running:
+            if machine.silence_s > _LONE_SILENCE_S:
+                self._say(f"its ranks did not beat for {_LONE_SILENCE_S:.0f} s: killed")
+                return False
+            if time.monotonic() > (deadline if self._stop is None else self._stop_by):
+                self._say(f"its ranks did not end within {self._membership.grace_s:g} s: killed")
+                return False
+            await asyncio.sleep(_POLL_S)
+        return True
 
     async def _introduce(
         self, machine: Machine, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -128,10 +156,13 @@ class Agent:
         nproc, problem = await machine.offer()
         if problem is not None:
             raise SpotforgeError(problem)
-        digest = command_digest(self._membership.command)
-        writer.write(encode(Hello(VERSION, nproc, digest, writer.get_extra_info("sockname")[0])))
         where = f"{self._membership.host}:{self._membership.port}"
         try:
+            challenge = await asyncio.wait_for(receive(reader), SUPERVISOR_SILENCE_S)
+            if not isinstance(challenge, Challenge):
+                raise ProtocolError("expected Challenge")
+            hello = self._hello(challenge, nproc, writer.get_extra_info("sockname")[0])
+            writer.write(encode(hello))
             answer = await asyncio.wait_for(receive(reader), SUPERVISOR_SILENCE_S)
         except ProtocolError as e:
             raise ConfigError(
@@ -142,11 +173,21 @@ class Agent:
                 "HOST:PORT",
                 where,
                 f"the supervisor refuses this machine: {answer.reason}",
-                "start the same version with the same COMMAND on both",
+                "start the same version with the same COMMAND and token on both",
             )
         if not isinstance(answer, Welcome):
             raise ProtocolError("expected Welcome or Refused")
+        challenges = (hello.challenge, challenge.challenge)
+        if not is_proof(answer.proof, self._membership.token, "supervisor", *challenges):
+            rule = "the supervisor there lacks this machine's token"
+            raise ConfigError("HOST:PORT", where, rule, f"give it the same {TOKEN_VARIABLE}")
         self._say(f"joined {where} with {nproc} {'rank' if nproc == 1 else 'ranks'}")
+
+    def _hello(self, challenge: Challenge, nproc: int, address: str) -> Hello:
+        digest, own = command_digest(self._membership.command), new_challenge()
+        parts = (challenge.challenge, own, nproc, digest, address)
+        proof = proof_of(self._membership.token, "machine", *parts)
+        return Hello(VERSION, nproc, digest, address, own, proof)
 
     async def _obey(
         self, machine: Machine, reader: asyncio.StreamReader, send: Callable[[Message], None]
@@ -192,6 +233,15 @@ class Agent:
 
     def _say(self, text: str) -> None:
         say("join", text)
+
+
+def _is_dead(error: Exception) -> bool:
+    """Returns whether the supervisor has ended, so that nobody else starts ranks of this run.
+
+    If it only is silent, this machine may be cut off from it, and the others may be started again
+    in a moment.
+    """
+    return isinstance(error, EOFError | ConnectionResetError | BrokenPipeError)
 
 
 def _reason(error: Exception) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from core.process.child import check_program
 from core.process.signals import exit_at_once
+from core.settings.options import count, number
 
 _SUPERVISE = """\
 Starts COMMAND once for each rank, on this machine and on those that join it, and starts all of them
@@ -27,7 +28,10 @@ a cloud on this machine, whose two nodes last two minutes on average and have 30
   python -m launch supervise --nodes 2 --interrupt-every 120 --notice 30 -- \\
       python -m trainer experiment=stdlib
 
-Anyone who reaches the port can join: listen on a private network only.
+A machine joins only if it has the supervisor's token: SPOTFORGE_TOKEN, or --token-file. A
+supervisor that listens beyond loopback and was given none makes one, and prints the command that
+joins with it. What the machines then send each other, gradients among it, is not encrypted: see
+docs/surviving.md.
 
 exit codes: 0 finished; 33 stopped, with all steps saved, start it again; 2 refused; 1 failed
 """
@@ -40,7 +44,8 @@ _JOIN_EXAMPLES = """\
 example:
   python -m launch join 10.0.0.1:29400 -- python -m trainer experiment=stdlib
 
-COMMAND must be the supervisor's, word for word: it is never sent, only its digest is compared.
+COMMAND must be the supervisor's, word for word: it is never sent, only its digest is compared. So
+must be the token, in SPOTFORGE_TOKEN or --token-file: it is never sent either, only proved.
 
 exit codes: the supervisor's; 33 if this machine left; 1 if no supervisor answered in time
 """
@@ -52,9 +57,14 @@ def add_verbs(commands: Any) -> None:
     Args:
         commands: Object that `add_subparsers` returned.
     """
+    _add_supervise(commands)
+    _add_join(commands)
+
+
+def _add_supervise(commands: Any) -> None:
     supervise = commands.add_parser(
         "supervise",
-        help="start ranks here and on the machines that join, and keep them going",
+        help="start ranks here and on machines that join, and restart them",
         usage="python -m launch supervise [options] -- COMMAND...",
         description=_SUPERVISE,
         epilog=_SUPERVISE_EXAMPLES,
@@ -65,31 +75,37 @@ def add_verbs(commands: Any) -> None:
         "--listen",
         metavar="[HOST:]PORT",
         type=_address,
-        help="let machines join at this address (default: no machine can; HOST: 0.0.0.0)",
+        help="address at which machines can join (default: none; HOST: 0.0.0.0)",
     )
+    _add_token(supervise, "; made if it does not exist")
     supervise.add_argument(
         "--nodes",
         metavar="N",
-        type=_count,
+        type=count(),
         default=1,
-        help="wait for so many machines before the first start, this one included (default: 1)",
+        help="machines to wait for before the first start, with this one (default: 1)",
     )
     supervise.add_argument(
         "--multiple-of",
         metavar="M",
-        type=_count,
+        type=count(),
         default=1,
-        help="use machines such that M divides the number of ranks (default: 1)",
+        help="number that must divide the number of ranks (default: 1)",
     )
     for name, default_s, what in (
-        ("hang-timeout", 600, "without a heartbeat of any rank that count as a hang"),
+        (
+            "hang-timeout",
+            600,
+            "without a heartbeat of any rank that count as a hang, at most: after 20 steps, ten "
+            "times the longest usual silence counts, or 20 s if that is longer",
+        ),
         ("startup-timeout", 1800, "that count as a hang before the first step is done"),
         ("grace", 600, "for ranks to save before they are killed"),
     ):
         supervise.add_argument(
             f"--{name}",
             metavar="S",
-            type=_seconds,
+            type=number(),
             default=float(default_s),
             help=f"seconds {what} (default: {default_s})",
         )
@@ -103,7 +119,7 @@ def add_verbs(commands: Any) -> None:
     cloud.add_argument(
         "--interrupt-every",
         metavar="S",
-        type=_seconds,
+        type=number(),
         help="mean seconds after which a node is preempted (default: never)",
     )
     for name, default_s, what in (
@@ -113,16 +129,19 @@ def add_verbs(commands: Any) -> None:
         cloud.add_argument(
             f"--{name}",
             metavar="S",
-            type=_seconds_or_none,
+            type=number(0),
             default=float(default_s),
             help=f"seconds {what} (default: {default_s})",
         )
     cloud.add_argument(
         "--seed", metavar="N", type=int, default=0, help="seed of the times (default: 0)"
     )
+
+
+def _add_join(commands: Any) -> None:
     join = commands.add_parser(
         "join",
-        help="run ranks here for a supervisor elsewhere",
+        help="run ranks here for a supervisor on another machine",
         usage="python -m launch join HOST:PORT [options] -- COMMAND...",
         description=_JOIN,
         epilog=_JOIN_EXAMPLES,
@@ -131,18 +150,19 @@ def add_verbs(commands: Any) -> None:
         "supervisor", metavar="HOST:PORT", type=_peer, help="address of the supervisor"
     )
     join.set_defaults(run=_join, refuse=join.error)
+    _add_token(join, "")
     _add_nproc(join, "", least=1)
     join.add_argument(
         "--grace",
         metavar="S",
-        type=_seconds,
+        type=number(),
         default=600.0,
         help="seconds after SIGTERM within which this machine leaves (default: 600)",
     )
     join.add_argument(
         "--wait",
         metavar="S",
-        type=_seconds,
+        type=number(),
         default=300.0,
         help="seconds to wait for a supervisor, at the start or after losing it (default: 300)",
     )
@@ -150,7 +170,7 @@ def add_verbs(commands: Any) -> None:
 
 def _add_nproc(parser: argparse.ArgumentParser, more: str, least: int) -> None:
     def nproc(text: str) -> int | None:
-        return None if text == "auto" else _count(text, least)
+        return None if text == "auto" else count(least)(text)
 
     parser.add_argument(
         "--nproc",
@@ -161,23 +181,39 @@ def _add_nproc(parser: argparse.ArgumentParser, more: str, least: int) -> None:
     )
 
 
+def _add_token(parser: argparse.ArgumentParser, more: str) -> None:
+    parser.add_argument(
+        "--token-file",
+        metavar="FILE",
+        type=Path,
+        help=f"file with the token of the run{more} (default: the variable SPOTFORGE_TOKEN)",
+    )
+
+
 def _supervise(options: argparse.Namespace, command: Sequence[str]) -> int:
     if options.listen is None and options.nproc == 0:
         options.refuse("--nproc 0 without --listen leaves no machine to run on")
     is_local_cloud = options.listen is None and options.nodes > 1
     if options.interrupt_every is not None and not is_local_cloud:
         options.refuse("--interrupt-every is for --nodes 2 or more, without --listen")
+    if options.token_file is not None and options.listen is None:
+        options.refuse("--token-file is for machines that join: it needs --listen")
     _check(options, command)
     import asyncio  # imported here, with what needs it, so that --help is fast
 
     from launch.elastic.local_cloud import free_port
     from launch.elastic.supervisor import Settings, Supervisor
+    from launch.elastic.token import new_token, read_token
 
+    token = read_token(options.token_file, makes=True)
+    makes_token = token is None and options.listen is not None and _is_open(options.listen[0])
     settings = Settings(
         command=command,
         # In a local cloud only the nodes have ranks, so that any of them can be lost.
         nproc=0 if is_local_cloud else options.nproc,
         listen=("127.0.0.1", free_port()) if is_local_cloud else options.listen,
+        token=new_token() if makes_token else token,
+        shows_token=makes_token,
         nodes=options.nodes,
         multiple_of=options.multiple_of,
         hang_timeout_s=options.hang_timeout,
@@ -222,13 +258,22 @@ def _join(options: argparse.Namespace, command: Sequence[str]) -> int:
     import asyncio
 
     from launch.elastic.agent import Agent, Membership
+    from launch.elastic.token import read_token
 
-    async def run() -> int:
-        host, port = options.supervisor
-        membership = Membership(host, port, command, options.nproc, options.grace, options.wait)
-        return await Agent(membership).run()
+    host, port = options.supervisor
+    token = read_token(options.token_file)
+    membership = Membership(host, port, command, options.nproc, options.grace, options.wait, token)
+    return asyncio.run(Agent(membership).run())
 
-    return asyncio.run(run())
+
+def _is_open(host: str) -> bool:
+    """Returns whether other machines may reach an address at which this one listens."""
+    import ipaddress
+
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host != "localhost"  # a name
 
 
 def _check(options: argparse.Namespace, command: Sequence[str]) -> None:
@@ -236,26 +281,6 @@ def _check(options: argparse.Namespace, command: Sequence[str]) -> None:
         options.refuse("say what to run: -- COMMAND...")
     exit_at_once()
     check_program(command)
-
-
-def _count(text: str, least: int = 1) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of {least} or more")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds
-
-
-def _seconds_or_none(text: str) -> float:
-    return 0.0 if text == "0" else _seconds(text)
 
 
 def _address(text: str) -> tuple[str, int]:

@@ -20,9 +20,12 @@ from pathlib import Path
 from subprocess import SubprocessError
 from typing import Any
 
+from core import layout
 from core.process.child import Child
 from core.process.python import USERS_PATH
 from launch.elastic.protocol import MAX_TEXT_CHARS, RankStatus, Start
+from parallel.launcher import TOKEN_VARIABLE
+from parallel.network import address_to, interface_variables
 
 _STACKS_S = 3.0
 _STACKS_SETTLED_S = 0.3  # a stack file that has not grown for so long is complete
@@ -66,7 +69,7 @@ class Gang:
                 changed = now
             elif all(sizes) and now > changed + _STACKS_SETTLED_S:
                 break
-        return [rank.read("stack.txt") or "" for rank in self._ranks]
+        return [rank.read(layout.STACK) or "" for rank in self._ranks]
 
     def close(self) -> None:
         """Kills the ranks that still run, and removes their folders."""
@@ -94,11 +97,11 @@ class _Rank:
             # that is read after it is the last one.
             code = self._child.wait(0)
             self._read_heartbeat()
-            if self._status.stop_reason is None and (reason := self.read("stop_reason.txt")):
+            if self._status.stop_reason is None and (reason := self.read(layout.STOP_REASON)):
                 self._update(stop_reason=reason.strip())
             if code is not None:
                 self._child.kill()  # helper processes left behind would hold the GPU's memory
-                self._end(code, self.read("error.txt"))
+                self._end(code, self.read(layout.ERROR))
         return self._status
 
     def signal(self, number: signal.Signals) -> None:
@@ -112,7 +115,7 @@ class _Rank:
 
     def stack_bytes(self) -> int:
         try:
-            return (self._folder / "stack.txt").stat().st_size
+            return (self._folder / layout.STACK).stat().st_size
         except FileNotFoundError:
             return 0
 
@@ -129,7 +132,7 @@ class _Rank:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _read_heartbeat(self) -> None:
-        path = self._folder / "heartbeat"
+        path = self._folder / layout.HEARTBEAT
         try:
             beat_ns = path.stat().st_mtime_ns
             if beat_ns == self._beat_ns:
@@ -144,7 +147,7 @@ class _Rank:
         now = time.monotonic()
         try:
             # When the error was written, not when it is seen, tells which of several came first.
-            age_s = time.time() - (self._folder / "error.txt").stat().st_mtime
+            age_s = time.time() - (self._folder / layout.ERROR).stat().st_mtime
         except FileNotFoundError:
             age_s = 0.0
         self._update(exit=code, error=error, ended_at=now - age_s)
@@ -158,6 +161,10 @@ def _environment(start: Start, local_rank: int, folder: Path) -> Mapping[str, st
     # Our own programs run with our own PYTHONPATH; the ranks' program gets the user's back.
     if USERS_PATH in given:
         given["PYTHONPATH"] = given.pop(USERS_PATH)
+    given.pop(TOKEN_VARIABLE, None)  # ranks join nothing
+    if start.world_size > start.nproc:
+        # COMMAND may be a program that does not choose by itself, as ours does.
+        given |= interface_variables(address_to(start.master_addr), given)
     return {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // start.nproc)),
         **given,

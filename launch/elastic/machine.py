@@ -11,6 +11,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from core.process.gpus import NoAnswer, visible_gpus_async
@@ -19,8 +20,13 @@ from launch.elastic.protocol import (
     PING_S,
     Dump,
     Kill,
+    Listen,
     Message,
+    Open,
+    Peer,
     Prepare,
+    Probe,
+    Probed,
     ProtocolError,
     RankStatus,
     Ready,
@@ -28,7 +34,11 @@ from launch.elastic.protocol import (
     Start,
     Status,
     Stop,
+    Way,
 )
+from parallel.network import answering, new_token, probe
+
+PROBE_BYTES = 2**20
 
 
 class Machine:
@@ -50,6 +60,7 @@ class Machine:
         self._told: list[RankStatus] = []
         self._told_at = 0.0
         self._jobs: set[asyncio.Task[None]] = set()
+        self._answering = ExitStack()  # probes of other machines
         self._folder = Path(tempfile.mkdtemp(prefix="spotforge-ranks-"))
 
     async def offer(self) -> tuple[int, str | None]:
@@ -86,6 +97,10 @@ class Machine:
                 self._gang.signal(signal.SIGKILL)
             case Dump() if self._gang:
                 self._begin(self._dump(self._gang))
+            case Listen():
+                self._listen(message.address)
+            case Probe():
+                self._begin(self._probe(message.peers))
 
     def poll(self) -> None:
         """Reports the ranks if their status changed or a ping is due; call it every 0.1 s."""
@@ -103,10 +118,18 @@ class Machine:
         """True while a rank runs."""
         return self._gang is not None and any(r.exit is None for r in self._gang.status())
 
+    @property
+    def silence_s(self) -> float:
+        """Seconds since the newest beat of any rank; 0 if no rank beats."""
+        ranks = self._gang.status() if self._gang else []
+        beats = [rank.beat_at for rank in ranks if rank.beat_at is not None]
+        return time.monotonic() - max(beats) if beats else 0.0
+
     def close(self) -> None:
         """Kills the ranks and removes their files."""
         for job in self._jobs:
             job.cancel()
+        self._answering.close()
         self._close_gang()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -126,6 +149,23 @@ class Machine:
             s.bind(("", 0))
             port: int = s.getsockname()[1]
         self._send(Ready(self._offered, port, problem))
+
+    def _listen(self, address: str) -> None:
+        self._answering.close()
+        token = new_token()
+        try:
+            port = self._answering.enter_context(answering(address, token, PROBE_BYTES))
+        except OSError:  # the machine has lost the address by which it joined
+            self._send(Open(None, token))
+        else:
+            self._send(Open(port, token))
+
+    async def _probe(self, peers: Sequence[Peer]) -> None:
+        def ask(peer: Peer) -> Way:
+            return Way(*probe(peer.address, peer.port, peer.token, PROBE_BYTES))
+
+        ways = await asyncio.gather(*(asyncio.to_thread(ask, peer) for peer in peers))
+        self._send(Probed(list(ways)))
 
     async def _dump(self, gang: Gang) -> None:
         self._send(Stacks(await gang.stacks()))

@@ -6,14 +6,18 @@ import time
 from collections.abc import Callable
 
 from launch.elastic.protocol import (
+    MAX_HELLO_BYTES,
     MAX_LINE_BYTES,
     SILENCE_S,
     VERSION,
+    Challenge,
     Dismiss,
     Hello,
     Leaving,
     Message,
+    Open,
     Pong,
+    Probed,
     ProtocolError,
     RankStatus,
     Ready,
@@ -25,8 +29,13 @@ from launch.elastic.protocol import (
     encode,
     receive,
 )
+from launch.elastic.reach import Apart
+from launch.elastic.token import OPTION, is_proof, new_challenge, proof_of
+from parallel.launcher import TOKEN_VARIABLE
 
 _GOODBYE_S = 2.0
+_MAX_STRANGERS = 64  # connections at once that have proved nothing yet
+_SAID_REFUSALS = 10  # from then on only each tenfold number is said: the port may be scanned
 
 
 class Node:
@@ -39,6 +48,9 @@ class Node:
         ready: Answer to the last Prepare; None before it.
         ranks: Status of the ranks of the last start.
         stacks: Answer to the last Dump; None before it.
+        open: Answer to the last Listen; None before it.
+        probed: Answer to the last Probe; None before it.
+        apart: State of a machine that others cannot reach; it is left out.
         leaving: Reason why the machine goes away; None if it does not.
         lost: Reason why the machine is gone; None while it is connected.
     """
@@ -50,10 +62,22 @@ class Node:
         self.ready: Ready | None = None
         self.ranks: list[RankStatus] = []
         self.stacks: list[str] | None = None
+        self.open: Open | None = None
+        self.probed: Probed | None = None
+        self.apart = Apart()
         self.leaving: str | None = None
         self.lost: str | None = None
         self._generation = 0
         self._send = send
+
+    def address_seen_from(self, supervisor: str) -> str:
+        """Returns the address at which other machines reach this one.
+
+        Args:
+            supervisor: Address of the supervisor's machine for the others. A node on that machine
+                has connected over loopback, an address that the others cannot use.
+        """
+        return supervisor if ipaddress.ip_address(self.address).is_loopback else self.address
 
     def send(self, message: Message) -> None:
         """Sends a message; does nothing if the machine is gone."""
@@ -88,6 +112,10 @@ class Node:
                 self.stacks = message.stacks
             case Leaving():
                 self.leaving = message.reason
+            case Open():
+                self.open = message
+            case Probed():
+                self.probed = message
 
     @property
     def is_running(self) -> bool:
@@ -100,6 +128,7 @@ class Listener:
 
     Args:
         digest: Value of `command_digest` that a machine must send.
+        token: Token that a machine must prove to have; None: any machine may join.
         joined: Function that is called with each new node.
         changed: Event that is set whenever a node changes.
         say: Function that prints a line about a refused machine.
@@ -108,11 +137,14 @@ class Listener:
     def __init__(
         self,
         digest: str,
+        token: str | None,
         joined: Callable[[Node], None],
         changed: asyncio.Event,
         say: Callable[[str], None],
     ) -> None:
-        self._digest, self._joined, self._changed, self._say = digest, joined, changed, say
+        self._digest, self._token = digest, token
+        self._joined, self._changed, self._say = joined, changed, say
+        self._num_strangers = self._num_refused = 0
         self._connections: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self.address = "127.0.0.1"  # address of this machine for the others
@@ -146,7 +178,7 @@ class Listener:
         node: Node | None = None
         lost = "closed the connection"
         try:
-            node = await self._greet(reader, writer)
+            node = await self._admit(reader, writer)
             while node is not None:
                 message = await asyncio.wait_for(receive(reader), SILENCE_S)
                 node.receive(message)
@@ -158,7 +190,7 @@ class Listener:
         except ProtocolError as e:
             lost = str(e)
             if node is None:
-                self._say(f"refused {_peer(writer)}: {e}")
+                self._note_refusal(writer, str(e))
         except (EOFError, OSError):
             pass
         finally:
@@ -168,15 +200,29 @@ class Listener:
                 node.lost = lost
                 self._changed.set()
 
+    async def _admit(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> Node | None:
+        """Greets a peer, unless too many others are still being greeted."""
+        if self._num_strangers >= _MAX_STRANGERS:
+            raise ProtocolError(f"{_MAX_STRANGERS} others have connected and said nothing yet")
+        self._num_strangers += 1
+        try:
+            return await self._greet(reader, writer)
+        finally:
+            self._num_strangers -= 1
+
     async def _greet(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> Node | None:
         """Returns the new node; None if the peer is refused, which it is told."""
-        hello = await asyncio.wait_for(receive(reader), SILENCE_S)
+        challenge = new_challenge()
+        writer.write(encode(Challenge(VERSION, challenge)))
+        hello = await asyncio.wait_for(receive(reader, MAX_HELLO_BYTES), SILENCE_S)
         if not isinstance(hello, Hello):
             raise ProtocolError("its first message is not Hello")
-        if problem := self._problem(hello):
-            self._say(f"refused {_peer(writer)}: {problem}")
+        if problem := self._problem(hello, challenge):
+            self._note_refusal(writer, problem)
             writer.write(encode(Refused(problem)))
             # Closing at once could reset the connection before the peer has read the reason.
             await asyncio.wait_for(reader.read(1), _GOODBYE_S)
@@ -190,13 +236,24 @@ class Listener:
             writer.write(encode(message))
 
         node = Node(f"node {_peer(writer)}", address, _checked_nproc(hello.nproc), send)
-        node.send(Welcome())
+        node.send(Welcome(proof_of(self._token, "supervisor", hello.challenge, challenge)))
         self._joined(node)
         return node
 
-    def _problem(self, hello: Hello) -> str | None:
+    def _note_refusal(self, writer: asyncio.StreamWriter, problem: str) -> None:
+        self._num_refused += 1
+        number = self._num_refused
+        if number <= _SAID_REFUSALS or number == 10 ** (len(str(number)) - 1):
+            so_far = f" ({number} refused so far)" if number > 1 else ""
+            self._say(f"refused {_peer(writer)}: {problem}{so_far}")
+
+    def _problem(self, hello: Hello, challenge: str) -> str | None:
         if hello.version != VERSION:
             return f"its protocol has version {hello.version}, this supervisor's has {VERSION}"
+        said = (hello.nproc, hello.command_sha256, hello.address)
+        challenges = (challenge, hello.challenge)
+        if not is_proof(hello.proof, self._token, "machine", *challenges, *said):
+            return f"it lacks the supervisor's token: give it {TOKEN_VARIABLE}, or {OPTION}"
         if hello.command_sha256 != self._digest:
             return "its command after -- differs from the supervisor's"
         return None

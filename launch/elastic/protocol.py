@@ -1,15 +1,19 @@
 """The messages between the supervisor and a machine: one JSON object a line, over TCP.
 
     machine -> supervisor                        supervisor -> machine
-    Hello     who I am                           Welcome, or Refused with the reason
+                                                 Challenge
+    Hello     who I am, with a proof             Welcome with a proof, or Refused with the reason
     Ready     ranks that I can run, a free port  Prepare
     Status    how my ranks are: on every change  Start, Stop (SIGTERM), Kill (SIGKILL)
               and each second                    Pong
     Stacks    what my ranks are doing            Dump
+    Open      the port at which I answer probes  Listen
+    Probed    how I reach the others             Probe
     Leaving   this machine goes away             Dismiss with the exit code to end with
 
 The supervisor sends rank numbers, never a command: a machine runs the command it was started with.
-Every message is checked field by field, since anything may connect to an open port.
+Every message is checked field by field, since anything may connect to an open port; the proofs are
+those of `token.py`.
 """
 
 import asyncio
@@ -21,13 +25,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any
 
-VERSION = 1
+VERSION = 2
 PING_S = 1.0
 SILENCE_S = 10.0  # a machine that sends nothing for so long is lost
 # Shorter than SILENCE_S: a machine that is cut off kills its ranks before the supervisor starts the
 # next generation, so that two generations never write to one run directory.
 SUPERVISOR_SILENCE_S = 8.0
 MAX_LINE_BYTES = 4 * 2**20
+MAX_HELLO_BYTES = 4 * 2**10  # before the peer has proved anything
 MAX_TEXT_CHARS = 32 * 2**10  # limit for a traceback, and for the stacks of a rank
 
 
@@ -70,11 +75,19 @@ class RankStatus:
 
 
 @dataclass(frozen=True)
+class Challenge:
+    version: int
+    challenge: str
+
+
+@dataclass(frozen=True)
 class Hello:
     version: int
     nproc: int
     command_sha256: str
     address: str
+    challenge: str
+    proof: str
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,7 @@ class Leaving:
 
 @dataclass(frozen=True)
 class Welcome:
-    pass
+    proof: str
 
 
 @dataclass(frozen=True)
@@ -143,6 +156,44 @@ class Dump:
 
 
 @dataclass(frozen=True)
+class Listen:
+    address: str
+
+
+@dataclass(frozen=True)
+class Open:
+    port: int | None
+    token: str
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A machine that answers probes."""
+
+    address: str
+    port: int
+    token: str
+
+
+@dataclass(frozen=True)
+class Probe:
+    peers: list[Peer]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one machine reaches another; see `parallel.network.Reach`."""
+
+    problem: str | None
+    mbit_per_s: float | None
+
+
+@dataclass(frozen=True)
+class Probed:
+    ways: list[Way]
+
+
+@dataclass(frozen=True)
 class Pong:
     pass
 
@@ -154,7 +205,8 @@ class Dismiss:
 
 
 Message = (
-    Hello
+    Challenge
+    | Hello
     | Ready
     | Status
     | Stacks
@@ -166,6 +218,10 @@ Message = (
     | Stop
     | Kill
     | Dump
+    | Listen
+    | Open
+    | Probe
+    | Probed
     | Pong
     | Dismiss
 )
@@ -196,8 +252,8 @@ def decode(line: bytes) -> Message:
     return message
 
 
-async def receive(reader: asyncio.StreamReader) -> Message:
-    """Reads the next message.
+async def receive(reader: asyncio.StreamReader, max_bytes: int = MAX_LINE_BYTES) -> Message:
+    """Reads the next message, of at most `max_bytes`.
 
     Raises:
         ProtocolError: The line is too long or not a message of this protocol.
@@ -208,6 +264,8 @@ async def receive(reader: asyncio.StreamReader) -> Message:
         line = await reader.readuntil(b"\n")
     except asyncio.LimitOverrunError as e:
         raise ProtocolError(f"a line of more than {MAX_LINE_BYTES} bytes") from e
+    if len(line) > max_bytes:
+        raise ProtocolError(f"a line of more than {max_bytes} bytes")
     return decode(line)
 
 

@@ -68,9 +68,6 @@ class Generation:
         """
         head = self.nodes[0]
         assert head.ready is not None
-        # A head node on the supervisor's machine has connected over loopback, an address that the
-        # other nodes cannot use as MASTER_ADDR.
-        shared = head.address.startswith("127.") or head.address == "::1"
         first_rank = 0
         for group_rank, node in enumerate(self.nodes):
             node.start(
@@ -80,7 +77,7 @@ class Generation:
                     first_rank=first_rank,
                     nproc=node.nproc,
                     world_size=self.world_size,
-                    master_addr=address if shared else head.address,
+                    master_addr=head.address_seen_from(address),
                     master_port=head.ready.port,
                 )
             )

@@ -12,8 +12,10 @@ A generation is one start of the gang on the current machines. Its end decides w
 """
 
 import asyncio
+import shlex
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +24,29 @@ from core.process.signals import call_on_stop, hold
 from launch.elastic.journal import Journal, say, show
 from launch.elastic.machine import Machine
 from launch.elastic.nodes import Listener, Node, dismiss
+from launch.elastic.patience import Patience
 from launch.elastic.policy import Failure, History, choose_nodes
-from launch.elastic.protocol import Dump, Kill, Message, Prepare, Stop, command_digest
+from launch.elastic.protocol import (
+    Dump,
+    Kill,
+    Listen,
+    Message,
+    Peer,
+    Prepare,
+    Probe,
+    Stop,
+    command_digest,
+)
+from launch.elastic.reach import Link, largest_group, slow_links
 from launch.elastic.rendezvous import End, Generation, StopCause
+from parallel.launcher import TOKEN_VARIABLE
+from parallel.network import address_to
 
 _TICK_S = 0.1
 _ECHO_GRACE_S = 5.0  # time in which ranks that lost a peer end by themselves
 _KILL_S = 30.0  # longer than a kill takes, unless the rank is stuck in a driver call
 _STACKS_S = 6.0
+_ELSEWHERE = "192.0.2.1"  # of no machine (RFC 5737), so the route to it is the default one
 
 
 @dataclass(frozen=True)
@@ -39,6 +56,8 @@ class Settings:
     command: Sequence[str]
     nproc: int | None
     listen: tuple[str, int] | None
+    token: str | None
+    shows_token: bool  # in the command that joins, since nobody else knows the token
     nodes: int
     multiple_of: int
     hang_timeout_s: float
@@ -54,6 +73,7 @@ class Supervisor:
         self._settings = settings
         self._journal = Journal(settings.events)
         self._history = History()
+        self._patience = Patience(settings.hang_timeout_s)
         self._changed = asyncio.Event()
         self._nodes: list[Node] = []  # in the order in which they joined
         self._gang: Generation | None = None  # while one runs
@@ -95,9 +115,13 @@ class Supervisor:
         if settings.listen is not None:
             host, port = settings.listen
             digest = command_digest(settings.command)
-            self._listener = Listener(digest, self._joined, self._changed, self._say)
+            token = settings.token
+            self._listener = Listener(digest, token, self._joined, self._changed, self._say)
             try:
-                self._say(f"listening on {await self._listener.open(host, port)}")
+                address = await self._listener.open(host, port)
+                self._say(f"listening on {address}")
+                if settings.shows_token:
+                    self._say(f"machines join with: {_join_command(address, settings)}")
             except OSError as e:
                 raise ConfigError(
                     "--listen", f"{host}:{port}", e.strerror or str(e), "choose another port"
@@ -159,11 +183,13 @@ class Supervisor:
             + (f" after step {self._history.step}" if self._history.step is not None else ""),
             quiet=gang.number == 1 and self._listener is None,
         )
+        self._patience.begin()
         gang.start(self._listener.address if self._listener else "127.0.0.1")
         end = await self._watch(gang)
         # Before any kill: ranks that are killed below would look like the cause.
         failure = gang.failure(end)
         if end is End.HUNG:
+            self._patience.relax()
             await self._show_stacks(gang)
         # Ranks that wait for a lost or hanging peer do not react to SIGTERM. After a failure they
         # may still be writing their own errors.
@@ -187,8 +213,9 @@ class Supervisor:
             if len(self._nodes) < wanted:
                 if missing != (missing := wanted - len(self._nodes)):
                     self._say(f"waiting for {_count(missing, 'node')} to join")
-            # The same nodes have just answered that they make no gang: wait for another one.
-            elif self._nodes != asked:
+            # The same nodes have just answered that they make no gang: wait for another one, or
+            # until one that was left out is due.
+            elif self._nodes != asked or any(node.apart.is_due() for node in self._nodes):
                 asked = list(self._nodes)
                 gang = await self._prepare(asked)
                 if gang is not None:
@@ -208,6 +235,15 @@ class Supervisor:
         for node in ready:
             if node.ready is not None and node.ready.problem is not None:
                 self._say(f"{node.name}: {node.ready.problem}")
+        there = ready
+        links = await self._probe(there)
+        if self._stop is not None:
+            return None
+        ready = self._group(there, links)
+        for link, others in slow_links(links):
+            # Bytes came to the machine that has asked.
+            names = f"{there[link.target].name} -> {there[link.source].name}"
+            self._tell("slow", f"{names}: {link.mbit_per_s:.1f} Mbit/s, others {others:.0f}")
         chosen = choose_nodes([node.nproc for node in ready], self._settings.multiple_of)
         if chosen:
             return Generation(self._generation + 1, [ready[i] for i in chosen])
@@ -222,24 +258,104 @@ class Supervisor:
         self._tell("fail", f"cannot start again: {can}, --multiple-of={multiple_of}")
         return ExitCode.FAILED
 
+    async def _probe(self, nodes: Sequence[Node]) -> list[Link]:
+        """Has each node connect to each other one; returns how they reach each other."""
+        if len(nodes) < 2:
+            return []
+        assert self._listener is not None
+        address = self._listener.address
+        for node in nodes:
+            node.open = node.probed = None
+            node.send(Listen(node.address_seen_from(address)))
+        await self._until(lambda: all(node.open or node.lost for node in nodes))
+        # Nobody answers at port 1, and so nobody reaches a machine that could not listen.
+        peers = {
+            i: Peer(node.address_seen_from(address), node.open.port or 1, node.open.token)
+            for i, node in enumerate(nodes)
+            if node.open is not None
+        }
+        for i in peers:
+            nodes[i].send(Probe([peer for j, peer in peers.items() if j != i]))
+        await self._until(lambda: all(nodes[i].probed or nodes[i].lost for i in peers))
+        links = []
+        for i in peers:
+            probed = nodes[i].probed
+            others = [j for j in peers if j != i]
+            for j, way in zip(others, probed.ways if probed is not None else [], strict=False):
+                links.append(Link(i, j, way.problem, way.mbit_per_s))
+        return links
+
+    async def _until(self, condition: Callable[[], object]) -> None:
+        """Waits for a condition, or for a signal to the supervisor."""
+        while not condition() and self._stop is None:
+            await asyncio.sleep(_TICK_S)
+
+    def _group(self, nodes: Sequence[Node], links: Sequence[Link]) -> list[Node]:
+        """Returns the largest group of nodes that reach each other, and leaves the others out."""
+        group = largest_group([node.nproc for node in nodes], links)
+        for i, node in enumerate(nodes):
+            if i in group:
+                node.apart.take_back()
+                continue
+            node.apart.leave_out()
+            broken = [x for x in links if x.problem and i in (x.source, x.target)]
+            broken = [x for x in broken if {x.source, x.target} - {i} <= set(group)] or broken
+            link, wait_s = broken[0], node.apart.retry_at - time.monotonic()
+            self._tell(
+                "apart",
+                f"{nodes[link.source].name} does not reach {nodes[link.target].name}: "
+                f"{link.problem}; going on without {node.name}, which is tried again in "
+                f"{wait_s:.0f} s",
+            )
+        return [nodes[i] for i in group]
+
+    async def _probe_again(self) -> None:
+        """Probes all nodes while a gang runs on some; takes back those that can be reached."""
+        nodes = [node for node in self._nodes if node.lost is None and node.leaving is None]
+        links = await self._probe(nodes)
+        group = largest_group([node.nproc for node in nodes], links)
+        for i, node in enumerate(nodes):
+            if node.apart.is_left_out:
+                if i in group:
+                    self._tell("apart", f"{node.name} is reached by all again")
+                    node.apart.take_back()
+                else:
+                    node.apart.leave_out()
+
     async def _watch(self, gang: Generation) -> End:
         """Watches a gang until it ended or has to be ended; tells it to stop when needed."""
-        while True:
-            await self._tick()
-            end = gang.end()
-            if end is not None:
-                return end
-            if gang.stop_cause is None and not gang.has_failure:
-                if self._hangs(gang):
-                    return End.HUNG
-                self._stop_if_needed(gang)
+        probing: asyncio.Task[None] | None = None
+        try:
+            while True:
+                await self._tick()
+                end = gang.end()
+                if end is not None:
+                    return end
+                if gang.stop_cause is None and not gang.has_failure:
+                    if self._hangs(gang):
+                        return End.HUNG
+                    self._stop_if_needed(gang)
+                if probing is not None and probing.done():
+                    probing.result()
+                    probing = None
+                if probing is None and any(node.apart.is_due() for node in self._nodes):
+                    probing = asyncio.create_task(self._probe_again())
+        finally:
+            if probing is not None:
+                probing.cancel()
 
     def _hangs(self, gang: Generation) -> bool:
-        settings = self._settings
         # Before the first step ranks may compile, download or tokenize for a long time.
-        has_stepped = gang.has_stepped()
-        limit_s = settings.hang_timeout_s if has_stepped else settings.startup_timeout_s
-        return gang.silence_s() > limit_s
+        if not gang.has_stepped():
+            return gang.silence_s() > self._settings.startup_timeout_s
+        patience = self._patience
+        patience.observe(gang.ranks)
+        if gang.silence_s() <= patience.limit_s:
+            return False
+        if patience.usual_s is not None:
+            usual = f"usually at most {patience.usual_s:.1f} s"
+            self._say(f"no rank beat for {gang.silence_s():.0f} s, {usual} in this phase")
+        return True
 
     def _stop_if_needed(self, gang: Generation) -> None:
         leaving = [node for node in gang.nodes if node.leaving is not None]
@@ -257,7 +373,8 @@ class Supervisor:
             self._stop_ranks(gang, StopCause.GROW)
 
     def _possible_size(self) -> int:
-        nprocs = [n.nproc for n in self._nodes if n.lost is None and n.leaving is None]
+        there = [n for n in self._nodes if n.lost is None and n.leaving is None]
+        nprocs = [node.nproc for node in there if not node.apart.is_left_out]
         return sum(nprocs[i] for i in choose_nodes(nprocs, self._settings.multiple_of))
 
     def _stop_ranks(self, gang: Generation, cause: StopCause) -> None:
@@ -373,6 +490,18 @@ class Supervisor:
         step = self._gang.step if self._gang is not None else None
         step = step if step is not None else self._history.step
         self._journal.write(event, self._generation, self._world_size, step, text)
+
+
+def _join_command(address: str, settings: Settings) -> str:
+    host, _, port = address.rpartition(":")
+    if host in ("0.0.0.0", "::"):
+        try:
+            host = address_to(_ELSEWHERE)
+        except OSError:
+            host = socket.gethostname()
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    join = shlex.join(["python", "-m", "launch", "join", where, "--", *settings.command])
+    return f"{TOKEN_VARIABLE}={settings.token} {join}"
 
 
 def _count(number: int, what: str) -> str:

@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from core import layout
 from core.errors import ConfigError, DamagedError, ExitCode, SpotforgeError
 from core.folder import manifest_of, write_file
 from core.process.child import Child, exit_code
 from core.process.python import environment
 from core.process.signals import exit_at_once, passed_on
 from launch.elastic.journal import say
-from launch.pipeline.stages import Stage
+from launch.pipeline.stages import Stage, stages_of
+from launch.settings import Settings
 
 Digests = dict[str, str]  # SHA-256 of each file, by its path in the folder
 _RECORD = ("name", "arguments", "input", "path", "output", "time")  # fields of a finished stage
@@ -154,6 +156,20 @@ class Chain:
             files = manifest_of(path)
             self._manifests[path] = {name: entry["sha256"] for name, entry in files.items()}
         return self._manifests[path]
+
+
+def chain_of(settings: Settings, config_dir: Path | None = None) -> Chain:
+    """Returns the stages of a job, with what its run directory records of them.
+
+    Args:
+        settings: Settings of the job.
+        config_dir: Folder for `--config-dir` of the trainer.
+
+    Raises:
+        ConfigError: See `stages_of`.
+    """
+    stages = stages_of(settings, config_dir)
+    return Chain(stages, settings.trainer.run_dir / layout.PIPELINE)
 
 
 def _first_difference(was: Digests, now: Digests) -> str | None:

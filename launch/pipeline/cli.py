@@ -8,7 +8,7 @@ from launch.words import add_words, settings_of
 
 _PIPELINE = """\
 Runs the stages that launch.stages names on this machine, one after another. A stage that is done is
-not run again; an input that has changed since the stage before wrote it is refused."""
+not run again; an input that has changed since its stage wrote it is refused."""
 
 _EXAMPLES = """\
 example:
@@ -26,7 +26,7 @@ def add_verbs(commands: Any) -> None:
     """
     parser = commands.add_parser(
         "pipeline",
-        help="train, compress, release: one after another on this machine",
+        help="run stages one after another on this machine",
         description=_PIPELINE,
         epilog=_EXAMPLES,
     )
@@ -35,22 +35,22 @@ def add_verbs(commands: Any) -> None:
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--only", metavar="STAGE", help="run this stage only")
     one.add_argument(
-        "--record", metavar="STAGE", help="run none; this one was run by other means and is done"
+        "--record",
+        metavar="STAGE",
+        help="run nothing; record that this stage was run by other means",
     )
 
 
 def _pipeline(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from core.errors import ConfigError, ExitCode
-    from launch.pipeline.chain import Chain
-    from launch.pipeline.stages import stages_of
+    from launch.pipeline.chain import chain_of
 
     settings = settings_of(options)
-    stages = stages_of(settings, options.config_dir)
-    names = [stage.name for stage in stages]
+    chain = chain_of(settings, options.config_dir)
+    names = [stage.value for stage in settings.launch.stages]
     for option, name in (("--only", options.only), ("--record", options.record)):
         if name is not None and name not in names:
             raise ConfigError(option, name, "not in launch.stages", f"one of {', '.join(names)}")
-    chain = Chain(stages, settings.trainer.run_dir / "pipeline.json")
     if options.record is not None:
         chain.record(options.record)
         return ExitCode.FINISHED

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from core import layout
 from core.errors import ConfigError
 from core.process.python import python
 from launch.config import Stage as StageName
@@ -82,18 +83,19 @@ def stages_of(settings: Settings, config_dir: Path | None = None) -> list[Stage]
     if config_dir is not None:
         words = [f"--config-dir={config_dir}", *words]
     outputs = {
-        StageName.train: run_dir / "export" if trainer.export.at_end else None,
-        StageName.compress: run_dir / "compressed",
+        StageName.train: run_dir / layout.EXPORT if trainer.export.at_end else None,
+        StageName.compress: run_dir / layout.COMPRESSED,
         StageName.release: run_dir / "gate.json",
     }
     stages: list[Stage] = []
     for name in names:
         of_train = name is StageName.train
+        before = stages[-1].output if stages else run_dir / layout.EXPORT
         stages.append(
             Stage(
                 name=name.value,
                 arguments=("-m", _PACKAGES[name], *(words if of_train else [f"run={run_dir}"])),
-                input=None if of_train else stages[-1].output if stages else run_dir / "export",
+                input=None if of_train else before,
                 output=outputs[name],
             )
         )

@@ -5,17 +5,22 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.errors import ConfigError, ExitCode
 from launch.words import add_words, settings_of
 
+if TYPE_CHECKING:
+    from launch.config import LaunchConfig
+    from launch.place.place import Job, Place
+    from launch.settings import Settings
+
 _UP = """\
-Plans the job and writes it in the language of launch.target: a SkyPilot task with the best places
-in order (sky), a batch script (slurm), a JobSet (kubernetes), a command (local). `up` then starts
-it: on SkyPilot as a managed job, started again elsewhere when its machines are lost, and not when
-it fails. SkyPilot is a program of its own environment: pip install 'skypilot[aws,gcp]==0.14.1'
-there, and have it in PATH or named by launch.sky."""
+Plans the job and writes it for launch.target: as a SkyPilot task with the best places in order
+(sky), a batch script (slurm), a JobSet (kubernetes) or a command (local). `up` then starts it. On
+SkyPilot it is a managed job, which is started again elsewhere when its machines are lost, but not
+when it fails. SkyPilot needs an environment of its own: pip install 'skypilot[aws,gcp]==0.14.1'
+there, and put it into PATH or name it in launch.sky."""
 
 _EXAMPLES = """\
 example:
@@ -36,19 +41,19 @@ def add_verbs(commands: Any) -> None:
         commands: Object that `add_subparsers` returned.
     """
     render = commands.add_parser(
-        "render", help="write the job as the place takes it", description=_UP, epilog=_EXAMPLES
+        "render", help="write the job as a file for its target", description=_UP, epilog=_EXAMPLES
     )
     render.set_defaults(run=_render)
     render.add_argument("-o", "--output", metavar="FILE", type=Path, help="default: print it")
     up = commands.add_parser(
-        "up", help="start the job where it is cheapest", description=_UP, epilog=_EXAMPLES
+        "up", help="start the job in the cheapest place", description=_UP, epilog=_EXAMPLES
     )
     up.set_defaults(run=_up)
     for parser in (render, up):
         add_words(parser, "the job and launch.*")
-    status = commands.add_parser("status", help="the jobs that were started, as their place says")
-    logs = commands.add_parser("logs", help="what a job prints")
-    down = commands.add_parser("down", help="end a job and its machines")
+    status = commands.add_parser("status", help="show the jobs of the target")
+    logs = commands.add_parser("logs", help="show the output of a job")
+    down = commands.add_parser("down", help="end a job and release its machines")
     for parser in (logs, down):
         parser.add_argument("name", help="name of the job (launch.name)")
     for parser, run in ((status, _status), (logs, _logs), (down, _down)):
@@ -56,47 +61,75 @@ def add_verbs(commands: Any) -> None:
         add_words(parser, "settings under launch., e.g. launch.target=slurm")
 
 
-def _job(options: argparse.Namespace, settings: Any, planned: float | None) -> Any:
-    """Plans the job; returns the place and the job for it."""
+def place_of(launch: "LaunchConfig") -> "Place":
+    """Returns the place that `launch.target` names.
+
+    Raises:
+        ConfigError: The target is this machine, which is not a place.
+    """
+    from launch.config import Target
+
+    if launch.target is Target.slurm:
+        from launch.place.slurm import Slurm
+
+        return Slurm(launch)
+    if launch.target is Target.kubernetes:
+        from launch.place.kubernetes import Kubernetes
+
+        return Kubernetes(launch)
+    if launch.target is Target.sky:
+        from launch.place.skypilot import SkyPilot
+
+        return SkyPilot(launch)
+    rule = "a job on this machine is controlled in its own terminal"
+    raise ConfigError("launch.target", "local", rule, "press Ctrl-C there, or read its output")
+
+
+def _job(
+    settings: "Settings", place: "Place", config_dir: Path | None, planned: float | None
+) -> "Job":
+    """Plans the job, and returns it for the place."""
     from launch.catalog.catalog import load_catalog, owned_catalog, today
     from launch.config import PoolKind, Target
-    from launch.place.place import job_of, place_of
+    from launch.place.place import job_of
     from launch.plan.planner import make_plan
 
-    place = place_of(settings.launch)
-    if options.config_dir is not None and options.config_dir.is_absolute():
+    if config_dir is not None and config_dir.is_absolute():
         rule = "does not exist on the job's machines"
-        raise ConfigError("--config-dir", options.config_dir, rule, "give it within the workdir")
+        raise ConfigError("--config-dir", config_dir, rule, "give it within the workdir")
     launch = settings.launch
     if launch.target is Target.sky:
         catalog = load_catalog(launch, today())
     else:
         catalog = owned_catalog(launch, PoolKind[launch.target.value], today())
-    plan = make_plan(settings, catalog)
-    return place, job_of(plan, place, options.config_dir, planned)
+    return job_of(make_plan(settings, catalog), place, config_dir, planned)
 
 
-def _here(settings: Any, options: argparse.Namespace) -> list[str] | None:
-    """Returns the words of `pipeline` if the job runs on this machine; None otherwise."""
+def _is_here(launch: "LaunchConfig") -> bool:
+    """Returns whether the job runs on this machine.
+
+    Raises:
+        ConfigError: It does, and has a budget.
+    """
     from launch.config import Target
 
-    if settings.launch.target is not Target.local:
-        return None
-    if settings.launch.budget_usd is not None:
+    if launch.target is not Target.local:
+        return False
+    if launch.budget_usd is not None:
         rule = "the price of this machine is unknown"
         fix = "give one: python -m launch guard --usd-per-h X --budget-usd Y -- COMMAND"
-        raise ConfigError("launch.budget_usd", settings.launch.budget_usd, rule, fix)
-    folder = [] if options.config_dir is None else [f"--config-dir={options.config_dir}"]
-    return ["pipeline", *folder, *options.words]
+        raise ConfigError("launch.budget_usd", launch.budget_usd, rule, fix)
+    return True
 
 
 def _render(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    settings = settings_of(options)
-    if (words := _here(settings, options)) is not None:
-        text = shlex.join(["python", "-m", "launch", *words]) + "\n"
+    settings, config_dir = settings_of(options), options.config_dir
+    if _is_here(settings.launch):
+        folder = [] if config_dir is None else [f"--config-dir={config_dir}"]
+        text = shlex.join(["python", "-m", "launch", "pipeline", *folder, *options.words]) + "\n"
     else:
-        place, job = _job(options, settings, None)
-        text = place.render(job)
+        place = place_of(settings.launch)
+        text = place.render(_job(settings, place, config_dir, None))
     if options.output is None:
         print(text, end="")
         return ExitCode.FINISHED
@@ -108,29 +141,23 @@ def _render(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _up(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    settings = settings_of(options)
-    if (words := _here(settings, options)) is not None:
-        from launch.__main__ import main
+    from launch.pipeline.chain import chain_of
 
-        return main(words)
-    place, job = _job(options, settings, round(time.time()))
-    code: int = place.start(job, place.render(job))
-    return code
+    settings = settings_of(options)
+    if _is_here(settings.launch):
+        return chain_of(settings, options.config_dir).run()
+    place = place_of(settings.launch)
+    job = _job(settings, place, options.config_dir, round(time.time()))
+    return place.start(job, place.render(job))
 
 
 def _status(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from launch.place.place import place_of
-
     return place_of(settings_of(options).launch).status()
 
 
 def _logs(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from launch.place.place import place_of
-
     return place_of(settings_of(options).launch).logs(options.name)
 
 
 def _down(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from launch.place.place import place_of
-
     return place_of(settings_of(options).launch).down(options.name)

@@ -6,20 +6,19 @@ failure ends the job instead of repeating it at the user's expense.
 docs: https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2/
 """
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError, ExitCode
 from launch.config import LaunchConfig
-from launch.place.job import MOUNT, Job, heading, to_yaml
-from launch.place.place import Storage, of_one_pool, refuse_unused
+from launch.place.place import MOUNT, Job, Storage, of_one_pool, refuse_unused
 from launch.place.program import Program
+from launch.place.readable_yaml import to_yaml
 from launch.plan.candidate import Candidate
 from launch.plan.planner import Plan
 from launch.settings import Settings
-from parallel.launcher import SUPERVISOR_PORT
+from parallel.launcher import SUPERVISOR_PORT, TOKEN_VARIABLE
 
 _CONTAINER, _REPLICATED = "spotforge", "node"
 # Taints with which GKE and AKS reserve spot machines, and all clouds machines with GPUs.
@@ -39,7 +38,7 @@ class Kubernetes:
         """See `Place`."""
         return of_one_pool(plan)
 
-    def storage(self, name: str, settings: Settings, ways: Sequence[Candidate]) -> Storage:
+    def storage(self, name: str, settings: Settings, candidates: Sequence[Candidate]) -> Storage:
         """See `Place`."""
         refuse_unused(self._launch, "bucket", "shared_dir")
         if self._launch.kubernetes.volume_claim is None:
@@ -53,7 +52,10 @@ class Kubernetes:
 
     def render(self, job: Job) -> str:
         """See `Place`."""
-        return heading(job, "kubectl apply -f FILE") + "\n" + to_yaml(self.document(job))
+        usage = "kubectl apply -f FILE"
+        if job.secrets:
+            usage += f"; its Secret {self._launch.kubernetes.secret} has {', '.join(job.secrets)}"
+        return job.heading(usage) + "\n" + to_yaml(self.document(job))
 
     def document(self, job: Job) -> dict[str, Any]:
         """Returns the JobSet as a document, before it becomes YAML."""
@@ -96,7 +98,7 @@ class Kubernetes:
     def _pod(self, job: Job) -> dict[str, Any]:
         launch, kubernetes = self._launch, self._launch.kubernetes
         env: list[dict[str, Any]] = [{"name": k, "value": v} for k, v in sorted(launch.env.items())]
-        for name in launch.secrets:
+        for name in job.secrets:
             of = {"secretKeyRef": {"name": kubernetes.secret, "key": name}}
             env.append({"name": name, "valueFrom": of})
         container = {
@@ -131,25 +133,34 @@ class Kubernetes:
 
     def _script(self, job: Job) -> str:
         """Returns the script of a pod. It uses `exec`, since only process 1 receives SIGTERM."""
-        command = job.trainer_command()
-        supervise = ["python", "-m", "launch", "supervise"]
         lines = ["set -eu", *([self._launch.setup] if self._launch.setup else [])]
         if job.num_nodes > 1:
-            supervise += ["--listen", str(SUPERVISOR_PORT), "--nodes", str(job.num_nodes)]
             # The DNS name that a JobSet gives the first pod of its first Job.
             head = f"{job.name}-{_REPLICATED}-0-0.{job.name}:{SUPERVISOR_PORT}"
-            join = ["python", "-m", "launch", "join", head, "--wait", str(_WAIT_S), "--", *command]
             lines += [
                 'if [ "$JOB_COMPLETION_INDEX" -gt 0 ]; then',
-                f"  exec {shlex.join(join)}",
+                f"  exec {job.join(head, f' --wait {_WAIT_S}')}",
                 "fi",
             ]
-        guard = job.guard_command([*supervise, "--", *command], job.own_price())
-        return "\n".join([*lines, f"exec {shlex.join(guard)}", ""])
+        return "\n".join([*lines, f"exec {job.supervise(job.own_price())}", ""])
 
     def start(self, job: Job, text: str) -> int:
-        """See `Place`."""
-        return self._kubectl().run("apply", "-f", "-", text=text)
+        """See `Place`.
+
+        Raises:
+            ConfigError: The cluster lacks a secret, without which no pod would start.
+        """
+        kubectl, secret = self._kubectl(), self._launch.kubernetes.secret
+        for name in job.secrets:
+            path = f"jsonpath={{.data.{name}}}"
+            if not kubectl.ask("get", "secret", secret, "-o", path, *self._where()):
+                rule = f"the cluster's Secret of that name has no {name}"
+                fix = f"kubectl create secret generic {secret} --from-literal={name}=..."
+                if name == TOKEN_VARIABLE:
+                    rule += ", by which nodes join"
+                    fix = fix.replace("...", '"$(openssl rand -hex 24)"')
+                raise ConfigError("launch.kubernetes.secret", secret, rule, fix)
+        return kubectl.run("apply", "-f", "-", text=text)
 
     def status(self) -> int:
         """See `Place`."""

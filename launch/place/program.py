@@ -1,7 +1,9 @@
 """An external program that places jobs: that of SkyPilot, Slurm or Kubernetes."""
 
+import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 
 from core.errors import ConfigError, ExitCode
 
@@ -25,17 +27,21 @@ class Program:
             raise ConfigError(key, value, f"the program {name} is not installed here", fix)
         self.path = path
 
-    def run(self, *words: str, text: str | None = None) -> int:
+    def run(
+        self, *words: str, text: str | None = None, env: Mapping[str, str] | None = None
+    ) -> int:
         """Runs the program with its output on this terminal.
 
         Args:
             words: Arguments of the program.
             text: Standard input; None: empty.
+            env: Variables besides those of this process.
 
         Returns:
             0, or 1 if the program failed.
         """
-        done = subprocess.run([self.path, *words], input=text or "", encoding="utf-8")
+        env = {**os.environ, **(env or {})}
+        done = subprocess.run([self.path, *words], input=text or "", encoding="utf-8", env=env)
         return ExitCode.FINISHED if done.returncode == 0 else ExitCode.FAILED
 
     def problem(self, *words: str) -> str | None:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from core.errors import ConfigError, ExitCode
 from launch.config import LaunchConfig, hours
-from launch.place.job import Job, heading
-from launch.place.place import Storage, check_secrets, of_one_pool, refuse_unused
+from launch.place.place import Job, Storage, of_one_pool, refuse_unused, secrets_of
 from launch.place.program import Program
 from launch.plan.candidate import Candidate
 from launch.plan.planner import Plan
 from launch.settings import Settings
+from parallel.launcher import TOKEN_VARIABLE
 
 # The job's commands are in an exported shell function, since srun runs one command on every node.
 _SCRIPT = """\
@@ -28,6 +28,8 @@ set -u
 head=$(hostname)  # the first node, on which this script runs
 port=$((20000 + SLURM_JOB_ID % 40000))
 export head port
+# By it the other nodes join the first; srun hands it to all of them.
+export {token}="${{{token}:-$(head -c 24 /dev/urandom | od -An -v -tx1 | tr -d ' \n')}}"
 
 node() {{
   trap : TERM USR1  # they are for the programs, whose exit code this shell is to see
@@ -38,7 +40,7 @@ node() {{
     if [ $code -eq {again} ]; then code=0; fi
     exit $code
   fi
-  {guard}
+  {supervise}
   code=$?
   # a job that is cancelled is stopped, too, and not to come back
   if [ $code -eq {again} ] && [ "$(squeue --noheader -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
@@ -67,7 +69,7 @@ class Slurm:
         """See `Place`."""
         return of_one_pool(plan)
 
-    def storage(self, name: str, settings: Settings, ways: Sequence[Candidate]) -> Storage:
+    def storage(self, name: str, settings: Settings, candidates: Sequence[Candidate]) -> Storage:
         """See `Place`; the path of the run directory must be the same on every node."""
         refuse_unused(self._launch, "bucket", "shared_dir", "image")
         return Storage(Path(settings.trainer.run.dir).absolute())
@@ -93,34 +95,27 @@ class Slurm:
             "account": slurm.account,
         }
         given = {k: v for k, v in options.items() if v is not None or k in ("exclusive", "requeue")}
-        command = job.trainer_command()
-        supervise = ["python", "-m", "launch", "supervise"]
-        join = ":"
-        if job.num_nodes > 1:
-            supervise += ["--listen", "PORT", "--nodes", str(job.num_nodes)]
-            join = f'python -m launch join "$head:$port" -- {shlex.join(command)}'
-        guard = shlex.join(job.guard_command([*supervise, "--", *command], job.own_price()))
         environment = [
             f"export {shlex.join([f'{k}={v}'])}" for k, v in sorted(self._launch.env.items())
         ]
         environment += [self._launch.setup] if self._launch.setup else []
         return _SCRIPT.format(
-            heading=heading(job, "sbatch FILE"),
+            heading=job.heading("sbatch FILE"),
             options="\n".join(
                 f"#SBATCH --{name}" + ("" if value is None else f"={value}")
                 for name, value in given.items()
             ),
+            token=TOKEN_VARIABLE,
             environment="".join(f"{line}\n" for line in environment),
-            join=join,
-            # The port is a shell variable, which shlex.join would quote into plain text.
-            guard=guard.replace("--listen PORT", '--listen "$port"', 1),
+            join=job.join('"$head:$port"') if job.num_nodes > 1 else ":",
+            supervise=job.supervise(job.own_price(), port='"$port"'),
             again=int(ExitCode.START_AGAIN),
         )
 
     def start(self, job: Job, text: str) -> int:
         """See `Place`."""
-        check_secrets(self._launch)  # sbatch passes the whole environment on, secrets included
-        return _program("sbatch").run(text=text)
+        # sbatch passes the whole environment on.
+        return _program("sbatch").run(text=text, env=secrets_of(job))
 
     def status(self) -> int:
         """See `Place`."""

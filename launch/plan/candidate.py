@@ -29,7 +29,7 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A possible way to run the job.
+    """A number of nodes of an offer on which the job may run, with its cost and time.
 
     Attributes:
         offer: Place and kind of the nodes.
@@ -65,7 +65,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A way to run the job that a rule excludes.
+    """A number of nodes of an offer that a rule excludes.
 
     Attributes:
         offer: Place and kind of the nodes.

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from core.errors import ExitCode
+from core.settings.options import count
 from launch.words import add_words, launch_keys, settings_of
 
 _PLAN = """\
-Ranks every way to run a job (cloud, region, zone, GPU, number, spot or on-demand, or owned
-machines) by its expected total cost: compute, interruptions, egress, storage. The words are those
+Ranks the candidates for a job (cloud, region, zone, GPU, number of nodes, spot or on-demand, or
+owned machines) by expected total cost: compute, interruptions, egress, storage. The words are those
 of python -m trainer; words that begin with launch. are for the launcher. Nothing is started."""
 
 _EXAMPLES = """\
@@ -19,7 +20,7 @@ a job of your own (conf/experiment/mine.yaml; docs/launch.md has one), by when, 
 with the prices that come with this package, which are of May 2026:
   python -m launch plan experiment=stdlib launch.max_price_age=365d
 
-exit codes: 0 there is a way; 2 refused, or the rules exclude all (names the rule to loosen)
+exit codes: 0 there is a candidate; 2 refused, or the rules exclude all (names the rule to loosen)
 """
 
 
@@ -31,7 +32,7 @@ def add_verbs(commands: Any) -> None:
     """
     parser = commands.add_parser(
         "plan",
-        help="what a job costs, by where it runs",
+        help="rank the places for a job by cost",
         usage="python -m launch plan [options] [key=value ...]",
         description=_PLAN,
         epilog=_EXAMPLES,
@@ -39,12 +40,14 @@ def add_verbs(commands: Any) -> None:
     parser.set_defaults(run=_plan)
     parser.more_help = launch_keys
     add_words(parser, "the job and launch.*")
-    parser.add_argument("--json", action="store_true", help="print everything, as JSON")
+    parser.add_argument("--json", action="store_true", help="print the whole plan as JSON")
     parser.add_argument(
-        "--top", metavar="N", type=_count, default=12, help="ways to show (default: 12)"
+        "--top", metavar="N", type=count(), default=12, help="candidates to show (default: 12)"
     )
     parser.add_argument(
-        "--rejected", action="store_true", help="show every rejected way, not one a reason"
+        "--rejected",
+        action="store_true",
+        help="show all rejected candidates, not one for each reason",
     )
     parser.add_argument(
         "--today",
@@ -67,12 +70,6 @@ def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
     plan = make_plan(settings, catalog)
     print(as_json(plan) if options.json else table(plan, options.top, options.rejected))
     return ExitCode.FINISHED
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
-    return int(text)
 
 
 def _date(text: str) -> datetime.date:

@@ -1,4 +1,4 @@
-"""Ranks every way to run a job by its expected cost.
+"""Ranks the candidates for a job, offers and numbers of nodes, by their expected cost.
 
 The planner is pure: the same settings, catalog and date give the same plan, to the byte.
 """
@@ -42,14 +42,14 @@ _LESS_MEMORY = (
 
 @dataclass(frozen=True)
 class Plan:
-    """The ranked and the rejected ways to run a job.
+    """The ranked candidates for a job, and what was rejected.
 
     Attributes:
         settings: Settings of the job.
         workload: Workload of the job.
         catalog: Prices that were used.
-        candidates: Ways to run the job, the cheapest first.
-        rejected: Ways that a rule excludes, in the order of the catalog.
+        candidates: Offers and numbers of nodes that no rule excludes, the cheapest first.
+        rejected: Offers and numbers of nodes that a rule excludes, in the order of the catalog.
     """
 
     settings: Settings
@@ -80,11 +80,13 @@ def make_plan(settings: Settings, catalog: Catalog) -> Plan:
             rejected.append(Rejected(offer, 1, *refusal))
             continue
         for num_nodes in sorted(set(settings.launch.nodes)):
-            refusal, way = _way(settings.launch, workload, speeds, estimator, offer, num_nodes)
+            refusal, candidate = _priced(
+                settings.launch, workload, speeds, estimator, offer, num_nodes
+            )
             if refusal is not None:
-                rejected.append(Rejected(offer, num_nodes, *refusal, way))
-            elif way is not None:
-                candidates.append(way)
+                rejected.append(Rejected(offer, num_nodes, *refusal, candidate))
+            elif candidate is not None:
+                candidates.append(candidate)
     candidates.sort(key=_order)
     plan = Plan(settings, workload, catalog, tuple(candidates), tuple(rejected))
     if not candidates:
@@ -92,11 +94,11 @@ def make_plan(settings: Settings, catalog: Catalog) -> Plan:
     return plan
 
 
-def _order(way: Candidate) -> tuple[float, float, str, str, int, bool]:
+def _order(candidate: Candidate) -> tuple[float, float, str, str, int, bool]:
     # The names break ties, so that the ranking does not depend on the order of the catalog.
-    offer = way.offer
+    offer, usd = candidate.offer, candidate.costs.total_usd
     name = f"{offer.place} {offer.instance_type}"
-    return way.costs.total_usd, way.p95_h, name, offer.gpu, way.num_gpus, offer.is_spot
+    return usd, candidate.p95_h, name, offer.gpu, candidate.num_gpus, offer.is_spot
 
 
 def _refused(launch: LaunchConfig, offer: Offer) -> _Refusal | None:
@@ -113,7 +115,7 @@ def _refused(launch: LaunchConfig, offer: Offer) -> _Refusal | None:
     return None if refusal is None else ("residency", refusal)
 
 
-def _way(
+def _priced(
     launch: LaunchConfig,
     workload: Workload,
     speeds: SpeedModel,
@@ -141,26 +143,27 @@ def _way(
     speed = speeds.of(offer, num_nodes)
     if not isinstance(speed, Speed):
         return ("speed", speed), None
-    way = estimator.candidate(offer, num_nodes, speed, needed_gib)
-    return _too_late_or_dear(launch, way), way
+    candidate = estimator.candidate(offer, num_nodes, speed, needed_gib)
+    return _too_late_or_dear(launch, candidate), candidate
 
 
-def _too_late_or_dear(launch: LaunchConfig, way: Candidate) -> _Refusal | None:
-    if not way.p95_h < math.inf:
+def _too_late_or_dear(launch: LaunchConfig, candidate: Candidate) -> _Refusal | None:
+    usd = candidate.costs.total_usd
+    if not candidate.p95_h < math.inf:
         return "interruptions", "interrupted too often to get from one checkpoint to the next"
-    if way.p95_h > launch.deadline_h:
+    if candidate.p95_h > launch.deadline_h:
         return (
             "deadline",
-            f"P95 is {way.p95_h:.1f} h, above the deadline of {launch.deadline_h:g} h",
+            f"P95 is {candidate.p95_h:.1f} h, above the deadline of {launch.deadline_h:g} h",
         )
-    if launch.budget_usd is not None and way.costs.total_usd > launch.budget_usd:
-        return "budget", f"${way.costs.total_usd:,.2f} expected, above {launch.budget_usd:,.2f}"
+    if launch.budget_usd is not None and usd > launch.budget_usd:
+        return "budget", f"${usd:,.2f} expected, above {launch.budget_usd:,.2f}"
     return None
 
 
 def _nothing_left(plan: Plan) -> ConfigError:
     """Returns an error with the rejections by rule, and the change that would admit an offer."""
-    counts = Counter(way.reason for way in plan.rejected)
+    counts = Counter(rejected.reason for rejected in plan.rejected)
     said = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
     rule = f"the rules exclude every offer ({said})"
     launch = plan.settings.launch
@@ -168,17 +171,19 @@ def _nothing_left(plan: Plan) -> ConfigError:
         catalog = launch.catalog or plan.catalog.source
         return ConfigError("launch.catalog", catalog, "has no offers", "give another list")
     last = next(reason for reason in _RULES if counts[reason])
-    ways = [way for way in plan.rejected if way.reason == last]
+    of_last = [rejected for rejected in plan.rejected if rejected.reason == last]
     if last == "budget":
-        least = min(way.priced.costs.total_usd for way in ways if way.priced)
-        fix = f"the cheapest way that is in time costs ${rounded_up(least)}: set at least that"
+        least = min(r.priced.costs.total_usd for r in of_last if r.priced)
+        fix = (
+            f"the cheapest candidate that is in time costs ${rounded_up(least)}: set at least that"
+        )
         return ConfigError("launch.budget_usd", launch.budget_usd, rule, fix)
     if last == "deadline":
-        soonest_h = min(way.priced.p95_h for way in ways if way.priced)
+        soonest_h = min(r.priced.p95_h for r in of_last if r.priced)
         hours = rounded_up(soonest_h, 1)
         fix = f"the fastest takes {hours} h: set {hours}h, or more launch.nodes"
         return ConfigError("launch.deadline", launch.deadline, rule, fix)
-    example = f"e.g. {ways[0].text}"
+    example = f"e.g. {of_last[0].text}"
     if last == "memory":
         example += f"; try {_LESS_MEMORY}"
     name = _SETTINGS.get(last, "catalog")

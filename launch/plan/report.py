@@ -22,7 +22,7 @@ def table(plan: Plan, top: int, with_rejected: bool) -> str:
     Args:
         plan: Plan to show.
         top: Number of candidates to show.
-        with_rejected: True to show every rejected way, instead of one for each rule.
+        with_rejected: True to show all that is rejected, instead of one example for each rule.
     """
     money = _Money(plan.settings.launch)
     lines = [*_head(plan), "", *_candidates(plan, top, money), ""]
@@ -70,23 +70,23 @@ def _head(plan: Plan) -> list[str]:
 
 def _candidates(plan: Plan, top: int, money: _Money) -> list[str]:
     shown = plan.candidates[:top]
-    places = [f"{way.offer.place} {way.offer.instance_type}".strip() for way in shown]
+    places = [f"{c.offer.place} {c.offer.instance_type}".strip() for c in shown]
     width = max(len("where"), *(len(place) for place in places))
     lines = [
         f"{'':>4}{money.sign + '/job':>12}{money.sign + '/Mtok':>10}{'P50':>8}{'P95':>8}"
         f"{'tok/s':>8}{'losses':>8}{'GiB/GPU':>9}  {'GPUs':<22}{'':<11}{'where':<{width}}"
     ]
     tokens = plan.workload.total_tokens / 1e6
-    for rank, (way, place) in enumerate(zip(shown, places, strict=True), 1):
-        usd = way.costs.total_usd
-        nodes = f"{way.num_nodes} x " if way.num_nodes > 1 else ""
-        gpus = f"{nodes}{way.offer.gpus_per_node} {way.offer.gpu}"
-        kind = "owned" if way.offer.pool else "spot" if way.offer.is_spot else "on-demand"
+    for rank, (candidate, place) in enumerate(zip(shown, places, strict=True), 1):
+        offer, usd = candidate.offer, candidate.costs.total_usd
+        nodes = f"{candidate.num_nodes} x " if candidate.num_nodes > 1 else ""
+        gpus = f"{nodes}{offer.gpus_per_node} {offer.gpu}"
+        kind = "owned" if offer.pool else "spot" if offer.is_spot else "on-demand"
         lines.append(
             f"{rank:>3} {money(usd):>12}{money.small(usd / tokens):>10}"
-            f"{duration(way.p50_h * 3600):>8}{duration(way.p95_h * 3600):>8}"
-            f"{compact(way.tokens_per_s):>8}{way.preemptions:>8.1f}{way.memory_gib:>9.1f}  "
-            f"{gpus:<22}{kind:<11}{place:<{width}}".rstrip()
+            f"{duration(candidate.p50_h * 3600):>8}{duration(candidate.p95_h * 3600):>8}"
+            f"{compact(candidate.tokens_per_s):>8}{candidate.preemptions:>8.1f}"
+            f"{candidate.memory_gib:>9.1f}  {gpus:<22}{kind:<11}{place:<{width}}".rstrip()
         )
     best = plan.candidates[0].costs
     lines.append(
@@ -103,18 +103,19 @@ def _rejected(plan: Plan, with_all: bool) -> list[str]:
     if not plan.rejected:
         return []
 
-    def line(way: Rejected, count: int) -> str:
-        offer = way.offer
-        gpus = f"{way.num_nodes} x {offer.gpus_per_node} {offer.gpu}"
-        return f"{count:>6} {way.reason:<14}{offer.place}, {gpus}: {way.text}"
+    def line(rejected: Rejected, count: int) -> str:
+        offer = rejected.offer
+        gpus = f"{rejected.num_nodes} x {offer.gpus_per_node} {offer.gpu}"
+        return f"{count:>6} {rejected.reason:<14}{offer.place}, {gpus}: {rejected.text}"
 
     if with_all:
-        return ["rejected:", *(line(way, 1) for way in plan.rejected), ""]
+        return ["rejected:", *(line(rejected, 1) for rejected in plan.rejected), ""]
     by_reason: dict[str, list[Rejected]] = {}
-    for way in plan.rejected:
-        by_reason.setdefault(way.reason, []).append(way)
-    ordered = sorted(by_reason.values(), key=lambda ways: (-len(ways), ways[0].reason))
-    return ["rejected, an example each:", *(line(ways[0], len(ways)) for ways in ordered), ""]
+    for rejected in plan.rejected:
+        by_reason.setdefault(rejected.reason, []).append(rejected)
+    ordered = sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0]))
+    examples = [line(of_reason[0], len(of_reason)) for _, of_reason in ordered]
+    return ["rejected, an example each:", *examples, ""]
 
 
 def _assumptions(plan: Plan) -> list[str]:
@@ -155,24 +156,25 @@ def as_json(plan: Plan) -> str:
         },
         "usd_inr": launch.usd_inr,
         "gst": launch.gst,
-        "candidates": [_way(plan, way) for way in plan.candidates],
+        "candidates": [_candidate(plan, candidate) for candidate in plan.candidates],
         "rejected": [
             {
-                "offer": asdict(way.offer),
-                "num_nodes": way.num_nodes,
-                "reason": way.reason,
-                "text": way.text,
+                "offer": rejected.offer.as_row(),
+                "num_nodes": rejected.num_nodes,
+                "reason": rejected.reason,
+                "text": rejected.text,
             }
-            for way in plan.rejected
+            for rejected in plan.rejected
         ],
     }
     return json.dumps(content, indent=1)
 
 
-def _way(plan: Plan, way: Candidate) -> dict[str, Any]:
-    total_usd = way.costs.total_usd
-    return asdict(way) | {
-        "num_gpus": way.num_gpus,
+def _candidate(plan: Plan, candidate: Candidate) -> dict[str, Any]:
+    total_usd = candidate.costs.total_usd
+    return asdict(candidate) | {
+        "offer": candidate.offer.as_row(),
+        "num_gpus": candidate.num_gpus,
         "total_usd": total_usd,
         "usd_per_million_tokens": total_usd / plan.workload.total_tokens * 1e6,
     }

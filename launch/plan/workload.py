@@ -51,16 +51,15 @@ class Workload:
 
     @property
     def checkpoint_gb(self) -> float:
-        """Size of one checkpoint: float32 weights and two moments, 12 bytes a parameter."""
-        return 12 * self.shape.num_parameters / 1e9
+        """Size of one checkpoint: float32 weights and the state of the optimizer."""
+        return (4 + self.config.optim.state.num_bytes) * self.shape.num_parameters / 1e9
 
     @property
     def export_gb(self) -> float:
         """Size of the exported Hugging Face folder; 0 without an export."""
         if not self.config.export.at_end:
             return 0.0
-        width = 2 if self.config.export.dtype is Dtype.bfloat16 else 4
-        return width * self.shape.num_parameters / 1e9
+        return self.config.export.dtype.num_bytes * self.shape.num_parameters / 1e9
 
     def memory_gib(self, num_gpus: int) -> float:
         """Returns the memory that each of `num_gpus` GPUs needs."""

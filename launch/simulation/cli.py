@@ -28,7 +28,7 @@ a job of 48 h on one of three zones, with a quarter more time than it needs:
       --compute-hours 48 --deadline-over-compute 1.25
 
 A trace is JSON: {"metadata": {"gap_seconds": 300}, "data": [nodes at each point]}; beside data may
-be spot_usd_per_h and on_demand_usd_per_h, one price a point. All begin at the same moment.
+be spot_usd_per_h and on_demand_usd_per_h, one price per point. All traces begin at the same time.
 """
 
 
@@ -40,12 +40,14 @@ def add_verbs(commands: Any) -> None:
     """
     parser = commands.add_parser(
         "simulate",
-        help="what a job would have cost, by policy",
+        help="compare the cost of policies for spot machines",
         description=_SIMULATE,
         epilog=_EXAMPLES,
     )
     parser.set_defaults(run=_simulate)
-    parser.add_argument("traces", metavar="TRACE", nargs="*", type=Path, help="one file a zone")
+    parser.add_argument(
+        "traces", metavar="TRACE", nargs="*", type=Path, help="one file for each zone"
+    )
     for name, default, what in (
         ("compute-hours", 48.0, "hours that the job computes for"),
         ("restart-hours", 0.1, "hours that a start takes"),

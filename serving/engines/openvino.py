@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compression.targets.openvino_program import OpenVino, WeightFormat
+from core import layout
 from core.errors import ConfigError, SpotforgeError
 from core.folder import digest_of, locked, manifest_of, remove, staged_folder
 from core.process.child import run
@@ -52,7 +53,7 @@ def prepare(folder: Path, digest: str, cache: Path, weights: WeightFormat) -> Pa
     if (folder / "openvino_model.xml").is_file():
         # compression.json and lineage.json show that `python -m compression` made the IR and
         # compared it with its model. Nothing vouches for any other IR.
-        if not all((folder / name).is_file() for name in ("compression.json", "lineage.json")):
+        if not all((folder / name).is_file() for name in (layout.COMPRESSION, layout.LINEAGE)):
             rule = "is an IR without the compression.json and lineage.json of python -m compression"
             raise ConfigError(_KEY, folder, rule, "serve the folder that it was made from")
         return folder

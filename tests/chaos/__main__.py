@@ -12,7 +12,6 @@ The seed decides what is done, to whom, and at which moment it is aimed; when ex
 to the scheduler of the operating system. Exit code 1 if any promise was broken.
 """
 
-import argparse
 import json
 import random
 import sys
@@ -21,6 +20,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from core.settings.options import OptionParser
 from monitoring.environment import describe_environment
 from tests.chaos import checkpoints, faults, injections
 from tests.chaos.long_run import LongRun
@@ -115,7 +115,7 @@ class Suite:
 
 def main():
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos")
+    parser = OptionParser(prog="python -m tests.chaos")
     parser.add_argument("--seed", type=int, default=0)
     counts = {"kills": 100, "stops": 50, "rounds": 20}
     for kind, count in counts.items():

@@ -14,11 +14,11 @@ from compression.methods.gptq import gptq_codes
 from compression.methods.pruning import Prune
 from compression.methods.rounding import RoundToNearest
 from compression.quantizer import fit_grid
-from compression.recipe import Criterion, Pattern
 from compression.result import Result
 from compression.run import _few_tokens
 from compression.scheme import Activation, Scheme
 from compression.source import choose_layers
+from compression.sparsity import Criterion, Pattern
 from compression.stream import BlockStream
 from compression.targets import compressed_tensors, huggingface, torchao
 from core.errors import ConfigError

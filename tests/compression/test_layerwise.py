@@ -72,7 +72,7 @@ import sys, torch
 from pathlib import Path
 from compression.layerwise import compress
 from compression.methods.pruning import Prune
-from compression.recipe import Criterion, Pattern
+from compression.sparsity import Criterion, Pattern
 from compression.result import Result
 from compression.source import choose_layers
 from compression.stream import BlockStream

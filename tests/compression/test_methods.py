@@ -11,8 +11,8 @@ from compression.methods.gptq import Gptq, gptq_codes
 from compression.methods.pruning import Prune
 from compression.methods.rounding import RoundToNearest
 from compression.quantizer import Grid, fit_grid
-from compression.recipe import Criterion, Pattern
 from compression.scheme import Activation, Scheme
+from compression.sparsity import Criterion, Pattern
 from tests.compression.blocks import error_after, outputs, take_block
 from tests.compression.conftest import save_model
 

@@ -5,7 +5,7 @@ import pytest
 from core.errors import SpotforgeError
 from launch.config import PoolConfig, PoolKind
 from launch.settings import compose_settings
-from trainer.config import NamedModelConfig
+from trainer.model_config import NamedModelConfig
 
 
 def test_words_go_where_they_belong():

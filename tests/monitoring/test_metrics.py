@@ -139,21 +139,20 @@ with MetricLogger(cfg, pathlib.Path(sys.argv[1]), "demo", 9, first_step, {"a": {
 """
 
 
-@pytest.mark.parametrize("last_status", ["finished", "stopped"])
-def test_wandb_offline_without_a_network_keeps_one_run_id(tmp_path, last_status):
+def test_wandb_offline_without_a_network_keeps_one_run_id(tmp_path):
     pytest.importorskip("wandb")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     environment |= {"PYTHONPATH": os.getcwd(), "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    for first_step in ("0", "5"):
+    for first_step, ended in (("0", "finished"), ("5", "stopped"), ("7", "finished")):
         subprocess.run(
-            [sys.executable, "-c", _WANDB_RUN, str(tmp_path), first_step, last_status],
+            [sys.executable, "-c", _WANDB_RUN, str(tmp_path), first_step, ended],
             env=environment,
             check=True,
             timeout=300,
         )
     run_id = (tmp_path / "wandb_run_id").read_text().strip()
     written = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(written) == 2
+    assert len(written) == 3
     assert {path.name for path in written} == {f"run-{run_id}.wandb"}
 
 

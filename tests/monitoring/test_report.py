@@ -150,10 +150,10 @@ def test_resumes_are_marked(tmp_path):
     assert "1 resume<" in text and ">resumed<" in text
 
 
-def test_a_hundred_thousand_records_stay_small(tmp_path):
+def test_a_page_of_many_records_stays_small(tmp_path):
     run_dir = write_everything(tmp_path / "run")
     with (run_dir / "metrics.jsonl").open("w") as lines:
-        for s in range(1, 100_001):
+        for s in range(1, 20_001):
             noise = math.sin(s * 12.9898) * 43758.5453 % 1
             keys = ("loss", "validation_loss", "grad_norm", "tokens_per_s", "step_s", "mfu", "lr")
             record = {"step": s, **{key: 1 + noise for key in keys}, "data_wait_s": noise}

@@ -11,7 +11,6 @@ had after the first quarter.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import random
 import statistics
@@ -24,6 +23,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from core.settings.options import OptionParser
 from tests.serving.conftest import Process, save_model
 
 CLIENTS = 8
@@ -207,7 +207,7 @@ async def _refused(client: httpx.AsyncClient, draw: random.Random) -> str | None
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = OptionParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--folder", type=Path, help="of an artifact; a tiny random one if left out")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)

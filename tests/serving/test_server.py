@@ -230,6 +230,8 @@ def test_how_a_canary_is_judged(failed, token_s, verdict):
         (["artifact=x", "model_name=''"], "model_name='': must"),
         (["artifact=x", "rollout.canary_max_error_rate=5"], "rollout.canary_max_error_rate=5"),
         (["key", "make"], "key=make: "),
+        (["key", "list", "keys=a", "keys=b"], "keys=b: "),
+        (["key", "create", "a", "admin=true", "admin=false"], "admin=false: "),
     ],
 )
 def test_what_is_refused(words, said):

@@ -2,10 +2,15 @@
 
 import json
 import math
+import os
+import signal
 
 import pytest
+import torch
 
+from core.errors import ExitCode
 from parallel.config import DdpConfig, FsdpConfig, ZeroConfig
+from parallel.ddp import DdpStrategy
 from parallel.world import join_world
 from tests.distributed import run_distributed
 from tests.small_run import SmallRun
@@ -129,6 +134,13 @@ def test_a_loss_that_is_not_logged_is_not_saved_either(trainer, small, tmp_path,
     assert not committed(tmp_path / "run" / "checkpoints")
 
 
+def test_a_gradient_that_is_no_number_is_not_saved(trainer, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(DdpStrategy, "step", lambda *_, **__: torch.tensor(math.nan))
+    result = trainer(*small, "checkpoint.interval=2", "log.every_steps=100", "stop.steps=4")
+    assert result.code == 1 and "step 2: the gradient norm is nan" in result.err
+    assert not committed(tmp_path / "run" / "checkpoints")
+
+
 def test_skip_goes_on_with_the_next_batch(trainer, small, tmp_path, spoilt):
     spoilt(24)
     result = trainer(*small, "anomaly.action=skip", "stop.steps=8", "checkpoint.interval=1")
@@ -142,6 +154,24 @@ def test_skip_goes_on_with_the_next_batch(trainer, small, tmp_path, spoilt):
     newest = committed(run_dir / "checkpoints")[0]
     state = json.loads((newest / "trainer.json").read_text())
     assert state["step"] == 8 and state["num_samples"] == 9 * 8, "one batch was read for nothing"
+
+
+def test_a_stop_behind_a_skipped_batch_saves_the_step_before(
+    trainer, small, tmp_path, spoilt, monkeypatch
+):
+    spoilt(24)
+    recover = TrainingLoop._recover
+
+    def stopped(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return recover(*args)
+
+    monkeypatch.setattr(TrainingLoop, "_recover", stopped)
+    result = trainer(*small, "anomaly.action=skip", "stop.steps=8", "checkpoint.interval=end")
+    assert result.code == ExitCode.START_AGAIN, result
+    [checkpoint] = committed(tmp_path / "run" / "checkpoints")
+    state = json.loads((checkpoint / "trainer.json").read_text())
+    assert (state["step"], state["num_samples"]) == (3, 4 * 8)
 
 
 def test_rollback_restores_and_goes_on_behind_the_batch(trainer, small, tmp_path, spoilt):

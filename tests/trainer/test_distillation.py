@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from parallel.config import DdpConfig, Dtype, FsdpConfig, PrecisionConfig, ZeroConfig
+from parallel.optimizer_state import ADAMW
 from parallel.strategy import decoder_blocks
 from parallel.world import join_world
 from tests.distributed import run_distributed
@@ -18,7 +19,7 @@ from tests.small_run import MODEL, VOCAB, SmallRun
 from tests.trainer.test_model import held_numel
 from trainer import objective
 from trainer.config import DistillConfig
-from trainer.data.loader import IGNORE_INDEX
+from trainer.data.batch import IGNORE_INDEX
 from trainer.distillation import divergence_sum, fused_linear_distillation
 from trainer.model import Materializer, build_meta_model
 from trainer.optim import AdamWConfig
@@ -208,7 +209,9 @@ def peak_while_building(world, folder, parallel):
     """The most elements of the teacher that this rank held after any part was filled."""
     model = build_meta_model(MODEL, VOCAB)
     module = DistillConfig(teacher=str(folder)).build(model, MODEL, "")
-    fill = module.materializer(Materializer(module, model, MODEL, 0, world.device), world.device)
+    fill = module.materialize_with(
+        Materializer(module, model, MODEL, 0, world.device), world.device
+    )
     held = []
 
     def record(part):
@@ -217,7 +220,7 @@ def peak_while_building(world, folder, parallel):
 
     names = {name for name, p in model.named_parameters() if p.ndim >= 2}
     strategy = parallel.build(world, PrecisionConfig())
-    strategy.setup(module, record, partial(AdamWConfig().build, decayed=names))
+    strategy.setup(module, record, partial(AdamWConfig().build, decayed=names), ADAMW)
     return max(held)
 
 

@@ -45,7 +45,8 @@ def records(run_dir):
 
 def test_what_a_run_leaves(trainer, distil, tmp_path):
     run_dir = tmp_path / "run"
-    assert trainer(*distil, "objective.weight=0.75", "objective.temperature=2").code == 0
+    words = ["objective.weight=0.75", "objective.temperature=2"]
+    assert trainer(*distil, "export.at_end=true", *words).code == 0
     for record in records(run_dir):
         parts = 0.75 * record["distillation_loss"] + 0.25 * record["cross_entropy"]
         assert record["loss"] == pytest.approx(parts, rel=1e-5)
@@ -83,7 +84,7 @@ def test_validation_compares_with_pretraining(trainer, distil, small, tmp_path):
 
 def test_a_teacher_that_spotforge_exported(trainer, small, tmp_path):
     """It brings its tokenizer, which must be the data's, and is here."""
-    assert trainer(*small).code == 0
+    assert trainer(*small, "export.at_end=true").code == 0
     teacher = tmp_path / "teacher"
     (tmp_path / "run" / "export").rename(teacher)
     wanted = ["objective=distill", f"objective.teacher={teacher}", f"run.dir={tmp_path / 'other'}"]

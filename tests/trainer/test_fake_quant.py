@@ -11,9 +11,10 @@ from core.errors import ConfigError
 from core.settings.rules import check_settings
 from trainer.checkpoint import TrainerState
 from trainer.command import TRAINER
-from trainer.config import FakeQuantConfig, NamedModelConfig, resolve
+from trainer.config import FakeQuantConfig, resolve
 from trainer.fake_quant import fake_quantize, prepare_fake_quant
 from trainer.model import build_meta_model
+from trainer.model_config import NamedModelConfig
 from trainer.resume import check_same_run
 
 LLAMA = NamedModelConfig(

@@ -7,8 +7,8 @@ import pytest
 from core.errors import ConfigError
 from tests.trainer.test_probe import build, config_of, on_one_rank
 from trainer.checkpoint import committed, read_state
-from trainer.probe import settle
 from trainer.resume import keep_what_was_found
+from trainer.settle import settle
 
 NEW = {"model": {"fused_loss": "auto"}, "optim": {"decay": "auto"}}
 

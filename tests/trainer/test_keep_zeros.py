@@ -11,7 +11,7 @@ from parallel.world import join_world
 from tests.distributed import run_distributed
 from tests.small_run import MODEL, VOCAB, SmallRun
 from tests.trainer.test_refusals import assert_refused
-from trainer.config import PathModelConfig
+from trainer.model_config import PathModelConfig
 
 STRATEGIES = {
     "ddp": DdpConfig(),
@@ -21,7 +21,7 @@ STRATEGIES = {
     "zero3": ZeroConfig(stage=3),
 }
 BF16 = PrecisionConfig(param_dtype=Dtype.bfloat16)
-STEPS = 20
+STEPS = 8
 
 
 def write_model(folder, vocab_size, pruned=True, **sizes):
@@ -67,6 +67,13 @@ def train_each(folder):
 
 
 @pytest.fixture(scope="module")
+def alone(pruned):
+    """Losses and norms of one rank under DDP."""
+    with join_world() as world:
+        return train(world, pruned, DdpConfig())[0]
+
+
+@pytest.fixture(scope="module")
 def gang(pruned):
     return run_distributed(train_each, 2, pruned)
 
@@ -104,9 +111,7 @@ def test_without_it_they_do_not(gang):
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_losses_and_norms_do_not_depend_on_the_strategy(pruned, gang, name):
-    with join_world() as world:
-        alone, _ = train(world, pruned, DdpConfig())
+def test_losses_and_norms_do_not_depend_on_the_strategy(alone, gang, name):
     losses = gang[0][name][0]
     assert losses[-1][0] < losses[0][0] - 0.5, "it did learn"
     for (loss, norm), (wanted, wanted_norm) in zip(losses, alone, strict=True):
@@ -131,7 +136,8 @@ def wanted(small, tmp_path):
     folder = write_model(tmp_path / "model", 320, **SIZES)
     kept = [s for s in small if not s.startswith("model.")]
     pretrained = ["model=pretrained", f"model.path={folder}", "data.tokenizer=train"]
-    return [*kept, *pretrained, "model.keep_zeros=true", "schedule=constant"]
+    exported = ["export.at_end=true", "schedule=constant"]
+    return [*kept, *pretrained, *exported, "model.keep_zeros=true"]
 
 
 def test_a_resumed_run_and_its_export_keep_them(trainer, wanted, tmp_path):

@@ -69,18 +69,19 @@ def test_activations_of_a_block(tmp_path, family, is_bf16, is_checkpointed):
     measured = of_a_block(256) - of_a_block(128)  # and what does not depend on the tokens
     fields = GPT2 if family == "gpt2" else SIZES
 
+    config = composed(
+        "model=config",
+        f"model.path={tmp_path}",
+        "data.max_seq_len=128",
+        "micro_batch_size=2",
+        f"activation_checkpointing={is_checkpointed}",
+        "precision=bf16" if is_bf16 else "precision=fp32",
+    )
+
     def planned(num_layers):
         layers = {"n_layer" if family == "gpt2" else "num_hidden_layers": num_layers}
         content = {"model_type": family, **fields, **layers}
         (tmp_path / "config.json").write_text(json.dumps(content))
-        config = composed(
-            "model=config",
-            f"model.path={tmp_path}",
-            "data.max_seq_len=128",
-            "micro_batch_size=2",
-            f"activation_checkpointing={is_checkpointed}",
-            "precision=bf16" if is_bf16 else "precision=fp32",
-        )
         return plan_memory(config, model_shape(config), 1).activations
 
     assert (planned(3) - planned(1)) / 2 == pytest.approx(measured, rel=0.05)

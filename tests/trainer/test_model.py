@@ -12,14 +12,15 @@ from transformers.models.falcon import modeling_falcon
 from core.errors import ConfigError
 from core.settings.command import CONFIG_DIR
 from parallel.config import DdpConfig, Dtype, FsdpConfig, PrecisionConfig, ZeroConfig
+from parallel.optimizer_state import ADAMW
 from parallel.strategy import decoder_blocks, sharded_blocks
 from parallel.world import join_world
 from tests.distributed import run_distributed
 from tests.families import zoo
 from tests.small_run import MODEL, VOCAB, SmallRun
 from trainer.command import TRAINER
-from trainer.config import NamedModelConfig, PathModelConfig
 from trainer.model import Materializer, build_meta_model
+from trainer.model_config import NamedModelConfig, PathModelConfig
 from trainer.objective import NextTokenLoss
 from trainer.optim import AdamWConfig
 from trainer.positions import check_positions
@@ -456,7 +457,7 @@ def peak_while_building(parallel, world):
 
     names = {name for name, p in model.named_parameters() if p.ndim >= 2}
     strategy = parallel.build(world, PrecisionConfig())
-    strategy.setup(module, record, partial(AdamWConfig().build, decayed=names))
+    strategy.setup(module, record, partial(AdamWConfig().build, decayed=names), ADAMW)
     return max(held), held_numel(model)
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainer import objective
-from trainer.data.loader import IGNORE_INDEX
+from trainer.data.batch import IGNORE_INDEX
 from trainer.objective import NextTokenLoss, fused_linear_cross_entropy
 
 

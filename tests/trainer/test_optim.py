@@ -7,6 +7,7 @@ from torch.optim import AdamW
 from core.errors import ConfigError
 from core.settings.rules import check_settings
 from parallel.config import DdpConfig, FsdpConfig, PrecisionConfig, ZeroConfig
+from parallel.optimizer_state import ADAMW
 from parallel.world import join_world
 from tests.distributed import run_distributed
 from tests.small_run import MODEL, VOCAB
@@ -132,7 +133,7 @@ def groups_of_each():
 
             strategy = parallel.build(world, PrecisionConfig())
             materialize = Materializer(module, model, MODEL, 0, world.device)
-            strategy.setup(module, materialize, build)
+            strategy.setup(module, materialize, build, ADAMW)
             optimizer = seen.pop("optimizer")
             strategy.set_lr(0.125)
             seen["lrs"] = [group["lr"] for group in optimizer.param_groups]

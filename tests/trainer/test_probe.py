@@ -14,12 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, OPTConfig
 
 from core.errors import ConfigError
 from parallel.config import DdpConfig, FsdpConfig, PrecisionConfig
+from parallel.optimizer_state import ADAMW
 from parallel.world import join_world
 from tests.distributed import run_distributed
-from trainer.data.loader import IGNORE_INDEX, Sample, batches_apart
+from trainer.data.batch import IGNORE_INDEX, Sample, batches_apart
 from trainer.objective import NextTokenLoss
 from trainer.optim import AdamWConfig
-from trainer.probe import APART, POSITIONS, Probe, refuse_layerdrop, settle
+from trainer.probe import APART, POSITIONS, Probe
+from trainer.settle import refuse_layerdrop, settle
 
 SIZES = {
     "vocab_size": 64,
@@ -73,7 +75,7 @@ def on_one_rank(model):
     with join_world() as world:
         module = NextTokenLoss(model, fused=True)
         strategy = DdpConfig().build(world, PrecisionConfig())
-        strategy.setup(module, lambda _: None, partial(AdamWConfig().build, decayed=set()))
+        strategy.setup(module, lambda _: None, partial(AdamWConfig().build, decayed=set()), ADAMW)
         yield module, strategy, world
 
 
@@ -243,7 +245,9 @@ def sharded(parallel):
         names = [name for name, _ in model.named_parameters()]
         module = NextTokenLoss(model, fused=True)
         strategy = parallel.build(world, PrecisionConfig())
-        strategy.setup(module, lambda _: None, partial(AdamWConfig(lr=1e-2).build, decayed=set()))
+        strategy.setup(
+            module, lambda _: None, partial(AdamWConfig(lr=1e-2).build, decayed=set()), ADAMW
+        )
         resolved = {"model": {}}
         settle(config_of(), module, strategy, world, resolved, None, print)
         tokens = torch.randint(3, 64, (4, 25), generator=torch.Generator().manual_seed(world.rank))

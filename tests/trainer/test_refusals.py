@@ -157,9 +157,8 @@ def test_deepspeed_absent(trainer, small, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_checkpoint_of_another_model(trainer, small, tmp_path):
-    assert trainer(*small).code == 0
-    before = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+def test_checkpoint_of_another_model(trainer, small, trained):
+    before = sorted(p.name for p in (trained / "checkpoints").iterdir())
     result = trainer(*small, "model.config.num_hidden_layers=3", "stop.steps=8")
     assert_refused(result, ["model.config.num_hidden_layers=3", "trained with 2"])
     result = trainer(
@@ -169,27 +168,12 @@ def test_checkpoint_of_another_model(trainer, small, tmp_path):
         "stop.steps=8",
     )
     assert_refused_last_line(result, ["checkpoint of another model", "layers.2"])
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == before
+    assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == before
 
 
 def assert_refused_last_line(result, words):
     result.err = result.err.splitlines()[-1]
     assert_refused(result, words)
-
-
-@pytest.fixture(scope="module")
-def first(tmp_path_factory):
-    return tmp_path_factory.mktemp("first") / "run"
-
-
-@pytest.fixture
-def trained(trainer, small, tmp_path, first):
-    """A run that has ended, in this test's folder; one is trained for all tests."""
-    if first.exists():
-        shutil.copytree(first, tmp_path / "run")
-    else:
-        assert trainer(*small).code == 0
-        shutil.copytree(tmp_path / "run", first)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,8 @@ def finish(process, code=0, timeout=600):
 
 def test_what_a_finished_run_leaves(trainer, small, tmp_path):
     run_dir = tmp_path / "run"
-    result = trainer(*small, "evaluation.every_steps=3", "evaluation.sample_prompt=line 3")
+    words = ["evaluation.every_steps=3", "evaluation.sample_prompt=line 3"]
+    result = trainer(*small, *words, "export.at_end=true", "monitoring.report=true")
     assert result.code == 0, result
     records = metrics(run_dir)
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
@@ -103,8 +104,7 @@ def test_a_failed_sample_costs_no_step(trainer, small, tmp_path, monkeypatch, go
     run_dir = tmp_path / "run"
     overrides = [
         *("evaluation.at_start=true", "evaluation.every_steps=2", "checkpoint.interval=2"),
-        *("evaluation.sample_prompt=''", "evaluation.sample_tokens=4", "export.at_end=false"),
-        "monitoring.report=false",
+        *("evaluation.sample_prompt=''", "evaluation.sample_tokens=4"),
     ]
     result = trainer(*small, *overrides, "stop.steps=4")
     assert result.code == 1 and "a sampler that breaks" in result.err
@@ -121,16 +121,15 @@ def test_a_failed_sample_costs_no_step(trainer, small, tmp_path, monkeypatch, go
     assert len(asked) == 3 and [r["step"] for r in metrics(run_dir)] == [0, 1, 2, 3, 4]
 
 
-def test_a_finished_run_says_so_and_changes_nothing(trainer, small, tmp_path):
-    assert trainer(*small).code == 0
-    before = losses(tmp_path / "run")
+def test_a_finished_run_says_so_and_changes_nothing(trainer, small, trained):
+    before = losses(trained)
     result = trainer(*small)
     assert result.code == 0 and "resuming after step 6" in result.out
-    assert losses(tmp_path / "run") == before
+    assert losses(trained) == before
 
 
 def test_export_gives_the_training_models_logits(trainer, small, tmp_path):
-    assert trainer(*small, "checkpoint.interval=3").code == 0
+    assert trainer(*small, "checkpoint.interval=3", "export.at_end=true").code == 0
     run_dir = tmp_path / "run"
     exported = AutoModelForCausalLM.from_pretrained(run_dir / "export")
     assert exported.dtype is torch.float32
@@ -166,22 +165,21 @@ def test_export_gives_the_training_models_logits(trainer, small, tmp_path):
         (["run={run}", "dtype=int4"], ["int4", "bfloat16"]),
     ],
 )
-def test_export_refuses_in_one_line(trainer, small, tmp_path, capfd, arguments, words):
+def test_export_refuses_in_one_line(trained, capfd, arguments, words):
     from trainer.export import main
 
-    assert trainer(*small, "export.at_end=false").code == 0
     capfd.readouterr()
-    assert main([a.format(run=tmp_path / "run") for a in arguments]) == 2
+    assert main([a.format(run=trained) for a in arguments]) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and all(word in lines[0] for word in words), lines
-    assert not (tmp_path / "run" / "export").exists()
+    assert not (trained / "export").exists()
 
 
-def test_export_replaces_exports_only(trainer, small, tmp_path, capfd):
+def test_export_replaces_exports_only(trained, tmp_path, capfd):
     from trainer.export import main
 
-    assert trainer(*small).code == 0
-    run_dir = tmp_path / "run"
+    run_dir = trained
+    assert main([f"run={run_dir}"]) == 0
     assert main([f"run={run_dir}"]) == 0, "an export of ours is replaced"
     for out in (run_dir, tmp_path, run_dir / "metrics.jsonl"):
         before = sorted(tmp_path.rglob("*"))
@@ -232,7 +230,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(trainer, small, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(Reporter, "log", log_then_stop)
-        result = trainer(*small, *overrides, stopped)
+        result = trainer(*small, *overrides, stopped, "export.at_end=true")
     assert result.code == 33, result
     assert "step-00000003" in result.out
     assert not (tmp_path / "stopped" / "export").exists()
@@ -336,8 +334,9 @@ def test_sigterm_on_two_ranks_saves_and_resumes(small, tmp_path, launcher):
     assert steps == list(range(1, len(steps) + 1)), "a step was lost or repeated"
 
 
-def test_skypilot_nodes_meet(small, tmp_path):
+def test_skypilot_nodes_meet(small, tmp_path, monkeypatch):
     """Two `nodes` of one rank each, as SkyPilot describes them."""
+    monkeypatch.setenv("SPOTFORGE_TOKEN", "what the nodes share")
     more = [*small, "micro_batch_size=2"]
     processes = []
     for rank in range(2):
@@ -354,10 +353,20 @@ def test_skypilot_nodes_meet(small, tmp_path):
     assert metrics(tmp_path / "run")[-1]["step"] == 6
 
 
-def test_a_launcher_that_contradicts_nproc_is_refused(small):
-    prefix, _ = LAUNCHERS["torchrun"]
-    out = finish(command(*small, "nproc=3", launcher=prefix), code=1)
-    assert "nproc=3: the launcher started 2 ranks" in out  # whichever rank comes first says so
+def test_skypilot_nodes_without_a_token_are_refused(small, trainer, monkeypatch):
+    for name, value in (("NUM_NODES", "2"), ("NODE_RANK", "1"), ("NODE_IPS", "127.0.0.1\n::1")):
+        monkeypatch.setenv(f"SKYPILOT_{name}", value)
+    refused = trainer(*small, "nproc=1", "micro_batch_size=2")
+    assert refused.code == 2 and refused.err.startswith("SPOTFORGE_TOKEN=")
+
+
+def test_a_launcher_that_contradicts_nproc_is_refused(trainer, small, tmp_path, monkeypatch):
+    told = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**told, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    result = trainer(*small, "nproc=3")
+    assert result.code == 2 and "nproc=3: the launcher started 2 ranks" in result.err
+    assert not (tmp_path / "run").exists()
 
 
 def ranks_of(process):
@@ -374,14 +383,14 @@ def ranks_of(process):
 
 
 def test_a_rank_that_dies_is_started_again(small, tmp_path):
-    more = [*small, "nproc=2", "stop.steps=300", "micro_batch_size=2", "checkpoint.interval=5"]
+    more = [*small, "nproc=2", "stop.steps=120", "micro_batch_size=2", "checkpoint.interval=5"]
     process = command(*more)
     wait_for_step(tmp_path / "run", 8)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     out = finish(process)
     assert "rank 1 died of SIGKILL" in out and "resuming after step" in out, out
     steps = [step for step, *_ in losses(tmp_path / "run")]
-    assert steps == list(range(1, 301)), "a step was lost or repeated"
+    assert steps == list(range(1, 121)), "a step was lost or repeated"
     events = [json.loads(x) for x in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     starts = [e for e in events if e["event"] == "start"]
     assert [e["world_size"] for e in starts] == [2, 2]

@@ -14,7 +14,8 @@ from monitoring.jsonl import read_records
 from parallel.world import join_world
 from tests.distributed import run_distributed
 from tests.trainer.small_config import LLAMA, parallel, small_config, write_sources
-from trainer.data.loader import PADDING, TrainLoader
+from trainer.data.batch import PADDING
+from trainer.data.loader import TrainLoader
 from trainer.data.prepare import prepare
 from trainer.heartbeat import Heartbeat
 from trainer.loop import TrainingLoop

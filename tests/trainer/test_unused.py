@@ -9,14 +9,15 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from parallel.config import DdpConfig, FsdpConfig, PrecisionConfig, ZeroConfig
+from parallel.optimizer_state import ADAMW
 from parallel.world import join_world
 from tests.distributed import run_distributed
 from tests.small_run import SEQ_LEN, VOCAB, SmallRun, _batch
-from trainer.config import NamedModelConfig
 from trainer.model import build_meta_model
+from trainer.model_config import NamedModelConfig
 from trainer.objective import NextTokenLoss
 from trainer.optim import AdamWConfig
-from trainer.probe import leave_unused
+from trainer.settle import leave_unused
 
 # A decoder made for an encoder, and one whose indexer chooses tokens without a gradient.
 BART = NamedModelConfig(
@@ -148,7 +149,7 @@ def test_what_takes_no_part_is_named():
     with join_world() as world:
         module = NextTokenLoss(model, fused=False)
         strategy = DdpConfig().build(world, PrecisionConfig())
-        strategy.setup(module, lambda _: None, partial(AdamWConfig().build, decayed=set()))
+        strategy.setup(module, lambda _: None, partial(AdamWConfig().build, decayed=set()), ADAMW)
         said = []
         leave_unused(CONFIG, module, strategy, world, said.append)
     cross = [n for n, _ in model.named_parameters() if "encoder_attn" in n]

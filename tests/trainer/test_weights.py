@@ -10,8 +10,10 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM
 
+from core import layout
 from core.errors import ConfigError
 from parallel.config import DdpConfig, Dtype, FsdpConfig, ZeroConfig
+from parallel.optimizer_state import ADAMW
 from parallel.strategy import persistent_buffers
 from parallel.world import join_world
 from tests.distributed import run_distributed
@@ -19,16 +21,16 @@ from tests.families import zoo
 from tests.small_run import SmallRun
 from tests.trainer.test_checkpoint import a_state, no_assets, tell_nobody
 from trainer.checkpoint import (
-    STORED_NAMES,
     committed,
     described_tensors,
     read_tensors,
     tensor_shapes,
 )
 from trainer.checkpointer import Checkpointer
-from trainer.config import CheckpointConfig, PathModelConfig
-from trainer.export import export_checkpoint
+from trainer.config import CheckpointConfig
+from trainer.exporter import export_checkpoint
 from trainer.model import Materializer, build_meta_model
+from trainer.model_config import PathModelConfig
 from trainer.resume import check_same_model, state_reader
 from trainer.run import _save_assets
 from trainer.weights import canonical_names, saving_groups
@@ -224,7 +226,7 @@ def trained_and_resumed(folder, first, second):
         checkpointer.wait()
         checkpointer.close()
         checkpoint = folder / "checkpoints/step-00000001"
-        check_same_model(checkpoint, build_meta_model(config, 1), lambda line: None)
+        check_same_model(checkpoint, build_meta_model(config, 1), ADAMW, lambda line: None)
         losses = [run.train(1)]
         other = SmallRun(STRATEGIES[second](), world, model=config)
         other.strategy.load_state(state_reader(checkpoint), num_updates=1)
@@ -254,7 +256,7 @@ def test_what_came_with_a_model_goes_with_it(llama, tmp_path):
     data = SimpleNamespace(tokenizer=zoo.byte_tokenizer())
     _save_assets(config_of(llama), model, data, stored_names, tmp_path)
     assert json.loads((tmp_path / "generation_config.json").read_text()) == came
-    assert json.loads((tmp_path / STORED_NAMES).read_text()) == stored_names
+    assert json.loads((tmp_path / layout.STORED_NAMES).read_text()) == stored_names
     assert sorted(stored_names) == sorted(load_file(llama / "model.safetensors"))
 
 

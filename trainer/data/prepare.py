@@ -352,6 +352,7 @@ def _open(sources: dict[str, tuple[str, SourceConfig]], folders: list[Path]) -> 
     validation = [TokenDataset.open(folder, "validation") for folder in folders]
     weights = [float(source.weight) for _, source in sources.values()]
     manifests = [dataset.manifest for dataset in train]
+    # Weights decide which sample comes when, so they are part of what a run was trained on.
     content = [[m["digest"], weight] for m, weight in zip(manifests, weights, strict=True)]
     num_bytes = sum(dataset.num_bytes for dataset in validation)
     return PreparedData(

@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
+from core import layout
 from core.errors import ConfigError, DamagedError
-from core.folder import MANIFEST, Entry, wrong_content, wrong_size
+from core.folder import Entry, wrong_content, wrong_size
 from trainer.data.files import StopRequested, check_stop
 from trainer.data.tokenizer import fingerprint, load_tokenizer
 from trainer.data.writer import FORMAT_VERSION, TOKENIZER, canonical_digest
@@ -65,6 +66,7 @@ class TokenDataset:
             raise IndexError(f"tokens [{start}, {start + count}) of {self.num_tokens}")
         tokens = np.empty(count, np.int64)
         done = 0
+        # From the right, so that a position on a border belongs to the shard that starts there.
         shard = int(np.searchsorted(self._borders, start, side="right")) - 1
         while done < count:
             inside = start + done - int(self._borders[shard])
@@ -97,21 +99,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ConfigError: The folder is not a prepared one, or was written by a later version.
         DamagedError: A file is missing or altered.
     """
-    path = folder / MANIFEST
+    path = folder / layout.MANIFEST
     if not path.is_file():
-        rule = f"is not a prepared token dataset: it has no {MANIFEST}"
+        rule = f"is not a prepared token dataset: it has no {layout.MANIFEST}"
         raise ConfigError("data.path", folder, rule, "give a folder that spotforge has prepared")
     try:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
         digest = manifest.pop("digest")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise _damaged(folder, MANIFEST, "cannot be parsed") from error
+        raise _damaged(folder, layout.MANIFEST, "cannot be parsed") from error
     if canonical_digest(manifest) != digest:
-        raise _damaged(folder, MANIFEST, "was altered since it was written")
+        raise _damaged(folder, layout.MANIFEST, "was altered since it was written")
     if manifest["format_version"] != FORMAT_VERSION:
         rule = f"has format {manifest['format_version']}, this version reads {FORMAT_VERSION}"
         raise ConfigError("data.path", folder, rule, "prepare it again")
     manifest["digest"] = digest
+    # Sizes only: digests would cost a read of all tokens at each start (data.verify).
     for entry in _entries(manifest):
         _check_size(folder, entry)
     for entry in manifest["tokenizer"]:

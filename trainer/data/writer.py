@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
-from core.folder import MANIFEST, HashedFile, digest_of, manifest_of, write_file
+from core import layout
+from core.folder import HashedFile, digest_of, manifest_of, write_file
 from trainer.data.tokenizer import fingerprint, vocab_size_of
 
 FORMAT_VERSION = 1
@@ -43,6 +44,7 @@ class TokenDatasetWriter:
     ) -> None:
         self._folder, self._tokenizer = folder, tokenizer
         self.vocab_size = vocab_size_of(tokenizer)
+        # Small ids in two bytes, which halves what is stored, hashed and read.
         self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
         self._splits = {
             split: _SplitWriter(folder, split, self.dtype, shard_tokens) for split in SPLITS
@@ -95,7 +97,7 @@ class TokenDatasetWriter:
         }
         # Readers look for the manifest, so it is written last.
         manifest["digest"] = canonical_digest(manifest)
-        write_file(self._folder / MANIFEST, json.dumps(manifest, indent=1))
+        write_file(self._folder / layout.MANIFEST, json.dumps(manifest, indent=1))
 
     def _save_tokenizer(self) -> list[dict[str, object]]:
         folder = self._folder / TOKENIZER

@@ -22,7 +22,9 @@ class Site:
         """A guard that runs: by default a tick is 0.1 s, and a second costs a dollar."""
         known = {k: v for k, v in os.environ.items() if not k.startswith(("SKYPILOT", "SPOTFORGE"))}
         known["SPOTFORGE_CACHE"] = os.environ["SPOTFORGE_CACHE"]
-        words = ["--ledger", self.ledger, "--run-dir", self.run_dir, "--tick-s", "0.1"]
+        words = ["--ledger", self.ledger, "--run-dir", self.run_dir]
+        if "--tick-s" not in options:
+            words += ["--tick-s", "0.1"]
         if "--usd-per-h" not in options and "SPOTFORGE_PRICES" not in (env or {}):
             words += ["--usd-per-h", "3600"]
         command = command or self.stand_in()

@@ -171,9 +171,12 @@ def test_prices_of_tomorrow_are_the_lists_mistake(tmp_path):
 
 def test_a_snapshot_comes_back_as_it_was(tmp_path):
     path = tmp_path / "snapshot-2026-06-01.json"
-    offers = [offer(), offer(is_spot=True, zone="z", vcpus=8.0, max_nodes=1)]
+    pool = offer(cloud="", pool="lab", pool_kind="slurm", usd_per_h=0.0)
+    offers = [offer(), offer(is_spot=True, zone="z", vcpus=8.0, max_nodes=1), pool]
     write_snapshot(path, TODAY, "test", offers)
     assert read_snapshot(path).offers == tuple(offers)
+    row = json.loads(path.read_text())["offers"][-1]
+    assert row["cloud"] == "slurm" and "pool_kind" not in row  # as files have it since the first
 
 
 @pytest.mark.parametrize(

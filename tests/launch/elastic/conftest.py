@@ -81,13 +81,13 @@ class Site:
         events = ["--events", self.folder / "events.jsonl"]
         return self.launch("supervise", *events, *options, *self.command(*toy), env=env)
 
-    def listen(self, *options, toy=()):
+    def listen(self, *options, toy=(), host="127.0.0.1", env=None):
         """A supervisor that listens on a port of this machine, and that port."""
-        supervisor = self.supervise("--listen", "127.0.0.1:0", *options, toy=toy)
+        supervisor = self.supervise("--listen", f"{host}:0", *options, toy=toy, env=env)
         return supervisor, int(supervisor.wait_for_line(r"listening on .*:(\d+)")[1])
 
-    def join(self, port, *options, toy=()):
-        return self.launch("join", f"127.0.0.1:{port}", *options, *self.command(*toy))
+    def join(self, port, *options, toy=(), env=None):
+        return self.launch("join", f"127.0.0.1:{port}", *options, *self.command(*toy), env=env)
 
     def starts(self):
         """What each rank that started wrote, in order."""

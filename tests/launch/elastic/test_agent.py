@@ -157,17 +157,38 @@ def test_stacks_come_from_other_machines(site):
     assert " in happen\n" in there
 
 
-def test_an_agent_outlives_its_supervisor(site):
-    supervisor, port = site.listen("--nproc", 0, toy=LONG)
-    agent = site.join(port, "--nproc", 1, toy=LONG)
+def test_ranks_save_when_their_supervisor_dies_and_its_successor_goes_on(site):
+    toy = [*LONG, "--save-s", 1]
+    supervisor, port = site.listen("--nproc", 0, "--nodes", 2, toy=toy)
+    agents = [site.join(port, "--nproc", 1, toy=toy) for _ in range(2)]
     site.wait_for_step(3)
     supervisor.send(signal.SIGKILL)
-    agent.wait_for_line("lost the supervisor: .*; killing its ranks")
-    wait_until(lambda: not is_running(site.starts()[0]["pid"]), lambda: "an orphan")
-    again = site.supervise("--nproc", 0, "--listen", f"127.0.0.1:{port}", toy=LONG)
-    again.wait_for_line("start 1: 1 rank on 1 node")
+    supervisor.end()
+    for agent in agents:
+        agent.wait_for_line("lost the supervisor: .*; its ranks save")
+    for start in site.starts():
+        wait_until(lambda: not is_running(start["pid"]), lambda: "an orphan")  # noqa: B023
+    saved = site.checkpoint()
+    last = max(int(path.name.partition("-")[0]) for path in site.folder.glob("gang-*/*-0"))
+    assert saved == last >= 3, "a step was lost"
+    again = site.supervise("--nproc", 0, "--nodes", 2, "--listen", f"127.0.0.1:{port}", toy=toy)
+    again.wait_for_line("start 1: 2 ranks on 2 nodes")
+    site.wait_for_step(saved + 2)
     again.send()
-    assert (again.end(), agent.end()) == (33, 33)
+    assert (again.end(), *(agent.end() for agent in agents)) == (33, 33, 33)
+
+
+def test_ranks_that_have_lost_their_peers_as_well_are_killed(site):
+    """The supervisor's machine had a rank, for which the others wait for ever."""
+    supervisor, port = site.listen("--nproc", 1, "--nodes", 2, toy=LONG)
+    agent = site.join(port, "--nproc", 1, "--grace", 3, toy=LONG)
+    site.wait_for_step(3)
+    supervisor.send(signal.SIGKILL)
+    agent.wait_for_line("its ranks did not end within 3 s: killed")
+    for start in site.starts():
+        wait_until(lambda: not is_running(start["pid"]), lambda: "an orphan")  # noqa: B023
+    agent.send()
+    assert agent.end() == 33
 
 
 def test_an_agent_that_runs_something_else_is_refused(site):
@@ -184,7 +205,8 @@ def test_an_agent_that_runs_something_else_is_refused(site):
 
 def test_strangers_at_the_port_disturb_nothing(site):
     supervisor, port = site.listen("--nproc", 1, toy=LONG)
-    hello = {"type": "Hello", "version": 1, "nproc": 1, "command_sha256": "", "address": "x"}
+    hello = {"type": "Hello", "version": 2, "nproc": 1, "command_sha256": "", "address": "x"}
+    hello |= {"challenge": "", "proof": ""}
     for garbage in (
         b"",
         b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
@@ -195,6 +217,7 @@ def test_strangers_at_the_port_disturb_nothing(site):
         b'{"type": "Dismiss", "code": 0, "reason": ""}\n',
         json.dumps({**hello, "nproc": "many"}).encode() + b"\n",
         json.dumps({**hello, "more": 1}).encode() + b"\n",
+        json.dumps({**hello, "challenge": "x" * 5000}).encode() + b"\n",
     ):
         with socket.create_connection(("127.0.0.1", port)) as stranger:
             stranger.settimeout(120)

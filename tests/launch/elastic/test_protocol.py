@@ -20,7 +20,7 @@ from launch.elastic.protocol import (
 @pytest.mark.parametrize(
     "message",
     [
-        Hello(1, 8, "ab", "10.0.0.7"),
+        Hello(2, 8, "ab", "10.0.0.7", "c0ffee", "beef"),
         Start(3, 1, 8, 8, 16, "10.0.0.1", 40000),
         Status(3, 12.5, [RankStatus(8), RankStatus(9, "train", 4, 1.5, -9, 2.5, "a\nb", "why")]),
         Stacks(["", "Thread 0x1:\n"]),

@@ -7,7 +7,16 @@ import pytest
 from core.errors import SpotforgeError
 from launch.elastic.agent import Agent, Membership
 from launch.elastic.nodes import Listener
-from launch.elastic.protocol import VERSION, Hello, Pong, Welcome, command_digest, encode, receive
+from launch.elastic.protocol import (
+    VERSION,
+    Challenge,
+    Hello,
+    Pong,
+    Welcome,
+    command_digest,
+    encode,
+    receive,
+)
 
 COMMAND = ["true"]
 SILENCE_S = 0.5
@@ -18,11 +27,12 @@ def test_a_silent_machine_is_lost(monkeypatch):
 
     async def join_and_say_no_more():
         nodes, changed = [], asyncio.Event()
-        listener = Listener(command_digest(COMMAND), nodes.append, changed, print)
+        listener = Listener(command_digest(COMMAND), None, nodes.append, changed, print)
         port = int((await listener.open("127.0.0.1", 0)).rpartition(":")[2])
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(encode(Hello(VERSION, 4, command_digest(COMMAND), "10.0.0.7")))
-        assert await receive(reader) == Welcome()
+        assert (await receive(reader)).version == VERSION
+        writer.write(encode(Hello(VERSION, 4, command_digest(COMMAND), "10.0.0.7", "", "")))
+        assert await receive(reader) == Welcome("")
         (node,) = nodes
         assert (node.nproc, node.address, node.lost) == (4, "10.0.0.7", None)
         async with asyncio.timeout(120):
@@ -44,15 +54,16 @@ def test_a_silent_supervisor_is_lost(monkeypatch, capsys):
     async def welcome_and_say_no_more():
         async def serve(reader, writer):
             server.close()  # none to come back to
+            writer.write(encode(Challenge(VERSION, "")))
             assert (await receive(reader)).nproc == 2
-            writer.write(encode(Welcome()) + encode(Pong()))
+            writer.write(encode(Welcome("")) + encode(Pong()))
             await reader.read()
             writer.close()
 
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         with pytest.raises(SpotforgeError, match=f"no supervisor at 127.0.0.1:{port}"):
-            await Agent(Membership("127.0.0.1", port, COMMAND, 2, 1.0, 0.0)).run()
+            await Agent(Membership("127.0.0.1", port, COMMAND, 2, 1.0, 0.0, None)).run()
 
     asyncio.run(welcome_and_say_no_more())
     assert "lost the supervisor: silent for" in capsys.readouterr().err

@@ -15,7 +15,8 @@ import pytest
 from tests.launch.elastic.conftest import ROOT, Site, is_running, wait_until
 
 
-def test_a_gang_that_finishes_is_not_talked_about(site):
+def test_a_gang_that_finishes_is_not_talked_about(site, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
     supervisor = site.supervise("--nproc", 2)
     assert supervisor.end() == 0
     assert supervisor.printed == ""
@@ -30,7 +31,7 @@ def test_a_gang_that_finishes_is_not_talked_about(site):
         "LOCAL_RANK": "0",
         "LOCAL_WORLD_SIZE": "2",
         "GROUP_RANK": "0",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+        "OMP_NUM_THREADS": threads,
     }
     assert (second["rank"], second["LOCAL_RANK"]) == (1, "1")
     assert [event["event"] for event in site.events()] == ["start", "finish"]
@@ -161,6 +162,17 @@ def test_the_same_error_three_times_ends_it(site):
     assert supervisor.printed.count("Traceback (most recent call last)") == 1
     assert "giving up: the same error 3 times at step 3" in supervisor.printed.splitlines()[-1]
     assert site.events()[-1]["event"] == "crash_loop"
+
+
+@pytest.mark.long
+def test_a_hang_is_found_by_the_usual_steps(site):
+    """The cap is ten minutes; steps take a fraction of a second."""
+    toy = ["--steps", 60, "--do", 1, 40, "hang", 1]
+    supervisor = site.supervise("--nproc", 2, toy=toy)
+    started = time.monotonic()
+    assert supervisor.end() == 0
+    assert time.monotonic() - started < 200
+    assert [e["event"] for e in site.events()] == ["start", "hang", "start", "finish"]
 
 
 def test_a_hang_is_shown_and_after_three_it_ends(site):

@@ -237,9 +237,11 @@ def test_a_stage_that_this_version_lacks_is_refused(name, monkeypatch):
 
 
 def test_a_real_run_is_the_first_stage_and_is_not_run_twice(small, tmp_path):
+    words = last_of_each([*small, "export.at_end=true"])
+
     def pipeline():
         return subprocess.run(
-            [sys.executable, "-W", "error", "-m", "launch", "pipeline", *small],
+            [sys.executable, "-W", "error", "-m", "launch", "pipeline", *words],
             cwd=ROOT,
             env={k: v for k, v in os.environ.items() if not k.startswith("SKYPILOT")},
             capture_output=True,

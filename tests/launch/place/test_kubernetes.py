@@ -74,6 +74,24 @@ def test_secrets_are_named_only(small, capsys, monkeypatch):
     assert env["valueFrom"] == {"secretKeyRef": {"name": "spotforge", "key": "WANDB_API_KEY"}}
 
 
+def test_nodes_join_by_a_token_of_the_cluster(small, capsys, tmp_path, monkeypatch):
+    words = [*small, *CLUSTER, "launch.nodes=[2]"]
+    [env] = pods_of(job_set(capsys, *words))["template"]["spec"]["containers"][0]["env"]
+    reference = {"secretKeyRef": {"name": "spotforge", "key": "SPOTFORGE_TOKEN"}}
+    assert env == {"name": "SPOTFORGE_TOKEN", "valueFrom": reference}
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\ncat {tmp_path}/$2\nexit 0\n')
+    kubectl.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (tmp_path / "secret").write_text("")
+    assert main(["up", *words]) == 2  # its pods would never start
+    assert capsys.readouterr().err.startswith("launch.kubernetes.secret=spotforge: ")
+    assert "apply" not in (tmp_path / "calls").read_text()
+    (tmp_path / "secret").write_text("c2VjcmV0")
+    assert main(["up", *words]) == 0
+    assert "apply" in (tmp_path / "calls").read_text()
+
+
 @pytest.mark.parametrize("missing", ["launch.kubernetes.volume_claim", "launch.image"])
 def test_what_a_pod_cannot_do_without_is_asked_for(small, missing, capsys):
     words = [word for word in CLUSTER if not word.startswith(missing)]
@@ -106,7 +124,7 @@ def test_pods_train_and_one_that_is_lost_comes_back(small, capsys, tmp_path):
     def pod(index):
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = os.environ | {"JOB_COMPLETION_INDEX": str(index), "PATH": path}
-        environment["OMP_NUM_THREADS"] = "1"
+        environment |= {"OMP_NUM_THREADS": "1", "SPOTFORGE_TOKEN": "of the cluster's Secret"}
         with output.open("a") as file:
             return subprocess.Popen(
                 ["bash", "-c", script], env=environment, stdout=file, stderr=file

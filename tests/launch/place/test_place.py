@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import shlex
 import stat
 
@@ -11,8 +12,9 @@ import yaml
 from core.errors import ConfigError
 from launch.__main__ import main
 from launch.catalog.catalog import Catalog
-from launch.place.place import job_of, place_of
-from launch.place.sky_task import documents, render
+from launch.place.cli import place_of
+from launch.place.place import job_of
+from launch.place.skypilot import documents
 from launch.plan.planner import make_plan
 from launch.settings import compose_settings
 from tests.launch.offers import offer
@@ -41,6 +43,10 @@ def placed(*words, offers=SPOT):
     catalog = Catalog("test", datetime.date(2026, 5, 24), 0, "sha256:0", tuple(offers))
     plan = make_plan(settings, catalog)
     return job_of(plan, place_of(settings.launch))
+
+
+def render(job):
+    return place_of(job.launch).render(job)
 
 
 def document(job):
@@ -170,6 +176,7 @@ def stand_in_sky(folder, checked='{"default": {"AWS": ["compute"]}}'):
         f'#!/bin/sh\necho "$@" >> {folder}/calls\n'
         f"[ \"$1\" = check ] && echo started && echo '{checked}' && exit 0\n"
         f'[ "$2" = launch ] && for last in "$@"; do :; done && cp "$last" {folder}/task.yaml\n'
+        f'[ "$2" = launch ] && echo "$SPOTFORGE_TOKEN" >> {folder}/tokens\n'
         "exit 0\n"
     )
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
@@ -192,6 +199,23 @@ def test_up_hands_the_task_to_sky_with_the_names_of_secrets(tmp_path, monkeypatc
     assert yaml.safe_load((tmp_path / "task.yaml").read_text()) == document(job)
 
 
+def test_nodes_get_a_token_to_join_by(tmp_path, monkeypatch):
+    """It is made for the job, and is in no file."""
+    monkeypatch.delenv("SPOTFORGE_TOKEN", raising=False)
+    sky = stand_in_sky(tmp_path)
+    job = placed("launch.bucket=s3://mine", "launch.nodes=[2]", "launch.shared_dir=/shared", sky)
+    assert start(job) == 0
+    assert " --secret SPOTFORGE_TOKEN " in (tmp_path / "calls").read_text()
+    tokens = (tmp_path / "tokens").read_text().split()
+    assert len(tokens) == 1 and len(tokens[0]) >= 32 and "SPOTFORGE_TOKEN" not in os.environ
+    task = (tmp_path / "task.yaml").read_text()
+    assert tokens[0] not in task
+    assert yaml.safe_load(task)["secrets"] == {"SPOTFORGE_TOKEN": None}
+    monkeypatch.setenv("SPOTFORGE_TOKEN", "of the user's own")
+    assert start(job) == 0
+    assert (tmp_path / "tokens").read_text().splitlines()[1] == "of the user's own"
+
+
 def test_without_credentials_or_a_secret_nothing_is_launched(tmp_path, monkeypatch):
     for checked in ('{"default": {}}', '{"default": {"AWS": ["storage"]}}', "Error"):
         sky = stand_in_sky(tmp_path, checked)
@@ -212,6 +236,9 @@ def test_on_this_machine_a_job_is_a_chain_of_its_stages(capsys):
     words = ["run.dir=runs/mine", "stop.steps=7", "launch.target=local"]
     assert main(["render", *words]) == 0
     assert shlex.split(capsys.readouterr().out) == ["python", "-m", "launch", "pipeline", *words]
+    # No export is there yet: `up` has tried to run the stages here.
+    assert main(["up", *words, "launch.stages=[compress]"]) == 2
+    assert capsys.readouterr().err.startswith("launch.stages=[compress]: ")
     assert main(["up", *words, "launch.budget_usd=3"]) == 2
     assert capsys.readouterr().err.startswith("launch.budget_usd=3.0: ")
     for verb in (["status"], ["logs", "mine"], ["down", "mine"]):

@@ -42,13 +42,13 @@ def planned(offers, *words):
 
 
 def reasons(plan):
-    return {(way.offer.place, way.offer.gpu): way.reason for way in plan.rejected}
+    return {(r.offer.place, r.offer.gpu): r.reason for r in plan.rejected}
 
 
 def test_the_cheapest_in_all_comes_first_and_the_sum_is_its_parts():
     dear, cheap = offer(usd_per_h=40.0), offer(usd_per_h=20.0, region="us-west-2")
     plan = planned([dear, cheap])
-    assert [way.offer for way in plan.candidates] == [cheap, dear]
+    assert [c.offer for c in plan.candidates] == [cheap, dear]
     best = plan.candidates[0]
     tokens = 1000 * 512 * 4096
     assert best.compute_h == pytest.approx(tokens / best.tokens_per_s / 3600)
@@ -92,7 +92,7 @@ def test_rejections_say_why():
         "launch.regions=[ap-south-1,a,b,d,e]",
         "launch.gpus=[H100,T4,A40]",
     )
-    assert [way.offer.region for way in plan.candidates] == ["ap-south-1"]
+    assert [c.offer.region for c in plan.candidates] == ["ap-south-1"]
     assert reasons(plan) == {
         ("aws/a", "T4"): "memory",
         ("aws/b", "H100"): "quota",
@@ -104,7 +104,7 @@ def test_rejections_say_why():
 
 def test_gpus_are_named_in_any_case():
     plan = planned([offer(), offer(gpu="B200")], "launch.gpus=[h100]")
-    assert {way.offer.gpu for way in plan.candidates} == {"H100"}
+    assert {c.offer.gpu for c in plan.candidates} == {"H100"}
 
 
 def test_a_list_without_offers():
@@ -114,7 +114,7 @@ def test_a_list_without_offers():
 
 def test_several_nodes_only_where_they_can_be_had_together():
     plan = planned([offer(max_nodes=1), offer(region="us-west-2")], "launch.nodes=[1,2]")
-    assert sorted((way.offer.region, way.num_nodes) for way in plan.candidates) == [
+    assert sorted((c.offer.region, c.num_nodes) for c in plan.candidates) == [
         ("us-east-1", 1),
         ("us-west-2", 1),
         ("us-west-2", 2),
@@ -154,7 +154,7 @@ def moved_gb():
 
 
 def test_a_pool_costs_what_it_says():
-    pool = offer(cloud="slurm", pool="lab", region="", usd_per_h=3.0, max_nodes=1)
+    pool = offer(cloud="", pool="lab", pool_kind="slurm", region="", usd_per_h=3.0, max_nodes=1)
     best = planned([offer(), pool]).candidates[0]
     assert best.offer.pool == "lab"
     assert best.costs.egress_usd == best.costs.storage_usd == 0
@@ -200,9 +200,9 @@ def test_a_measurement_that_is_none(tmp_path, row, said):
 def test_the_network_holds_up_nodes_without_a_fast_one():
     one, two = planned([offer()], "launch.nodes=[1,2]", "global_batch_size=16").candidates
     assert {one.num_nodes, two.num_nodes} == {1, 2}
-    slow = max((one, two), key=lambda way: way.num_nodes)
+    slow = max((one, two), key=lambda c: c.num_nodes)
     assert "held up by the network" in slow.speed_source
-    assert slow.tokens_per_s < 2 * min((one, two), key=lambda way: way.num_nodes).tokens_per_s
+    assert slow.tokens_per_s < 2 * min((one, two), key=lambda c: c.num_nodes).tokens_per_s
     words = ["launch.nodes=[2]", "global_batch_size=16", "launch.network_gbit=3200"]
     assert planned([offer()], *words).candidates[0].tokens_per_s > 2 * slow.tokens_per_s
 
@@ -279,8 +279,8 @@ def test_a_plan_never_changes():
     ]
     words = ["launch.nodes=[1,2]", "launch.data_region=aws/ap-south-1", "launch.data_gb=123.4"]
     assert [
-        (way.offer.region, way.num_nodes, f"{way.costs.total_usd:.9g}", f"{way.p95_h:.9g}")
-        for way in planned(offers, *words).candidates
+        (c.offer.region, c.num_nodes, f"{c.costs.total_usd:.9g}", f"{c.p95_h:.9g}")
+        for c in planned(offers, *words).candidates
     ] == [
         ("us-east-1", 1, "124.321641", "13.8796281"),
         ("ap-south-1", 1, "232.940582", "10.9266627"),
@@ -294,7 +294,7 @@ def test_a_plan_never_changes():
 def test_json_and_table_hold_the_same_ranking():
     plan = planned([offer(), offer(region="us-west-2", usd_per_h=19.0)])
     found = json.loads(as_json(plan))
-    assert [way["offer"]["region"] for way in found["candidates"]] == ["us-west-2", "us-east-1"]
+    assert [c["offer"]["region"] for c in found["candidates"]] == ["us-west-2", "us-east-1"]
     shown = table(plan, 5, False)
     assert shown.index("us-west-2") < shown.index("us-east-1")
 

@@ -10,14 +10,9 @@ pytest.importorskip("torch")
 import torch
 
 from core.errors import ConfigError
+from trainer.data.batch import IGNORE_INDEX, PADDING
 from trainer.data.config import MixtureDataConfig, SourceConfig, SourceKind
-from trainer.data.loader import (
-    IGNORE_INDEX,
-    PADDING,
-    TrainLoader,
-    split_step,
-    validation_batches,
-)
+from trainer.data.loader import TrainLoader, split_step, validation_batches
 from trainer.data.order import SampleOrder
 
 T, G = 16, 24

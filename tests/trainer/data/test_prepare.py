@@ -23,6 +23,7 @@ from trainer.data.tokenizer import train_tokenizer
 from trainer.data.tokens import TokenDataset
 from trainer.data.writer import TokenDatasetWriter
 
+ROOT = Path(__file__).parents[3]
 TEXT, TOKENS = SourceKind.text, SourceKind.tokens
 
 
@@ -154,29 +155,11 @@ def test_a_full_disk_and_a_cache_that_cannot_be_written(config, ready, folder, m
             ready(config())
 
 
-SCRIPT = """
-import os, sys, time
-from pathlib import Path
-import trainer.data.prepare as module
-from trainer.data.config import SingleDataConfig, SourceKind
-path, cache, log, hang = sys.argv[1:]
-build = module.build_dataset
-def logged(folder, **settings):
-    with open(log, "a") as file:
-        file.write(f"{os.getpid()}\\n")
-    build(folder, **settings)
-    time.sleep(float(hang))
-module.build_dataset = logged
-cfg = SingleDataConfig(kind=SourceKind.text, path=path, cache_dir=cache, tokenizer_vocab_size=300,
-                       validation_fraction=0.2)
-print(module.prepare(cfg, model_path=None, stop_requested=lambda: False).digest)
-"""
-
-
 def start(folder, tmp_path, hang):
     arguments = [folder, tmp_path / "cache", tmp_path / "log", hang]
-    command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "tests.trainer.data.builder", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, **pipes)
 
 
 def test_processes_that_start_at_once_build_once(folder, tmp_path):
