@@ -24,7 +24,7 @@ from serving.text.tokenizer import TokenizerFiles
 class EchoEngine:
     """Says what it was told, after a while.
 
-    `boom` makes it fail, `slow` makes it slow, and `held` waits for the file LOG.go.
+    `boom` makes it fail, `slow` makes it slow, and `until NAME` waits for the file LOG.NAME.
     """
 
     is_ready = True
@@ -40,7 +40,8 @@ class EchoEngine:
         if "boom" in text:
             raise EngineError("it went away")
         await asyncio.sleep(0.8 if "slow" in text else self._delay_s)
-        while "held" in text and not self._log.with_suffix(".go").exists():
+        _, waits, name = text.rpartition(" until ")
+        while waits and not self._log.with_suffix(f".{name}").exists():
             await asyncio.sleep(0.02)
         yield TokenChunk(request.prompt[: request.max_tokens], finish_reason="stop")
 
