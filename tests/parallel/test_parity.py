@@ -17,8 +17,8 @@ from tests.distributed import run_distributed
 from tests.small_run import SmallRun
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "losses.json"
-# A step of several ranks costs several steps; what goes wrong on them does in the first few.
-STEPS = {1: 20, 2: 8, 4: 8}
+# A step of four ranks costs four steps; faults that take many steps to show do with two as well.
+STEPS = {1: 20, 2: 20, 4: 8}
 
 STRATEGIES = {
     "ddp": DdpConfig(),
