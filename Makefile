@@ -17,7 +17,7 @@ test: install lint  ## What CI runs: lint, types, tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: install  ## The tests that take over 15 s each
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
 
 test-matrix: install  ## Every strategy at 1 to 4 ranks, resumed from every other
 	$(BIN)/python -m pytest -m matrix tests/trainer/test_matrix.py

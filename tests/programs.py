@@ -9,8 +9,9 @@ the server's did.
 
 A fork is a child of who asked for it, with the arguments, environment, folder, files, session and
 parent's death signal of a real one, and its command and environment in /proc; `Popen` and signals
-work as ever. It differs in what is imported already, in the random state of its memory layout, and
-in one more child of its own, `program-server`, which forks the programs that it starts itself.
+work as ever. It differs in what is imported already, in the random state of its memory layout,
+in an end that takes no module apart, and in one more child of its own, `program-server`, which
+forks the programs that it starts itself.
 
 Tests with the fixture `real_programs` execute every program. Each path is executed for real here:
 
@@ -62,6 +63,7 @@ _FORKED = {
     "serving.engines.transformers_worker": False,
     "serving.engines.logits": False,
     "serving.text.tokenizer": False,
+    "tests.ending": False,
     "tests.rank": False,
     "tests.trainer.data.builder": False,
     "trainer": True,

@@ -14,6 +14,8 @@ import pytest
 from core.process.python import environment, python
 from tests import programs
 
+ROOT = Path(__file__).parents[1]
+
 
 def facts():
     """What a program knows of itself; what it prints goes where its parent said."""
@@ -79,3 +81,16 @@ def test_its_end_is_told():
     with process, told:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("how", ["done", "33", "text", "error", "interrupt"])
+def test_a_fork_ends_as_an_executed_program_does(how):
+    def ended():
+        command = [sys.executable, "-m", "tests.ending", how]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr.splitlines()[-1:]
+
+    forked = ended()
+    with programs.execute_programs():
+        assert ended() == forked
+    assert forked[1] == "thread\nexit\n"

@@ -19,22 +19,23 @@ class Apart:
 
     Attributes:
         is_left_out: True while others cannot reach it.
-        retry_at: Time of the next try, by the monotonic clock.
+        num_losses: How often the supervisor lost its connection to the machine.
+        wait_s: Seconds from the last time that it was left out to the next try.
     """
 
     is_left_out: bool = False
-    retry_at: float = 0.0
-    _wait_s: float = _RETRY_S
+    num_losses: int = 0
+    wait_s: float = 0.0
+    _left_at: float = 0.0
 
     def leave_out(self) -> None:
         """Leaves the machine out for a minute, and each time for twice as long."""
-        self.is_left_out = True
-        self.retry_at = time.monotonic() + self._wait_s
-        self._wait_s = min(_MAX_RETRY_S, 2 * self._wait_s)
+        self.is_left_out, self._left_at = True, time.monotonic()
+        self.wait_s = min(_MAX_RETRY_S, 2 * self.wait_s) or _RETRY_S
 
     def is_due(self) -> bool:
         """Returns whether the machine is left out and is to be tried again now."""
-        return self.is_left_out and time.monotonic() >= self.retry_at
+        return self.is_left_out and time.monotonic() >= self._left_at + self.wait_s
 
     def take_back(self) -> None:
         """Takes the machine back; if its link breaks again, the wait goes on from where it was."""

@@ -12,6 +12,7 @@ A generation is one start of the gang on the current machines. Its end decides w
 """
 
 import asyncio
+import ipaddress
 import shlex
 import socket
 import time
@@ -37,7 +38,7 @@ from launch.elastic.protocol import (
     Stop,
     command_digest,
 )
-from launch.elastic.reach import Link, largest_group, slow_links
+from launch.elastic.reach import Apart, Link, largest_group, slow_links
 from launch.elastic.rendezvous import End, Generation, StopCause
 from parallel.launcher import TOKEN_VARIABLE
 from parallel.network import address_to
@@ -76,6 +77,7 @@ class Supervisor:
         self._patience = Patience(settings.hang_timeout_s)
         self._changed = asyncio.Event()
         self._nodes: list[Node] = []  # in the order in which they joined
+        self._unreliable: dict[str, Apart] = {}  # by address; machines that were lost
         self._gang: Generation | None = None  # while one runs
         self._generation = 0  # number of the running or last generation
         self._world_size = 0  # of the same generation
@@ -138,7 +140,15 @@ class Supervisor:
 
     def _joined(self, node: Node) -> None:
         self._nodes.append(node)
-        self._tell("join", f"{node.name} joined ({_count(node.nproc, 'rank')})")
+        apart = self._unreliable.get(node.address)
+        if apart is not None:
+            node.apart = apart
+        later = ""
+        if apart is not None and apart.num_losses > 1:
+            apart.leave_out()
+            later = f"; it was lost {apart.num_losses} times: running ranks do without it for "
+            later += f"{apart.wait_s:.0f} s"
+        self._tell("join", f"{node.name} joined ({_count(node.nproc, 'rank')}){later}")
 
     async def _tick(self) -> None:
         """Waits for a change, and drops machines that are lost or leave and have no ranks."""
@@ -163,6 +173,10 @@ class Supervisor:
         rest = f"going on with {left}" if left else "none is left"
         who = f"{node.name} ({_count(node.nproc, 'rank')})"
         if node.lost is not None:
+            # All nodes of a cloud on this machine have the same address.
+            if not ipaddress.ip_address(node.address).is_loopback:
+                self._unreliable[node.address] = node.apart
+                node.apart.num_losses += 1
             self._tell("lost", f"lost {who}: {node.lost}; {rest}")
         else:
             self._tell("leave", f"{who} goes away: {node.leaving}; {rest}")
@@ -239,7 +253,7 @@ class Supervisor:
         links = await self._probe(there)
         if self._stop is not None:
             return None
-        ready = self._group(there, links)
+        ready = [node for node in self._group(there, links) if node.lost is None]
         for link, others in slow_links(links):
             # Bytes came to the machine that has asked.
             names = f"{there[link.target].name} -> {there[link.source].name}"
@@ -300,12 +314,12 @@ class Supervisor:
             node.apart.leave_out()
             broken = [x for x in links if x.problem and i in (x.source, x.target)]
             broken = [x for x in broken if {x.source, x.target} - {i} <= set(group)] or broken
-            link, wait_s = broken[0], node.apart.retry_at - time.monotonic()
+            link = broken[0]
             self._tell(
                 "apart",
                 f"{nodes[link.source].name} does not reach {nodes[link.target].name}: "
                 f"{link.problem}; going on without {node.name}, which is tried again in "
-                f"{wait_s:.0f} s",
+                f"{node.apart.wait_s:.0f} s",
             )
         return [nodes[i] for i in group]
 

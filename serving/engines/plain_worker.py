@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from core.process.json_lines import JsonLines
 from serving.engine import TokenRequest
-from serving.engines.torch_worker import Settings, TorchWorker, serve
+from serving.engines.loading import Settings
+from serving.engines.torch_worker import TorchWorker, serve
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +57,8 @@ class PlainWorker(TorchWorker):
         import transformers
         from transformers import GenerationConfig
 
+        from serving.engines.forwards import embeds_text
+
         super().__init__(settings, lines, is_plain=True)
         # The model's own settings would change how requests sample, or the kind of their cache.
         self._model.generation_config = GenerationConfig()
@@ -64,7 +67,7 @@ class PlainWorker(TorchWorker):
         room = settings.kv_cache_tokens // self._max_context
         self._max_running = max(1, min(settings.max_running, room))
         name = f"plain transformers {transformers.__version__}"
-        self._say_ready(name, self._max_running, self._embeds_text())
+        self._say_ready(name, self._max_running, embeds_text(self._model))
 
     def _begin(self, request: TokenRequest) -> None:
         steps = _steps_of(self._model, request.prompt, request.max_tokens)

@@ -1,27 +1,22 @@
-"""Base of the engine programs on transformers: loading, listening, embedding and scoring.
+"""Base of the engine programs on transformers: listens, and says what subclasses generate.
 
-They speak the protocol of `serving/engine.py`. Subclasses generate the tokens.
+The programs speak the protocol of `serving/engine.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import json
 import os
 import sys
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from core.errors import ConfigError
 from core.process.json_lines import IDLE_S, JsonLines
-from serving.adapters import key_of, resolve
 from serving.engine import TokenRequest
+from serving.engines.loading import Settings, eos_tokens, load_adapters, load_model
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -29,39 +24,8 @@ if TYPE_CHECKING:
     from serving.engines.grammars import Grammars
 
 
-_CAUSAL_TOKENS = 8  # length of the text whose last token is changed to test for causality
-
-
 class Unfit(Exception):
     """An engine program cannot run a model that transformers loads."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of an engine program on transformers.
-
-    Attributes:
-        folder: Folder of the artifact.
-        target: Target that `python -m compression` packed it for; None: a plain Hugging Face
-            folder.
-        max_context: Tokens of prompt and answer together, at most; None: the model's limit.
-        max_running: Sequences in a step, at most.
-        max_batch_tokens: Tokens in a step, at most; longer prompts are cut into several steps.
-        kv_cache_tokens: Size of the KV cache in tokens of all sequences together.
-        num_threads: Threads of torch on a CPU; None: torch's own choice.
-        dtype: Type that the model is loaded and computed in, by torch's name.
-        adapters: Folder and digest of each LoRA adapter, by name.
-    """
-
-    folder: str
-    target: str | None
-    max_context: int | None
-    max_running: int
-    max_batch_tokens: int
-    kv_cache_tokens: int
-    num_threads: int | None
-    dtype: str = "float32"
-    adapters: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
 class TorchWorker(ABC):
@@ -79,6 +43,7 @@ class TorchWorker(ABC):
         import transformers
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+        from serving.engines.forwards import Scorer, check_causal
         from serving.engines.grammars import Grammars
         from serving.engines.sampler import Sampler
         from trainer.cpu import keep_freed_memory
@@ -88,16 +53,16 @@ class TorchWorker(ABC):
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
         keep_freed_memory()  # otherwise page faults take up to a third of the CPU time
-        self._settings, self._lines = settings, lines
-        self._model, self._restored = _load(settings, settings.dtype, is_plain)
-        _check_causal(self._model, settings.folder)
-        self._reference: Any = None  # the model that computes scores during the check
+        self._lines = lines
+        self._model, self._restored = load_model(settings, settings.dtype, is_plain)
+        check_causal(self._model, settings.folder)
         text_config = self._model.config.get_text_config()
-        self._eos = _eos_tokens(self._model)
+        self._eos = eos_tokens(self._model)
         trained = getattr(text_config, "max_position_embeddings", None) or 1 << 20
         self._max_context = min(settings.max_context or trained, trained)
         self._sampler = Sampler(self._eos)
-        self._adapters = _adapters(settings, self._model)
+        self._adapters = load_adapters(settings, self._model)
+        self._scorer = Scorer(settings, self._model, self._adapters)
         self._told: dict[str, int] = {}  # number of tokens that were sent, by request
         self._requests: dict[str, TokenRequest] = {}  # that have not ended
         self._compiling: dict[str, TokenRequest] = {}  # requests whose schema is being compiled
@@ -142,7 +107,7 @@ class TorchWorker(ABC):
         Args:
             name: Name and version of the engine.
             max_running: Sequences that the engine steps at once.
-            embeds: Result of `_embeds_text`.
+            embeds: Result of `embeds_text`.
         """
         import torch
 
@@ -280,12 +245,14 @@ class TorchWorker(ABC):
 
     def _embed_one(self) -> None:
         """Embeds one input of the oldest request; generation goes on between the inputs."""
+        from serving.engines.forwards import embedding
+
         name, request = next(iter(self._embeds.items()))
         try:
             with self._paused():
                 if self._adapters is not None:
                     self._adapters.use(request["adapter"])
-                vector = _embedding(self._model, request["inputs"].popleft())
+                vector = embedding(self._model, request["inputs"].popleft())
         except Exception as e:  # any error concerns this request and not the engine
             del self._embeds[name]
             self._lines.say("failed", {"id": name, "error": _one_line(e)})
@@ -294,216 +261,17 @@ class TorchWorker(ABC):
             del self._embeds[name]
         self._lines.say("embedding", {"id": name, "vector": vector})
 
-    def _embeds_text(self) -> bool:
-        """Returns whether the model yields hidden states; tested once, before it is advertised."""
-        try:
-            vector = _embedding(self._model, [0])
-        except Exception:  # after any error, the engine reports that it has no embeddings
-            return False
-        return all(abs(x) < 2 for x in vector)  # False for NaN
-
     def _on_score(self, asked: dict[str, Any]) -> None:
         try:
             with self._paused():
-                scored = self._score(asked)
+                scored = self._scorer.score(asked)
         except Exception as e:  # the gateway treats it as a failed check
             self._lines.say("failed", {"id": asked["id"], "error": _one_line(e)})
         else:
             self._lines.say("scored", {"id": asked["id"]} | scored)
 
-    def _score(self, asked: dict[str, Any]) -> dict[str, Any]:
-        import torch
-
-        from serving.engines.internals import can_leave_logits_out
-        from serving.engines.ties import Choices
-
-        if self._reference is None:
-            self._reference = self._reference_model()
-        tokens, start = asked["tokens"], asked["start"]
-        with torch.no_grad(), self._as_asked(asked["adapter"]) as model, _plain(model):
-            ids = torch.tensor([tokens], device=model.device)
-            kept = {}
-            # Only the scored positions, or a long prompt's logits could exceed the memory.
-            if can_leave_logits_out(model):
-                kept["logits_to_keep"] = len(tokens) - start + 1
-            with Choices(map(tuple, asked["turned"])) as choices:
-                logits = model(input_ids=ids, use_cache=False, **kept).logits[0]
-            rows = logits[start - len(tokens) - 1 : -1].float().log_softmax(-1)
-        scores = [
-            [row.max().item(), *row[torch.tensor(of, device=row.device)].tolist()]
-            for row, of in zip(rows, asked["of"], strict=True)
-        ]
-        return {"scores": scores, "ties": choices.ties}
-
     def _on_proven(self, _: Any) -> None:
-        """Frees the memory of the model that computed the scores."""
-        self._reference = None
-
-    def _reference_model(self) -> Any:
-        """Returns the model that computes scores.
-
-        It has the same weights in float32 if they fit in half of the free memory; otherwise it is
-        the served model.
-        """
-        from serving.engines.internals import can_set_attention
-
-        model = self._model
-        is_plain = _is_plain(model) or can_set_attention(model)
-        if self._settings.dtype == "float32" and is_plain:
-            return model
-        if 4 * sum(p.numel() for p in model.parameters()) <= _free_bytes(model) / 2:
-            return _load(self._settings, "float32", is_plain=True)[0]
-        if is_plain:
-            return model
-        raise MemoryError("there is no memory for a second model with plain attention")
-
-    @contextlib.contextmanager
-    def _as_asked(self, adapter: str | None) -> Iterator[Any]:
-        """Yields the model that computes scores, with the adapter that is asked for."""
-        if self._adapters is None:
-            yield self._reference
-        elif adapter is None:
-            with self._adapters.alone(None):
-                yield self._reference
-        elif self._adapters.can_merge(adapter, self._reference):
-            with self._adapters.alone(None), self._adapters.merged(adapter, self._reference):
-                yield self._reference
-        else:  # quantized weights are codes, to which nothing can be added: hooks are used
-            with self._adapters.alone(adapter):
-                yield self._model
-
-
-def _load(settings: Settings, dtype: str, is_plain: bool) -> tuple[Any, list[str]]:
-    """Loads an artifact; returns the model and the names of buffers that were restored.
-
-    Raises:
-        ConfigError: The artifact cannot be loaded.
-    """
-    import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-
-    from compression.targets.packing import load_folder
-    from serving.engines.buffers import restore_buffers
-    from trainer.attention import plain_attention
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder, numbers = Path(settings.folder), getattr(torch, dtype)
-    try:
-        described = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if type(described) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            rule = f"is not served: {described.model_type} is not a causal language model"
-            raise ConfigError("artifact", folder, rule, "serve a causal language model")
-        attention = plain_attention(described) if is_plain else None
-        if settings.target is None:
-            model = load_folder(folder, numbers, attention)
-        else:
-            target = importlib.import_module(f"compression.targets.{settings.target}")
-            model = target.load(folder, numbers, attention)
-        restored = restore_buffers(model)
-        return model.to(device), restored
-    except (OSError, ValueError, KeyError, ImportError) as e:  # unknown types, missing files
-        rule = f"transformers does not load it: {(str(e).splitlines() or [''])[0]}"
-        raise ConfigError("artifact", folder, rule, "export or compress it again") from e
-
-
-def _check_causal(model: Any, folder: str) -> None:
-    """Raises ConfigError for an encoder, whose tokens attend to those that they should predict.
-
-    The last token of a text is changed: the logits before it must stay the same.
-    """
-    import torch
-
-    size = model.config.get_text_config().vocab_size
-    tokens = [i * (size - 1) // _CAUSAL_TOKENS for i in range(1, _CAUSAL_TOKENS + 1)]
-    try:
-        with torch.no_grad(), _plain(model):
-            one, other = (
-                model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0]
-                for ids in (tokens, [*tokens[:-1], tokens[0]])
-            )
-    except Exception:  # the check of the scores runs the same forward and reports why it fails
-        return
-    seen = (one[:-1] - other[:-1]).abs().max() / one.abs().max()
-    # Exactly 0 in most models. With experts, other rows share a matrix product, which rounds
-    # differently.
-    if seen > (1e-5 if one.dtype == torch.float32 else 0.05):
-        kind = type(model).__name__
-        rule = f"is not served: {kind} is an encoder, which attends to the tokens to predict"
-        fix = "serve a decoder (with is_decoder=true in config.json if it was trained as one)"
-        raise ConfigError("artifact", folder, rule, fix)
-
-
-def _adapters(settings: Settings, model: Any) -> Any:
-    """Returns the `LoraLayers`; None: there are no adapters.
-
-    Raises:
-        ConfigError: An adapter does not fit the model, or its files have changed.
-    """
-    if not settings.adapters:
-        return None
-    from serving.engines.lora import LoraLayers
-
-    # Read again in this process, so the digests are compared with those that responses will name.
-    adapters = [resolve(name, folder) for name, (folder, _) in settings.adapters.items()]
-    for adapter in adapters:
-        if adapter.digest != settings.adapters[adapter.name][1]:
-            rule, fix = "its files have changed since the start", "restart the server, or swap"
-            raise ConfigError(key_of(adapter.name), adapter.folder, rule, fix)
-    return LoraLayers(model, adapters)
-
-
-def _eos_tokens(model: Any) -> list[int]:
-    found = model.generation_config.eos_token_id
-    if found is None:
-        found = model.config.get_text_config().eos_token_id
-    return [] if found is None else [found] if isinstance(found, int) else list(found)
-
-
-@contextlib.contextmanager
-def _plain(model: Any) -> Iterator[None]:
-    """Makes a model compute with plain attention within the context, without the paged cache."""
-    from serving.engines.internals import attention_of
-    from trainer.attention import plain_attention
-
-    if _is_plain(model):
-        yield
-        return
-    before = attention_of(model)
-    model.set_attn_implementation(plain_attention(model.config))
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-def _is_plain(model: Any) -> bool:
-    from serving.engines.internals import attention_of
-    from trainer.attention import plain_attention
-
-    return attention_of(model) == plain_attention(model.config)
-
-
-def _embedding(model: Any, tokens: list[int]) -> list[float]:
-    """Returns the mean of the last hidden states, scaled to unit length, (D,)."""
-    import torch
-
-    with torch.no_grad(), _plain(model):
-        inputs = torch.tensor([tokens], device=model.device)
-        hidden = model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
-    mean = hidden[0].float().mean(0)
-    vector: list[float] = (mean / mean.norm().clamp_min(1e-12)).tolist()
-    return vector
-
-
-def _free_bytes(model: Any) -> int:
-    """Returns the free memory in bytes of the device that the model is on."""
-    import torch
-
-    if model.device.type == "cuda":
-        return int(torch.cuda.mem_get_info(model.device)[0])
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    [available] = [line for line in lines if line.startswith("MemAvailable:")]
-    return int(available.split()[1]) * 1024
+        self._scorer.free()
 
 
 def _one_line(error: BaseException) -> str:

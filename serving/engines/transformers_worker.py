@@ -13,7 +13,8 @@ from typing import Any
 
 from core.process.json_lines import JsonLines
 from serving.engine import TokenRequest
-from serving.engines.torch_worker import Settings, TorchWorker, Unfit, serve
+from serving.engines.loading import Settings
+from serving.engines.torch_worker import TorchWorker, Unfit, serve
 
 _PAGE_TOKENS = 32  # tokens of a page of the KV cache
 
@@ -32,6 +33,7 @@ class TransformersWorker(TorchWorker):
     def __init__(self, settings: Settings, lines: JsonLines) -> None:
         import transformers
 
+        from serving.engines.forwards import embeds_text
         from serving.engines.internals import ContinuousBatching
 
         super().__init__(settings, lines, is_plain=False)
@@ -53,7 +55,7 @@ class TransformersWorker(TorchWorker):
             self._adapters.follow(self._model, self._step)
         # Before the thread starts: it reads the model's attention then, and an embedding changes
         # that for a moment.
-        embeds = self._embeds_text()
+        embeds = embeds_text(self._model)
         self._batching.start()
         self._say_ready(f"transformers {transformers.__version__}", settings.max_running, embeds)
 

@@ -260,13 +260,14 @@ def _sequences(
     request: InferenceRequest, prompts: list[list[int]], max_tokens: int, params: SamplingParams
 ) -> list[TokenRequest]:
     seed = random.getrandbits(63) if request.seed is None else request.seed
+    chosen = dataclasses.asdict(params)
     # Every sequence has its own seed, or all choices of a prompt would be the same text.
     return [
         TokenRequest(
             id=f"{request.id}-{i}",
             prompt=prompt,
             max_tokens=max_tokens,
-            **dataclasses.asdict(params),
+            **chosen,
             seed=seed + i,
             logprobs=request.logprobs,
             ignore_eos=request.ignore_eos,

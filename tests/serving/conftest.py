@@ -1,6 +1,7 @@
 """A tiny model that is served, and an engine that needs no model."""
 
 import asyncio
+import itertools
 import json
 import os
 import select
@@ -204,3 +205,20 @@ def stream_lines(response):
         if line.startswith("data: "):
             data = line.removeprefix("data: ")
             yield data if data == "[DONE]" else json.loads(data)
+
+
+async def caught_at(running, ask, num_tokens, number=signal.SIGKILL):
+    """Sends a signal to an engine in the middle of all requests that `ask(prefix)` makes.
+
+    A test that is slow to look may find them done; it asks again then. Returns the task that waits
+    for their answers.
+    """
+    for attempt in itertools.count():
+        task = asyncio.create_task(ask(f"caught-{number}-{attempt}-"))
+        while not task.done():
+            live = list(running._live.values())
+            if live and all(len(request.tokens) >= num_tokens for request in live):
+                os.kill(running.pid, number)
+                return task
+            await asyncio.sleep(0.001)
+        await task

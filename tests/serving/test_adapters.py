@@ -3,10 +3,8 @@
 import asyncio
 import json
 import math
-import os
 import re
 import shutil
-import signal
 import sys
 
 import httpx
@@ -26,7 +24,7 @@ from serving.engines.lora import LoraLayers
 from serving.engines.process import ProcessEngine
 from serving.engines.selection import build
 from serving.server import serve
-from tests.serving.conftest import Process, save_model
+from tests.serving.conftest import Process, caught_at, save_model
 
 PROMPT = list(range(70, 150))  # longer than a step
 LAYERS = {
@@ -184,10 +182,7 @@ def test_a_mixed_batch_is_exact_and_outlives_its_engine(export, adapters, merged
         first = await all_of("a")
         again = await all_of("b")  # their blocks would still be there
         vectors = [await running.embed(f"v{name}", [PROMPT], name) for name in merged]
-        last = asyncio.create_task(all_of("c"))
-        while not running._live or not all(live.tokens for live in running._live.values()):
-            await asyncio.sleep(0.001)
-        os.kill(running.pid, signal.SIGKILL)
+        last = await caught_at(running, all_of, num_tokens=1)
         return first, again, vectors, await last, running.stats().restarts
 
     first, again, vectors, last, restarts = with_engine(engine(export, adapters), work)

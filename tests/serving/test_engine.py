@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from compression.targets.packing import load_folder
 from core.errors import ConfigError, DamagedError, SpotforgeError
 from serving.engine import EngineError, TokenRequest
 from serving.engines.process import ProcessEngine, Watch
-from tests.serving.conftest import save_model
+from tests.serving.conftest import caught_at, save_model
 
 PROMPT = [70, 71, 72, 73, 74]
 
@@ -117,11 +118,9 @@ def test_a_request_outlives_its_engine(export):
     async def work(running):
         wanted, _, _ = await tokens_of(running, "w", max_tokens=150, seed=3)
         for number in (signal.SIGKILL, signal.SIGSTOP):
-            task = asyncio.create_task(tokens_of(running, str(number), max_tokens=150, seed=3))
-            while not running._live or not next(iter(running._live.values())).tokens:
-                await asyncio.sleep(0.001)
             pid = running.pid
-            os.kill(pid, number)
+            again = partial(tokens_of, running, max_tokens=150, seed=3)
+            task = await caught_at(running, again, 1, number)
             while running.is_ready:
                 await asyncio.sleep(0.02)
             found, _, reason = await task

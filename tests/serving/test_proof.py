@@ -26,8 +26,9 @@ from core.errors import ConfigError, SpotforgeError
 from serving.artifact import resolve
 from serving.config import EngineConfig, EngineName
 from serving.engine import EngineError, EngineInfo, TokenChunk, TokenLogprob, TokenRequest, Unproven
-from serving.engines import selection, torch_worker
+from serving.engines import loading, selection
 from serving.engines.buffers import restore_buffers
+from serving.engines.forwards import check_causal, embedding
 from serving.engines.lora import LoraLayers
 from serving.engines.openvino import torch_logits
 from serving.engines.plain_worker import PlainWorker
@@ -209,7 +210,7 @@ def submitted(worker, requests):
 def settings_of(folder, **settings):
     most = {"max_context": 128, "max_running": 4, "max_batch_tokens": 64, "kv_cache_tokens": 1024}
     of = {"folder": str(folder), "target": None, "num_threads": 1, **most, **settings}
-    return torch_worker.Settings(**of)
+    return loading.Settings(**of)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +274,7 @@ class OfWorker:
         scored = []
         for one in asked:
             self.forwards += 1
-            told = self.worker._score(one._asdict())
+            told = self.worker._scorer.score(one._asdict())
             rows, ties = told["scores"], tuple(map(tuple, told["ties"]))
             scored.append(Scores([row[0] for row in rows], [row[1:] for row in rows], ties))
         return scored
@@ -370,9 +371,9 @@ def test_only_what_is_nearly_equal_is_a_tie():
 
 def test_embeddings_need_no_cache_of_pages():
     model = zoo.make("gemma2")
-    wanted = torch_worker._embedding(model, [5, 6, 7])
+    wanted = embedding(model, [5, 6, 7])
     model.set_attn_implementation("paged|eager")  # as continuous batching leaves it
-    assert torch_worker._embedding(model, [5, 6, 7]) == pytest.approx(wanted, abs=1e-6)
+    assert embedding(model, [5, 6, 7]) == pytest.approx(wanted, abs=1e-6)
     assert model.config._attn_implementation == "paged|eager"
 
 
@@ -407,7 +408,7 @@ def test_a_folder_without_a_vocabulary_is_no_language_model(export, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_no_family_is_taken_for_an_encoder(family):
-    torch_worker._check_causal(zoo.make(family), family)
+    check_causal(zoo.make(family), family)
 
 
 def tiny_llama():

@@ -2,9 +2,8 @@
 
 import asyncio
 import json
-import os
 import re
-import signal
+from functools import partial
 from queue import SimpleQueue
 
 import httpx
@@ -16,7 +15,7 @@ from transformers import AutoTokenizer
 from serving.engine import EngineRefused, TokenRequest
 from serving.engines.grammars import Grammars
 from serving.text.tools import call_schema
-from tests.serving.conftest import stream_lines
+from tests.serving.conftest import caught_at, stream_lines
 from tests.serving.test_engine import PROMPT, tokens_of, with_engine
 
 SCHEMA = {
@@ -84,11 +83,8 @@ def test_a_text_goes_on_within_its_grammar_when_its_engine_is_lost(export):
     async def work(running):
         wanted, _, reason = await tokens_of(running, "w", **settings)
         assert reason == "stop" and len(wanted) > 60
-        task = asyncio.create_task(tokens_of(running, "k", **settings))
-        while not running._live or len(next(iter(running._live.values())).tokens) < 5:
-            await asyncio.sleep(0.001)
-        os.kill(running.pid, signal.SIGKILL)
-        found, _, reason = await task
+        again = partial(tokens_of, running, **settings)
+        found, _, reason = await (await caught_at(running, again, num_tokens=5))
         assert running.stats().restarts == 1
         assert (found, reason) == (wanted, "stop")
 

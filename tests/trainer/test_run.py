@@ -364,6 +364,7 @@ def test_a_launcher_that_contradicts_nproc_is_refused(trainer, small, tmp_path, 
     told = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     for name, value in {**told, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("trainer.launching.run_rank", lambda *_: 0)  # would wait for the other
     result = trainer(*small, "nproc=3")
     assert result.code == 2 and "nproc=3: the launcher started 2 ranks" in result.err
     assert not (tmp_path / "run").exists()
