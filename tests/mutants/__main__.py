@@ -1,6 +1,6 @@
 """Breaks the code in 30 places, one at a time, and shows which test catches each fault.
 
-    python -m tests.mutants                 all, about 20 minutes; writes results.json
+    python -m tests.mutants                 all, 15 to 30 minutes; writes results.json
     python -m tests.mutants 11 20           these; no results are written of others
     python -m tests.mutants --before        the same faults before the tests were made cheap
 
