@@ -164,6 +164,10 @@ def check_reachable(
         # Nobody stops to answer before all have tried.
         found = [p for m in machines for p in json.loads(store.get(f"problems/{m.rank}"))]
     if found:
+        store.set(f"told/{rank}", "")
+        if rank == 0:  # its process has the store, which the others still read
+            for other in range(world_size):
+                store.get(f"told/{other}")
         more = f", and {len(found) - 1} more" if len(found) > 1 else ""
         error = SpotforgeError(f"{found[0]}{more}; {_FIX}")
         error.seen_by_all = True
