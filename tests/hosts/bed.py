@@ -5,7 +5,8 @@ on many rented machines, its host name resolves to 127.0.1.1, and it has a `dock
 address as everybody's. Everything else is shared: files outside the disk, clocks, processes.
 
 A holder process keeps the namespaces of a host alive; programs enter them with `nsenter`, which
-replaces itself by the program, so that a host's processes are ordinary children of the test.
+replaces itself by the program, so that a host's processes are ordinary children of the test. The
+bridge has a namespace of its own, so that this machine's network stays as it is.
 """
 
 from __future__ import annotations
@@ -30,13 +31,29 @@ def missing() -> str | None:
     for program in _PROGRAMS:
         if shutil.which(program) is None:
             return f"needs {program}: apt install iproute2 util-linux"
-    for words in (
-        ["unshare", "--net", "--mount", "--uts", "mount", "-t", "tmpfs", "none", "/mnt"],
-        ["unshare", "--net", "ip", "link", "add", "x", "type", "bridge"],
+    for command in (
+        "mount -t tmpfs none /mnt",
+        "ip link add one type bridge",
+        "ip link add one type veth peer name two",
+        "tc qdisc replace dev lo root tbf rate 1mbit burst 256kb latency 200ms",
     ):
+        words = ["unshare", "--net", "--mount", "--uts", *command.split()]
         if subprocess.run(words, capture_output=True).returncode != 0:
-            return f"needs root, and a kernel that allows `{' '.join(words[:-1])}`"
+            return f"needs root, and a kernel that allows `{command}` in a namespace"
     return None
+
+
+def _hold(*namespaces: str) -> subprocess.Popen[bytes]:
+    """Starts a process that keeps new namespaces alive; returns once they are there."""
+    # Ends with the test, even with one that is killed.
+    words = ["setpriv", "--pdeathsig", "KILL", "unshare", *namespaces, "sleep", "infinity"]
+    holder = subprocess.Popen(words)
+    deadline_s = time.monotonic() + 60
+    # `unshare` becomes `sleep` only after it has left its namespaces.
+    while Path(f"/proc/{holder.pid}/comm").read_text().strip() != "sleep":
+        assert time.monotonic() < deadline_s and holder.poll() is None
+        time.sleep(0.01)
+    return holder
 
 
 class Host:
@@ -52,18 +69,14 @@ class Host:
     def __init__(self, bed: Bed, name: str, number: int, disk_mb: int) -> None:
         self.name, self.address, self.disk = name, bed.address(number), bed.folder / "disk"
         self.processes: list[subprocess.Popen[str]] = []
-        self._link = f"{bed.bridge}.{number}"
-        # Ends with the test, even with one that is killed.
-        holder = "setpriv --pdeathsig KILL unshare --net --mount --uts sleep infinity"
-        self._holder = subprocess.Popen(holder.split())
+        self._bed, self._link = bed, f"port{number}"
+        self._holder = _hold("--net", "--mount", "--uts")
         hosts = bed.folder / f"hosts.{name}"
         hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
-        self._wait_for_namespaces()
-        _run("ip", "link", "add", self._link, "type", "veth", "peer", "name", f"{self._link}p")
-        _run("ip", "link", "set", f"{self._link}p", "netns", str(self._holder.pid))
-        _run("ip", "link", "set", self._link, "master", bed.bridge, "up")
+        pid = self._holder.pid
+        bed.switch(f"ip link add {self._link} type veth peer name eth0 netns {pid}")
+        bed.switch(f"ip link set {self._link} master bridge up")
         for command in (
-            f"ip link set {self._link}p name eth0",
             # Without the second in which an address of IPv6 may not be used yet.
             f"ip address add {self.address}/{bed.prefix} dev eth0" + bed.is_ipv6 * " nodad",
             "ip link set eth0 up",
@@ -111,17 +124,16 @@ class Host:
 
     def cut(self) -> None:
         """Cuts this host off from all others; nobody is told."""
-        _run("ip", "link", "set", self._link, "down")
+        self._bed.switch(f"ip link set {self._link} down")
 
     def heal(self) -> None:
         """Undoes `cut`."""
-        _run("ip", "link", "set", self._link, "up")
+        self._bed.switch(f"ip link set {self._link} up")
 
     def lose(self, other: Host) -> None:
         """Loses all that this host sends to `other`, which still reaches this one."""
-        self.run(
-            *f"ip neigh replace {other.address} lladdr {_NOBODY} nud permanent dev eth0".split()
-        )
+        neighbour = f"{other.address} lladdr {_NOBODY} nud permanent dev eth0"
+        self.run(*f"ip neigh replace {neighbour}".split())
 
     def find(self, other: Host) -> None:
         """Undoes `lose`."""
@@ -129,9 +141,9 @@ class Host:
 
     def slow(self, rate: str) -> None:
         """Limits what this host sends and receives, each, e.g. to `20mbit`."""
-        shape = f"root tbf rate {rate} burst 256kb latency 200ms".split()
-        self.run("tc", "qdisc", "replace", "dev", "eth0", *shape)
-        _run("tc", "qdisc", "replace", "dev", self._link, *shape)
+        shape = f"root tbf rate {rate} burst 256kb latency 200ms"
+        self.run(*f"tc qdisc replace dev eth0 {shape}".split())
+        self._bed.switch(f"tc qdisc replace dev {self._link} {shape}")
 
     def fill(self) -> None:
         """Fills the disk."""
@@ -150,7 +162,7 @@ class Host:
         """Kills all processes of this host at once; its disk is lost, and it does not come back."""
         if self._holder.poll() is not None:
             return
-        _run("ip", "link", "del", self._link)
+        self._bed.switch(f"ip link del {self._link}")
         while pids := [pid for pid in self._pids() if pid != self._holder.pid]:
             for pid in pids:
                 try:
@@ -180,17 +192,6 @@ class Host:
                 pass
         return found
 
-    def _wait_for_namespaces(self) -> None:
-        own = os.readlink("/proc/self/ns/uts")
-        deadline_s = time.monotonic() + 30
-        # `unshare` becomes `sleep` only after it has left all three of them.
-        while (
-            os.readlink(f"/proc/{self._holder.pid}/ns/uts") == own
-            or Path(f"/proc/{self._holder.pid}/comm").read_text().strip() != "sleep"
-        ):
-            assert time.monotonic() < deadline_s and self._holder.poll() is None
-            time.sleep(0.01)
-
 
 class Bed:
     """Hosts on one bridge.
@@ -206,26 +207,26 @@ class Bed:
         self, folder: Path, *names: str, disk_mb: int = 256, is_ipv6: bool = False
     ) -> None:
         self.folder, self.is_ipv6 = folder, is_ipv6
-        # Several tests may have a bed at once, each with its own bridge and addresses.
-        number = os.getpid() % 2**12
-        self.bridge = f"sf{number:03x}"
-        self._subnet = f"10.{80 + number // 2**8}.{number % 2**8}."
-        self.prefix = 24
-        if is_ipv6:
-            self._subnet, self.prefix = f"fd00:{number:x}::", 64
+        self._subnet, self.prefix = ("fd00:77::", 64) if is_ipv6 else ("10.77.0.", 24)
         self.hosts: list[Host] = []
         (folder / "disk").mkdir()
         self._disk_mb, self._number = disk_mb, 0
-        _run("ip", "link", "add", self.bridge, "type", "bridge")
-        _run("ip", "link", "set", self.bridge, "up")
+        self._switch = _hold("--net")
+        self.switch("ip link add bridge type bridge")
+        self.switch("ip link set bridge up")
         for name in names:
             self.add(name)
+
+    def switch(self, command: str) -> None:
+        """Runs a command in the namespace of the bridge."""
+        _run("nsenter", "-t", str(self._switch.pid), "--net", "--", *command.split())
 
     def close(self) -> None:
         """Ends all hosts."""
         for host in self.hosts:
             host.kill()
-        _run("ip", "link", "del", self.bridge)
+        self._switch.kill()
+        self._switch.wait()
 
     def __getitem__(self, name: str) -> Host:
         """Returns the newest host of a name."""

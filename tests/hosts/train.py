@@ -18,5 +18,5 @@ with join_world() as world:
     run = SmallRun(DdpConfig(), world, model, PrecisionConfig(reduce_dtype=Dtype(sys.argv[1])))
     losses = [loss for loss, _ in run.train(1)]
     began = time.monotonic()
-    losses += [loss for loss, _ in run.train(4)]
+    losses += [loss for loss, _ in run.train(2)]
     print(json.dumps({"losses": losses, "seconds": time.monotonic() - began}), flush=True)
