@@ -42,7 +42,7 @@ def meet(start_ranks):
 
 def ends(started):
     """The exit code of each, and what it printed."""
-    return [(process.wait(120), log.read_text()) for process, log in started]
+    return [(process.wait(400), log.read_text()) for process, log in started]
 
 
 def test_machines_whose_names_are_loopback_find_each_other(bed, meet):
@@ -103,4 +103,5 @@ def test_bfloat16_halves_what_a_slow_link_carries(bed, start_ranks):
         trained["bfloat16"]["losses"], trained["float32"]["losses"], strict=True
     ):
         assert loss == pytest.approx(expected, rel=1e-2)
-    assert trained["float32"]["seconds"] > 1.5 * trained["bfloat16"]["seconds"]
+    ratio = trained["bfloat16"]["num_bytes"] / trained["float32"]["num_bytes"]
+    assert 0.45 < ratio < 0.6
