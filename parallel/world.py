@@ -144,7 +144,8 @@ def _meet(place: Place, stop_requested: Callable[[], bool]) -> World:
         except Exception as e:
             found.append(e)
 
-    where = f"rank {place.rank} of {place.world_size} at {place.master_addr}:{place.master_port}"
+    master = f"{place.master_addr}:{place.master_port}"
+    where = f"rank {place.rank} of {place.world_size} (master at {master})"
     thread = threading.Thread(target=connect, name="rendezvous", daemon=True)
     thread.start()
     deadline = time.monotonic() + _RENDEZVOUS_S

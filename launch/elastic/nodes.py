@@ -3,7 +3,9 @@
 import asyncio
 import ipaddress
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 
 from launch.elastic.protocol import (
     MAX_HELLO_BYTES,
@@ -144,7 +146,8 @@ class Listener:
     ) -> None:
         self._digest, self._token = digest, token
         self._joined, self._changed, self._say = joined, changed, say
-        self._num_strangers = self._num_refused = 0
+        self._num_strangers = 0
+        self._refused: Counter[str] = Counter()  # by the reason
         self._connections: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self.address = "127.0.0.1"  # address of this machine for the others
@@ -187,12 +190,15 @@ class Listener:
                 self._changed.set()
         except TimeoutError:
             lost = f"silent for {SILENCE_S:.0f} s"
+            if node is None:
+                self._note_refusal(writer, lost)
         except ProtocolError as e:
             lost = str(e)
             if node is None:
-                self._note_refusal(writer, str(e))
+                self._note_refusal(writer, lost, "another protocol")
         except (EOFError, OSError):
-            pass
+            if node is None:
+                self._note_refusal(writer, "closed the connection before it said who it is")
         finally:
             self._connections.discard(connection)
             writer.close()
@@ -225,7 +231,8 @@ class Listener:
             self._note_refusal(writer, problem)
             writer.write(encode(Refused(problem)))
             # Closing at once could reset the connection before the peer has read the reason.
-            await asyncio.wait_for(reader.read(1), _GOODBYE_S)
+            with suppress(TimeoutError, OSError):
+                await asyncio.wait_for(reader.read(1), _GOODBYE_S)
             return None
         address = _checked_address(hello.address)
         # The local end of a connection from elsewhere is an address that others can reach.
@@ -240,11 +247,15 @@ class Listener:
         self._joined(node)
         return node
 
-    def _note_refusal(self, writer: asyncio.StreamWriter, problem: str) -> None:
-        self._num_refused += 1
-        number = self._num_refused
+    def _note_refusal(
+        self, writer: asyncio.StreamWriter, problem: str, reason: str | None = None
+    ) -> None:
+        """Counts a refusal by its reason, so that scans of the port hide no wrong token."""
+        reason = reason or problem
+        self._refused[reason] += 1
+        number = self._refused[reason]
         if number <= _SAID_REFUSALS or number == 10 ** (len(str(number)) - 1):
-            so_far = f" ({number} refused so far)" if number > 1 else ""
+            so_far = f" ({number} of this kind so far)" if number > 1 else ""
             self._say(f"refused {_peer(writer)}: {problem}{so_far}")
 
     def _problem(self, hello: Hello, challenge: str) -> str | None:

@@ -22,32 +22,38 @@ _MIN_CHARS = 16
 def read_token(
     path: Path | None, environment: Mapping[str, str] = os.environ, makes: bool = False
 ) -> str | None:
-    """Returns the token that the user gave: a file's content, else the variable's value.
+    """Returns the token that the user gave in a file or in the variable.
 
     Args:
         path: Value of `--token-file`.
         environment: Variables of this process.
-        makes: True: a file that does not exist is made, with a new token.
+        makes: True: a file that does not exist is made, with a new token, unless the variable is
+            set.
 
     Returns:
         The token, without white space at its ends; None if none is given.
 
     Raises:
-        ConfigError: The file cannot be read or made, or the token is too short.
+        ConfigError: The file cannot be read or made, the token is too short, or both are given and
+            differ.
     """
+    given = environment.get(TOKEN_VARIABLE, "").strip()
     if path is None:
-        token = environment.get(TOKEN_VARIABLE, "").strip()
-        return _checked(TOKEN_VARIABLE, "...", token) if token else None
+        return _checked(TOKEN_VARIABLE, "...", given) if given else None
     try:
-        if makes and not path.exists():
+        if makes and not given and not path.exists():
             # Created with these rights: a later chmod would leave a moment in which all can read.
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(new_token() + "\n")
-        return _checked(OPTION, str(path), path.read_text(encoding="ascii").strip())
+        token = _checked(OPTION, str(path), path.read_text(encoding="ascii").strip())
     except (OSError, ValueError) as e:
         reason = e.strerror if isinstance(e, OSError) else "it is not text of ASCII characters"
-        rule, fix = f"cannot be read: {reason}", "name a file with the token in it"
+        rule, fix = f"cannot be read or made: {reason}", "name a file with the token in it"
         raise ConfigError(OPTION, path, rule, fix) from e
+    if given not in ("", token):
+        rule = f"has another token than {TOKEN_VARIABLE}"
+        raise ConfigError(OPTION, path, rule, "give one of the two")
+    return token
 
 
 def new_token() -> str:

@@ -87,8 +87,8 @@ def wait_alone(rank, how):
 @pytest.mark.parametrize(
     ("rank", "how", "code", "said"),
     [
-        (0, signal.SIGTERM, 33, "told to stop while rank 0 of 2 at 127.0.0.1:"),
-        (1, signal.SIGINT, 33, "told to stop while rank 1 of 2 at 127.0.0.1:"),
+        (0, signal.SIGTERM, 33, "told to stop while rank 0 of 2 (master at 127.0.0.1:"),
+        (1, signal.SIGINT, 33, "told to stop while rank 1 of 2 (master at 127.0.0.1:"),
         (1, None, 1, "the other ranks did not join within"),
     ],
 )

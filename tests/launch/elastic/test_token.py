@@ -38,11 +38,17 @@ def test_without_the_token_there_is_no_proof(proof):
     assert not is_proof(proof, TOKEN, "machine")
 
 
-def test_a_file_comes_before_the_variable_and_is_made_for_its_owner_only(tmp_path):
+def test_a_file_is_made_for_its_owner_only_and_may_not_contradict_the_variable(tmp_path):
     path = tmp_path / "token"
-    made = read_token(path, {"SPOTFORGE_TOKEN": TOKEN}, makes=True)
+    with pytest.raises(ConfigError):  # which of the two?
+        read_token(path, {"SPOTFORGE_TOKEN": TOKEN}, makes=True)
+    made = read_token(path, {}, makes=True)
     assert made not in (None, TOKEN) and stat.S_IMODE(path.stat().st_mode) == 0o600
     assert read_token(path, {}) == made == read_token(path, {}, makes=True)
+    assert read_token(path, {"SPOTFORGE_TOKEN": made}) == made
+    with pytest.raises(ConfigError) as refused:
+        read_token(path, {"SPOTFORGE_TOKEN": TOKEN})
+    assert refused.value.key == "--token-file"
     assert read_token(None, {"SPOTFORGE_TOKEN": f" {TOKEN}\n"}) == TOKEN
     assert read_token(None, {}) is None
 
@@ -64,7 +70,7 @@ def test_the_token_that_a_supervisor_made_lets_machines_join(site):
     assert without.end() == 2 and "SPOTFORGE_TOKEN" in without.printed
     wrong = site.join(port, "--nproc", 1, toy=LONG, env={"SPOTFORGE_TOKEN": new_token()})
     assert wrong.end() == 2
-    supervisor.wait_for_line(r"refused 127\.0\.0\.1: .* \(2 refused so far\)")
+    supervisor.wait_for_line(r"refused 127\.0\.0\.1: .* \(2 of this kind so far\)")
     joined = site.join(port, "--nproc", 1, toy=LONG, env={"SPOTFORGE_TOKEN": token})
     site.wait_for_step(3)
     supervisor.send()
