@@ -270,7 +270,7 @@ class ZeroStrategy(Strategy):
                 "enabled": self._precision.param_dtype is Dtype.bfloat16,
                 "dtype": "bfloat16",
             },
-            "communication_data_type": {"float32": "fp32", "bfloat16": "bfp16"}[
+            "communication_data_type": {"float32": "fp32", "bfloat16": "bf16"}[
                 self._precision.reduce_dtype.value
             ],
             "steps_per_print": 2**31,  # never: the run has its own log

@@ -66,18 +66,19 @@ def test_losses_agree(name, world_size):
     assert trained[-1][0] < trained[0][0] - 0.5  # it did learn
 
 
-def train_sending_bfloat16():
+def train_sending_bfloat16(name):
     with join_world() as world:
         precision = PrecisionConfig(reduce_dtype=Dtype.bfloat16)
-        run = SmallRun(DdpConfig(), world, precision=precision)
+        run = SmallRun(STRATEGIES[name], world, precision=precision)
         losses = run.train(STEPS[world.world_size])
         assert {p.dtype for p in run.model.parameters()} == {torch.float32}
         return losses
 
 
-def test_gradients_may_be_sent_in_bfloat16():
+@pytest.mark.parametrize("name", ["ddp", "zero2"])
+def test_gradients_may_be_sent_in_bfloat16(name):
     """Rounded to 8 bits of mantissa: a little else than float32, and the same on all ranks."""
-    first, second = run_distributed(train_sending_bfloat16, 2)
+    first, second = run_distributed(train_sending_bfloat16, 2, name)
     assert first == second
     golden = json.loads(GOLDEN.read_text())[: STEPS[2]]
     assert first != golden
