@@ -260,7 +260,8 @@ class Listener:
 
     def _problem(self, hello: Hello, challenge: str) -> str | None:
         if hello.version != VERSION:
-            return f"its protocol has version {hello.version}, this supervisor's has {VERSION}"
+            # Without its number: a stranger who made up many would have each counted and printed.
+            return f"its protocol has another version than this supervisor's, {VERSION}"
         said = (hello.nproc, hello.command_sha256, hello.address)
         challenges = (challenge, hello.challenge)
         if not is_proof(hello.proof, self._token, "machine", *challenges, *said):

@@ -119,6 +119,20 @@ def test_what_was_heard_on_the_wire_lets_nobody_join(site, tmp_path):
     supervisor.end()
 
 
+def test_versions_that_are_made_up_are_one_reason(site):
+    """So that a stranger can neither fill the log nor the memory."""
+    supervisor, port = site.listen("--nproc", 0)
+    hello = {"type": "Hello", "nproc": 1, "command_sha256": "", "address": "127.0.0.1"}
+    for version in range(100, 115):
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            words = json.dumps({**hello, "version": version, "challenge": "", "proof": ""})
+            stranger.sendall(words.encode() + b"\n")
+            assert b"Refused" in stranger.makefile("rb").read()
+    supervisor.send()
+    supervisor.end()
+    assert supervisor.printed.count("another version") == 10
+
+
 def test_a_token_for_nobody_is_refused(site, tmp_path):
     supervisor = site.supervise("--nproc", 1, "--token-file", tmp_path / "token")
     assert supervisor.end() == 2
