@@ -38,7 +38,7 @@ from launch.elastic.protocol import (
 )
 from parallel.network import answering, new_token, probe
 
-PROBE_BYTES = 2**20
+_PROBE_BYTES = 2**20
 
 
 class Machine:
@@ -154,7 +154,7 @@ class Machine:
         self._answering.close()
         token = new_token()
         try:
-            port = self._answering.enter_context(answering(address, token, PROBE_BYTES))
+            port = self._answering.enter_context(answering(address, token, _PROBE_BYTES))
         except OSError:  # the machine has lost the address by which it joined
             self._send(Open(None, token))
         else:
@@ -162,7 +162,7 @@ class Machine:
 
     async def _probe(self, peers: Sequence[Peer]) -> None:
         def ask(peer: Peer) -> Way:
-            return Way(*probe(peer.address, peer.port, peer.token, PROBE_BYTES))
+            return Way(*probe(peer.address, peer.port, peer.token, _PROBE_BYTES))
 
         ways = await asyncio.gather(*(asyncio.to_thread(ask, peer) for peer in peers))
         self._send(Probed(list(ways)))

@@ -76,16 +76,19 @@ def proof_of(token: str | None, role: str, *parts: object) -> str:
     """
     if token is None:
         return ""
-    # No part contains the separator: they are hexadecimal, numbers and addresses.
     text = "\n".join(map(str, (role, *parts)))
-    return hmac.digest(token.encode(), text.encode(), "sha256").hex()
+    return hmac.digest(token.encode(), _bytes_of(text), "sha256").hex()
 
 
 def is_proof(given: str, token: str | None, role: str, *parts: object) -> bool:
     """Returns whether a proof is right; without a token every proof is."""
-    return token is None or hmac.compare_digest(
-        given.encode(), proof_of(token, role, *parts).encode()
-    )
+    expected = proof_of(token, role, *parts)
+    return token is None or hmac.compare_digest(_bytes_of(given), _bytes_of(expected))
+
+
+def _bytes_of(text: str) -> bytes:
+    # A stranger may send half of a surrogate pair, which UTF-8 cannot encode.
+    return text.encode(errors="backslashreplace")
 
 
 def _checked(key: str, shown: str, token: str) -> str:

@@ -33,9 +33,16 @@ def test_a_proof_of_something_else_is_none(role, parts):
     assert not is_proof(proof, TOKEN, role, *parts)
 
 
-@pytest.mark.parametrize("proof", ["", "\xe4", proof_of("another token than that", "machine")])
+@pytest.mark.parametrize(
+    "proof", ["", "\xe4", "\ud800", proof_of("another token than that", "machine")]
+)
 def test_without_the_token_there_is_no_proof(proof):
     assert not is_proof(proof, TOKEN, "machine")
+
+
+def test_what_utf8_cannot_encode_is_proved_like_any_text():
+    assert is_proof(proof_of(TOKEN, "machine", "\ud800"), TOKEN, "machine", "\ud800")
+    assert not is_proof(proof_of(TOKEN, "machine", "\ud800"), TOKEN, "machine", "?")
 
 
 def test_a_file_is_made_for_its_owner_only_and_may_not_contradict_the_variable(tmp_path):
