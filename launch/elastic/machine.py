@@ -90,6 +90,7 @@ class Machine:
                 if message.nproc != self._offered:
                     raise ProtocolError(f"asked to start {message.nproc} ranks, not the offer")
                 self._close_gang()
+                self._answering.close()  # all have probed
                 self._gang = Gang(self._command, message, self._folder)
             case Stop() if self._gang:
                 self._gang.signal(signal.SIGTERM)

@@ -16,7 +16,7 @@ import ipaddress
 import shlex
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +27,12 @@ from launch.elastic.machine import Machine
 from launch.elastic.nodes import Listener, Node, dismiss
 from launch.elastic.patience import Patience
 from launch.elastic.policy import Failure, History, choose_nodes
+from launch.elastic.probing import probe
 from launch.elastic.protocol import (
     Dump,
     Kill,
-    Listen,
     Message,
-    Peer,
     Prepare,
-    Probe,
     Stop,
     command_digest,
 )
@@ -273,36 +271,10 @@ class Supervisor:
         return ExitCode.FAILED
 
     async def _probe(self, nodes: Sequence[Node]) -> list[Link]:
-        """Has each node connect to each other one; returns how they reach each other."""
-        if len(nodes) < 2:
+        """Returns how nodes reach each other; incomplete after a signal to the supervisor."""
+        if self._listener is None:
             return []
-        assert self._listener is not None
-        address = self._listener.address
-        for node in nodes:
-            node.open = node.probed = None
-            node.send(Listen(node.address_seen_from(address)))
-        await self._until(lambda: all(node.open or node.lost for node in nodes))
-        # Nobody answers at port 1, and so nobody reaches a machine that could not listen.
-        peers = {
-            i: Peer(node.address_seen_from(address), node.open.port or 1, node.open.token)
-            for i, node in enumerate(nodes)
-            if node.open is not None
-        }
-        for i in peers:
-            nodes[i].send(Probe([peer for j, peer in peers.items() if j != i]))
-        await self._until(lambda: all(nodes[i].probed or nodes[i].lost for i in peers))
-        links = []
-        for i in peers:
-            probed = nodes[i].probed
-            others = [j for j in peers if j != i]
-            for j, way in zip(others, probed.ways if probed is not None else [], strict=False):
-                links.append(Link(i, j, way.problem, way.mbit_per_s))
-        return links
-
-    async def _until(self, condition: Callable[[], object]) -> None:
-        """Waits for a condition, or for a signal to the supervisor."""
-        while not condition() and self._stop is None:
-            await asyncio.sleep(_TICK_S)
+        return await probe(nodes, self._listener.address, lambda: self._stop is not None)
 
     def _group(self, nodes: Sequence[Node], links: Sequence[Link]) -> list[Node]:
         """Returns the largest group of nodes that reach each other, and leaves the others out."""
