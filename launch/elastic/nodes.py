@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from launch.elastic.protocol import (
-    MAX_HELLO_BYTES,
     MAX_LINE_BYTES,
     SILENCE_S,
     VERSION,
@@ -30,6 +29,7 @@ from launch.elastic.protocol import (
     Welcome,
     encode,
     receive,
+    receive_first,
 )
 from launch.elastic.reach import Apart
 from launch.elastic.token import OPTION, is_proof, new_challenge, proof_of
@@ -224,7 +224,7 @@ class Listener:
         """Returns the new node; None if the peer is refused, which it is told."""
         challenge = new_challenge()
         writer.write(encode(Challenge(VERSION, challenge)))
-        hello = await asyncio.wait_for(receive(reader, MAX_HELLO_BYTES), SILENCE_S)
+        hello = await asyncio.wait_for(receive_first(reader), SILENCE_S)
         if not isinstance(hello, Hello):
             raise ProtocolError("its first message is not Hello")
         if problem := self._problem(hello, challenge):

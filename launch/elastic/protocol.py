@@ -252,8 +252,24 @@ def decode(line: bytes) -> Message:
     return message
 
 
-async def receive(reader: asyncio.StreamReader, max_bytes: int = MAX_LINE_BYTES) -> Message:
-    """Reads the next message, of at most `max_bytes`.
+async def receive_first(reader: asyncio.StreamReader) -> Message:
+    """Reads the only message that a peer sends before it is answered; see `receive`.
+
+    A line of `receive` may have megabytes, which are not for a peer that has proved nothing yet.
+    """
+    line = b""
+    while not line.endswith(b"\n"):
+        if len(line) == MAX_HELLO_BYTES:
+            raise ProtocolError(f"its first message has more than {MAX_HELLO_BYTES} bytes")
+        more = await reader.read(MAX_HELLO_BYTES - len(line))
+        if not more:
+            raise EOFError
+        line += more
+    return decode(line)
+
+
+async def receive(reader: asyncio.StreamReader) -> Message:
+    """Reads the next message.
 
     Raises:
         ProtocolError: The line is too long or not a message of this protocol.
@@ -264,8 +280,6 @@ async def receive(reader: asyncio.StreamReader, max_bytes: int = MAX_LINE_BYTES)
         line = await reader.readuntil(b"\n")
     except asyncio.LimitOverrunError as e:
         raise ProtocolError(f"a line of more than {MAX_LINE_BYTES} bytes") from e
-    if len(line) > max_bytes:
-        raise ProtocolError(f"a line of more than {max_bytes} bytes")
     return decode(line)
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import stat
+from contextlib import suppress
 
 import pytest
 
@@ -124,6 +125,19 @@ def test_what_was_heard_on_the_wire_lets_nobody_join(site, tmp_path):
     assert greet(proof_for=heard)[1]["type"] == "Refused"
     supervisor.send()
     supervisor.end()
+
+
+def test_a_stranger_who_never_ends_a_line_is_refused_at_4_kib(site):
+    supervisor, port = site.listen("--nproc", 0)
+    with socket.create_connection(("127.0.0.1", port)) as stranger:
+        stranger.sendall(b"x" * 5000)
+        supervisor.wait_for_line("refused 127.0.0.1: .* 4096 bytes")
+        stranger.settimeout(120)
+        with suppress(ConnectionError):  # it hangs up, maybe on what it has not read
+            while stranger.recv(4096):
+                pass
+    supervisor.send()
+    assert supervisor.end() == 33
 
 
 def test_versions_that_are_made_up_are_one_reason(site):
