@@ -20,6 +20,8 @@ STEP = "step-"  # prefix of the folder's name
 LATEST = "LATEST"
 TRAINER_STATE = "trainer.json"
 ASSETS = "huggingface"
+LOGS = "logs"
+GENERATION = "GENERATION"  # beside the checkpoints
 STORED_NAMES = "stored_names.json"
 
 # Any folder that one stage hands to the next

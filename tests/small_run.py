@@ -11,6 +11,14 @@ from trainer.config import PretrainConfig
 from trainer.model import Materializer, build_meta_model, prepare_training
 from trainer.model_config import NamedModelConfig
 from trainer.optim import AdamWConfig
+from trainer.storage import Generation, local_storage
+
+
+def saved_to(folder, world):
+    """Storage on one disk, claimed by this start; what a Checkpointer takes."""
+    storage = local_storage(folder, world)
+    return storage, Generation.claim(storage)
+
 
 GLOBAL_BATCH, SEQ_LEN, VOCAB = 16, 32, 128
 
@@ -80,4 +88,11 @@ class SmallRun:
 
 def _batch(step):
     generator = torch.Generator().manual_seed(step)
-    return torch.randint(0, VOCAB // 4, (GLOBAL_BATCH, SEQ_LEN + 1), generator=generator)
+    return torch.randint(0, VOCAB // 4, (
+def saved_to(folder, world):
+    """Storage on one disk, claimed by this start; what a Checkpointer takes."""
+    storage = local_storage(folder, world)
+    return storage, Generation.claim(storage)
+
+
+GLOBAL_BATCH, SEQ_LEN + 1), generator=generator)

@@ -5,33 +5,46 @@ They are staged, written by every rank, listed with digests and committed by one
 checkpoints/
   .staging-step-00001000/   being written; never read
   step-00001000/            committed
-    __0_0.distcp ...        tensors by canonical name (torch.distributed.checkpoint)
+    __0_0.distcp ...        tensors by canonical name (torch.distributed.checkpoint); the first
+                            number is the rank that wrote the file
     .metadata               location of each tensor
     huggingface/            config and tokenizer, so that a checkpoint can be exported alone; for a
                             model that was loaded, also the names of tensors in its files
+    logs/                   metrics, events and samples up to here, if the run may go on elsewhere
     trainer.json            step, samples, tokens, digests, the resolved config
     manifest.json           every file above with its size and sha256
   LATEST                    name of the newest, for people and scripts; resume does not read it
+  GENERATION                number of the newest start of the run, which alone may commit
+
+Where machines have disks of their own, each disk has the tensors that its ranks wrote and all
+other files; the manifest, the same on all, lists everything. Copying the folders of all machines
+into one makes an ordinary checkpoint.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import IOBase
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from core import layout
 from core.errors import ConfigError, DamagedError
-from core.folder import wrong_content, wrong_size
+from core.folder import Manifest, remove, staging_of, wrong_content, wrong_size
 from trainer.data.order import OrderRule
+from trainer.distant_file import DistantFile
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,67 @@ class TrainerState:
     order: OrderRule | None = None
 
 
+@dataclass(frozen=True)
+class Located:
+    """Represents a checkpoint, all of whose files were found.
+
+    Attributes:
+        folder: Its folder on this disk, with all files but those in `elsewhere`.
+        elsewhere: Files with tensors that are read from other machines or an object store.
+    """
+
+    folder: Path
+    elsewhere: Mapping[str, DistantFile] = field(default_factory=dict)
+
+    def read(self, tensors: dict[str, Tensor]) -> None:
+        """Fills tensors, or the local shards of DTensors, in place; not collective.
+
+        Raises:
+            SpotforgeError: A part that is elsewhere cannot be read.
+        """
+        reader = dcp.FileSystemReader(self.folder)
+        reader.fs = _Files(self.elsewhere)
+        with warnings.catch_warnings():
+            # torch warns that it assumes a single process, which is what happens: each rank reads
+            # alone.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
+
+    def forget_fetched(self) -> None:
+        """Removes from this disk what was fetched; no process of this machine may be reading."""
+        remove(fetched_folder(self.folder))
+
+
+def fetched_folder(checkpoint: Path) -> Path:
+    """Returns the folder for blocks of a checkpoint's files that were fetched from elsewhere."""
+    return staging_of(checkpoint.with_name(f"fetched-{checkpoint.name}"))
+
+
+class _Files(FileSystem):
+    """Opens the files of a checkpoint, wherever they are."""
+
+    def __init__(self, elsewhere: Mapping[str, DistantFile]) -> None:
+        self._elsewhere = elsewhere
+
+    @contextmanager
+    def create_stream(
+        self, path: str | os.PathLike[str], mode: str
+    ) -> Generator[IOBase, None, None]:
+        distant = self._elsewhere.get(Path(path).name)
+        if distant is None:
+            with super().create_stream(path, mode) as stream:
+                yield stream
+        else:
+            with distant.open() as stream:
+                yield stream
+
+
+def writer_of(file: str) -> int | None:
+    """Returns the rank that wrote a file of a checkpoint with tensors; None for any other file."""
+    found = re.match(r"__(\d+)_", file)  # torch.distributed.checkpoint names them so
+    return int(found[1]) if found else None
+
+
 def step_name(step: int) -> str:
     """Returns the name of a checkpoint's folder, as `step-00001000`."""
     return f"{layout.STEP}{step:08d}"
@@ -83,15 +157,25 @@ def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
     Raises:
         DamagedError: A file is missing, short or altered; names the first one.
     """
-    try:
-        files = json.loads((checkpoint / layout.MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as e:
-        raise _damaged(checkpoint, f"{layout.MANIFEST} cannot be read ({e})") from e
+    files = read_manifest(checkpoint)
     for i, (name, entry) in enumerate(sorted(files.items())):
         # Sizes are cheap, so all ranks check all of them; contents are read by one rank each.
         check = wrong_content if i % world_size == rank else wrong_size
         if fault := check(checkpoint / name, entry):
             raise _damaged(checkpoint, f"{name} {fault}")
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Returns the files that a checkpoint lists.
+
+    Raises:
+        DamagedError: The manifest cannot be read.
+    """
+    try:
+        files: Manifest = json.loads((checkpoint / layout.MANIFEST).read_text())["files"]
+        return files
+    except (OSError, ValueError, KeyError) as e:
+        raise _damaged(checkpoint, f"{layout.MANIFEST} cannot be read ({e})") from e
 
 
 def read_state(checkpoint: Path) -> TrainerState:
@@ -121,15 +205,6 @@ def described_tensors(checkpoint: Path) -> dict[str, Tensor]:
         for name, item in metadata.state_dict_metadata.items()
         if isinstance(item, TensorStorageMetadata)
     }
-
-
-def read_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    """Fills tensors, or the local shards of DTensors, in place; not collective."""
-    with warnings.catch_warnings():
-        # torch warns that it assumes a single process, which is what happens: each rank reads
-        # alone.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
 
 
 def _damaged(checkpoint: Path, rule: str) -> DamagedError:

@@ -1,9 +1,12 @@
-"""Saves checkpoints without waiting for the disk, and uploads them without waiting for the store.
+"""Saves checkpoints without waiting for the disk, and copies them without waiting for copies.
 
 save()     staged: copied to host memory; training continues
-           written: by every rank, in the background, over a process group of its own
-           committed: by one rename; older checkpoints that need not stay are removed
-           uploaded: by rank 0, in a third thread, the manifest last
+           written: by every rank to its own disk, in the background, over a process group of its
+           own; one rank of each disk, its leader, adds what is not tensors
+           committed: by one rename on each disk, once all ranks have written; then older
+           checkpoints that need not stay are removed
+           copied: in threads of their own, to another machine's disk (replicator.py) and to the
+           object store
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import re
 import shutil
 import sys
 import threading
@@ -20,7 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -40,10 +42,24 @@ from core.folder import (
     staging_of,
     write_file,
 )
-from parallel.world import World
-from trainer.checkpoint import TrainerState, committed, outdated, step_name
+from trainer.checkpoint import (
+    Located,
+    TrainerState,
+    committed,
+    fetched_folder,
+    outdated,
+    read_manifest,
+    step_name,
+    writer_of,
+)
 from trainer.config import CheckpointConfig
+from trainer.distant_file import DistantFile
+from trainer.logs import save_logs
 from trainer.remote import RemoteCheckpoints
+from trainer.replicator import Replicator, num_replicas
+from trainer.storage import CHECKPOINTS, Generation, Storage
+
+T = TypeVar("T")
 
 
 class Tell(Protocol):
@@ -57,34 +73,34 @@ class Checkpointer:
 
     Args:
         config: Settings of checkpoints.
-        folder: Folder of the checkpoints.
-        world: Ranks of the run.
+        storage: Storage of the checkpoints.
+        generation: Number of this start of the run.
         save_assets: Function that writes what an export needs beside tensors (config, tokenizer).
         tell: Function that records committed and uploaded checkpoints, on rank 0.
-        remote: Object store to copy them to, or None; only rank 0 needs it.
-        beat: Function called regularly while the main thread waits.
     """
 
     def __init__(
         self,
         config: CheckpointConfig,
-        folder: Path,
-        world: World,
+        storage: Storage,
+        generation: Generation,
         save_assets: Callable[[Path], None],
         tell: Tell,
-        remote: RemoteCheckpoints | None = None,
-        beat: Callable[[], None] = lambda: None,
     ) -> None:
-        self._config, self._folder, self._world = config, folder, world
-        self._save_assets, self._tell, self._beat = save_assets, tell, beat
+        self._config, self._storage, self._generation = config, storage, generation
+        self._folder, self._world, self._disks = storage.folder, storage.world, storage.disks
+        self._save_assets, self._tell = save_assets, tell
         self._stager: DefaultStager | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._uploader: Uploader | None = None
-        if world.rank == 0:
-            remove_uncommitted(folder)  # left by a run that was killed while saving
-            if remote is not None:
-                self._uploader = Uploader(remote, config, tell)
+        self._replicator: Replicator | None = None
+        if self._disks.is_leader:
+            remove_uncommitted(self._folder)  # left by a run that was killed while saving
+            if storage.remote is not None:
+                self._uploader = Uploader(storage.remote, config, tell)
+            if num := num_replicas(config.replicas, self._disks):
+                self._replicator = Replicator(storage, num)
 
     def save(self, tensors_of: Callable[[], dict[str, Tensor]], state: TrainerState) -> float:
         """Stages a copy and writes it in the background; collective.
@@ -115,6 +131,11 @@ class Checkpointer:
         return time.perf_counter() - began
 
     @property
+    def on_disks(self) -> Storage:
+        """Storage without the object store, which may not answer: disks have all checkpoints."""
+        return dataclasses.replace(self._storage, remote=None)
+
+    @property
     def failed(self) -> bool:
         """True if the current save has failed on this rank; `wait()` raises the error on all."""
         pending = self._pending
@@ -125,124 +146,209 @@ class Checkpointer:
 
         Raises:
             ConfigError: The checkpoint could not be written; raised on every rank.
+            SupersededError: A newer start of the run has taken over; raised on every rank.
         """
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
         while wait_for([pending], timeout=1).not_done:
-            self._beat()
+            self._storage.beat()
         with self._world.together():
-            try:
-                pending.result()
-            except (Exception, CheckpointException) as e:
-                cause = _os_error(e)
-                if cause is None:
-                    raise
-                raise self._disk_error(cause) from e
+            pending.result()
 
-    def wait_for_uploads(self) -> str | None:
-        """Waits until the newest checkpoint is in the object store; on rank 0, not collective.
+    def wait_for_copies(self) -> str | None:
+        """Waits until the newest checkpoint is on other disks and in the object store.
+
+        Each leader waits for the copies that it makes; it is not collective.
 
         Returns:
-            Reason for a failure; None if there was none, or nothing is uploaded.
+            Reason for a failure; None if there was none, or nothing is copied.
         """
-        return None if self._uploader is None else self._uploader.wait(self._beat)
+        beat = self._storage.beat
+        replicated = None if self._replicator is None else self._replicator.wait(beat)
+        uploaded = None if self._uploader is None else self._uploader.wait(beat)
+        return uploaded or replicated
+
+    def located(self, step: int) -> Located:
+        """Returns the checkpoint that this start saved at a step, wherever its files are."""
+        checkpoint, disks = self._folder / step_name(step), self._disks
+        elsewhere: dict[str, DistantFile] = {}
+        for file, entry in read_manifest(checkpoint).items():
+            writer = writer_of(file)
+            if writer is None or (checkpoint / file).exists():
+                continue
+            path = f"{checkpoint.name}/{file}"
+            sources = self._storage.sources(CHECKPOINTS, path, [disks.leader_of[writer]], False)
+            elsewhere[file] = DistantFile(file, entry, sources, fetched_folder(checkpoint) / file)
+        return Located(checkpoint, elsewhere)
 
     def close(self) -> None:
-        """Ends the background threads; a current upload is given up."""
+        """Ends the background threads; current copies are given up."""
         # Its thread uses a process group that does not outlive the run.
         self._writer.shutdown(wait=True)
         if self._uploader is not None:
             self._uploader.close()
+        if self._replicator is not None:
+            self._replicator.close()
         if self._stager is not None:
             self._stager.close()
 
     def _write(self, tensors: dict[str, Tensor], state: TrainerState, blocking_s: float) -> None:
         """Writes and commits a checkpoint in the background thread of every rank."""
         began = time.perf_counter()
-        name = step_name(state.step)
-        final = self._folder / name
+        final = self._folder / step_name(state.step)
         staging = staging_of(final)
-        group, rank = self._world.saving, self._world.rank
+        try:
+            files = self._stage(staging, tensors, state)
+            self._commit(staging, final, files)
+        except BaseException:
+            if self._disks.is_leader:
+                remove(staging)
+            raise
+        self._tell(
+            "checkpoint",
+            state.step,
+            blocking_s=blocking_s,
+            write_s=time.perf_counter() - began,
+            size_bytes=sum(file["size_bytes"] for file in files.values()),
+        )
+        if self._disks.is_leader:
+            self._remove_outdated(final.name)
+            self._copy(final, files)
+
+    def _stage(self, staging: Path, tensors: dict[str, Tensor], state: TrainerState) -> Manifest:
+        """Writes the files of all ranks, each to its own disk; collective.
+
+        Returns:
+            Entries of the files of all ranks.
+
+        Raises:
+            _SaveFailed: A rank could not write its files; raised on every rank.
+        """
+        rank, group, disks = self._world.rank, self._world.saving, self._disks
+        may_move = not disks.is_shared or self._storage.remote is not None
+        small: dict[str, bytes] | None = None
         error: BaseException | None = None
-        mine: Manifest | None = None
         try:
             dcp.save(tensors, checkpoint_id=staging, process_group=group)
             if rank == 0:
                 self._save_assets(staging / layout.ASSETS)
                 described = json.dumps(dataclasses.asdict(state), indent=1)
                 write_file(staging / layout.TRAINER_STATE, described)
-            # Each rank hashes the files that it wrote; rank 0 also hashes the assets.
-            mine = manifest_of(staging, lambda path: _writer_of(path) == rank)
+                if may_move:
+                    save_logs(self._folder.parent, staging / layout.LOGS)
+                if not disks.is_shared:
+                    small = _small_files(staging)
         except (Exception, CheckpointException) as e:  # the latter does not derive from Exception
             error = e
-        # Every rank takes part in this collective, even after an error, so that none waits for
-        # ever.
-        digests: list[Manifest | None] = [None] * self._world.world_size
-        dist.all_gather_object(digests, mine, group=group)
-        try:
-            if error is None and None in digests:
-                raise OSError(errno.EIO, "another rank could not write its part")
-            if error is not None:
-                raise error
-            if rank == 0:
-                files = {k: v for part in digests if part for k, v in part.items()}
-                write_file(staging / layout.MANIFEST, json.dumps({"files": files}, indent=1))
-                self._commit(staging, final)
-                self._tell(
-                    "checkpoint",
-                    state.step,
-                    blocking_s=blocking_s,
-                    write_s=time.perf_counter() - began,
-                    size_bytes=sum(file["size_bytes"] for file in files.values()),
+        if not disks.is_shared:
+            # What rank 0 wrote beside tensors is part of the checkpoint on every disk.
+            told = [small]
+            dist.broadcast_object_list(told, src=0, group=group)
+            small = told[0]
+        mine: Manifest = {}
+        if error is None:
+            try:
+                if disks.is_leader and rank != 0 and small is not None:
+                    _write_files(staging, small)
+                # Each rank hashes the files that it wrote; rank 0 also hashes the small ones.
+                mine = manifest_of(
+                    staging, lambda path: (writer_of(path.name) or 0) == rank, blocks=may_move
                 )
-                if self._uploader is not None:
-                    self._uploader.submit(final)
-        except BaseException:
-            if rank == 0:
-                remove(staging)
-            raise
-        finally:
-            dist.barrier(group=group)  # no rank may see its save as done before the commit
+            except Exception as e:
+                error = e
+        return {k: v for part in self._agree(mine, error) for k, v in part.items()}
 
-    def _commit(self, staging: Path, final: Path) -> None:
-        commit(staging, final, replace=True)  # a damaged one of that name was skipped by resume
-        write_file(self._folder / layout.LATEST, final.name + "\n")
+    def _commit(self, staging: Path, final: Path, files: Manifest) -> None:
+        """Commits the checkpoint on every disk; collective.
+
+        Raises:
+            SupersededError: A newer start of the run has taken over.
+            _SaveFailed: A disk could not be written; raised on every rank.
+        """
+        error: BaseException | None = None
+        try:
+            if self._disks.is_leader:
+                self._generation.check()
+                manifest = {"generation": self._generation.number, "files": files}
+                write_file(staging / layout.MANIFEST, json.dumps(manifest, indent=1))
+                commit(staging, final, replace=True)  # resume skipped a damaged one of that name
+                write_file(self._folder / layout.LATEST, final.name + "\n")
+        except Exception as e:
+            error = e
+        # No rank may see its save as done, nor remove an older checkpoint, before all disks have
+        # their part.
+        self._agree(None, error)
+
+    def _agree(self, value: T, error: BaseException | None) -> list[T]:
+        """Returns the values of all ranks, or raises if any of them has an error; collective.
+
+        Every rank takes part, whatever happened to it, so that none waits for ever.
+        """
+        rank, failure = self._world.rank, None
+        explained = None if error is None else self._explained(error)
+        if error is not None:
+            failure = explained or SpotforgeError(f"rank {rank} could not save: {error!r}")
+        told: list[tuple[T, SpotforgeError | None]] = [(value, failure)] * self._world.world_size
+        dist.all_gather_object(told, (value, failure), group=self._world.saving)
+        if error is not None and explained is None:
+            raise error  # a bug, of which the traceback is wanted
+        for _, found in told:
+            if found is not None:
+                raise found from error
+        return [value for value, _ in told]
+
+    def _explained(self, error: BaseException) -> SpotforgeError | None:
+        """Returns an error of a save in the user's words; None for one that is a bug."""
+        if isinstance(error, SpotforgeError):
+            return error
+        failures: dict[int, Any] = getattr(error, "failures", {})  # dcp wraps those of all ranks
+        for rank, (inner, _) in sorted(failures.items()):
+            if (cause := _os_error(inner)) is not None:
+                return self._disk_error(cause, rank)
+        cause = _os_error(error)
+        return None if cause is None else self._disk_error(cause, self._world.rank)
+
+    def _remove_outdated(self, newest: str) -> None:
+        """Removes older checkpoints from this disk, which need not stay."""
         # Newer checkpoints are damaged or abandoned by the user; they must not displace this one.
-        names = [p.name for p in committed(self._folder) if p.name <= final.name]
-        being_uploaded = self._uploader.busy if self._uploader is not None else set()
+        names = [p.name for p in committed(self._folder) if p.name <= newest]
+        being_copied = self._uploader.busy if self._uploader is not None else set()
         for name in outdated(names, self._config.keep_last, self._config.keep_every):
-            if name not in being_uploaded:
+            if name not in being_copied:
                 trash = staging_of(self._folder / name)
                 # From the rename on it is not committed, even if the deletion is interrupted.
                 (self._folder / name).rename(trash)
                 shutil.rmtree(trash)
 
+    def _copy(self, checkpoint: Path, files: Manifest) -> None:
+        """Has this disk's files uploaded, and those of other disks copied to it."""
+        if self._uploader is not None:
+            self._uploader.submit(checkpoint)
+        if self._replicator is not None:
+            self._replicator.submit(checkpoint, files)
+
     def _check_space(self, tensors: dict[str, Tensor]) -> None:
-        """Refuses a save before anything is written if the disk is plainly too small."""
+        """Refuses a save before anything is written if a disk is plainly too small."""
         mine = sum(_local(t).numel() * _local(t).element_size() for t in tensors.values())
-        need = torch.tensor(mine, dtype=torch.float64)
-        # All ranks write into the same folder, so the sum of their shares must fit.
-        dist.all_reduce(need, group=self._world.control)
+        needs = self._world.gather(mine)
         with self._world.together():
-            if self._world.rank == 0:
+            if self._disks.is_leader:
+                need = sum(needs[rank] for rank in self._disks.sharers)
                 self._folder.mkdir(parents=True, exist_ok=True)
                 free = shutil.disk_usage(self._folder).free
-                if free < need.item():
-                    raise self._disk_error(
-                        OSError(
-                            errno.ENOSPC,
-                            f"needs {need.item() / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
-                        )
-                    )
+                if free < need:
+                    text = f"needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+                    raise self._disk_error(OSError(errno.ENOSPC, text), self._world.rank)
 
-    def _disk_error(self, cause: OSError) -> ConfigError:
-        good = committed(self._folder)
+    def _disk_error(self, cause: OSError, rank: int) -> ConfigError:
+        good = [path for path in committed(self._folder) if path.exists()]
         kept = f"{good[0].name} is complete and stays" if good else "there is no earlier one"
+        where = "" if self._disks.is_shared else f" on {self._disks.hosts[rank]}"
         return ConfigError(
             "run.dir",
             self._folder.parent,
-            f"the checkpoint could not be written: {cause.strerror}; {kept}",
+            f"the checkpoint could not be written{where}: {cause.strerror}; {kept}",
             "free space or lower checkpoint.keep_last, then run the same command again",
         )
 
@@ -344,19 +450,24 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _writer_of(path: Path) -> int:
-    """Returns the rank that hashes a file of a checkpoint."""
-    found = re.match(r"__(\d+)_", path.name)  # dcp puts the rank into names of files
-    return int(found[1]) if found else 0
+def _small_files(folder: Path) -> dict[str, bytes]:
+    """Returns the files of a checkpoint beside those with tensors, by path in it."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and writer_of(path.name) is None
+    }
+
+
+def _write_files(folder: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def _os_error(error: BaseException) -> OSError | None:
-    """Returns the OSError behind a failed save, or None (dcp wraps the errors of all ranks)."""
+    """Returns the OSError behind an error, or None."""
     if isinstance(error, OSError):
         return error
-    for inner, _ in getattr(error, "failures", {}).values():
-        found = _os_error(inner)
-        if found is not None:
-            return found
     cause = error.__cause__ or error.__context__
     return _os_error(cause) if cause is not None else None

@@ -172,6 +172,11 @@ class EvaluationConfig:
     sample_temperature: float = setting(0.7, least=0, fix="0 takes the likeliest token")
 
 
+def _check_replicas(_: str, text: str) -> None:
+    if text != "auto" and not text.isdecimal():
+        raise ConfigError("checkpoint.replicas", text, "must be auto or a number", "use auto")
+
+
 @dataclass
 class CheckpointConfig:
     """Configures when checkpoints are saved, how many are kept, and where.
@@ -186,6 +191,8 @@ class CheckpointConfig:
         keep_every: Divisor of the steps whose checkpoints are kept for good; null keeps none for
             good.
         asynchronous: True writes in the background; false waits until each checkpoint is on disk.
+        replicas: Number of other machines that hold a copy of each machine's files, where machines
+            have disks of their own: `auto` is 1 there, and 0 where all share one.
         upload: URL of a folder in an object store (`s3://bucket/run`, any fsspec URL) to which each
             checkpoint is copied in the background; a run on a new machine resumes from there.
     """
@@ -195,6 +202,7 @@ class CheckpointConfig:
     keep_last: int = setting(2, least=1, fix="use 2")
     keep_every: int | None = setting(None, least=1, fix="use 1000, or null")
     asynchronous: bool = True
+    replicas: str = setting("auto", check=_check_replicas)
     upload: str | None = None
 
 

@@ -81,11 +81,12 @@ def _find_checkpoint(run: Path, name: str | None) -> Path:
 
 def _run(arguments: ExportArguments, job: Job) -> int:
     run = _find_run(arguments.run)
-    from trainer.exporter import export_checkpoint  # late: it imports torch
+    from trainer.checkpoint import Located  # late: it imports torch
+    from trainer.exporter import export_checkpoint
 
     checkpoint = _find_checkpoint(run, arguments.checkpoint)
     out = Path(arguments.out).expanduser().absolute() if arguments.out else run / layout.EXPORT
-    export_checkpoint(checkpoint, out, arguments.dtype)
+    export_checkpoint(Located(checkpoint), out, arguments.dtype)
     print(f"{checkpoint.name} -> {out}")
     return ExitCode.FINISHED
 

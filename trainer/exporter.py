@@ -22,7 +22,7 @@ from core.errors import ConfigError, SpotforgeError
 from core.folder import digest_of, sha256_of, staged_folder, write_lineage
 from monitoring.environment import describe_environment
 from parallel.config import Dtype
-from trainer.checkpoint import described_tensors, read_state, read_tensors
+from trainer.checkpoint import Located, described_tensors, read_state
 from trainer.data.tokenizer import check_tokenizer, fingerprint, load_tokenizer
 from trainer.model import Materializer, build_meta_model
 from trainer.model_config import PathModelConfig
@@ -33,14 +33,14 @@ _SHARD_BYTES = 5 * 10**9  # size of one file that the hub recommends
 _NUM_PROBED = 16  # number of tokens whose logits are compared
 
 
-def export_checkpoint(checkpoint: Path, out: Path, dtype: Dtype) -> None:
+def export_checkpoint(located: Located, out: Path, dtype: Dtype) -> None:
     """Writes safetensors, config, tokenizer and `lineage.json`, and replaces `out` atomically.
 
     Tensors have the names and shapes that `save_pretrained` gives them. One shard of about 5 GB is
     held at a time. The written files are verified before they replace `out`.
 
     Args:
-        checkpoint: Committed, verified checkpoint.
+        located: Committed, verified checkpoint.
         out: Hugging Face folder to write.
         dtype: Type of its weights; float32 reproduces the training model's logits exactly.
 
@@ -50,13 +50,14 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: Dtype) -> None:
         SpotforgeError: The written weights differ from the checkpoint's.
     """
     _check_replaceable(out)
+    checkpoint = located.folder
     try:
         with staged_folder(out, replace=True) as staging:
             shutil.copytree(checkpoint / layout.ASSETS, staging, dirs_exist_ok=True)
             names = staging / layout.STORED_NAMES
             stored_names = json.loads(names.read_text()) if names.exists() else None
             names.unlink(missing_ok=True)
-            weights = _Weights(checkpoint, staging, getattr(torch, dtype.value))
+            weights = _Weights(located, staging, getattr(torch, dtype.value))
             _write_weights(weights, staging, stored_names)
             config = json.loads((staging / "config.json").read_text())
             # Engines choose the class of a model by `architectures`.
@@ -102,17 +103,17 @@ class _Weights:
     """Reads the model's tensors from a checkpoint, in the types of the export.
 
     Args:
-        checkpoint: Verified checkpoint.
+        located: Verified checkpoint.
         folder: Folder with its config.json.
         dtype: Type of the export.
     """
 
-    def __init__(self, checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, located: Located, folder: Path, dtype: torch.dtype) -> None:
+        self._located, self._checkpoint = located, located.folder
         self.config = PathModelConfig(path=str(folder), weights=False, attn_implementation=None)
         self.model = build_meta_model(self.config, 0, dtype)
         self._canonical = canonical_names(self.model)
-        self._stored = described_tensors(checkpoint)
+        self._stored = described_tensors(located.folder)
         exact: dict[str, torch.dtype] = self.model._get_dtype_plan(dtype)
         self._dtypes = {
             name: next((t for part, t in exact.items() if re.search(part, name)), tensor.dtype)
@@ -125,7 +126,7 @@ class _Weights:
         names = list(names)
         wanted = {self._canonical[n] for n in names} - self._absent.keys()
         found = {n: torch.empty_like(self._stored[n], device="cpu") for n in wanted}
-        read_tensors(self._checkpoint, found)
+        self._located.read(found)
         found |= self._absent
         return {n: found[self._canonical[n]].to(self._dtypes[n]) for n in names}
 

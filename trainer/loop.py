@@ -22,11 +22,12 @@ from trainer.data.batch import Batch
 from trainer.data.loader import TrainLoader
 from trainer.data.prepare import PreparedData
 from trainer.evaluation import evaluate, generate, held_out_batches, prompt_ids
+from trainer.finder import CheckpointFinder
 from trainer.interval import Interval, SaveSchedule, expected_mtbf_s
 from trainer.objective import Objective
 from trainer.process import Process
 from trainer.reporter import Reporter, count_crashes, save_costs_s
-from trainer.resume import find_checkpoint, state_reader
+from trainer.resume import load_checkpoint
 
 
 class TrainingLoop:
@@ -228,15 +229,15 @@ class TrainingLoop:
         self.process.heartbeat.at("load", state.step)
         self.checkpointer.wait()
         # `resume` may name the checkpoint that this run began from, and there may be newer ones.
-        newest = dataclasses.replace(self.config, resume="auto")
-        checkpoint = find_checkpoint(newest, self.checkpoints, self.world, self.reporter)
-        if checkpoint is None:
+        located = CheckpointFinder(self.checkpointer.on_disks, self.reporter).find("auto")
+        if located is None:
             raise self._diverged(state, f"{anomaly}, and there is no checkpoint to roll back to")
-        saved = read_state(checkpoint)
-        self.reporter.say(f"{what}; rolling back to {checkpoint.name}, then using later batches")
+        saved = read_state(located.folder)
+        name = located.folder.name
+        self.reporter.say(f"{what}; rolling back to {name}, then using later batches")
         self.reporter.event("rollback", state.step, to_step=saved.step, loss=loss, reason=anomaly)
         self.reporter.roll_back(saved.step)
-        self.strategy.load_state(state_reader(checkpoint), num_updates=saved.step)
+        load_checkpoint(located, self.strategy, saved.step, self.world)
         self.loader.close()
         self.loader = self._loader(num_samples)
         # The data and the clock move on; everything else is as it was saved.

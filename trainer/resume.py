@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from core import layout
-from core.errors import ConfigError, DamagedError
+from core.errors import ConfigError
 from parallel.optimizer_state import OptimizerState
-from parallel.strategy import ReadTensors, persistent_buffers
+from parallel.strategy import Strategy, persistent_buffers
 from parallel.world import World
-from trainer.checkpoint import TrainerState, committed, read_tensors, tensor_shapes, verify
+from trainer.checkpoint import Located, TrainerState, committed, tensor_shapes
 from trainer.config import TrainerConfig
 from trainer.data.order import OrderRule
 from trainer.remote import RemoteCheckpoints
@@ -48,54 +48,8 @@ _BEFORE_KEYS = {"optim.decay": "matrices", "data.add_bos": False}
 _NOT_IN_DIGEST = ("data.max_seq_len", "data.mask_documents", "data.cache_dir", "data.verify")
 
 
-def find_checkpoint(
-    config: TrainerConfig,
-    folder: Path,
-    world: World,
-    reporter: Reporter,
-    remote: RemoteCheckpoints | None = None,
-    beat: Callable[[], None] = lambda: None,
-) -> Path | None:
-    """Returns the newest valid checkpoint, or the requested one; collective.
-
-    Args:
-        config: Settings, whose `resume` selects the checkpoint.
-        folder: Folder of this run's checkpoints.
-        world: Ranks of the run; each verifies its share of the files.
-        reporter: Reporter of the checkpoints that are passed over, with reasons.
-        remote: Object store with copies; what is missing or damaged on disk is downloaded.
-        beat: Function called regularly during a download.
-
-    Raises:
-        DamagedError: The requested checkpoint is damaged, or all existing ones are.
-        ConfigError: A checkpoint is missing, or exists where `resume=never` allows none.
-    """
-    damaged: DamagedError | None = None
-    with world.together():
-        candidates = _candidates(config, folder, remote) if world.rank == 0 else []
-    # All ranks try the same candidates in the same order: what one finds damaged, all pass over.
-    for candidate, stored in world.from_first(candidates):
-        try:
-            with world.together():
-                if world.rank == 0 and stored:
-                    assert remote is not None
-                    reporter.say(f"fetching {candidate.name} from {remote.url}")
-                    remote.download(candidate.name, folder, beat)
-            with world.together():
-                verify(candidate, world.rank, world.world_size)
-        except DamagedError as e:
-            reporter.say(f"passed over: {e}")
-            reporter.event("passed_over", 0, checkpoint=candidate.name, reason=e.rule)
-            damaged = damaged or e
-            continue
-        return candidate
-    if damaged is not None:
-        raise damaged  # starting from scratch would hide the damage
-    return None
-
-
-def stored_config(config: TrainerConfig) -> dict[str, Any] | None:
-    """Returns the settings of the run to be resumed, before its checkpoint is verified.
+def stored_config(config: TrainerConfig, world: World) -> dict[str, Any] | None:
+    """Returns the settings of the run to be resumed, before its checkpoint is verified; collective.
 
     Data is prepared before the checkpoint is read, in the way of the run that it belongs to.
 
@@ -103,32 +57,48 @@ def stored_config(config: TrainerConfig) -> dict[str, Any] | None:
         Stored settings; None if there is nothing to resume, or nothing that can be read.
 
     Raises:
-        ConfigError: There is nothing on disk, and the object store cannot be used.
+        ConfigError: There is nothing on a disk, and the object store cannot be used.
     """
     if config.resume == "never":
         return None
+    # Machines may have disks of their own, and this one may be new.
+    own = _config_on_disk(config) if world.local_rank == 0 else None
+    found = [stored for stored in world.gather(own) if stored is not None]
+    if found:
+        return max(found, key=lambda stored: stored[0])[1]
+    stored = None
+    with world.together():
+        if world.rank == 0 and config.checkpoint.upload is not None and config.resume == "auto":
+            stored = _config_in_store(config.checkpoint.upload)
+    return world.from_first(stored)
+
+
+def _config_on_disk(config: TrainerConfig) -> tuple[str, dict[str, Any]] | None:
+    """Returns the name and the settings of the newest checkpoint whose settings can be read."""
     checkpoints = committed(config.run_dir / layout.CHECKPOINTS)
     if config.resume != "auto":
         checkpoints = [Path(config.resume).expanduser()]
     for checkpoint in checkpoints:
         with suppress(OSError, ValueError, KeyError, TypeError):  # reported by verification
             content = (checkpoint / layout.TRAINER_STATE).read_bytes()
-            stored: dict[str, Any] = json.loads(content)["config"]
+            return checkpoint.name, json.loads(content)["config"]
+    return None
+
+
+def _config_in_store(url: str) -> dict[str, Any] | None:
+    remote = RemoteCheckpoints(url)
+    remote.check()
+    for name in remote.names():
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            stored: dict[str, Any] = json.loads(remote.read(name, layout.TRAINER_STATE))["config"]
             return stored
-    if config.checkpoint.upload is not None and config.resume == "auto":
-        remote = RemoteCheckpoints(config.checkpoint.upload)
-        remote.check()
-        for name in remote.names():
-            with suppress(OSError, ValueError, KeyError, TypeError):
-                stored = json.loads(remote.read(name, layout.TRAINER_STATE))["config"]
-                return stored
     return None
 
 
 def set_newer_aside(
     folder: Path, checkpoint: Path, remote: RemoteCheckpoints | None, reporter: Reporter
 ) -> None:
-    """Renames this run's checkpoints of later steps, on rank 0.
+    """Renames this run's checkpoints of later steps on this disk; called once for each disk.
 
     They are damaged, or the user went back before them: the next resume must not take them.
 
@@ -303,43 +273,27 @@ def check_same_model(
             )
 
 
-def state_reader(checkpoint: Path) -> ReadTensors:
-    """Returns a function that fills tensors from a checkpoint that `check_same_model` accepted.
+def load_checkpoint(located: Located, strategy: Strategy, step: int, world: World) -> None:
+    """Fills the state of a strategy from a checkpoint that `check_same_model` accepted; collective.
 
     Buffers that the checkpoint lacks, as those of earlier releases do, keep their values.
+
+    Args:
+        located: The checkpoint.
+        strategy: Strategy that was set up.
+        step: Step of the checkpoint.
+        world: Ranks of the run.
     """
-    stored = tensor_shapes(checkpoint)
+    stored = tensor_shapes(located.folder)
 
     def read(tensors: dict[str, Tensor]) -> None:
-        read_tensors(checkpoint, {n: t for n, t in tensors.items() if n in stored})
+        located.read({n: t for n, t in tensors.items() if n in stored})
 
-    return read
-
-
-def _candidates(
-    config: TrainerConfig, folder: Path, remote: RemoteCheckpoints | None
-) -> list[tuple[Path, bool]]:
-    """Returns (path, whether to fetch it), newest first and local copies before remote ones."""
-    if config.resume not in ("auto", "never"):
-        path = Path(config.resume).expanduser().absolute()
-        if not path.is_dir():
-            raise ConfigError(
-                "resume", config.resume, "there is no such checkpoint", "auto, never or a folder"
-            )
-        return [(path, False)]
-    found = [(path.name, False) for path in committed(folder)]
-    if remote is not None:
-        found += [(name, True) for name in remote.names()]
-    if config.resume == "never" and found:
-        raise ConfigError(
-            "resume",
-            "never",
-            f"{folder.parent} contains checkpoints of an earlier run",
-            "choose another run.name, or use resume=auto to continue it",
-        )
-    # Descending, so `not` puts the local copy of a step before the remote one.
-    found.sort(key=lambda candidate: (candidate[0], not candidate[1]), reverse=True)
-    return [(folder / name, stored) for name, stored in found]
+    # Not `together`: strategies communicate as they load, so a rank that fails alone has to end.
+    strategy.load_state(read, num_updates=step)
+    world.barrier()
+    if world.local_rank == 0:  # the ranks of a machine fetch each part once for all of them
+        located.forget_fetched()
 
 
 def _read_object(path: Path) -> dict[str, Any]:

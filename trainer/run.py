@@ -18,7 +18,9 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from core import layout
 from core.errors import ConfigError, ExitCode, SpotforgeError
+from parallel.disks import Disks, find_disks
 from parallel.launcher import read_place
+from parallel.peers import PeerFiles
 from parallel.strategy import Strategy
 from parallel.world import World, join_world
 from trainer.checkpoint import TrainerState, read_state, step_name
@@ -32,7 +34,9 @@ from trainer.data.tokenizer import vocab_size_of
 from trainer.dry_run import check_forward
 from trainer.exporter import export_checkpoint
 from trainer.fake_quant import prepare_fake_quant
+from trainer.finder import RESUME, CheckpointFinder
 from trainer.heartbeat import Heartbeat
+from trainer.logs import restore_logs
 from trainer.loop import TrainingLoop
 from trainer.memory import check_memory
 from trainer.model import (
@@ -47,20 +51,21 @@ from trainer.optim import Decay, decayed_names
 from trainer.positions import check_positions
 from trainer.process import Process
 from trainer.remote import RemoteCheckpoints
+from trainer.replicator import num_replicas
 from trainer.reporter import Reporter, check_run_dir
 from trainer.resume import (
     check_same_model,
     check_same_run,
-    find_checkpoint,
     keep_what_was_found,
+    load_checkpoint,
     order_of,
     set_newer_aside,
-    state_reader,
     stored_config,
 )
 from trainer.run_lock import lock_run
 from trainer.settle import leave_unused, settle
 from trainer.stopping import StopSignal
+from trainer.storage import CHECKPOINTS, Generation, Storage
 from trainer.weight_files import find_file
 
 
@@ -117,19 +122,24 @@ def train_in(
     if too_long is not None:
         reporter.say(too_long)
 
+    disks = find_disks(world, config.run_dir)
+    folder = config.run_dir / layout.CHECKPOINTS
     # From here on files are written, which no other job may do in that directory meanwhile.
-    with _locked(config, world):
+    with _locked(config, world, disks), PeerFiles(world, disks, _served(config)) as peers:
         # 3. The checkpoint to resume from: refused here, if at all, before anything is written
-        folder = config.run_dir / layout.CHECKPOINTS
         state = TrainerState(
             0, 0, 0, 0.0, data.digest, data.tokenizer_fingerprint, resolved, OrderRule.exact
         )
         before = None  # stored settings of the run to be resumed
         with world.together():
-            remote = _open_remote(config, world)
-        checkpoint = find_checkpoint(config, folder, world, reporter, remote, heartbeat.beat)
+            remote = _open_remote(config, disks)
+        storage = Storage(folder, world, disks, peers, remote, heartbeat.beat)
+        if not disks.is_shared:
+            reporter.say(_about_disks(config, disks))
+        located = CheckpointFinder(storage, reporter).find(config.resume)
         with world.together():
-            if checkpoint is not None:
+            if located is not None:
+                checkpoint = located.folder
                 saved = read_state(checkpoint)
                 before = saved.config
                 keep_what_was_found(resolved, before, given)
@@ -146,8 +156,10 @@ def train_in(
                 if order is not saved.order and len(data.sources) > 1:
                     reporter.say(f"resume: the checkpoint names no order of samples; using {order}")
                 state = dataclasses.replace(saved, config=resolved, order=order)
-                if world.rank == 0:
+                if disks.is_leader:
                     set_newer_aside(folder, checkpoint, remote, reporter)
+                if world.rank == 0:
+                    restore_logs(checkpoint / layout.LOGS, config.run_dir)
 
         # 4. The strategy materializes and distributes the model, and builds its optimizer
         prepare_training(
@@ -176,19 +188,17 @@ def train_in(
             settle(config, module, strategy, world, resolved, before, reporter.say, given)
             leave_unused(config, module, strategy, world, reporter.say)
         # After the probes, since finding unused parameters may rebuild the optimizer without state.
-        if checkpoint is not None:
-            strategy.load_state(state_reader(checkpoint), num_updates=state.step)
+        if located is not None:
+            load_checkpoint(located, strategy, state.step, world)
         process.refuse_to_start()
 
         # 5. The loop
         checkpointer = Checkpointer(
             config.checkpoint,
-            folder,
-            world,
+            storage,
+            Generation.claim(storage),
             partial(_save_assets, config.model, model, data, materializer.stored_names),
             reporter.event,
-            remote,
-            heartbeat.beat,
         )
         with world.together():
             loop = TrainingLoop(
@@ -230,9 +240,8 @@ def _prepare_data(
             gpu = torch.cuda.get_device_properties(world.device)
             check_memory(config, world.world_size, gpu.total_memory)
         model_config = hf_config_of(config.model)  # before the data is prepared, since it may raise
-        # Data is prepared as for the run to be resumed, whose checkpoint is verified only later.
-        stored = stored_config(config) if world.rank == 0 else None
-    stored = world.from_first(stored)
+    # Data is prepared as for the run to be resumed, whose checkpoint is verified only later.
+    stored = stored_config(config, world)
     begun_before = stored is not None and "add_bos" not in stored["data"]
     with world.together():
         if stored is not None and config.data.add_bos == "auto" and "data.add_bos" not in given:
@@ -256,27 +265,39 @@ def _with_bos(config: TrainerConfig, add_bos: bool) -> TrainerConfig:
 
 
 @contextmanager
-def _locked(config: TrainerConfig, world: World) -> Iterator[None]:
-    """Locks the run directory, on rank 0 for all ranks."""
+def _locked(config: TrainerConfig, world: World, disks: Disks) -> Iterator[None]:
+    """Locks the run directory on each disk, for all ranks that share it."""
     with ExitStack() as stack:
         with world.together():
-            if world.rank == 0:
+            if disks.is_leader:
                 stack.enter_context(lock_run(config.run_dir))
-        with world.together():
-            if world.local_rank == 0 and not config.run_dir.exists():
-                raise ConfigError(
-                    "run.dir",
-                    config.run_dir,
-                    "this machine does not see what rank 0 wrote there",
-                    "put run.dir on a file system that all machines of the run share",
-                )
         yield
-        world.barrier()  # rank 0 releases the lock once all ranks are done
+        world.barrier()  # the locks are released once all ranks are done
 
 
-def _open_remote(config: TrainerConfig, world: World) -> RemoteCheckpoints | None:
+def _served(config: TrainerConfig) -> dict[str, Path]:
+    """Returns the folders with checkpoints that other machines may read."""
+    served = {CHECKPOINTS: config.run_dir / layout.CHECKPOINTS}
+    if config.resume not in ("auto", "never"):
+        served[RESUME] = Path(config.resume).expanduser().absolute().parent
+    return served
+
+
+def _about_disks(config: TrainerConfig, disks: Disks) -> str:
+    """Returns a line about what the loss of a machine costs a run without a shared disk."""
+    num = num_replicas(config.checkpoint.replicas, disks)
+    what = f"run.dir: {len(disks.leaders)} machines have disks of their own; "
+    if num:
+        return what + f"each holds a copy of the files of {num} other{'s' * (num > 1)}"
+    if config.checkpoint.upload is not None:
+        return what + "what a lost one had is read from checkpoint.upload"
+    return what + "the loss of one loses all checkpoints, since checkpoint.replicas is 0"
+
+
+def _open_remote(config: TrainerConfig, disks: Disks) -> RemoteCheckpoints | None:
     url = config.checkpoint.upload
-    if url is None or world.rank != 0:
+    # On one disk, rank 0 alone copies what is stored to it and from it.
+    if url is None or (disks.is_shared and disks.rank != 0):
         return None
     remote = RemoteCheckpoints(url)
     if url.startswith("file://") and Path(url[7:]).resolve().is_relative_to(config.run_dir):
@@ -286,7 +307,8 @@ def _open_remote(config: TrainerConfig, world: World) -> RemoteCheckpoints | Non
             "is inside the run directory, which already has the checkpoints",
             "name a folder on another disk",
         )
-    remote.check()
+    if disks.is_leader:
+        remote.check()
     return remote
 
 
@@ -301,17 +323,19 @@ def _finish(
     world = process.world
     process.heartbeat.at("finish", step)  # which may take longer than anything in the loop
     checkpoint = config.run_dir / layout.CHECKPOINTS / step_name(step)
+    located = checkpointer.located(step)
     finished = outcome is ExitCode.FINISHED
     # All ranks stop; only those that got the signal know the reason.
     reasons = [reason for reason in world.gather(process.stop.reason) if reason]
     with world.together():
         # Meanwhile the last upload goes on in its thread.
         if finished and config.export.at_end and world.rank == 0:
-            export_checkpoint(checkpoint, config.run_dir / layout.EXPORT, config.export.dtype)
+            export_checkpoint(located, config.run_dir / layout.EXPORT, config.export.dtype)
+            located.forget_fetched()
     with world.together():
-        failure = checkpointer.wait_for_uploads()
+        failure = checkpointer.wait_for_copies()
         if failure is not None and finished:
-            raise SpotforgeError(f"finished, but {checkpoint} was not uploaded: {failure}")
+            raise SpotforgeError(f"finished, but {checkpoint} was not copied: {failure}")
     if finished:
         reporter.event("finish", step)
     else:

@@ -17,7 +17,7 @@ from functools import wraps
 POINTS = {
     "data": "trainer.run:prepare",
     "model": "trainer.run:build_meta_model",
-    "resume": "trainer.run:find_checkpoint",
+    "resume": "trainer.run:CheckpointFinder.find",
     "strategy": "trainer.run:prepare_training",
     "loop": "trainer.loop:TrainingLoop.run",
     "evaluate": "trainer.loop:evaluate",

@@ -25,7 +25,7 @@ from monitoring.jsonl import read_records
 from tests.families.places import Places
 from tests.families.workers import Wrong
 from tests.families.zoo import FAMILIES, build
-from trainer.checkpoint import read_tensors, step_name, tensor_shapes
+from trainer.checkpoint import Located, step_name, tensor_shapes
 from trainer.command import TRAINER
 from trainer.data.loader import TrainLoader, validation_batches
 from trainer.data.prepare import prepare
@@ -210,7 +210,7 @@ def _checkpoint(run: Path) -> dict[str, Tensor]:
     folder = run / "checkpoints" / step_name(STEPS)
     shapes = {n: s for n, s in tensor_shapes(folder).items() if not n.startswith("optim.")}
     tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
-    read_tensors(folder, tensors)
+    Located(folder).read(tensors)
     return tensors
 
 

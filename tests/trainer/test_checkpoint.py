@@ -12,7 +12,7 @@ from core.errors import DamagedError
 from parallel.config import DdpConfig, FsdpConfig
 from parallel.world import join_world
 from tests.distributed import run_distributed
-from tests.small_run import SmallRun
+from tests.small_run import SmallRun, saved_to
 from trainer.checkpoint import TrainerState, committed, read_state, verify
 from trainer.checkpointer import Checkpointer
 from trainer.config import CheckpointConfig
@@ -35,7 +35,7 @@ def save_many(folder, keep_last):
     with join_world() as world:
         run = SmallRun(DdpConfig(), world)
         config = CheckpointConfig(keep_last=keep_last)
-        checkpointer = Checkpointer(config, folder, world, no_assets, tell_nobody)
+        checkpointer = Checkpointer(config, *saved_to(folder, world), no_assets, tell_nobody)
         for step in (1, 2, 3, 4):
             checkpointer.save(run.strategy.state, a_state(step))
         checkpointer.wait()
@@ -87,7 +87,8 @@ def fail_to_save(folder: Path):
     """The disk fills up under a second checkpoint."""
     with join_world() as world:
         run = SmallRun(FsdpConfig(), world)
-        checkpointer = Checkpointer(CheckpointConfig(), folder, world, no_assets, tell_nobody)
+        storage = saved_to(folder, world)
+        checkpointer = Checkpointer(CheckpointConfig(), *storage, no_assets, tell_nobody)
         checkpointer.save(run.strategy.state, a_state(1))
         checkpointer.wait()
         import errno

@@ -37,7 +37,7 @@ from tests.trainer.small_config import (
     small_config,
     write_sources,
 )
-from trainer.checkpoint import read_tensors, step_name, tensor_shapes
+from trainer.checkpoint import Located, step_name, tensor_shapes
 from trainer.heartbeat import Heartbeat
 from trainer.run import train_in
 from trainer.stopping import StopSignal
@@ -270,7 +270,7 @@ def same_tensors(*checkpoints):
     """Whether two checkpoints hold the same bits: weights and moments."""
     tensors = [{n: torch.empty(s) for n, s in tensor_shapes(c).items()} for c in checkpoints]
     for checkpoint, empty in zip(checkpoints, tensors, strict=True):
-        read_tensors(checkpoint, empty)
+        Located(checkpoint).read(empty)
     first, second = tensors
     return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 

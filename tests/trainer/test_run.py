@@ -463,14 +463,14 @@ def wait_for_step(run_dir, step, timeout_s=600):
 
 
 def _checkpoint_tensors(checkpoint):
-    from trainer.checkpoint import read_tensors, tensor_shapes
+    from trainer.checkpoint import Located, tensor_shapes
 
     tensors = {
         name: torch.empty(shape)
         for name, shape in tensor_shapes(checkpoint).items()
         if not name.startswith("optim.")
     }
-    read_tensors(checkpoint, tensors)
+    Located(checkpoint).read(tensors)
     return tensors
 
 

@@ -18,12 +18,12 @@ from parallel.strategy import persistent_buffers
 from parallel.world import join_world
 from tests.distributed import run_distributed
 from tests.families import zoo
-from tests.small_run import SmallRun
+from tests.small_run import SmallRun, saved_to
 from tests.trainer.test_checkpoint import a_state, no_assets, tell_nobody
 from trainer.checkpoint import (
+    Located,
     committed,
     described_tensors,
-    read_tensors,
     tensor_shapes,
 )
 from trainer.checkpointer import Checkpointer
@@ -31,7 +31,7 @@ from trainer.config import CheckpointConfig
 from trainer.exporter import export_checkpoint
 from trainer.model import Materializer, build_meta_model
 from trainer.model_config import PathModelConfig
-from trainer.resume import check_same_model, state_reader
+from trainer.resume import check_same_model, load_checkpoint
 from trainer.run import _save_assets
 from trainer.weights import canonical_names, saving_groups
 
@@ -220,7 +220,7 @@ def trained_and_resumed(folder, first, second):
             buffer.fill_(7.0)
         run.train(1)
         checkpointer = Checkpointer(
-            CheckpointConfig(), folder / "checkpoints", world, no_assets, tell_nobody
+            CheckpointConfig(), *saved_to(folder / "checkpoints", world), no_assets, tell_nobody
         )
         checkpointer.save(run.strategy.state, a_state(1))
         checkpointer.wait()
@@ -229,7 +229,7 @@ def trained_and_resumed(folder, first, second):
         check_same_model(checkpoint, build_meta_model(config, 1), ADAMW, lambda line: None)
         losses = [run.train(1)]
         other = SmallRun(STRATEGIES[second](), world, model=config)
-        other.strategy.load_state(state_reader(checkpoint), num_updates=1)
+        load_checkpoint(Located(checkpoint), other.strategy, 1, world)
         other.step = 1
         losses.append(other.train(1))
         buffers = [t.tolist() for t in persistent_buffers(other.model).values()]
@@ -281,7 +281,7 @@ def test_an_export_is_what_transformers_would_save(trainer, small, tmp_path):
     (checkpoint,) = committed(run_dir / "checkpoints")
     drop_buffers(checkpoint)
     (checkpoint / "huggingface/stored_names.json").unlink()
-    export_checkpoint(checkpoint, tmp_path / "again", Dtype.float32)
+    export_checkpoint(Located(checkpoint), tmp_path / "again", Dtype.float32)
     assert_same(load_file(tmp_path / "again/model.safetensors"), right)
 
 
@@ -292,7 +292,7 @@ def drop_buffers(checkpoint):
         for n, t in described_tensors(checkpoint).items()
         if "e_score_correction_bias" not in n
     }
-    read_tensors(checkpoint, kept)
+    Located(checkpoint).read(kept)
     for old in checkpoint.glob("__*"):
         old.unlink()
     with warnings.catch_warnings(action="ignore"):

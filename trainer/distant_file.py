@@ -1,0 +1,134 @@
+"""Reads a file that is not on this disk as if it were, in verified blocks of 8 MiB."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from core.errors import SpotforgeError
+from core.folder import BLOCK_BYTES, Entry
+
+# Reads `length` bytes at `offset`; raises OSError or SpotforgeError where it cannot.
+ReadRange = Callable[[int, int], bytes]
+
+
+class DistantFile:
+    """Represents a file that other machines or an object store have.
+
+    Each block is fetched once for all processes of this machine: it is kept in a file of full size
+    with holes, beside a file that marks which blocks are there. Both are below a staging folder,
+    which somebody else removes.
+
+    Args:
+        name: Path of the file in its checkpoint, for messages.
+        entry: Its entry in the manifest, with blocks.
+        sources: Where it can be read from, the best first.
+        kept: Path of the file with the blocks that were fetched.
+    """
+
+    def __init__(
+        self, name: str, entry: Entry, sources: Sequence[tuple[str, ReadRange]], kept: Path
+    ) -> None:
+        self._name, self._entry, self._sources, self._kept = name, entry, sources, kept
+        self._marks = kept.with_name(f"{kept.name}.blocks")
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the file."""
+        return self._entry["size_bytes"]
+
+    def open(self) -> io.BufferedReader:
+        """Opens the file for reading; what is read is fetched and verified then."""
+        return io.BufferedReader(_Stream(self), buffer_size=1 << 16)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Returns a byte range, which is shorter at the end of the file.
+
+        Raises:
+            SpotforgeError: No source has a block of it that matches its digest.
+        """
+        end = min(offset + length, self.size_bytes)
+        pieces = []
+        while offset < end:
+            index, start = divmod(offset, BLOCK_BYTES)
+            stop = min(BLOCK_BYTES, start + end - offset)
+            pieces.append(self._block(index, start, stop))
+            offset += stop - start
+        return b"".join(pieces)
+
+    def _block(self, index: int, start: int, stop: int) -> bytes:
+        """Returns a part of a block, which is fetched if no process of this machine has."""
+        self._kept.parent.mkdir(parents=True, exist_ok=True)
+        marks = os.open(self._marks, os.O_RDWR | os.O_CREAT, 0o644)
+        kept = os.open(self._kept, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            with _locked_byte(marks, index):
+                if os.pread(marks, 1, index) != b"\1":
+                    os.pwrite(kept, self._fetched(index), index * BLOCK_BYTES)
+                    os.pwrite(marks, b"\1", index)
+            return os.pread(kept, stop - start, index * BLOCK_BYTES + start)
+        finally:
+            os.close(kept)
+            os.close(marks)
+
+    def _fetched(self, index: int) -> bytes:
+        offset = index * BLOCK_BYTES
+        length = min(BLOCK_BYTES, self.size_bytes - offset)
+        problems = []
+        for name, read in self._sources:
+            try:
+                content = read(offset, length)
+            except (OSError, SpotforgeError) as e:
+                problems.append(f"{name}: {e}")
+                continue
+            if hashlib.sha256(content).hexdigest() == self._entry["blocks"][index]:
+                return content
+            problems.append(f"{name}: does not match its SHA-256")
+        raise SpotforgeError(f"{self._name} cannot be read: {'; '.join(problems)}")
+
+
+class _Stream(io.RawIOBase):
+    """A file object that reads from a `DistantFile`."""
+
+    def __init__(self, file: DistantFile) -> None:
+        super().__init__()
+        self._file, self._position = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {
+            io.SEEK_SET: 0,
+            io.SEEK_CUR: self._position,
+            io.SEEK_END: self._file.size_bytes,
+        }[whence]
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        content = self._file.read(self._position, len(buffer))
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+
+@contextmanager
+def _locked_byte(descriptor: int, index: int) -> Iterator[None]:
+    """Locks one byte of a file against other processes, which wait."""
+    fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, index)
+    try:
+        yield
+    finally:
+        fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, index)

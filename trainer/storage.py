@@ -1,0 +1,145 @@
+"""Where the checkpoints of a run are: on the disks of its machines, and in an object store."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from core import layout
+from core.errors import ConfigError, SpotforgeError, SupersededError
+from core.folder import write_file
+from parallel.disks import Disks, one_disk
+from parallel.peers import PeerFiles
+from parallel.world import World
+from trainer.distant_file import ReadRange
+from trainer.remote import RemoteCheckpoints
+
+CHECKPOINTS = "checkpoints"  # name by which machines serve their checkpoints to each other
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Holds what it takes to read and write the checkpoints of a run.
+
+    Attributes:
+        folder: Folder of the checkpoints, the same path on all machines.
+        world: Ranks of the run.
+        disks: Which of them share a disk.
+        peers: Files on the disks of other machines; None if all ranks share one.
+        remote: Object store; None if there is none.
+        beat: Function called regularly during long work, so that it does not look like a hang.
+    """
+
+    folder: Path
+    world: World
+    disks: Disks
+    peers: PeerFiles | None = None
+    remote: RemoteCheckpoints | None = None
+    beat: Callable[[], None] = lambda: None
+
+    def sources(
+        self, served: str, path: str, leaders: Iterable[int], is_stored: bool
+    ) -> list[tuple[str, ReadRange]]:
+        """Returns the places from which a file can be read, each with its name, peers first.
+
+        Args:
+            served: Name of the folder, as machines serve it.
+            path: Path of the file in it: name of the checkpoint, then name of the file.
+            leaders: Leaders of the disks that have the file.
+            is_stored: True if the object store has it.
+        """
+        own, size = self.disks.leader, self.world.world_size
+        found: list[tuple[str, ReadRange]] = []
+        # Each machine begins with another one, so that not all ask the same.
+        for leader in sorted(set(leaders) - {own}, key=lambda leader: (leader - own) % size):
+            assert self.peers is not None
+            read = partial(self.peers.read, leader, served, path)
+            found.append((f"rank {leader} on {self.disks.hosts[leader]}", self._beating(read)))
+        if is_stored:
+            assert self.remote is not None
+            name, _, file = path.partition("/")
+            stored = partial(self.remote.read_range, name, file)
+            found.append((self.remote.url, self._beating(stored)))
+        return found
+
+    def _beating(self, read: ReadRange) -> ReadRange:
+        def beating(offset: int, length: int) -> bytes:
+            self.beat()
+            return read(offset, length)
+
+        return beating
+
+
+def local_storage(folder: Path, world: World) -> Storage:
+    """Returns storage on one disk that all ranks share."""
+    return Storage(folder, world, one_disk(world))
+
+
+class Generation:
+    """Numbers the starts of a run, so that an older one that still lives commits nothing more.
+
+    Machines that were cut off may come back, and somebody may start the same run twice. The number
+    is written beside the checkpoints on every disk and in the object store; whoever finds a higher
+    one there than its own has been replaced.
+
+    Args:
+        storage: Storage of the checkpoints.
+        number: Number of this start.
+    """
+
+    def __init__(self, storage: Storage, number: int) -> None:
+        self._storage, self.number = storage, number
+
+    @staticmethod
+    def claim(storage: Storage) -> Generation:
+        """Returns the generation of this start, the highest there is; collective.
+
+        Raises:
+            SpotforgeError: A disk or the object store cannot be written.
+        """
+        world, disks, remote = storage.world, storage.disks, storage.remote
+        with world.together():
+            known = read_generation(storage.folder) if disks.is_leader else 0
+            if world.rank == 0 and remote is not None:
+                known = max(known, remote.generation())
+            number = 1 + max(world.gather(known))
+        with world.together():
+            if remote is not None and disks.is_leader:
+                remote.claim(number)
+            if disks.is_leader:
+                try:
+                    storage.folder.mkdir(parents=True, exist_ok=True)
+                    owner = f"{socket.gethostname()}, process {os.getpid()}"
+                    write_file(storage.folder / layout.GENERATION, f"{number} ({owner})\n")
+                except OSError as e:
+                    raise ConfigError(
+                        "run.dir", storage.folder.parent, e.strerror or str(e), "free some space"
+                    ) from e
+        return Generation(storage, number)
+
+    def check(self) -> None:
+        """Raises SupersededError if a newer start of the run has taken over this disk."""
+        found = read_generation(self._storage.folder)
+        if found > self.number:
+            path = self._storage.folder / layout.GENERATION
+            raise SupersededError(
+                f"this start of the run, generation {self.number}, was replaced by generation "
+                f"{path.read_text().strip()}: it commits nothing more to {self._storage.folder}"
+            )
+
+
+def read_generation(folder: Path) -> int:
+    """Returns the number of the newest start of a run; 0 for runs from before there were any."""
+    try:
+        return int((folder / layout.GENERATION).read_text().split()[0])
+    except FileNotFoundError:
+        return 0
+    except (ValueError, IndexError) as e:
+        raise SpotforgeError(
+            f"{folder / layout.GENERATION} does not begin with a number; write the number of the "
+            "newest start there, or remove the file"
+        ) from e
