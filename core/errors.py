@@ -3,8 +3,8 @@
 SpotforgeError                exit 1
  |- ConfigError               exit 2: the user got something wrong: key, value, rule, fix
  |   |- MissingExtraError     exit 2: an optional dependency is not installed
- |   `- DamagedError          exit 2: bytes on disk are not the bytes that were written
-  |- SupersededError           exit 2: a newer start of the same run has taken over
+ |   |- DamagedError          exit 2: bytes on disk are not the bytes that were written
+ |   `- SupersededError       exit 2: a later start of the same run has taken over
   |- DivergedError             exit 1: the loss is NaN or infinite, or spiked too often
  `- Interrupted               exit 33: told to stop; start the same command again to go on
 """
@@ -60,14 +60,8 @@ class DamagedError(ConfigError):
     """Reports prepared data or a checkpoint whose digest does not match its manifest."""
 
 
-class SupersededError(SpotforgeError):
-    """Reports that a newer start of the same run has taken over its disk or its object store.
-
-    The exit code is the one after which no supervisor starts again: two starts would otherwise take
-    over from each other for ever.
-    """
-
-    exit_code = ExitCode.BAD_CONFIG
+class SupersededError(ConfigError):
+    """Ends a start of a run, since a later start of the same run has taken over its checkpoints."""
 
 
 class Interrupted(SpotforgeError):

@@ -88,11 +88,4 @@ class SmallRun:
 
 def _batch(step):
     generator = torch.Generator().manual_seed(step)
-    return torch.randint(0, VOCAB // 4, (
-def saved_to(folder, world):
-    """Storage on one disk, claimed by this start; what a Checkpointer takes."""
-    storage = local_storage(folder, world)
-    return storage, Generation.claim(storage)
-
-
-GLOBAL_BATCH, SEQ_LEN + 1), generator=generator)
+    return torch.randint(0, VOCAB // 4, (GLOBAL_BATCH, SEQ_LEN + 1), generator=generator)

@@ -79,7 +79,7 @@ class Located:
     """Represents a checkpoint, all of whose files were found.
 
     Attributes:
-        folder: Its folder on this disk, with all files but those in `elsewhere`.
+        folder: The folder on this disk, with all files but those in `elsewhere`.
         elsewhere: Files with tensors that are read from other machines or an object store.
     """
 

@@ -15,14 +15,12 @@ import dataclasses
 import errno
 import json
 import shutil
-import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -55,17 +53,11 @@ from trainer.checkpoint import (
 from trainer.config import CheckpointConfig
 from trainer.distant_file import DistantFile
 from trainer.logs import save_logs
-from trainer.remote import RemoteCheckpoints
 from trainer.replicator import Replicator, num_replicas
 from trainer.storage import CHECKPOINTS, Generation, Storage
+from trainer.uploader import Leaders, LeaderUploader, Tell, Uploader
 
 T = TypeVar("T")
-
-
-class Tell(Protocol):
-    """Records an event (`monitoring/events.py`); safe to call from any thread."""
-
-    def __call__(self, event: str, step: int, **details: float | int | str) -> None: ...
 
 
 class Checkpointer:
@@ -93,12 +85,20 @@ class Checkpointer:
         self._stager: DefaultStager | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        self._uploader: Uploader | None = None
+        self._uploader: Uploader | None = None  # on rank 0
+        self._leader_uploader: LeaderUploader | None = None  # on leaders of other disks
         self._replicator: Replicator | None = None
         if self._disks.is_leader:
             remove_uncommitted(self._folder)  # left by a run that was killed while saving
             if storage.remote is not None:
-                self._uploader = Uploader(storage.remote, config, tell)
+                others = self._disks.leaders[1:]
+                leaders = Leaders(self._world.store, generation.number, others)
+                if self._world.rank == 0:
+                    self._uploader = Uploader(storage.remote, config, tell, leaders)
+                else:
+                    self._leader_uploader = LeaderUploader(
+                        storage.remote, leaders, self._world.rank
+                    )
             if num := num_replicas(config.replicas, self._disks):
                 self._replicator = Replicator(storage, num)
 
@@ -137,7 +137,9 @@ class Checkpointer:
 
     @property
     def failed(self) -> bool:
-        """True if the current save has failed on this rank; `wait()` raises the error on all."""
+        """True if saves or uploads have failed for good; `wait()` raises the error on all ranks."""
+        if self._uploader is not None and self._uploader.superseded is not None:
+            return True
         pending = self._pending
         return pending is not None and pending.done() and pending.exception() is not None
 
@@ -148,26 +150,33 @@ class Checkpointer:
             ConfigError: The checkpoint could not be written; raised on every rank.
             SupersededError: A newer start of the run has taken over; raised on every rank.
         """
-        if self._pending is None:
-            return
         pending, self._pending = self._pending, None
-        while wait_for([pending], timeout=1).not_done:
+        while pending is not None and wait_for([pending], timeout=1).not_done:
             self._storage.beat()
         with self._world.together():
-            pending.result()
+            if self._uploader is not None and self._uploader.superseded is not None:
+                raise self._uploader.superseded
+            if pending is not None:
+                pending.result()
 
-    def wait_for_copies(self) -> str | None:
-        """Waits until the newest checkpoint is on other disks and in the object store.
+    def wait_for_copies(self, finished: bool) -> str | None:
+        """Waits until the newest checkpoint is on other disks and in the object store; collective.
 
-        Each leader waits for the copies that it makes; it is not collective.
+        Args:
+            finished: True where the run goes on no more; see `Uploader.wait`.
 
         Returns:
-            Reason for a failure; None if there was none, or nothing is copied.
+            Reason for the first failure; None if there was none, or nothing is copied.
         """
         beat = self._storage.beat
-        replicated = None if self._replicator is None else self._replicator.wait(beat)
-        uploaded = None if self._uploader is None else self._uploader.wait(beat)
-        return uploaded or replicated
+        failed: list[str | None] = []
+        with self._world.together():
+            if self._replicator is not None:
+                failed.append(self._replicator.wait(beat))
+            if self._uploader is not None:
+                failed.append(self._uploader.wait(beat, finished))
+        told = [reason for ranks in self._world.gather(failed) for reason in ranks]
+        return next(filter(None, told), None)
 
     def located(self, step: int) -> Located:
         """Returns the checkpoint that this start saved at a step, wherever its files are."""
@@ -186,10 +195,9 @@ class Checkpointer:
         """Ends the background threads; current copies are given up."""
         # Its thread uses a process group that does not outlive the run.
         self._writer.shutdown(wait=True)
-        if self._uploader is not None:
-            self._uploader.close()
-        if self._replicator is not None:
-            self._replicator.close()
+        for copier in (self._uploader, self._leader_uploader, self._replicator):
+            if copier is not None:
+                copier.close()
         if self._stager is not None:
             self._stager.close()
 
@@ -313,7 +321,8 @@ class Checkpointer:
         """Removes older checkpoints from this disk, which need not stay."""
         # Newer checkpoints are damaged or abandoned by the user; they must not displace this one.
         names = [p.name for p in committed(self._folder) if p.name <= newest]
-        being_copied = self._uploader.busy if self._uploader is not None else set()
+        uploader = self._uploader or self._leader_uploader
+        being_copied = set() if uploader is None else uploader.busy
         for name in outdated(names, self._config.keep_last, self._config.keep_every):
             if name not in being_copied:
                 trash = staging_of(self._folder / name)
@@ -323,10 +332,17 @@ class Checkpointer:
 
     def _copy(self, checkpoint: Path, files: Manifest) -> None:
         """Has this disk's files uploaded, and those of other disks copied to it."""
-        if self._uploader is not None:
-            self._uploader.submit(checkpoint)
+        uploader = self._uploader or self._leader_uploader
+        if uploader is not None:
+            own = [file for file in files if self._uploads(file)]
+            uploader.submit(checkpoint, own)
         if self._replicator is not None:
             self._replicator.submit(checkpoint, files)
+
+    def _uploads(self, file: str) -> bool:
+        """Returns whether this rank uploads a file: one of its disk, or what is on all of them."""
+        writer = writer_of(file)
+        return self._disks.leader == self._disks.leader_of[0 if writer is None else writer]
 
     def _check_space(self, tensors: dict[str, Tensor]) -> None:
         """Refuses a save before anything is written if a disk is plainly too small."""
@@ -351,86 +367,6 @@ class Checkpointer:
             f"the checkpoint could not be written{where}: {cause.strerror}; {kept}",
             "free space or lower checkpoint.keep_last, then run the same command again",
         )
-
-
-class Uploader:
-    """Copies committed checkpoints to the object store, one at a time, the newest first.
-
-    A checkpoint that arrives during an upload waits. If a newer one arrives meanwhile, the waiting
-    one is dropped, since a resume would take the newer one.
-    """
-
-    def __init__(self, remote: RemoteCheckpoints, config: CheckpointConfig, tell: Tell) -> None:
-        self._remote, self._config, self._tell = remote, config, tell
-        self._changed = threading.Condition()
-        self._waiting: Path | None = None
-        self._current: Path | None = None
-        self._closed = False
-        self._error: str | None = None
-        self._thread = threading.Thread(target=self._run, name="upload", daemon=True)
-        self._thread.start()
-
-    @property
-    def busy(self) -> set[str]:
-        """Names of checkpoints that must stay on disk for now."""
-        with self._changed:
-            return {path.name for path in (self._waiting, self._current) if path is not None}
-
-    def submit(self, checkpoint: Path) -> None:
-        """Uploads a committed checkpoint once the current upload is done."""
-        with self._changed:
-            self._waiting = checkpoint
-            self._changed.notify_all()
-
-    def wait(self, beat: Callable[[], None]) -> str | None:
-        """Waits until all uploads are done; returns the reason if the last one failed."""
-        with self._changed:
-            while self._waiting is not None or self._current is not None:
-                self._changed.wait(timeout=1)
-                beat()
-            return self._error
-
-    def close(self) -> None:
-        """Accepts no more uploads; a current one ends with the process."""
-        with self._changed:
-            self._closed, self._waiting = True, None
-            self._changed.notify_all()
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while self._waiting is None and not self._closed:
-                    self._changed.wait()
-                if self._closed:
-                    return
-                self._current, self._waiting = self._waiting, None
-                checkpoint = self._current
-                assert checkpoint is not None
-            # Outside of the lock, so that `submit` never waits for the network.
-            error = self._upload(checkpoint)
-            with self._changed:
-                self._current, self._error = None, error
-                self._changed.notify_all()
-
-    def _upload(self, checkpoint: Path) -> str | None:
-        began = time.perf_counter()
-        step = int(checkpoint.name.removeprefix(layout.STEP))
-        try:
-            files = json.loads((checkpoint / layout.MANIFEST).read_text())["files"]
-            self._remote.upload(checkpoint, sorted(files))
-            self._remote.commit(checkpoint)
-            # As on disk, newer checkpoints must not displace this one.
-            names = [n for n in self._remote.names() if n <= checkpoint.name]
-            for name in outdated(names, self._config.keep_last, self._config.keep_every):
-                self._remote.delete(name)
-            self._remote.remove_incomplete()  # left by killed uploads
-        except (SpotforgeError, OSError) as e:
-            # Training continues, since the checkpoint is on this disk.
-            self._tell("upload_failed", step, error=str(e))
-            print(f"{checkpoint.name} was not uploaded: {e}", file=sys.stderr, flush=True)
-            return str(e)
-        self._tell("upload", step, upload_s=time.perf_counter() - began)
-        return None
 
 
 def _stager(device: torch.device) -> DefaultStager:

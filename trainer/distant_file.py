@@ -26,8 +26,8 @@ class DistantFile:
 
     Args:
         name: Path of the file in its checkpoint, for messages.
-        entry: Its entry in the manifest, with blocks.
-        sources: Where it can be read from, the best first.
+        entry: Entry of the file in the manifest, with blocks.
+        sources: Places that have the file, each with a function that reads there, the best first.
         kept: Path of the file with the blocks that were fetched.
     """
 

@@ -129,8 +129,9 @@ class CheckpointFinder:
         with world.together():
             if world.rank == 0 and storage.remote is not None and requested is None:
                 for name in storage.remote.names():
-                    content, _, generation = storage.remote.manifest(name)
-                    stored.append(_Version(name, generation, hashlib.sha256(content).hexdigest()))
+                    found = storage.remote.manifest(name)
+                    digest = hashlib.sha256(found.content).hexdigest()
+                    stored.append(_Version(name, found.generation, digest))
         stored = world.from_first(stored)
         known = sorted(holders.keys() | set(stored), reverse=True)
         with world.together():
@@ -198,7 +199,7 @@ class CheckpointFinder:
                 content = (candidate.folder / candidate.name / layout.MANIFEST).read_bytes()
             elif not candidate.holders and world.rank == 0:
                 assert self._storage.remote is not None
-                content = self._storage.remote.manifest(candidate.name)[0]
+                content = self._storage.remote.manifest(candidate.name).content
         content = next(filter(None, world.gather(content)))
         files: Manifest = json.loads(content)["files"]
         return content, files
@@ -245,7 +246,7 @@ class _Candidate:
     """Describes a checkpoint of which parts were found.
 
     Attributes:
-        version: What identifies it.
+        version: Name, generation and digest.
         folder: Folder in which it lies, or will, on every disk.
         served: Name by which machines serve that folder.
         holders: Leaders of the disks that have it, or a part of it.
@@ -312,8 +313,8 @@ def fetch(name: str, entry: Entry, sources: Iterable[tuple[str, ReadRange]], pat
 
     Args:
         name: Path of the file in its checkpoint, for messages.
-        entry: Its entry in the manifest.
-        sources: Where it can be read from, the best first.
+        entry: Entry of the file in the manifest.
+        sources: Places that have the file, the best first.
         path: Path to write.
 
     Raises:

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from core import layout
-from core.errors import ConfigError, ExitCode, SpotforgeError
+from core.errors import ConfigError, ExitCode, Interrupted, SpotforgeError
 from parallel.disks import Disks, find_disks
 from parallel.launcher import read_place
 from parallel.peers import PeerFiles
 from parallel.strategy import Strategy
 from parallel.world import World, join_world
-from trainer.checkpoint import TrainerState, read_state, step_name
+from trainer.checkpoint import TrainerState, committed, read_state, step_name
 from trainer.checkpointer import Checkpointer
 from trainer.config import TrainerConfig, resolve
 from trainer.cpu import keep_freed_memory
@@ -132,7 +132,7 @@ def train_in(
         )
         before = None  # stored settings of the run to be resumed
         with world.together():
-            remote = _open_remote(config, disks)
+            remote = _open_remote(config, process, disks)
         storage = Storage(folder, world, disks, peers, remote, heartbeat.beat)
         if not disks.is_shared:
             reporter.say(_about_disks(config, disks))
@@ -192,7 +192,7 @@ def train_in(
             load_checkpoint(located, strategy, state.step, world)
         process.refuse_to_start()
 
-        # 5. The loop
+        # 5. The loop. Only a start that nothing refused any more takes over from an older one.
         checkpointer = Checkpointer(
             config.checkpoint,
             storage,
@@ -294,11 +294,16 @@ def _about_disks(config: TrainerConfig, disks: Disks) -> str:
     return what + "the loss of one loses all checkpoints, since checkpoint.replicas is 0"
 
 
-def _open_remote(config: TrainerConfig, disks: Disks) -> RemoteCheckpoints | None:
+def _open_remote(config: TrainerConfig, process: Process, disks: Disks) -> RemoteCheckpoints | None:
     url = config.checkpoint.upload
     # On one disk, rank 0 alone copies what is stored to it and from it.
     if url is None or (disks.is_shared and disks.rank != 0):
         return None
+
+    def beat() -> None:
+        if process.poll():
+            raise Interrupted(f"told to stop while {url} did not answer; nothing was lost")
+
     remote = RemoteCheckpoints(url)
     if url.startswith("file://") and Path(url[7:]).resolve().is_relative_to(config.run_dir):
         raise ConfigError(
@@ -308,7 +313,7 @@ def _open_remote(config: TrainerConfig, disks: Disks) -> RemoteCheckpoints | Non
             "name a folder on another disk",
         )
     if disks.is_leader:
-        remote.check()
+        remote.check(begun_before=bool(committed(config.run_dir / layout.CHECKPOINTS)), beat=beat)
     return remote
 
 
@@ -332,8 +337,8 @@ def _finish(
         if finished and config.export.at_end and world.rank == 0:
             export_checkpoint(located, config.run_dir / layout.EXPORT, config.export.dtype)
             located.forget_fetched()
+    failure = checkpointer.wait_for_copies(finished)
     with world.together():
-        failure = checkpointer.wait_for_copies()
         if failure is not None and finished:
             raise SpotforgeError(f"finished, but {checkpoint} was not copied: {failure}")
     if finished:

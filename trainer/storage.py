@@ -1,4 +1,4 @@
-"""Where the checkpoints of a run are: on the disks of its machines, and in an object store."""
+"""Describes where the checkpoints of a run are: on its machines' disks and in an object store."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Storage:
     Attributes:
         folder: Folder of the checkpoints, the same path on all machines.
         world: Ranks of the run.
-        disks: Which of them share a disk.
+        disks: Disks of these ranks.
         peers: Files on the disks of other machines; None if all ranks share one.
         remote: Object store; None if there is none.
         beat: Function called regularly during long work, so that it does not look like a hang.
@@ -100,6 +100,7 @@ class Generation:
 
         Raises:
             SpotforgeError: A disk or the object store cannot be written.
+            SupersededError: Another start began at the same time.
         """
         world, disks, remote = storage.world, storage.disks, storage.remote
         with world.together():
@@ -108,7 +109,7 @@ class Generation:
                 known = max(known, remote.generation())
             number = 1 + max(world.gather(known))
         with world.together():
-            if remote is not None and disks.is_leader:
+            if world.rank == 0 and remote is not None:
                 remote.claim(number)
             if disks.is_leader:
                 try:
@@ -127,8 +128,11 @@ class Generation:
         if found > self.number:
             path = self._storage.folder / layout.GENERATION
             raise SupersededError(
-                f"this start of the run, generation {self.number}, was replaced by generation "
-                f"{path.read_text().strip()}: it commits nothing more to {self._storage.folder}"
+                "run.dir",
+                self._storage.folder.parent,
+                f"generation {self.number} commits nothing more: generation "
+                f"{path.read_text().strip()} has taken over",
+                "let that one go on, or give this run another run.name",
             )
 
 

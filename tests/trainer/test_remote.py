@@ -19,7 +19,7 @@ from fsspec.registry import known_implementations
 from core.errors import ConfigError, DamagedError, MissingExtraError, SpotforgeError
 from tests import object_store
 from tests.object_store import ObjectStore
-from trainer import remote
+from trainer import remote, store
 from trainer.checkpoint import verify
 from trainer.remote import RemoteCheckpoints
 
@@ -35,14 +35,14 @@ FILES = {
 
 
 @pytest.fixture(autouse=True)
-def store(tmp_path, monkeypatch):
+def bucket(tmp_path, monkeypatch):
     """The folder behind `double://`, without faults; retries come at once."""
     folder = tmp_path / "store"
     folder.mkdir()
     monkeypatch.setenv("OBJECT_STORE_FOLDER", str(folder))
     monkeypatch.delenv("OBJECT_STORE_FAULTS", raising=False)
     monkeypatch.setattr(ObjectStore, "num_puts", 0)
-    monkeypatch.setattr(remote, "_BACKOFF_S", 0.001)
+    monkeypatch.setattr(store, "_BACKOFF_S", 0.001)
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_a_refused_listing_is_not_taken_for_an_empty_one(faults, tmp_path):
 
 def test_pauses_grow_and_differ(monkeypatch, faults, tmp_path):
     pauses = []
-    monkeypatch.setattr(remote, "_BACKOFF_S", 1.0)
+    monkeypatch.setattr(store, "_BACKOFF_S", 1.0)
     monkeypatch.setattr(time, "sleep", pauses.append)
     faults("fail_after=0")
     checkpoints = RemoteCheckpoints("double://b/run")
