@@ -102,12 +102,18 @@ class Checkpointer:
             if num := num_replicas(config.replicas, self._disks):
                 self._replicator = Replicator(storage, num)
 
-    def save(self, tensors_of: Callable[[], dict[str, Tensor]], state: TrainerState) -> float:
+    def save(
+        self,
+        tensors_of: Callable[[], dict[str, Tensor]],
+        state: TrainerState,
+        record: dict[str, Any] | None = None,
+    ) -> float:
         """Stages a copy and writes it in the background; collective.
 
         Args:
             tensors_of: Function that returns this rank's share of the canonical state.
             state: State other than tensors.
+            record: Metrics of this step; None if they are not logged.
 
         Returns:
             Time that training was blocked, in seconds.
@@ -125,7 +131,7 @@ class Checkpointer:
         staged = self._stager.stage(tensors)
         assert isinstance(staged, dict)  # a future only with asynchronous staging
         blocking_s = time.perf_counter() - began
-        self._pending = self._writer.submit(self._write, staged, state, blocking_s)
+        self._pending = self._writer.submit(self._write, staged, state, record, blocking_s)
         if not self._config.asynchronous:
             self.wait()
         return time.perf_counter() - began
@@ -201,13 +207,19 @@ class Checkpointer:
         if self._stager is not None:
             self._stager.close()
 
-    def _write(self, tensors: dict[str, Tensor], state: TrainerState, blocking_s: float) -> None:
+    def _write(
+        self,
+        tensors: dict[str, Tensor],
+        state: TrainerState,
+        record: dict[str, Any] | None,
+        blocking_s: float,
+    ) -> None:
         """Writes and commits a checkpoint in the background thread of every rank."""
         began = time.perf_counter()
         final = self._folder / step_name(state.step)
         staging = staging_of(final)
         try:
-            files = self._stage(staging, tensors, state)
+            files = self._stage(staging, tensors, state, record)
             self._commit(staging, final, files)
         except BaseException:
             if self._disks.is_leader:
@@ -224,7 +236,13 @@ class Checkpointer:
             self._remove_outdated(final.name)
             self._copy(final, files)
 
-    def _stage(self, staging: Path, tensors: dict[str, Tensor], state: TrainerState) -> Manifest:
+    def _stage(
+        self,
+        staging: Path,
+        tensors: dict[str, Tensor],
+        state: TrainerState,
+        record: dict[str, Any] | None,
+    ) -> Manifest:
         """Writes the files of all ranks, each to its own disk; collective.
 
         Returns:
@@ -244,7 +262,7 @@ class Checkpointer:
                 described = json.dumps(dataclasses.asdict(state), indent=1)
                 write_file(staging / layout.TRAINER_STATE, described)
                 if may_move:
-                    save_logs(self._folder.parent, staging / layout.LOGS)
+                    save_logs(self._folder.parent, staging / layout.LOGS, record)
                 if not disks.is_shared:
                     small = _small_files(staging)
         except (Exception, CheckpointException) as e:  # the latter does not derive from Exception

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from core import layout
-from core.folder import write_file
+from core.folder import append_line, write_file
+from monitoring.jsonl import read_records
 
-# The first three grow, and are read as far as their lines are whole.
 _GROWING = (layout.METRICS, layout.EVENTS, layout.SAMPLES)
 _NAMES = (*_GROWING, layout.DATA, layout.ENVIRONMENT)
+_LAST = "last_metrics.json"  # of the step of the checkpoint, which may be logged only later
 
 
-def save_logs(run_dir: Path, folder: Path) -> None:
-    """Copies what was logged in a run directory to a folder of a checkpoint."""
-    folder.mkdir(exist_ok=True)
+def save_logs(run_dir: Path, folder: Path, record: dict[str, Any] | None) -> None:
+    """Copies what was logged in a run directory to a folder of a checkpoint.
+
+    Args:
+        run_dir: Run directory.
+        folder: Folder to create.
+        record: Metrics of the step of the checkpoint; None if that step is not logged.
+    """
+    folder.mkdir()
     for name in _NAMES:
         if (run_dir / name).exists():
             shutil.copyfile(run_dir / name, folder / name)
+    if record is not None:
+        (folder / _LAST).write_text(json.dumps(record))
 
 
 def restore_logs(folder: Path, run_dir: Path) -> None:
@@ -26,12 +37,22 @@ def restore_logs(folder: Path, run_dir: Path) -> None:
 
     A machine on which the run has gone on since the checkpoint has more lines, and keeps them. One
     that was away in the meantime has other lines, or fewer; they are replaced.
+
+    Args:
+        folder: Folder of the checkpoint; missing if it was saved where a run cannot move.
+        run_dir: Run directory.
     """
     for name in _NAMES:
-        if not (folder / name).exists():  # saved where the run cannot move
+        if not (folder / name).exists():
             continue
         stored = (folder / name).read_bytes()
-        stored = stored[: stored.rfind(b"\n") + 1] if name in _GROWING else stored
+        if name in _GROWING:
+            stored = stored[: stored.rfind(b"\n") + 1]  # it was copied while it grew
         own = (run_dir / name).read_bytes() if (run_dir / name).exists() else b""
-        if name in _GROWING and not own.startswith(stored) or not own:
+        if not own or (name in _GROWING and not own.startswith(stored)):
             write_file(run_dir / name, stored)
+    if (folder / _LAST).exists():
+        record = json.loads((folder / _LAST).read_text())
+        metrics = run_dir / layout.METRICS
+        if record["step"] not in {logged["step"] for logged in read_records(metrics)}:
+            append_line(metrics, json.dumps(record))

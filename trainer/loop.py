@@ -165,7 +165,7 @@ class TrainingLoop:
                 # Saves and evaluations would make steps look slow.
                 with throughput.paused():
                     if saves:
-                        blocked_s += self._save(state)
+                        blocked_s += self._save(state, record)
                         saved_step = state.step
                     # The run's last step is safe, whatever happens in its last evaluation.
                     if last:
@@ -263,10 +263,12 @@ class TrainingLoop:
             ", or set anomaly.action=skip or rollback"
         )
 
-    def _save(self, state: TrainerState) -> float:
+    def _save(self, state: TrainerState, record: dict[str, Any] | None = None) -> float:
         """Saves and returns the seconds it took from training."""
         self.process.heartbeat.at("save", state.step)
-        blocked_s = self.checkpointer.save(self.strategy.state, state)
+        # A copy, since validation metrics are added to the record meanwhile.
+        known = None if record is None else dict(record)
+        blocked_s = self.checkpointer.save(self.strategy.state, state, known)
         self.save_schedule.saved(blocked_s)
         return blocked_s
 

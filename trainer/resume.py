@@ -43,7 +43,11 @@ _MEANING = (
 )
 
 # Values that runs had before a key existed.
-_BEFORE_KEYS = {"optim.decay": "matrices", "data.add_bos": False}
+_BEFORE_KEYS = {
+    "optim.decay": "matrices",
+    "data.add_bos": False,
+    "checkpoint.replicas": "auto",
+}
 # Keys of data that do not affect its digest: they apply when it is read, or say where it is.
 _NOT_IN_DIGEST = ("data.max_seq_len", "data.mask_documents", "data.cache_dir", "data.verify")
 

@@ -7,6 +7,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from parallel.world import join_world
 from tests.trainer.small_config import small_config
 from tests.trainer.test_order_of_runs import change_state
 from trainer.checkpoint import committed, read_state
@@ -56,13 +57,14 @@ def test_settings_are_found_on_disk_and_in_the_store(config):
         state = json.dumps({"config": {"data": {"add_bos": add_bos}}})
         (checkpoint / "trainer.json").write_text(state)
         (checkpoint / "manifest.json").write_text("{}")
-    assert stored_config(config)["data"]["add_bos"] is True
     run = dataclasses.replace(config.run, dir=str(place / "new"))
     elsewhere = dataclasses.replace(config, run=run)
-    assert stored_config(elsewhere)["data"]["add_bos"] is False
-    assert stored_config(dataclasses.replace(elsewhere, resume="never")) is None
     alone = dataclasses.replace(config.checkpoint, upload=None)
-    assert stored_config(dataclasses.replace(elsewhere, checkpoint=alone)) is None
+    with join_world() as world:
+        assert stored_config(config, world)["data"]["add_bos"] is True
+        assert stored_config(elsewhere, world)["data"]["add_bos"] is False
+        assert stored_config(dataclasses.replace(elsewhere, resume="never"), world) is None
+        assert stored_config(dataclasses.replace(elsewhere, checkpoint=alone), world) is None
 
 
 @pytest.mark.long
