@@ -1,12 +1,12 @@
-"""Saves checkpoints without waiting for the disk, and copies them without waiting for copies.
+"""Saves checkpoints without waiting for disks, and uploads them without waiting for the store.
 
 save()     staged: copied to host memory; training continues
            written: by every rank to its own disk, in the background, over a process group of its
            own; one rank of each disk, its leader, adds what is not tensors
-           committed: by one rename on each disk, once all ranks have written; then older
-           checkpoints that need not stay are removed
-           copied: in threads of their own, to another machine's disk (replicator.py) and to the
-           object store
+           replicated: to the disk of another machine, where machines have disks of their own
+           committed: by one rename on each disk, once all of this is done; then older checkpoints
+           that need not stay are removed
+           uploaded: in a third thread (uploader.py)
 """
 
 from __future__ import annotations
@@ -51,9 +51,8 @@ from trainer.checkpoint import (
     writer_of,
 )
 from trainer.config import CheckpointConfig
-from trainer.distant_file import DistantFile
+from trainer.distant_file import DistantFile, fetch
 from trainer.logs import save_logs
-from trainer.replicator import Replicator, num_replicas
 from trainer.storage import CHECKPOINTS, Generation, Storage
 from trainer.uploader import Leaders, LeaderUploader, Tell, Uploader
 
@@ -87,7 +86,6 @@ class Checkpointer:
         self._pending: Future[None] | None = None
         self._uploader: Uploader | None = None  # on rank 0
         self._leader_uploader: LeaderUploader | None = None  # on leaders of other disks
-        self._replicator: Replicator | None = None
         if self._disks.is_leader:
             remove_uncommitted(self._folder)  # left by a run that was killed while saving
             if storage.remote is not None:
@@ -99,8 +97,6 @@ class Checkpointer:
                     self._leader_uploader = LeaderUploader(
                         storage.remote, leaders, self._world.rank
                     )
-            if num := num_replicas(config.replicas, self._disks):
-                self._replicator = Replicator(storage, num)
 
     def save(
         self,
@@ -165,24 +161,16 @@ class Checkpointer:
             if pending is not None:
                 pending.result()
 
-    def wait_for_copies(self, finished: bool) -> str | None:
-        """Waits until the newest checkpoint is on other disks and in the object store; collective.
+    def wait_for_uploads(self, finished: bool) -> str | None:
+        """Waits until the newest checkpoint is in the object store; on rank 0, not collective.
 
         Args:
             finished: True where the run goes on no more; see `Uploader.wait`.
 
         Returns:
-            Reason for the first failure; None if there was none, or nothing is copied.
+            Reason for a failure; None if there was none, or nothing is uploaded.
         """
-        beat = self._storage.beat
-        failed: list[str | None] = []
-        with self._world.together():
-            if self._replicator is not None:
-                failed.append(self._replicator.wait(beat))
-            if self._uploader is not None:
-                failed.append(self._uploader.wait(beat, finished))
-        told = [reason for ranks in self._world.gather(failed) for reason in ranks]
-        return next(filter(None, told), None)
+        return None if self._uploader is None else self._uploader.wait(self._storage.beat, finished)
 
     def located(self, step: int) -> Located:
         """Returns the checkpoint that this start saved at a step, wherever its files are."""
@@ -201,9 +189,9 @@ class Checkpointer:
         """Ends the background threads; current copies are given up."""
         # Its thread uses a process group that does not outlive the run.
         self._writer.shutdown(wait=True)
-        for copier in (self._uploader, self._leader_uploader, self._replicator):
-            if copier is not None:
-                copier.close()
+        for uploader in (self._uploader, self._leader_uploader):
+            if uploader is not None:
+                uploader.close()
         if self._stager is not None:
             self._stager.close()
 
@@ -220,6 +208,7 @@ class Checkpointer:
         staging = staging_of(final)
         try:
             files = self._stage(staging, tensors, state, record)
+            self._replicate(staging, files)
             self._commit(staging, final, files)
         except BaseException:
             if self._disks.is_leader:
@@ -234,7 +223,7 @@ class Checkpointer:
         )
         if self._disks.is_leader:
             self._remove_outdated(final.name)
-            self._copy(final, files)
+            self._upload(final, files)
 
     def _stage(
         self,
@@ -284,6 +273,36 @@ class Checkpointer:
             except Exception as e:
                 error = e
         return {k: v for part in self._agree(mine, error) for k, v in part.items()}
+
+    def _replicate(self, staging: Path, files: Manifest) -> None:
+        """Copies the files of the disks before this one to it; collective.
+
+        The disks form a ring in the order of their leaders. It happens before the commit, so that
+        what is committed outlives any machine.
+
+        Raises:
+            SpotforgeError: A file could not be fetched or written; raised on every rank.
+        """
+        disks = self._disks
+        num = self._storage.num_replicas(self._config.replicas)
+        if num == 0:
+            return
+        # This thread must not beat: it would hide that the main thread hangs.
+        storage = dataclasses.replace(self._storage, beat=lambda: None)
+        own = disks.leaders.index(disks.leader)
+        copied = {disks.leaders[own - i] for i in range(1, num + 1)}
+        error: BaseException | None = None
+        try:
+            for file, entry in files.items():
+                writer = writer_of(file)
+                if not disks.is_leader or writer is None or disks.leader_of[writer] not in copied:
+                    continue
+                owner = [disks.leader_of[writer]]
+                path = f"{staging.name}/{file}"
+                fetch(file, entry, storage.sources(CHECKPOINTS, path, owner, False), staging / file)
+        except Exception as e:
+            error = e
+        self._agree(None, error)
 
     def _commit(self, staging: Path, final: Path, files: Manifest) -> None:
         """Commits the checkpoint on every disk; collective.
@@ -348,14 +367,12 @@ class Checkpointer:
                 (self._folder / name).rename(trash)
                 shutil.rmtree(trash)
 
-    def _copy(self, checkpoint: Path, files: Manifest) -> None:
-        """Has this disk's files uploaded, and those of other disks copied to it."""
+    def _upload(self, checkpoint: Path, files: Manifest) -> None:
+        """Has the files of this disk uploaded."""
         uploader = self._uploader or self._leader_uploader
         if uploader is not None:
             own = [file for file in files if self._uploads(file)]
             uploader.submit(checkpoint, own)
-        if self._replicator is not None:
-            self._replicator.submit(checkpoint, files)
 
     def _uploads(self, file: str) -> bool:
         """Returns whether this rank uploads a file: one of its disk, or what is on all of them."""

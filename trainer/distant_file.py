@@ -1,4 +1,4 @@
-"""Reads a file that is not on this disk as if it were, in verified blocks of 8 MiB."""
+"""Reads files that are not on this disk: in verified blocks of 8 MiB, or as a whole."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import fcntl
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from core.errors import SpotforgeError
-from core.folder import BLOCK_BYTES, Entry
+from core.folder import BLOCK_BYTES, Entry, HashedFile
 
 # Reads `length` bytes at `offset`; raises OSError or SpotforgeError where it cannot.
 ReadRange = Callable[[int, int], bytes]
@@ -122,6 +122,39 @@ class _Stream(io.RawIOBase):
         buffer[: len(content)] = content
         self._position += len(content)
         return len(content)
+
+
+def fetch(name: str, entry: Entry, sources: Iterable[tuple[str, ReadRange]], path: Path) -> None:
+    """Writes a file that is elsewhere to this disk, and verifies it.
+
+    Args:
+        name: Path of the file in its checkpoint, for messages.
+        entry: Entry of the file in the manifest.
+        sources: Places that have the file, the best first.
+        path: Path to write.
+
+    Raises:
+        SpotforgeError: No source has the file as the manifest describes it.
+        OSError: The file cannot be written.
+    """
+    problems = []
+    for source, read in sources:
+        file = HashedFile(path)
+        try:
+            for offset in range(0, entry["size_bytes"], BLOCK_BYTES):
+                try:
+                    content = read(offset, min(BLOCK_BYTES, entry["size_bytes"] - offset))
+                except (OSError, SpotforgeError) as e:
+                    problems.append(f"{source}: {e}")
+                    break
+                file.write(content)
+            else:
+                if file.finish()["sha256"] == entry["sha256"]:
+                    return
+                problems.append(f"{source}: does not match its SHA-256")
+        finally:
+            file.close()
+    raise SpotforgeError(f"{name} cannot be fetched: {'; '.join(problems)}")
 
 
 @contextmanager

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from core import layout
-from core.errors import ConfigError, DamagedError, SpotforgeError
-from core.folder import (
-    BLOCK_BYTES,
-    Entry,
-    HashedFile,
-    Manifest,
-    staged_file,
-    staged_folder,
-    wrong_content,
-)
+from core.errors import ConfigError, DamagedError
+from core.folder import Entry, Manifest, staged_file, staged_folder, wrong_content
 from trainer.checkpoint import Located, committed, fetched_folder, verify, writer_of
-from trainer.distant_file import DistantFile, ReadRange
+from trainer.distant_file import DistantFile, ReadRange, fetch
 from trainer.reporter import Reporter
 from trainer.storage import CHECKPOINTS, Storage
 
@@ -306,39 +297,6 @@ def _bring(
     except OSError as e:
         fix = "free space, then run the same command again"
         raise ConfigError("run.dir", checkpoint.parents[1], e.strerror or str(e), fix) from e
-
-
-def fetch(name: str, entry: Entry, sources: Iterable[tuple[str, ReadRange]], path: Path) -> None:
-    """Writes a file that is elsewhere to this disk, and verifies it.
-
-    Args:
-        name: Path of the file in its checkpoint, for messages.
-        entry: Entry of the file in the manifest.
-        sources: Places that have the file, the best first.
-        path: Path to write.
-
-    Raises:
-        SpotforgeError: No source has the file as the manifest describes it.
-        OSError: The file cannot be written.
-    """
-    problems = []
-    for source, read in sources:
-        file = HashedFile(path)
-        try:
-            for offset in range(0, entry["size_bytes"], BLOCK_BYTES):
-                try:
-                    content = read(offset, min(BLOCK_BYTES, entry["size_bytes"] - offset))
-                except (OSError, SpotforgeError) as e:
-                    problems.append(f"{source}: {e}")
-                    break
-                file.write(content)
-            else:
-                if file.finish()["sha256"] == entry["sha256"]:
-                    return
-                problems.append(f"{source}: does not match its SHA-256")
-        finally:
-            file.close()
-    raise SpotforgeError(f"{name} cannot be fetched: {'; '.join(problems)}")
 
 
 def _incomplete(candidate: _Candidate, rule: str) -> DamagedError:

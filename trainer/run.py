@@ -51,7 +51,6 @@ from trainer.optim import Decay, decayed_names
 from trainer.positions import check_positions
 from trainer.process import Process
 from trainer.remote import RemoteCheckpoints
-from trainer.replicator import num_replicas
 from trainer.reporter import Reporter, check_run_dir
 from trainer.resume import (
     check_same_model,
@@ -135,7 +134,7 @@ def train_in(
             remote = _open_remote(config, process, disks)
         storage = Storage(folder, world, disks, peers, remote, heartbeat.beat)
         if not disks.is_shared:
-            reporter.say(_about_disks(config, disks))
+            reporter.say(_about_disks(config, storage))
         located = CheckpointFinder(storage, reporter).find(config.resume)
         with world.together():
             if located is not None:
@@ -283,10 +282,10 @@ def _served(config: TrainerConfig) -> dict[str, Path]:
     return served
 
 
-def _about_disks(config: TrainerConfig, disks: Disks) -> str:
+def _about_disks(config: TrainerConfig, storage: Storage) -> str:
     """Returns a line about what the loss of a machine costs a run without a shared disk."""
-    num = num_replicas(config.checkpoint.replicas, disks)
-    what = f"run.dir: {len(disks.leaders)} machines have disks of their own; "
+    num = storage.num_replicas(config.checkpoint.replicas)
+    what = f"run.dir: {len(storage.disks.leaders)} machines have disks of their own; "
     if num:
         return what + f"each holds a copy of the files of {num} other{'s' * (num > 1)}"
     if config.checkpoint.upload is not None:
@@ -337,10 +336,10 @@ def _finish(
         if finished and config.export.at_end and world.rank == 0:
             export_checkpoint(located, config.run_dir / layout.EXPORT, config.export.dtype)
             located.forget_fetched()
-    failure = checkpointer.wait_for_copies(finished)
     with world.together():
+        failure = checkpointer.wait_for_uploads(finished)
         if failure is not None and finished:
-            raise SpotforgeError(f"finished, but {checkpoint} was not copied: {failure}")
+            raise SpotforgeError(f"finished, but {checkpoint} was not uploaded: {failure}")
     if finished:
         reporter.event("finish", step)
     else:

@@ -41,6 +41,15 @@ class Storage:
     remote: RemoteCheckpoints | None = None
     beat: Callable[[], None] = lambda: None
 
+    def num_replicas(self, setting: str) -> int:
+        """Returns the number of other disks that hold a copy of each disk's files.
+
+        Args:
+            setting: `auto` or a number; with few disks there are few places for copies.
+        """
+        wanted = 1 if setting == "auto" else int(setting)
+        return min(wanted, len(self.disks.leaders) - 1)
+
     def sources(
         self, served: str, path: str, leaders: Iterable[int], is_stored: bool
     ) -> list[tuple[str, ReadRange]]:

@@ -73,7 +73,7 @@ def machine(root, names, strategy, *, resumes=True, saves=True, replicas="auto",
                     checkpointer = Checkpointer(config, storage, generation, no_assets, tell)
                     checkpointer.save(run.strategy.state, a_state(run.step))
                     checkpointer.wait()
-                    assert checkpointer.wait_for_copies(finished=True) is None
+                    assert checkpointer.wait_for_uploads(finished=True) is None
                     checkpointer.close()
         except (ConfigError, DamagedError) as e:
             return first_line(e), said.lines
