@@ -20,7 +20,6 @@ STEP = "step-"  # prefix of the folder's name
 LATEST = "LATEST"
 TRAINER_STATE = "trainer.json"
 ASSETS = "huggingface"
-GENERATION = "GENERATION"  # number of the newest start that may change the checkpoints
 STORED_NAMES = "stored_names.json"
 
 # Any folder that one stage hands to the next
