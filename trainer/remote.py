@@ -87,7 +87,8 @@ class RemoteCheckpoints:
         self.url = self._store.url
         self._claimed: _Start | None = None
         self._located: dict[str, int] = {}  # generation that a name was last found to have
-        self._whole: set[tuple[str, int]] = set()
+        self._whole: set[tuple[str, int]] = set()  # those whose files were seen to be all there
+        self._seen: set[str] | None = None
 
     def check(self, begun_before: bool = False, beat: Callable[[], None] = lambda: None) -> None:
         """Writes, reads and deletes a few bytes, so that a wrong URL fails at the start of the run.
@@ -110,8 +111,12 @@ class RemoteCheckpoints:
         """
         return max((start.generation for start in self._starts()), default=0)
 
-    def claim(self, generation: int) -> None:
+    def claim(self, generation: int) -> list[str]:
         """Makes this start the newest one, so that older ones can commit and delete nothing more.
+
+        Returns:
+            Checkpoints that older starts have committed since `names` was called, if it was, newest
+            first; this start, which does not know them, must not go on.
 
         Raises:
             SupersededError: Another start took this number or a higher one.
@@ -126,10 +131,14 @@ class RemoteCheckpoints:
         for older in self._starts():
             if older < start:
                 self._store.remove(older.path)
+        known = self._seen
+        return [] if known is None else [name for name in self.names() if name not in known]
 
     def names(self) -> list[str]:
         """Returns the committed checkpoints, newest first."""
-        return [name for name in self._all_names() if self._locate(name) is not None]
+        names = [name for name in self._all_names() if self._locate(name) is not None]
+        self._seen = set(names)
+        return names
 
     def manifest(self, name: str) -> StoredManifest:
         """Returns the manifest of a checkpoint.

@@ -185,7 +185,11 @@ def train_in(
         with world.together():
             if remote is not None:
                 generation = remote.generation() + 1
-                remote.claim(generation)
+                if unknown := remote.claim(generation):
+                    raise SpotforgeError(
+                        f"checkpoint.upload={remote.url}: an older start of this run, which was "
+                        f"still going on, has uploaded {unknown[0]} meanwhile; start again"
+                    )
         checkpointer = Checkpointer(
             config.checkpoint,
             folder,

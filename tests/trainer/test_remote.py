@@ -343,7 +343,7 @@ def test_an_older_start_is_refused_by_name(tmp_path):
     older.claim(7)
     save_older(1)
     newer, save_newer = begin(tmp_path, 8)
-    newer.claim(newer.generation() + 1)
+    assert newer.names() == ["step-00000001"] and newer.claim(newer.generation() + 1) == []
     before = object_store.objects()
     checkpoint = a_checkpoint(tmp_path / "7", 2, of_start(7), 7)
     for refused, what in (
@@ -366,22 +366,24 @@ def test_an_older_start_is_refused_by_name(tmp_path):
 
 
 def test_two_starts_with_one_number_do_not_both_commit(tmp_path):
-    """Both looked before the other one had claimed; the last one has it."""
+    """Both look before the other one has claimed the store."""
     first, save_first = begin(tmp_path / "a", 1)
     second, save_second = begin(tmp_path / "b", 1)
-    first.claim(1)
-    claims = object_store.objects()
-    empty_store()
-    second.claim(1)
-    for key, content in claims.items():
-        fsspec.filesystem("double").pipe_file(key, content)
-    refused = 0
-    for save in (save_first, save_second):
+    refused = []
+
+    def attempt(action, argument):
         try:
-            save(1)
+            action(argument)
         except SupersededError:
-            refused += 1
-    assert refused == 1 and second.names() == ["step-00000001"]
+            refused.append(action)
+
+    with before_requests({2: lambda: attempt(first.claim, 1)}) as done:
+        attempt(second.claim, 1)
+    assert done[1].startswith("put")
+    for save, claim in ((save_first, first.claim), (save_second, second.claim)):
+        if claim not in refused:
+            attempt(save, 1)
+    assert len(refused) == 1 and first.names() == ["step-00000001"]
 
 
 def test_each_start_has_files_of_its_own(tmp_path):
@@ -455,11 +457,12 @@ def empty_store():
         path.unlink()
 
 
-def a_life(folder, generation):
+def a_life(folder, generation, *steps):
     """What a start does to the store: it takes over, uploads, and removes what need not stay."""
     checkpoints, save = begin(folder, generation)
     checkpoints.claim(generation)
-    save(3)
+    for step in steps:
+        save(step)
     checkpoints.delete("step-00000001")
     checkpoints.remove_incomplete()
 
@@ -467,16 +470,19 @@ def a_life(folder, generation):
 @pytest.fixture
 def earlier_run(tmp_path):
     """A function that puts the store into the state that an earlier run left."""
-    send(RemoteCheckpoints("double://b/run"), a_checkpoint(tmp_path / "0", 1, of_start(4)))
     checkpoints, save = begin(tmp_path, 5)
     checkpoints.claim(5)
+    save(1)
+    # Killed before it removed what was there from before there were generations.
+    send(checkpoints, a_checkpoint(tmp_path / "4", 1, of_start(4)))
     save(2)
     save(3)
     store, saved = Path(os.environ["OBJECT_STORE_FOLDER"]), tmp_path / "saved"
     shutil.copytree(store, saved)
 
     def restore():
-        empty_store()
+        for path in store.iterdir():
+            path.unlink()
         shutil.copytree(saved, store, dirs_exist_ok=True)
 
     return restore
@@ -486,10 +492,10 @@ def kill():
     raise Killed
 
 
-def num_requests(folder):
+def all_requests(folder):
     with before_requests({}) as done:
-        a_life(folder, 6)
-    return len(done)
+        a_life(folder, 6, 3, 4)
+    return done
 
 
 def left_whole():
@@ -498,35 +504,60 @@ def left_whole():
     return {int(name[-1]): stored_of(name) for name in names}
 
 
+def assert_nothing_else_is_left(num_checkpoints):
+    assert len(object_store.objects()) == 1 + num_checkpoints * (len(SMALL) + 1)
+
+
 def test_killed_at_any_request_a_start_leaves_whole_checkpoints(earlier_run, tmp_path):
-    for number in range(1, num_requests(tmp_path) + 1):
+    for number in range(1, len(all_requests(tmp_path)) + 1):
         earlier_run()
         with before_requests({number: kill}), pytest.raises(Killed):
-            a_life(tmp_path, 6)
+            a_life(tmp_path, 6, 3, 4)
         left = left_whole()
-        assert left.pop(1, 4) == 4 and left in ({2: 5, 3: 5}, {2: 5, 3: 6}), number
-        a_life(tmp_path, 7)
-        assert left_whole() == {2: 5, 3: 7}
-        assert len(object_store.objects()) == 1 + 2 * (len(SMALL) + 1), "something was left"
+        assert (left.pop(1, 5), left.pop(2), left.pop(3)) in ((5, 5, 5), (5, 5, 6)), number
+        assert left in ({}, {4: 6}), number
+        a_life(tmp_path, 7, 3)
+        assert left_whole() == {2: 5, 3: 7} | left
+        assert_nothing_else_is_left(2 + len(left))
 
 
 def test_taken_over_at_any_request_a_start_harms_nothing(earlier_run, tmp_path):
     """Held up before each of its requests, while a newer start does all that it does.
 
-    It then goes on, or is killed one request later.
+    It then goes on, or is killed before its next request.
     """
-    for number in range(1, num_requests(tmp_path) + 1):
-        for more in (0, 1):
+    for number, request in enumerate(all_requests(tmp_path), 1):
+        for killed in (False, True) if request.startswith(("put", "rm")) else (False,):
             earlier_run()
-            actions = {number + more: kill} if more else {}
-            actions[number] = lambda: a_life(tmp_path, 7)
-            with before_requests(actions) as done, suppress(SupersededError, Killed):
-                a_life(tmp_path, 6)
-            assert left_whole() == {2: 5, 3: 7}, (done[number - 1], more)
-            later, save = begin(tmp_path, 8)
+            actions = {number: lambda: a_life(tmp_path, 7, 3)}
+            if killed:
+                actions[number + 1] = kill
+            with before_requests(actions), suppress(SupersededError, Killed):
+                a_life(tmp_path, 6, 3, 4)
+            left = left_whole()
+            assert left in ({2: 5, 3: 7}, {2: 5, 3: 7, 4: 6}), request
+            later, _ = begin(tmp_path, 8)
             later.claim(8)
             later.remove_incomplete()
-            assert len(object_store.objects()) == 1 + 2 * (len(SMALL) + 1), "something was left"
+            assert left_whole() == left
+            assert_nothing_else_is_left(len(left))
+
+
+def test_what_a_newer_start_did_not_see_is_not_there_later(earlier_run, tmp_path):
+    """It claims the store before any change that an older one makes, and looks what is there."""
+    for number, request in enumerate(all_requests(tmp_path), 1):
+        if not request.startswith("put"):
+            continue
+        earlier_run()
+        there = {}
+
+        def take_over(there=there):
+            begin(tmp_path, 7)[0].claim(7)
+            there |= left_whole()
+
+        with before_requests({number: take_over}), pytest.raises(SupersededError):
+            a_life(tmp_path, 6, 3, 4)
+        assert left_whole() == there, request
 
 
 # Parts of files
