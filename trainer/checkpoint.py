@@ -10,7 +10,7 @@ checkpoints/
     huggingface/            config and tokenizer, so that a checkpoint can be exported alone; for a
                             model that was loaded, also the names of tensors in its files
     trainer.json            step, samples, tokens, digests, the resolved config
-    manifest.json           every file above with its size and sha256
+    manifest.json           every file above with its size and sha256; the start that saved it
   LATEST                    name of the newest, for people and scripts; resume does not read it
 """
 

@@ -1,6 +1,5 @@
 """Checkpoints in an object store: what is committed is whole, whatever happens on the way."""
 
-import hashlib
 import json
 import os
 import random
@@ -28,19 +27,12 @@ from core.errors import (
 )
 from tests import object_store
 from tests.object_store import ObjectStore
+from tests.trainer.uploads import FILES, SMALL, a_checkpoint, entry_of, of_start, send, stored_of
 from trainer import remote, store
 from trainer.checkpoint import verify
 from trainer.remote import RemoteCheckpoints
 
 ROOT = Path(__file__).parents[2]
-FILES = {
-    "__0_0.distcp": random.Random(0).randbytes(100_000),
-    "__1_0.distcp": random.Random(1).randbytes(100_001),
-    ".metadata": b"where each tensor lies",
-    "trainer.json": b"{}",
-    "huggingface/config.json": b'{"model_type": "llama"}',
-    "huggingface/empty": b"",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -66,27 +58,6 @@ def url(request, tmp_path):
     yield base.get(kind, "memory://bucket/run") + request.param[len(kind) :]
     if kind == "memory":
         fsspec.filesystem("memory").store.clear()
-
-
-def a_checkpoint(folder, step, files=FILES, generation=0):
-    checkpoint = folder / f"step-{step:08d}"
-    for name, content in files.items():
-        (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
-        (checkpoint / name).write_bytes(content)
-    manifest = {"files": {name: entry_of(content) for name, content in files.items()}}
-    if generation:  # manifests of before have none
-        manifest["generation"] = generation
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    return checkpoint
-
-
-def entry_of(content):
-    return {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def send(checkpoints, checkpoint):
-    checkpoints.upload(checkpoint, json.loads((checkpoint / "manifest.json").read_text())["files"])
-    checkpoints.commit(checkpoint)
 
 
 def contents(folder):
@@ -309,14 +280,6 @@ def test_an_upload_that_is_killed_leaves_no_checkpoint(tmp_path):
 # Starts of a run
 
 
-SMALL = {"__0_0.distcp": b"first share", "__1_0.distcp": b"second share", ".metadata": b"{}"}
-
-
-def of_start(generation):
-    """Files of the same names and sizes for every start, but with other contents."""
-    return {name: bytes([generation]) * len(content) for name, content in SMALL.items()}
-
-
 def begin(folder, generation):
     """A start of the run, and a function that saves and uploads a checkpoint as it would."""
     checkpoints = RemoteCheckpoints("double://b/run")
@@ -326,16 +289,6 @@ def begin(folder, generation):
         send(checkpoints, a_checkpoint(disk, step, of_start(generation), generation))
 
     return checkpoints, save
-
-
-def stored_of(name):
-    """The start whose files a checkpoint has, all of which are verified."""
-    checkpoints = RemoteCheckpoints("double://b/run")
-    files = checkpoints.manifest(name).files
-    found = {file: checkpoints.read(name, file) for file in files}
-    assert {file: entry_of(content) for file, content in found.items()} == files
-    [start] = {content[0] for content in found.values()}
-    return start
 
 
 def test_an_older_start_is_refused_by_name(tmp_path):
