@@ -6,7 +6,7 @@ and `step`:
 
 start         world_size, strategy; lost_steps (done before, to be repeated), startup_s
     checkpoint    blocking_s, write_s, size_bytes
-    upload        upload_s; or upload_failed: error
+    upload        upload_s; or upload_failed, once for many attempts: error
     passed_over   checkpoint, reason: a checkpoint was skipped because it was damaged
     skip          loss, reason; or rollback: to_step too
     stop          reason

@@ -12,7 +12,7 @@ checkpoints/
                             model that was loaded, also the names of tensors in its files
     logs/                   metrics, events and samples up to here, if the run may go on elsewhere
     trainer.json            step, samples, tokens, digests, the resolved config
-    manifest.json           every file above with its size and sha256
+    manifest.json           every file above with its size and sha256; the start that saved it
   LATEST                    name of the newest, for people and scripts; resume does not read it
   GENERATION                number of the newest start of the run, which alone may commit
 

@@ -2,21 +2,20 @@
 
     <url>/step-00001000/generation-7/__0_0.distcp ...   as on disk (see checkpoint.py)
     <url>/step-00001000/generation-7/manifest.json      uploaded last; without it there is none
-    <url>/GENERATION                                    the newest start of the run: 7
+    <url>/starts/7-1c9e...                              the newest start of the run: host, process
 
 An object store has no rename, so the manifest commits a checkpoint: it is written once all other
 files are known to be there, and removed before any other file.
 
 Each start of a run has a higher number, its generation, and a folder of its own for what it
 uploads. An older start that still runs somewhere can change no object of a newer one, at whatever
-moment it was held up; it reads GENERATION before and after what it commits, and ends. A checkpoint
-of several generations is that of the newest one that is committed. Checkpoints that were uploaded
-before there were generations lie directly in `step-00001000/`, and count as generation 0.
+moment it was held up; it looks into `starts/` before and after what it commits, and ends. A
+checkpoint of several generations is that of the newest one that is committed. Checkpoints that were
+uploaded before there were generations lie directly in `step-00001000/`, and count as generation 0.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -25,6 +24,7 @@ import socket
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -35,6 +35,8 @@ from trainer.store import Store, one_line
 
 _KEY = "checkpoint.upload"
 _NAME = re.compile(rf"{layout.STEP}\d+")
+_STARTS = "starts"
+_START = re.compile(r"([1-9]\d*)-([0-9a-f]+)")
 _GENERATION = re.compile(r"generation-([1-9]\d*)")
 _PATIENCE_S = 900.0
 
@@ -54,24 +56,18 @@ class StoredManifest:
     generation: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class _Start:
-    """Identifies a start of a run, as GENERATION has it."""
+    """Identifies a start of a run; of two with the same number, one is the newer one for all."""
 
     generation: int
-    host: str = ""
-    pid: int = 0
-    id: str = ""  # two containers may have the same host name and the same process ids
+    id: str
 
-    @classmethod
-    def parse(cls, content: bytes) -> _Start:
-        values = json.loads(content)
-        return cls(
-            int(values["generation"]),
-            str(values["host"]),
-            int(values["pid"]),
-            str(values.get("id", "")),
-        )
+    @property
+    def path(self) -> str:
+        # Each start writes an object of its own, so that an older one that was held up while it
+        # claimed the store does not overwrite what a newer one wrote.
+        return f"{_STARTS}/{self.generation}-{self.id}"
 
 
 class RemoteCheckpoints:
@@ -91,7 +87,8 @@ class RemoteCheckpoints:
         self.url = self._store.url
         self._claimed: _Start | None = None
         self._located: dict[str, int] = {}  # generation that a name was last found to have
-        self._whole: set[tuple[str, int]] = set()
+        self._whole: set[tuple[str, int]] = set()  # those whose files were seen to be all there
+        self._seen: set[str] | None = None
 
     def check(self, begun_before: bool = False, beat: Callable[[], None] = lambda: None) -> None:
         """Writes, reads and deletes a few bytes, so that a wrong URL fails at the start of the run.
@@ -112,25 +109,36 @@ class RemoteCheckpoints:
 
         The next start takes a higher one.
         """
-        return self._newest_start().generation
+        return max((start.generation for start in self._starts()), default=0)
 
-    def claim(self, generation: int) -> None:
+    def claim(self, generation: int) -> list[str]:
         """Makes this start the newest one, so that older ones can commit and delete nothing more.
+
+        Returns:
+            Checkpoints that older starts have committed since `names` was called, if it was, newest
+            first; this start, which does not know them, must not go on.
 
         Raises:
             SupersededError: Another start took this number or a higher one.
         """
-        newest = self._newest_start()
-        if newest.generation >= generation:
-            raise self._superseded(f"generation {generation} does not begin", newest)
-        start = _Start(generation, socket.gethostname(), os.getpid(), uuid.uuid4().hex)
-        self._store.write(layout.GENERATION, json.dumps(dataclasses.asdict(start)).encode())
+        refusal = f"generation {generation} does not begin"
+        self._refuse_superseded(refusal, generation - 1)
+        start = _Start(generation, uuid.uuid4().hex)
+        where = {"generation": generation, "host": socket.gethostname(), "pid": os.getpid()}
+        self._store.write(start.path, json.dumps(where).encode())
         self._claimed = start
-        self._refuse_superseded(f"generation {generation} does not begin")
+        self._refuse_superseded(refusal)
+        for older in self._starts():
+            if older < start:
+                self._store.remove(older.path)
+        known = self._seen
+        return [] if known is None else [name for name in self.names() if name not in known]
 
     def names(self) -> list[str]:
         """Returns the committed checkpoints, newest first."""
-        return [name for name in self._all_names() if self._locate(name) is not None]
+        names = [name for name in self._all_names() if self._locate(name) is not None]
+        self._seen = set(names)
+        return names
 
     def manifest(self, name: str) -> StoredManifest:
         """Returns the manifest of a checkpoint.
@@ -140,7 +148,7 @@ class RemoteCheckpoints:
         """
         generation = self._locate(name) or 0
         try:
-            content = self._store.read(f"{_folder(name, generation)}/{layout.MANIFEST}", bytes)
+            content = self._store.read(f"{_folder(name, generation)}/{layout.MANIFEST}")
             files = _files_of(content)
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise self._damaged(name, f"{layout.MANIFEST} cannot be read ({one_line(e)})") from e
@@ -156,7 +164,7 @@ class RemoteCheckpoints:
 
     def read(self, name: str, file: str) -> bytes:
         """Returns one small file of a committed checkpoint, unverified."""
-        return self._store.read(self._path_of(name, file), bytes)
+        return self._store.read(self._path_of(name, file))
 
     def read_range(self, name: str, file: str, offset: int, length: int) -> bytes:
         """Returns `length` bytes of a file of a committed checkpoint, unverified.
@@ -210,13 +218,13 @@ class RemoteCheckpoints:
         folder = _folder(name, generation)
         content = (checkpoint / layout.MANIFEST).read_bytes()
         stored = self._stored(name)
+        refusal = f"{name} of generation {generation} is not committed"
+        self._refuse_superseded(refusal, generation)  # before it looks for what that one removed
         for file, entry in _files_of(content).items():
             found = stored[generation].get(file)
             if found != entry["size_bytes"]:
                 wrong = "is missing" if found is None else "has the wrong size"
                 raise SpotforgeError(f"{_KEY}={self.url}: {name} is not committed: {file} {wrong}")
-        refusal = f"{name} of generation {generation} is not committed"
-        self._refuse_superseded(refusal, generation)
         manifest = f"{folder}/{layout.MANIFEST}"
         self._store.write(manifest, content)
         try:
@@ -284,28 +292,30 @@ class RemoteCheckpoints:
     def _generation(self) -> int:
         return 0 if self._claimed is None else self._claimed.generation
 
-    def _newest_start(self) -> _Start:
-        try:
-            return self._store.read(layout.GENERATION, _Start.parse)
-        except FileNotFoundError:
-            return _Start(0)
+    def _starts(self) -> list[_Start]:
+        """Returns the starts that have claimed the store, the newest last."""
+        found = filter(None, map(_START.fullmatch, self._store.names(_STARTS)))
+        return sorted(_Start(int(start[1]), start[2]) for start in found)
 
     def _refuse_superseded(self, refusal: str, generation: int = 0) -> None:
         """Raises SupersededError if a later start has claimed the store.
 
         Args:
             refusal: Statement of what is not done then.
-            generation: Start that asks, where it was claimed elsewhere.
+            generation: Number of the start that asks, where another process has claimed the store.
         """
-        newest = self._newest_start()
-        mine = self._claimed or _Start(generation)
-        same_number = self._claimed is not None and newest.generation == mine.generation
-        if newest.generation > mine.generation or (same_number and newest != mine):
-            raise self._superseded(refusal, newest)
-
-    def _superseded(self, refusal: str, newest: _Start) -> SupersededError:
-        by = f"generation {newest.generation} (host {newest.host}, process {newest.pid})"
-        return SupersededError(
+        newer = [
+            start
+            for start in self._starts()
+            if (start > self._claimed if self._claimed else start.generation > generation)
+        ]
+        if not newer:
+            return
+        by = f"generation {newer[-1].generation}"
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            where = json.loads(self._store.read(newer[-1].path))
+            by += f" (host {where['host']}, process {where['pid']})"
+        raise SupersededError(
             _KEY,
             self.url,
             f"{refusal}: {by} has taken over",
@@ -313,7 +323,7 @@ class RemoteCheckpoints:
         )
 
     def _all_names(self) -> list[str]:
-        return sorted(filter(_NAME.fullmatch, self._store.names()), reverse=True)
+        return sorted(filter(_NAME.fullmatch, self._store.names("")), reverse=True)
 
     def _stored(self, name: str) -> defaultdict[int, dict[str, int]]:
         """Returns the files that a checkpoint's folder contains, with sizes, by generation."""
@@ -350,7 +360,7 @@ class RemoteCheckpoints:
         if generation in (0, self._generation) or (name, generation) in self._whole:
             return True
         try:
-            content = self._store.read(f"{_folder(name, generation)}/{layout.MANIFEST}", bytes)
+            content = self._store.read(f"{_folder(name, generation)}/{layout.MANIFEST}")
             files = _files_of(content)
         except FileNotFoundError:
             return False

@@ -108,7 +108,8 @@ class Generation:
         """Returns the generation of this start, the highest there is; collective.
 
         Raises:
-            SpotforgeError: A disk or the object store cannot be written.
+            SpotforgeError: A disk or the object store cannot be written, or an older start was
+                still going on.
             SupersededError: Another start began at the same time.
         """
         world, disks, remote = storage.world, storage.disks, storage.remote
@@ -118,8 +119,11 @@ class Generation:
                 known = max(known, remote.generation())
             number = 1 + max(world.gather(known))
         with world.together():
-            if world.rank == 0 and remote is not None:
-                remote.claim(number)
+            if world.rank == 0 and remote is not None and (unknown := remote.claim(number)):
+                raise SpotforgeError(
+                    f"checkpoint.upload={remote.url}: an older start of this run, which was still "
+                    f"going on, has uploaded {unknown[0]} meanwhile; start again"
+                )
             if disks.is_leader:
                 try:
                     storage.folder.mkdir(parents=True, exist_ok=True)

@@ -97,10 +97,11 @@ class Store:
                 beat()
                 time.sleep(1)
 
-    def names(self) -> set[str]:
-        """Returns the names of folders and objects directly under the URL."""
+    def names(self, folder: str) -> set[str]:
+        """Returns the names of folders and objects directly in a folder; "" is that of the URL."""
+        path = self._path(folder).rstrip("/")
         try:
-            paths = self._retried("listing", lambda: self._fs.ls(self._root, detail=False))
+            paths = self._retried("listing", lambda: self._fs.ls(path, detail=False))
         except FileNotFoundError:
             return set()
         return {str(path).rstrip("/").rsplit("/", 1)[-1] for path in paths}
@@ -126,9 +127,12 @@ class Store:
             self._retried(f"asking for {path}", lambda: self._fs.info(self._path(path))["size"])
         )
 
-    def read(self, path: str, parse: Callable[[bytes], T]) -> T:
-        """Returns what `parse` makes of a small object; an error of it is a failed request."""
-        return self._retried(f"reading {path}", lambda: parse(self._fs.cat_file(self._path(path))))
+    def read(self, path: str) -> bytes:
+        """Returns the content of a small object."""
+        content: bytes = self._retried(
+            f"reading {path}", lambda: self._fs.cat_file(self._path(path))
+        )
+        return content
 
     def read_range(self, path: str, offset: int, length: int) -> bytes:
         """Returns `length` bytes of an object from `offset` on."""

@@ -301,6 +301,9 @@ class LeaderUploader:
         """Uploads a committed checkpoint if rank 0 chooses it; see `Uploader.submit`."""
         with self._changed:
             others = [u for u in self._submitted if u.checkpoint != checkpoint]
+            # Rank 0 is at the first, or will choose one of the last two; the disk has no room for
+            # all that are saved during a long upload.
+            others = [*others[:1], *others[1:][-1:]]
             self._submitted = [*others, _Upload(checkpoint, sorted(files))]
             self._changed.notify_all()
 
@@ -317,6 +320,9 @@ class LeaderUploader:
                 attempt, name = self._leaders.chosen()
                 if attempt > done and (upload := self._take(name)) is not None:
                     self._leaders.announce(attempt, self._rank, self._upload(upload))
+                    done = attempt
+                elif attempt > done and self._is_past(name):
+                    self._leaders.announce(attempt, self._rank, f"{name} is not here any more")
                     done = attempt
                 else:
                     with self._changed:
@@ -335,6 +341,11 @@ class LeaderUploader:
                     self._submitted = self._submitted[i:]
                     return upload
             return None
+
+    def _is_past(self, name: str) -> bool:
+        """Returns whether a newer checkpoint was submitted, so that this one comes no more."""
+        with self._changed:
+            return any(upload.checkpoint.name > name for upload in self._submitted)
 
     def _upload(self, upload: _Upload) -> str:
         """Returns what could not be uploaded; empty if all is there."""

@@ -169,6 +169,57 @@ def test_what_is_damaged_here_is_fetched_from_the_store(trainer, small, run_dir,
     assert shard.read_bytes() == content
 
 
+def test_of_two_starts_of_one_run_the_second_goes_on(
+    trainer, small, run_dir, store, monkeypatch, tmp_path
+):
+    """On two machines with a disk each: only the bucket tells them of each other."""
+    from trainer.remote import RemoteCheckpoints
+
+    more = [*small, UPLOAD, "checkpoint.interval=2", "schedule=constant"]
+    keep, taken_over = Reporter.keep, []
+
+    def take_over(reporter, record):
+        keep(reporter, record)
+        if record["step"] == 3:
+            other = RemoteCheckpoints("double://bucket/run")
+            other.claim(other.generation() + 1)
+            taken_over.append(other.names())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reporter, "keep", take_over)
+        first = trainer(*more)
+    assert first.code == 2
+    [line] = [line for line in first.err.splitlines() if "has taken over" in line]
+    assert line.startswith("checkpoint.upload=double://bucket/run: step-0000000")
+    assert "of generation 1 is not" in line and "generation 2 (host " in line
+    assert remote_names() in ([], taken_over[0])
+    assert trainer(*more, f"run.dir={tmp_path / 'second'}").code == 0
+    assert remote_names()[0] == "step-00000006"
+    manifest = RemoteCheckpoints("double://bucket/run").manifest("step-00000006")
+    assert manifest.generation == json.loads(manifest.content)["generation"] == 3
+
+
+def test_what_an_older_start_uploads_meanwhile_is_not_passed_over(
+    trainer, small, store, monkeypatch, tmp_path
+):
+    from tests.trainer.uploads import a_checkpoint, of_start, send
+    from trainer import run
+    from trainer.remote import RemoteCheckpoints
+
+    find = run.find_checkpoint
+
+    def find_early(*given):
+        found = find(*given)
+        older = RemoteCheckpoints("double://bucket/run")
+        older.claim(1)
+        send(older, a_checkpoint(tmp_path, 4, of_start(1), 1))
+        return found
+
+    monkeypatch.setattr(run, "find_checkpoint", find_early)
+    result = trainer(*small, UPLOAD, "schedule=constant")
+    assert result.code == 1 and "has uploaded step-00000004 meanwhile; start again" in result.err
+
+
 def test_a_store_that_refuses_is_refused_at_the_start(trainer, small, run_dir, store, monkeypatch):
     monkeypatch.setenv("OBJECT_STORE_FAULTS", "refuse=1")
     result = trainer(*small, UPLOAD)
