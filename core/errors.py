@@ -3,7 +3,8 @@
 SpotforgeError                exit 1
  |- ConfigError               exit 2: the user got something wrong: key, value, rule, fix
  |   |- MissingExtraError     exit 2: an optional dependency is not installed
- |   `- DamagedError          exit 2: bytes on disk are not the bytes that were written
+ |   |- DamagedError          exit 2: bytes on disk are not the bytes that were written
+ |   `- SupersededError       exit 2: a later start of the same run has taken over
   |- DivergedError             exit 1: the loss is NaN or infinite, or spiked too often
  `- Interrupted               exit 33: told to stop; start the same command again to go on
 """
@@ -57,6 +58,10 @@ class MissingExtraError(ConfigError):
 
 class DamagedError(ConfigError):
     """Reports prepared data or a checkpoint whose digest does not match its manifest."""
+
+
+class SupersededError(ConfigError):
+    """Ends a start of a run, since a later start of the same run has taken over its checkpoints."""
 
 
 class Interrupted(SpotforgeError):

@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from filelock import FileLock, Timeout
 
@@ -36,10 +36,15 @@ _POLL_S = 0.5
 
 
 class Entry(TypedDict):
-    """Describes one file in a manifest."""
+    """Describes one file in a manifest.
+
+    Attributes:
+        blocks: Digests of the file's blocks, where a reader may want parts of it.
+    """
 
     size_bytes: int
     sha256: str
+    blocks: NotRequired[list[str]]
 
 
 Manifest = dict[str, Entry]  # by path relative to the folder, with `/` between its parts

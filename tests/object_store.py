@@ -11,6 +11,7 @@ as the environment has it, so that processes started by a test see the same stor
                           "truncate_every=2": each second put stores half of it and says nothing
                           "slow_s=0.1": each put takes so long
                           "refuse=1": any request is refused
+                          "away=1": no request is answered
 """
 
 import json
@@ -117,6 +118,8 @@ def damage(key, content):
 def _take_note(operation, path):
     if _faults().get("refuse"):
         raise PermissionError("403 Forbidden")
+    if _faults().get("away"):
+        raise StoreError("connection timed out")
     with (_folder() / ".operations").open("a") as f:
         f.write(f"{operation} {ObjectStore._strip_protocol(path)}\n")
 

@@ -1,9 +1,9 @@
-"""Saves checkpoints without waiting for the disk, and uploads them without waiting for the store.
+"""Saves checkpoints without waiting for the disk.
 
 save()     staged: copied to host memory; training continues
            written: by every rank, in the background, over a process group of its own
            committed: by one rename; older checkpoints that need not stay are removed
-           uploaded: by rank 0, in a third thread, the manifest last
+           uploaded: in a third thread (uploader.py)
 """
 
 from __future__ import annotations
@@ -13,14 +13,11 @@ import errno
 import json
 import re
 import shutil
-import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -30,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from core import layout
-from core.errors import ConfigError, SpotforgeError
+from core.errors import ConfigError
 from core.folder import (
     Manifest,
     commit,
@@ -44,12 +41,7 @@ from parallel.world import World
 from trainer.checkpoint import TrainerState, committed, outdated, step_name
 from trainer.config import CheckpointConfig
 from trainer.remote import RemoteCheckpoints
-
-
-class Tell(Protocol):
-    """Records an event (`monitoring/events.py`); safe to call from any thread."""
-
-    def __call__(self, event: str, step: int, **details: float | int | str) -> None: ...
+from trainer.uploader import Tell, Uploader
 
 
 class Checkpointer:
@@ -63,6 +55,7 @@ class Checkpointer:
         tell: Function that records committed and uploaded checkpoints, on rank 0.
         remote: Object store to copy them to, or None; only rank 0 needs it.
         beat: Function called regularly while the main thread waits.
+        generation: Start of the run, as `remote` was claimed for it; 0 without a store.
     """
 
     def __init__(
@@ -74,8 +67,10 @@ class Checkpointer:
         tell: Tell,
         remote: RemoteCheckpoints | None = None,
         beat: Callable[[], None] = lambda: None,
+        generation: int = 0,
     ) -> None:
         self._config, self._folder, self._world = config, folder, world
+        self._generation = generation
         self._save_assets, self._tell, self._beat = save_assets, tell, beat
         self._stager: DefaultStager | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -116,7 +111,9 @@ class Checkpointer:
 
     @property
     def failed(self) -> bool:
-        """True if the current save has failed on this rank; `wait()` raises the error on all."""
+        """True if saves or uploads have failed for good; `wait()` raises the error on all ranks."""
+        if self._uploader is not None and self._uploader.superseded is not None:
+            return True
         pending = self._pending
         return pending is not None and pending.done() and pending.exception() is not None
 
@@ -124,29 +121,34 @@ class Checkpointer:
         """Waits until the current save is committed; collective.
 
         Raises:
-            ConfigError: The checkpoint could not be written; raised on every rank.
+            ConfigError: The checkpoint could not be written, or a later start of the run has taken
+                over; raised on every rank.
         """
-        if self._pending is None:
-            return
         pending, self._pending = self._pending, None
-        while wait_for([pending], timeout=1).not_done:
+        while pending is not None and wait_for([pending], timeout=1).not_done:
             self._beat()
         with self._world.together():
+            if self._uploader is not None and self._uploader.superseded is not None:
+                raise self._uploader.superseded
             try:
-                pending.result()
+                if pending is not None:
+                    pending.result()
             except (Exception, CheckpointException) as e:
                 cause = _os_error(e)
                 if cause is None:
                     raise
                 raise self._disk_error(cause) from e
 
-    def wait_for_uploads(self) -> str | None:
+    def wait_for_uploads(self, finished: bool) -> str | None:
         """Waits until the newest checkpoint is in the object store; on rank 0, not collective.
+
+        Args:
+            finished: True where the run goes on no more; see `Uploader.wait`.
 
         Returns:
             Reason for a failure; None if there was none, or nothing is uploaded.
         """
-        return None if self._uploader is None else self._uploader.wait(self._beat)
+        return None if self._uploader is None else self._uploader.wait(self._beat, finished)
 
     def close(self) -> None:
         """Ends the background threads; a current upload is given up."""
@@ -187,7 +189,8 @@ class Checkpointer:
                 raise error
             if rank == 0:
                 files = {k: v for part in digests if part for k, v in part.items()}
-                write_file(staging / layout.MANIFEST, json.dumps({"files": files}, indent=1))
+                manifest = {"generation": self._generation, "files": files}
+                write_file(staging / layout.MANIFEST, json.dumps(manifest, indent=1))
                 self._commit(staging, final)
                 self._tell(
                     "checkpoint",
@@ -197,7 +200,7 @@ class Checkpointer:
                     size_bytes=sum(file["size_bytes"] for file in files.values()),
                 )
                 if self._uploader is not None:
-                    self._uploader.submit(final)
+                    self._uploader.submit(final, files)
         except BaseException:
             if rank == 0:
                 remove(staging)
@@ -245,86 +248,6 @@ class Checkpointer:
             f"the checkpoint could not be written: {cause.strerror}; {kept}",
             "free space or lower checkpoint.keep_last, then run the same command again",
         )
-
-
-class Uploader:
-    """Copies committed checkpoints to the object store, one at a time, the newest first.
-
-    A checkpoint that arrives during an upload waits. If a newer one arrives meanwhile, the waiting
-    one is dropped, since a resume would take the newer one.
-    """
-
-    def __init__(self, remote: RemoteCheckpoints, config: CheckpointConfig, tell: Tell) -> None:
-        self._remote, self._config, self._tell = remote, config, tell
-        self._changed = threading.Condition()
-        self._waiting: Path | None = None
-        self._current: Path | None = None
-        self._closed = False
-        self._error: str | None = None
-        self._thread = threading.Thread(target=self._run, name="upload", daemon=True)
-        self._thread.start()
-
-    @property
-    def busy(self) -> set[str]:
-        """Names of checkpoints that must stay on disk for now."""
-        with self._changed:
-            return {path.name for path in (self._waiting, self._current) if path is not None}
-
-    def submit(self, checkpoint: Path) -> None:
-        """Uploads a committed checkpoint once the current upload is done."""
-        with self._changed:
-            self._waiting = checkpoint
-            self._changed.notify_all()
-
-    def wait(self, beat: Callable[[], None]) -> str | None:
-        """Waits until all uploads are done; returns the reason if the last one failed."""
-        with self._changed:
-            while self._waiting is not None or self._current is not None:
-                self._changed.wait(timeout=1)
-                beat()
-            return self._error
-
-    def close(self) -> None:
-        """Accepts no more uploads; a current one ends with the process."""
-        with self._changed:
-            self._closed, self._waiting = True, None
-            self._changed.notify_all()
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while self._waiting is None and not self._closed:
-                    self._changed.wait()
-                if self._closed:
-                    return
-                self._current, self._waiting = self._waiting, None
-                checkpoint = self._current
-                assert checkpoint is not None
-            # Outside of the lock, so that `submit` never waits for the network.
-            error = self._upload(checkpoint)
-            with self._changed:
-                self._current, self._error = None, error
-                self._changed.notify_all()
-
-    def _upload(self, checkpoint: Path) -> str | None:
-        began = time.perf_counter()
-        step = int(checkpoint.name.removeprefix(layout.STEP))
-        try:
-            files = json.loads((checkpoint / layout.MANIFEST).read_text())["files"]
-            self._remote.upload(checkpoint, sorted(files))
-            self._remote.commit(checkpoint)
-            # As on disk, newer checkpoints must not displace this one.
-            names = [n for n in self._remote.names() if n <= checkpoint.name]
-            for name in outdated(names, self._config.keep_last, self._config.keep_every):
-                self._remote.delete(name)
-            self._remote.remove_incomplete()  # left by killed uploads
-        except (SpotforgeError, OSError) as e:
-            # Training continues, since the checkpoint is on this disk.
-            self._tell("upload_failed", step, error=str(e))
-            print(f"{checkpoint.name} was not uploaded: {e}", file=sys.stderr, flush=True)
-            return str(e)
-        self._tell("upload", step, upload_s=time.perf_counter() - began)
-        return None
 
 
 def _stager(device: torch.device) -> DefaultStager:

@@ -1,44 +1,79 @@
-"""Stores checkpoints in an object store through fsspec: `s3://`, `gs://`, `az://`, `file://`, ...
+"""Keeps checkpoints in an object store.
 
-    <url>/step-00001000/__0_0.distcp ...   as on disk (see checkpoint.py)
-    <url>/step-00001000/manifest.json      uploaded last; without it there is no checkpoint
+    <url>/step-00001000/generation-7/__0_0.distcp ...   as on disk (see checkpoint.py)
+    <url>/step-00001000/generation-7/manifest.json      uploaded last; without it there is none
+    <url>/starts/7-1c9e...                              the newest start of the run: host, process
 
 An object store has no rename, so the manifest commits a checkpoint: it is written once all other
 files are known to be there, and removed before any other file.
+
+Each start of a run has a higher number, its generation, and a folder of its own for what it
+uploads. An older start that still runs somewhere can change no object of a newer one, at whatever
+moment it was held up; it looks into `starts/` before and after what it commits, and ends. A
+checkpoint of several generations is that of the newest one that is committed. Checkpoints that were
+uploaded before there were generations lie directly in `step-00001000/`, and count as generation 0.
 """
 
 from __future__ import annotations
 
 import json
-import random
+import os
 import re
 import shutil
-import time
+import socket
 import uuid
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
-
-import fsspec  # type: ignore[import-untyped]
-from fsspec.callbacks import Callback  # type: ignore[import-untyped]
 
 from core import layout
-from core.errors import ConfigError, DamagedError, MissingExtraError, SpotforgeError
+from core.errors import ConfigError, DamagedError, SpotforgeError, SupersededError
 from core.folder import Entry, Manifest, staged_folder, wrong_content
+from trainer.store import Store, one_line
 
 _KEY = "checkpoint.upload"
 _NAME = re.compile(rf"{layout.STEP}\d+")
-_ATTEMPTS = 5
-_BACKOFF_S = 1.0
+_STARTS = "starts"
+_START = re.compile(r"([1-9]\d*)-([0-9a-f]+)")
+_GENERATION = re.compile(r"generation-([1-9]\d*)")
+_PATIENCE_S = 900.0
 
-T = TypeVar("T")
+
+@dataclass(frozen=True)
+class StoredManifest:
+    """Describes a stored checkpoint.
+
+    Attributes:
+        content: Manifest as it is stored.
+        files: Files that it lists.
+        generation: Start of the run that uploaded the checkpoint.
+    """
+
+    content: bytes
+    files: Manifest
+    generation: int
+
+
+@dataclass(frozen=True, order=True)
+class _Start:
+    """Identifies a start of a run; of two with the same number, one is the newer one for all."""
+
+    generation: int
+    id: str
+
+    @property
+    def path(self) -> str:
+        # Each start writes an object of its own, so that an older one that was held up while it
+        # claimed the store does not overwrite what a newer one wrote.
+        return f"{_STARTS}/{self.generation}-{self.id}"
 
 
 class RemoteCheckpoints:
     """Stores the checkpoints of one run under a URL. Methods may be called from any thread.
 
-    Failed requests are repeated with growing pauses, because stores refuse requests now and then by
-    design; SpotforgeError reports the last failure.
+    Failed requests are repeated; SpotforgeError reports the last failure (see `Store`).
 
     Args:
         url: URL of the folder that holds them, in any of fsspec's file systems.
@@ -48,86 +83,149 @@ class RemoteCheckpoints:
     """
 
     def __init__(self, url: str) -> None:
-        if "://" not in url:  # fsspec would take it, even s3:/bucket/run, for a local path
-            raise ConfigError(_KEY, url, "must be a URL", "e.g. s3://bucket/run, file:///mnt/run")
-        # Folders need not be created in an object store; on a local disk fsspec must create them.
-        options = {"auto_mkdir": True} if url.startswith(("file://", "local://")) else {}
-        try:
-            # A new instance without a cache of listings, since other processes write there too.
-            self._fs, root = fsspec.url_to_fs(url, skip_instance_cache=True, **options)
-        except ImportError as e:
-            package = getattr(e.__cause__, "name", None) or str(e)
-            raise MissingExtraError(
-                _KEY, url, f"{package} is not installed", f"pip install {package}"
-            ) from e
-        except ValueError as e:
-            raise ConfigError(_KEY, url, str(e), "e.g. s3://, gs://, az:// or file:///") from e
-        self._fs.dircache.use_listings_cache = False
-        self._root = root.rstrip("/")
-        if not self._root:
-            raise ConfigError(_KEY, url, "must name a bucket or folder", "e.g. s3://bucket/run")
-        if set("*?[") & set(self._root):  # fsspec would take it for a pattern
-            raise ConfigError(_KEY, url, "must not contain *, ? or [", "choose another folder")
-        self.url = url.rstrip("/")
-        self._jitter = random.Random()  # not the global generator, whose state training may use
+        self._store = Store(_KEY, url)
+        self.url = self._store.url
+        self._claimed: _Start | None = None
+        self._located: dict[str, int] = {}  # generation that a name was last found to have
+        self._whole: set[tuple[str, int]] = set()
 
-    def check(self) -> None:
+    def check(self, begun_before: bool = False, beat: Callable[[], None] = lambda: None) -> None:
         """Writes, reads and deletes a few bytes, so that a wrong URL fails at the start of the run.
+
+        Args:
+            begun_before: True waits for a store that does not answer, for up to 15 minutes: it did
+                answer when the run began.
+            beat: Function called every second of the wait; it may raise to end it.
 
         Raises:
             ConfigError: One of these operations fails.
+            SpotforgeError: The wait was in vain.
         """
-        path, content = f"{self._root}/.probe-{uuid.uuid4().hex}", b"spotforge"
+        self._store.check(_PATIENCE_S if begun_before else 0.0, beat)
 
-        def probe() -> None:
-            self._fs.pipe_file(path, content)
-            if self._fs.cat_file(path) != content:
-                raise OSError("the content read differs from the content written")
-            self._fs.rm_file(path)
+    def generation(self) -> int:
+        """Returns the number of the newest start of the run; 0 if no start has claimed the store.
 
-        try:
-            self._attempt(probe, attempts=3)
-        except Exception as e:
-            rule = f"cannot be written to and read from: {_line(e)}"
-            raise ConfigError(_KEY, self.url, rule, "check the URL and the credentials") from e
+        The next start takes a higher one.
+        """
+        return max((start.generation for start in self._starts()), default=0)
+
+    def claim(self, generation: int) -> None:
+        """Makes this start the newest one, so that older ones can commit and delete nothing more.
+
+        Raises:
+            SupersededError: Another start took this number or a higher one.
+        """
+        refusal = f"generation {generation} does not begin"
+        self._refuse_superseded(refusal, generation - 1)
+        start = _Start(generation, uuid.uuid4().hex)
+        where = {"generation": generation, "host": socket.gethostname(), "pid": os.getpid()}
+        self._store.write(start.path, json.dumps(where).encode())
+        self._claimed = start
+        self._refuse_superseded(refusal)
+        for older in self._starts():
+            if older < start:
+                self._store.remove(older.path)
 
     def names(self) -> list[str]:
         """Returns the committed checkpoints, newest first."""
-        return [name for name in self._all_names() if self._is_committed(name)]
+        return [name for name in self._all_names() if self._locate(name) is not None]
+
+    def manifest(self, name: str) -> StoredManifest:
+        """Returns the manifest of a checkpoint.
+
+        Raises:
+            DamagedError: It is missing or cannot be read, or lists a path outside the checkpoint.
+        """
+        generation = self._locate(name) or 0
+        try:
+            content = self._store.read(f"{_folder(name, generation)}/{layout.MANIFEST}")
+            files = _files_of(content)
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise self._damaged(name, f"{layout.MANIFEST} cannot be read ({one_line(e)})") from e
+        # The manifest comes from outside: a path such as ../../.bashrc must not be written.
+        for file in files:
+            parts = PurePosixPath(file).parts
+            outside = not parts or parts[0] == "/" or ".." in parts or "\0" in file
+            if outside or file == layout.MANIFEST:
+                raise self._damaged(
+                    name, f"{layout.MANIFEST} lists {file!r}, which is not inside the checkpoint"
+                )
+        return StoredManifest(content, files, generation)
 
     def read(self, name: str, file: str) -> bytes:
         """Returns one small file of a committed checkpoint, unverified."""
-        path = f"{self._base(name)}/{file}"
-        content: bytes = self._retried(f"reading {path}", lambda: self._fs.cat_file(path))
-        return content
+        return self._store.read(self._path_of(name, file))
 
-    def upload(self, checkpoint: Path, files: Iterable[str]) -> None:
+    def read_range(self, name: str, file: str, offset: int, length: int) -> bytes:
+        """Returns `length` bytes of a file of a committed checkpoint, unverified.
+
+        Raises:
+            DamagedError: The file is missing or ends before.
+        """
+        path = self._path_of(name, file)
+        try:
+            return self._store.read_range(path, offset, length)
+        except FileNotFoundError as e:
+            raise self._damaged(name, f"{file} is missing") from e
+        except SpotforgeError as e:
+            if self._store.size(path) < offset + length:  # stores answer that in different ways
+                raise self._damaged(name, f"{file} has the wrong size") from e
+            raise
+
+    def upload(self, checkpoint: Path, files: Iterable[str], done: set[str] | None = None) -> None:
         """Uploads some files of a checkpoint, which only `commit` makes complete.
 
-        Every rank may upload its own files; what an earlier attempt left is overwritten.
+        Every machine may upload its own files; what an earlier attempt left is overwritten.
+
+        Args:
+            checkpoint: Committed checkpoint on disk, whose manifest names the generation.
+            files: Paths relative to it.
+            done: Files that an earlier attempt has uploaded, which are passed over; those of this
+                one are added.
+
+        Raises:
+            SupersededError: A later start of the run has taken over.
         """
-        base = self._base(checkpoint.name)
+        name, generation = checkpoint.name, _generation_of(checkpoint)
+        self._refuse_superseded(f"{name} of generation {generation} is not uploaded", generation)
+        folder = _folder(name, generation)
         # A committed checkpoint of that name is a mix of old and new from here on.
-        self._withdraw(checkpoint.name)
+        self._store.remove(f"{folder}/{layout.MANIFEST}")
+        done = set() if done is None else done
         for file in files:
-            self._put(checkpoint / file, f"{base}/{file}")
+            if file not in done:
+                self._store.put(checkpoint / file, f"{folder}/{file}")
+                done.add(file)
 
     def commit(self, checkpoint: Path) -> None:
         """Makes an uploaded checkpoint one that `names` returns.
 
         Raises:
             SpotforgeError: A file of its manifest is missing or incomplete.
+            SupersededError: A later start of the run has taken over.
         """
-        base = self._base(checkpoint.name)
-        sizes = self._sizes(base)
-        for file, entry in json.loads((checkpoint / layout.MANIFEST).read_text())["files"].items():
-            found = sizes.get(f"{base}/{file}")
+        name, generation = checkpoint.name, _generation_of(checkpoint)
+        folder = _folder(name, generation)
+        content = (checkpoint / layout.MANIFEST).read_bytes()
+        stored = self._stored(name)
+        refusal = f"{name} of generation {generation} is not committed"
+        self._refuse_superseded(refusal, generation)  # before it looks for what that one removed
+        for file, entry in _files_of(content).items():
+            found = stored[generation].get(file)
             if found != entry["size_bytes"]:
                 wrong = "is missing" if found is None else "has the wrong size"
-                raise SpotforgeError(
-                    f"{_KEY}={self.url}: {checkpoint.name} is not committed: {file} {wrong}"
-                )
-        self._put(checkpoint / layout.MANIFEST, f"{base}/{layout.MANIFEST}")
+                raise SpotforgeError(f"{_KEY}={self.url}: {name} is not committed: {file} {wrong}")
+        manifest = f"{folder}/{layout.MANIFEST}"
+        self._store.write(manifest, content)
+        try:
+            # A start that took over meanwhile may have looked for checkpoints before.
+            self._refuse_superseded(refusal, generation)
+        except SupersededError:
+            self._store.remove(manifest)
+            raise
+        self._located[name] = generation
+        self._remove(name, {older: stored[older] for older in stored if older < generation})
 
     def download(self, name: str, folder: Path, beat: Callable[[], None] = lambda: None) -> Path:
         """Downloads a checkpoint and commits it in `folder`, replacing one of that name.
@@ -144,76 +242,151 @@ class RemoteCheckpoints:
             DamagedError: A file is missing, short or altered; names the first one.
             ConfigError: The disk is too small for it.
         """
-        manifest, files = self._manifest(name)
+        manifest = self.manifest(name)
         with staged_folder(folder / name, replace=True) as staging:
-            _check_space(folder, sum(entry["size_bytes"] for entry in files.values()))
-            for file, entry in files.items():
+            _check_space(folder, sum(entry["size_bytes"] for entry in manifest.files.values()))
+            for file, entry in manifest.files.items():
                 self._fetch(name, file, staging / file, entry, beat)
-            (staging / layout.MANIFEST).write_bytes(manifest)
+            (staging / layout.MANIFEST).write_bytes(manifest.content)
         return folder / name
 
     def delete(self, name: str) -> None:
-        """Removes a checkpoint, its manifest first, so that a partial one is not committed."""
-        self._withdraw(name)
-        try:
-            base = self._base(name)
-            self._retried(f"removing {name}", lambda: self._fs.rm(base, recursive=True))
-        except FileNotFoundError:
-            pass
+        """Removes a checkpoint, its manifest first, so that a partial one is not committed.
+
+        What a newer start uploads under that name stays.
+
+        Raises:
+            SupersededError: A later start of the run has taken over.
+        """
+        self._refuse_superseded(f"{name} is not removed")
+        stored = self._stored(name)
+        self._remove(name, {g: stored[g] for g in stored if g <= self._generation})
 
     def remove_incomplete(self, except_names: Iterable[str] = ()) -> None:
-        """Removes what killed uploads have left.
+        """Removes what killed uploads have left; what a newer start is uploading stays.
 
         Args:
-            except_names: Checkpoints whose upload is in progress.
-        """
-        for name in set(self._all_names()) - set(except_names):
-            if not self._is_committed(name):
-                self.delete(name)
+            except_names: Checkpoints that this start is uploading.
 
-    def _base(self, name: str) -> str:
-        assert _NAME.fullmatch(name), name
-        return f"{self._root}/{name}"
+        Raises:
+            SupersededError: A later start of the run has taken over.
+        """
+        self._refuse_superseded("what killed uploads have left is not removed")
+        in_progress = {(name, self._generation) for name in except_names}
+        for name in self._all_names():
+            stored = self._stored(name)
+            stay = self._newest_committed(name, stored)
+            old = {g: stored[g] for g in stored if g <= self._generation and g != stay}
+            self._remove(name, {g: old[g] for g in old if (name, g) not in in_progress})
+
+    @property
+    def _generation(self) -> int:
+        return 0 if self._claimed is None else self._claimed.generation
+
+    def _starts(self) -> list[_Start]:
+        """Returns the starts that have claimed the store, the newest last."""
+        found = filter(None, map(_START.fullmatch, self._store.names(_STARTS)))
+        return sorted(_Start(int(start[1]), start[2]) for start in found)
+
+    def _refuse_superseded(self, refusal: str, generation: int = 0) -> None:
+        """Raises SupersededError if a later start has claimed the store.
+
+        Args:
+            refusal: Statement of what is not done then.
+            generation: Number of the start that asks, where another process has claimed the store.
+        """
+        newer = [
+            start
+            for start in self._starts()
+            if (start > self._claimed if self._claimed else start.generation > generation)
+        ]
+        if not newer:
+            return
+        by = f"generation {newer[-1].generation}"
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            where = json.loads(self._store.read(newer[-1].path))
+            by += f" (host {where['host']}, process {where['pid']})"
+        raise SupersededError(
+            _KEY,
+            self.url,
+            f"{refusal}: {by} has taken over",
+            "let that one go on, or give this run another run.name and checkpoint.upload",
+        )
 
     def _all_names(self) -> list[str]:
-        try:
-            paths = self._retried("listing", lambda: self._fs.ls(self._root, detail=False))
-        except FileNotFoundError:
-            return []
-        found = {str(path).rstrip("/").rsplit("/", 1)[-1] for path in paths}
-        return sorted(filter(_NAME.fullmatch, found), reverse=True)
+        return sorted(filter(_NAME.fullmatch, self._store.names("")), reverse=True)
 
-    def _is_committed(self, name: str) -> bool:
-        # Not fs.exists: some file systems report a refused request as "does not exist".
-        path = f"{self._base(name)}/{layout.MANIFEST}"
+    def _stored(self, name: str) -> defaultdict[int, dict[str, int]]:
+        """Returns the files that a checkpoint's folder contains, with sizes, by generation."""
+        assert _NAME.fullmatch(name), name
+        stored: defaultdict[int, dict[str, int]] = defaultdict(dict)
+        for path, size_bytes in self._store.sizes(name).items():
+            folder, _, file = path.partition("/")
+            if found := _GENERATION.fullmatch(folder):
+                stored[int(found[1])][file] = size_bytes
+            else:
+                stored[0][path] = size_bytes
+        return stored
+
+    def _locate(self, name: str) -> int | None:
+        """Returns the generation of which a checkpoint is; None if it is not committed."""
+        found = self._newest_committed(name, self._stored(name))
+        self._located.pop(name, None)
+        if found is not None:
+            self._located[name] = found
+        return found
+
+    def _newest_committed(self, name: str, stored: Mapping[int, dict[str, int]]) -> int | None:
+        committed = [g for g in stored if self._is_committed(name, g, stored[g])]
+        return max(committed, default=None)
+
+    def _is_committed(self, name: str, generation: int, sizes: dict[str, int]) -> bool:
+        """Returns whether a manifest is there, and was not put after others removed its files.
+
+        A start that is held up just before it puts the manifest may do so when a newer one has
+        already removed its unfinished upload.
+        """
+        if layout.MANIFEST not in sizes:
+            return False
+        if generation in (0, self._generation) or (name, generation) in self._whole:
+            return True
         try:
-            self._retried(f"asking for {name}", lambda: self._fs.info(path))
+            content = self._store.read(f"{_folder(name, generation)}/{layout.MANIFEST}")
+            files = _files_of(content)
         except FileNotFoundError:
             return False
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return True  # it is damaged, which `manifest` reports
+        if any(file not in sizes for file in files):
+            return False
+        self._whole.add((name, generation))
         return True
 
-    def _sizes(self, base: str) -> dict[str, int]:
-        """Returns the size in bytes of every file below `base`, by path."""
-        try:
-            found = self._retried("listing", lambda: self._fs.find(base, detail=True))
-        except FileNotFoundError:
-            return {}
-        return {path: info["size"] for path, info in found.items()}
+    def _path_of(self, name: str, file: str) -> str:
+        """Returns the path of a file, asking where its checkpoint lies only the first time."""
+        generation = self._located.get(name)
+        if generation is None:
+            generation = self._locate(name) or 0
+        return f"{_folder(name, generation)}/{file}"
 
-    def _put(self, local: Path, path: str) -> None:
-        size_bytes = local.stat().st_size
+    def _remove(self, name: str, stored: Mapping[int, Iterable[str]]) -> None:
+        """Removes some generations of a checkpoint, and nothing of any other.
 
-        def put() -> None:
-            try:
-                self._fs.put_file(str(local), path)
-                # An upload may be cut short without an error.
-                found = self._fs.info(path)["size"]
-            except FileNotFoundError as e:  # there is no such bucket, or the file was not stored
-                raise OSError(_line(e)) from e
-            if found != size_bytes:
-                raise OSError(f"expected {size_bytes} bytes, got {found}")
-
-        self._retried(f"uploading {local.parent.name}/{local.name}", put)
+        Args:
+            name: Name of the checkpoint.
+            stored: Files by generation.
+        """
+        # The oldest first, so that at no moment an older one is the newest that is committed.
+        for generation in sorted(stored):
+            folder = _folder(name, generation)
+            self._store.remove(f"{folder}/{layout.MANIFEST}")
+            self._whole.discard((name, generation))
+            if generation > 0:
+                self._store.remove_folder(folder)
+                continue
+            for file in stored[generation]:  # beside them lie the folders of other generations
+                self._store.remove(f"{folder}/{file}")
+        self._store.remove_empty(name)
 
     def _fetch(
         self,
@@ -223,91 +396,41 @@ class RemoteCheckpoints:
         entry: Entry,
         beat: Callable[[], None],
     ) -> None:
-        path = f"{self._base(name)}/{file}"
+        path = self._path_of(name, file)
         local.parent.mkdir(parents=True, exist_ok=True)
-
-        def get() -> None:
-            beat()
-            self._fs.get_file(path, str(local), callback=_Beat(beat))
-            if local.stat().st_size != entry["size_bytes"]:
-                raise OSError(f"expected {entry['size_bytes']} bytes, got {local.stat().st_size}")
-
-        what = f"downloading {name}/{file}"
         try:
-            if self._retried(what, lambda: self._fs.info(path)["size"]) != entry["size_bytes"]:
+            if self._store.size(path) != entry["size_bytes"]:
                 raise self._damaged(name, f"{file} has the wrong size")
-            self._retried(what, get)
+            self._store.fetch(path, local, entry["size_bytes"], beat)
         except FileNotFoundError as e:
             raise self._damaged(name, f"{file} is missing") from e
         if fault := wrong_content(local, entry):
             raise self._damaged(name, f"{file} {fault}")
-
-    def _manifest(self, name: str) -> tuple[bytes, Manifest]:
-        """Returns the raw manifest, and the files that it lists."""
-        path = f"{self._base(name)}/{layout.MANIFEST}"
-        try:
-            content: bytes = self._retried(f"reading {path}", lambda: self._fs.cat_file(path))
-            entries = json.loads(content)["files"].items()
-            files: Manifest = {
-                str(file): {"size_bytes": int(e["size_bytes"]), "sha256": str(e["sha256"])}
-                for file, e in entries
-            }
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise self._damaged(name, f"{layout.MANIFEST} cannot be read ({_line(e)})") from e
-        # The manifest comes from outside: a path such as ../../.bashrc must not be written.
-        for file in files:
-            parts = PurePosixPath(file).parts
-            outside = not parts or parts[0] == "/" or ".." in parts or "\0" in file
-            if outside or file == layout.MANIFEST:
-                raise self._damaged(
-                    name, f"{layout.MANIFEST} lists {file!r}, which is not inside the checkpoint"
-                )
-        return content, files
-
-    def _withdraw(self, name: str) -> None:
-        """Removes a checkpoint's manifest, so that `names` no longer returns it."""
-        path = f"{self._base(name)}/{layout.MANIFEST}"
-        try:
-            self._retried(f"removing {path}", lambda: self._fs.rm_file(path))
-        except FileNotFoundError:
-            pass
-
-    def _retried(self, what: str, action: Callable[[], T]) -> T:
-        """Calls `action` until it succeeds; FileNotFoundError is an answer and is raised."""
-        try:
-            return self._attempt(action, _ATTEMPTS)
-        except FileNotFoundError:
-            raise
-        except Exception as e:
-            raise SpotforgeError(
-                f"{_KEY}={self.url}: {what} failed {_ATTEMPTS} times: {_line(e)}"
-            ) from e
-
-    def _attempt(self, action: Callable[[], T], attempts: int) -> T:
-        for attempt in range(attempts - 1):
-            try:
-                return action()
-            except FileNotFoundError:
-                raise
-            except Exception:  # every package behind fsspec raises its own errors
-                # The random factor keeps ranks from repeating their requests at the same moment.
-                time.sleep(_BACKOFF_S * 2**attempt * self._jitter.uniform(0.5, 1.5))
-        return action()
 
     def _damaged(self, name: str, rule: str) -> DamagedError:
         fix = "delete that one, or resume from another checkpoint"
         return DamagedError("resume", f"{self.url}/{name}", rule, fix)
 
 
-class _Beat(Callback):  # type: ignore[misc]
-    """Reports each received piece of a file."""
+def _folder(name: str, generation: int) -> str:
+    """Returns the folder of a checkpoint's files, relative to the URL."""
+    return f"{name}/generation-{generation}" if generation else name
 
-    def __init__(self, beat: Callable[[], None]) -> None:
-        super().__init__()
-        self._beat = beat
 
-    def relative_update(self, inc: int = 1) -> None:
-        self._beat()
+def _generation_of(checkpoint: Path) -> int:
+    """Returns the start of the run that saved a checkpoint on disk."""
+    return int(json.loads((checkpoint / layout.MANIFEST).read_text()).get("generation", 0))
+
+
+def _files_of(content: bytes) -> Manifest:
+    """Returns the files that a manifest lists; raises what JSON of another shape leads to."""
+    files: Manifest = {}
+    for file, values in json.loads(content)["files"].items():
+        entry: Entry = {"size_bytes": int(values["size_bytes"]), "sha256": str(values["sha256"])}
+        if "blocks" in values:
+            entry["blocks"] = [str(digest) for digest in values["blocks"]]
+        files[str(file)] = entry
+    return files
 
 
 def _check_space(folder: Path, need_bytes: int) -> None:
@@ -320,7 +443,3 @@ def _check_space(folder: Path, need_bytes: int) -> None:
             "are free",
             "free space, or use a larger disk",
         )
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from core import layout
-from core.errors import ConfigError, ExitCode, SpotforgeError
+from core.errors import ConfigError, ExitCode, Interrupted, SpotforgeError
 from parallel.launcher import read_place
 from parallel.strategy import Strategy
 from parallel.world import World, join_world
-from trainer.checkpoint import TrainerState, read_state, step_name
+from trainer.checkpoint import TrainerState, committed, read_state, step_name
 from trainer.checkpointer import Checkpointer
 from trainer.config import TrainerConfig, resolve
 from trainer.cpu import keep_freed_memory
@@ -126,7 +126,7 @@ def train_in(
         )
         before = None  # stored settings of the run to be resumed
         with world.together():
-            remote = _open_remote(config, world)
+            remote = _open_remote(config, process)
         checkpoint = find_checkpoint(config, folder, world, reporter, remote, heartbeat.beat)
         with world.together():
             if checkpoint is not None:
@@ -180,7 +180,12 @@ def train_in(
             strategy.load_state(state_reader(checkpoint), num_updates=state.step)
         process.refuse_to_start()
 
-        # 5. The loop
+        # 5. The loop. Only a start that nothing refused any more takes over from an older one.
+        generation = 0
+        with world.together():
+            if remote is not None:
+                generation = remote.generation() + 1
+                remote.claim(generation)
         checkpointer = Checkpointer(
             config.checkpoint,
             folder,
@@ -189,6 +194,7 @@ def train_in(
             reporter.event,
             remote,
             heartbeat.beat,
+            generation,
         )
         with world.together():
             loop = TrainingLoop(
@@ -274,10 +280,15 @@ def _locked(config: TrainerConfig, world: World) -> Iterator[None]:
         world.barrier()  # rank 0 releases the lock once all ranks are done
 
 
-def _open_remote(config: TrainerConfig, world: World) -> RemoteCheckpoints | None:
+def _open_remote(config: TrainerConfig, process: Process) -> RemoteCheckpoints | None:
     url = config.checkpoint.upload
-    if url is None or world.rank != 0:
+    if url is None or process.world.rank != 0:
         return None
+
+    def beat() -> None:
+        if process.poll():
+            raise Interrupted(f"told to stop while {url} did not answer; nothing was lost")
+
     remote = RemoteCheckpoints(url)
     if url.startswith("file://") and Path(url[7:]).resolve().is_relative_to(config.run_dir):
         raise ConfigError(
@@ -286,7 +297,7 @@ def _open_remote(config: TrainerConfig, world: World) -> RemoteCheckpoints | Non
             "is inside the run directory, which already has the checkpoints",
             "name a folder on another disk",
         )
-    remote.check()
+    remote.check(begun_before=bool(committed(config.run_dir / layout.CHECKPOINTS)), beat=beat)
     return remote
 
 
@@ -309,7 +320,7 @@ def _finish(
         if finished and config.export.at_end and world.rank == 0:
             export_checkpoint(checkpoint, config.run_dir / layout.EXPORT, config.export.dtype)
     with world.together():
-        failure = checkpointer.wait_for_uploads()
+        failure = checkpointer.wait_for_uploads(finished)
         if failure is not None and finished:
             raise SpotforgeError(f"finished, but {checkpoint} was not uploaded: {failure}")
     if finished:

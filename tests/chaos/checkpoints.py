@@ -16,6 +16,16 @@ def steps(folder):
     return {int(match[1]): path for match, path in found if match}
 
 
+def uploads(store):
+    """{step: path} of what is committed in a store: the newest generation with a manifest."""
+    newest = {}
+    for step, path in steps(store).items():
+        found = [p for p in path.glob("generation-*") if (p / "manifest.json").exists()]
+        if found:
+            newest[step] = max(found, key=lambda p: int(p.name.removeprefix("generation-")))
+    return newest
+
+
 def fault(checkpoint):
     """What is wrong with a checkpoint; None if every byte is as it was written."""
     try:
@@ -32,7 +42,7 @@ def fault(checkpoint):
             return f"{name} has {len(content)} of {entry['size_bytes']} bytes"
         if hashlib.sha256(content).hexdigest() != entry["sha256"]:
             return f"{name} is altered"
-    if f"step-{trainer['step']:08d}" != checkpoint.name:
+    if f"step-{trainer['step']:08d}" not in (checkpoint.name, checkpoint.parent.name):
         return f"holds step {trainer['step']}"
     return None
 

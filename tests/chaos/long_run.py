@@ -95,7 +95,8 @@ class LongRun:
         """Steps of all valid checkpoints, here and in the store."""
         valid = set(checkpoints.valid_steps(self.checkpoints))
         if self.remote is not None:
-            valid |= set(checkpoints.valid_steps(self.remote))
+            uploads = checkpoints.uploads(self.remote).items()
+            valid |= {step for step, path in uploads if checkpoints.fault(path) is None}
         return sorted(valid)
 
     def last_step(self):
@@ -203,9 +204,8 @@ class LongRun:
             if fault is not None and path.name not in self._damaged:
                 problems.append(f"step {step} is committed, but {fault}")
         if self.remote is not None:
-            for step, path in checkpoints.steps(self.remote).items():
-                # The manifest comes last: without it nothing is committed there.
-                if (path / "manifest.json").exists() and checkpoints.fault(path) is not None:
+            for step, path in checkpoints.uploads(self.remote).items():
+                if checkpoints.fault(path) is not None:
                     problems.append(f"step {step} is uploaded, but {checkpoints.fault(path)}")
         return problems
 

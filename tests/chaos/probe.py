@@ -27,7 +27,7 @@ POINTS = {
     "digest": "trainer.checkpointer:manifest_of",
     "commit": "trainer.checkpointer:Checkpointer._commit",
     "prune": "trainer.checkpointer:outdated",
-    "upload": "trainer.remote:RemoteCheckpoints._put",
+    "upload": "trainer.store:Store._put",
     "export": "trainer.run:export_checkpoint",
     "close": "trainer.reporter:Reporter.close",
     "fsync": "os:fsync",

@@ -21,7 +21,7 @@ def store(tmp_path, monkeypatch):
     folder = tmp_path / "store"
     folder.mkdir()
     monkeypatch.setenv("OBJECT_STORE_FOLDER", str(folder))
-    monkeypatch.setattr("trainer.remote._BACKOFF_S", 0.001)
+    monkeypatch.setattr("trainer.store._BACKOFF_S", 0.001)
     fsspec.register_implementation("double", ObjectStore, clobber=True)
     return folder
 
@@ -150,7 +150,7 @@ def test_a_damaged_upload_is_passed_over(trainer, small, run_dir, store):
     assert trainer(*more, "stop.steps=3", "schedule=constant").code == 0
     assert trainer(*more, "stop.steps=6", "schedule=constant").code == 0
     assert remote_names() == ["step-00000006", "step-00000003"]
-    object_store.damage("bucket/run/step-00000006/__0_0.distcp", b"rubbish")
+    object_store.damage("bucket/run/step-00000006/generation-2/__0_0.distcp", b"rubbish")
     shutil.rmtree(run_dir)
     result = trainer(*more, "stop.steps=6", "schedule=constant")
     assert result.code == 0 and "passed over" in result.out and "after step 3" in result.out
@@ -179,7 +179,8 @@ def test_a_store_that_refuses_is_refused_at_the_start(trainer, small, run_dir, s
 def test_an_upload_that_fails_is_said_and_costs_no_training(
     trainer, small, run_dir, store, monkeypatch
 ):
-    monkeypatch.setenv("OBJECT_STORE_FAULTS", "fail_after=3")
+    monkeypatch.setenv("OBJECT_STORE_FAULTS", "fail_after=4")
+    monkeypatch.setattr("trainer.uploader._PATIENCE_S", 0)
     ObjectStore.num_puts = 0
     result = trainer(*small, UPLOAD, "checkpoint.interval=end")
     assert result.code == 1 and "was not uploaded" in result.err

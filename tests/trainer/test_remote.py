@@ -4,11 +4,14 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,10 +19,16 @@ import fsspec
 import pytest
 from fsspec.registry import known_implementations
 
-from core.errors import ConfigError, DamagedError, MissingExtraError, SpotforgeError
+from core.errors import (
+    ConfigError,
+    DamagedError,
+    MissingExtraError,
+    SpotforgeError,
+    SupersededError,
+)
 from tests import object_store
 from tests.object_store import ObjectStore
-from trainer import remote
+from trainer import remote, store
 from trainer.checkpoint import verify
 from trainer.remote import RemoteCheckpoints
 
@@ -35,14 +44,14 @@ FILES = {
 
 
 @pytest.fixture(autouse=True)
-def store(tmp_path, monkeypatch):
+def bucket(tmp_path, monkeypatch):
     """The folder behind `double://`, without faults; retries come at once."""
     folder = tmp_path / "store"
     folder.mkdir()
     monkeypatch.setenv("OBJECT_STORE_FOLDER", str(folder))
     monkeypatch.delenv("OBJECT_STORE_FAULTS", raising=False)
     monkeypatch.setattr(ObjectStore, "num_puts", 0)
-    monkeypatch.setattr(remote, "_BACKOFF_S", 0.001)
+    monkeypatch.setattr(store, "_BACKOFF_S", 0.001)
 
 
 @pytest.fixture
@@ -59,12 +68,15 @@ def url(request, tmp_path):
         fsspec.filesystem("memory").store.clear()
 
 
-def a_checkpoint(folder, step, files=FILES):
+def a_checkpoint(folder, step, files=FILES, generation=0):
     checkpoint = folder / f"step-{step:08d}"
     for name, content in files.items():
         (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
         (checkpoint / name).write_bytes(content)
-    write_manifest(checkpoint, {name: entry_of(content) for name, content in files.items()})
+    manifest = {"files": {name: entry_of(content) for name, content in files.items()}}
+    if generation:  # manifests of before have none
+        manifest["generation"] = generation
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     return checkpoint
 
 
@@ -72,12 +84,8 @@ def entry_of(content):
     return {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def write_manifest(checkpoint, entries):
-    (checkpoint / "manifest.json").write_text(json.dumps({"files": entries}))
-
-
 def send(checkpoints, checkpoint):
-    checkpoints.upload(checkpoint, list(FILES))
+    checkpoints.upload(checkpoint, json.loads((checkpoint / "manifest.json").read_text())["files"])
     checkpoints.commit(checkpoint)
 
 
@@ -88,18 +96,26 @@ def contents(folder):
 # Round trip
 
 
-def test_round_trip(url, tmp_path):
+@pytest.mark.parametrize("generation", [0, 3])
+def test_round_trip(url, generation, tmp_path):
     checkpoints = RemoteCheckpoints(url)
     checkpoints.check()
-    assert checkpoints.names() == []
+    assert checkpoints.names() == [] and checkpoints.generation() == 0
+    if generation:
+        checkpoints.claim(generation)
+        assert RemoteCheckpoints(url).generation() == checkpoints.generation() == generation
     for step in (2, 10, 1):
-        send(checkpoints, a_checkpoint(tmp_path / "local", step))
+        send(checkpoints, a_checkpoint(tmp_path / "local", step, generation=generation))
     assert checkpoints.names() == ["step-00000010", "step-00000002", "step-00000001"]
 
     fetched = checkpoints.download("step-00000010", tmp_path / "elsewhere")
     assert fetched == tmp_path / "elsewhere/step-00000010"
     assert contents(fetched) == contents(tmp_path / "local/step-00000010")
     verify(fetched)
+    assert checkpoints.read("step-00000010", "trainer.json") == FILES["trainer.json"]
+    manifest = checkpoints.manifest("step-00000010")
+    assert manifest.generation == generation and manifest.files.keys() == FILES.keys()
+    assert manifest.content == (fetched / "manifest.json").read_bytes()
     assert [p.name for p in fetched.parent.iterdir()] == [fetched.name]  # no traces
 
     checkpoints.delete("step-00000010")
@@ -107,6 +123,8 @@ def test_round_trip(url, tmp_path):
     assert checkpoints.names() == ["step-00000002", "step-00000001"]
     with pytest.raises(DamagedError, match=r"manifest\.json cannot be read"):
         checkpoints.download("step-00000010", tmp_path / "elsewhere")
+    if url.startswith("file"):
+        assert not list(tmp_path.glob("deep/er/step-00000010*")), "empty folders were left"
 
 
 def test_each_rank_uploads_its_own_at_once(url, tmp_path):
@@ -233,7 +251,7 @@ def test_a_refused_listing_is_not_taken_for_an_empty_one(faults, tmp_path):
 
 def test_pauses_grow_and_differ(monkeypatch, faults, tmp_path):
     pauses = []
-    monkeypatch.setattr(remote, "_BACKOFF_S", 1.0)
+    monkeypatch.setattr(store, "_BACKOFF_S", 1.0)
     monkeypatch.setattr(time, "sleep", pauses.append)
     faults("fail_after=0")
     checkpoints = RemoteCheckpoints("double://b/run")
@@ -286,6 +304,274 @@ def test_an_upload_that_is_killed_leaves_no_checkpoint(tmp_path):
 
     send(checkpoints, checkpoint)
     assert checkpoints.names() == [checkpoint.name, earlier.name]
+
+
+# Starts of a run
+
+
+SMALL = {"__0_0.distcp": b"first share", "__1_0.distcp": b"second share", ".metadata": b"{}"}
+
+
+def of_start(generation):
+    """Files of the same names and sizes for every start, but with other contents."""
+    return {name: bytes([generation]) * len(content) for name, content in SMALL.items()}
+
+
+def begin(folder, generation):
+    """A start of the run, and a function that saves and uploads a checkpoint as it would."""
+    checkpoints = RemoteCheckpoints("double://b/run")
+
+    def save(step):
+        disk = folder / str(generation)
+        send(checkpoints, a_checkpoint(disk, step, of_start(generation), generation))
+
+    return checkpoints, save
+
+
+def stored_of(name):
+    """The start whose files a checkpoint has, all of which are verified."""
+    checkpoints = RemoteCheckpoints("double://b/run")
+    files = checkpoints.manifest(name).files
+    found = {file: checkpoints.read(name, file) for file in files}
+    assert {file: entry_of(content) for file, content in found.items()} == files
+    [start] = {content[0] for content in found.values()}
+    return start
+
+
+def test_an_older_start_is_refused_by_name(tmp_path):
+    older, save_older = begin(tmp_path, 7)
+    older.claim(7)
+    save_older(1)
+    newer, save_newer = begin(tmp_path, 8)
+    newer.claim(newer.generation() + 1)
+    before = object_store.objects()
+    checkpoint = a_checkpoint(tmp_path / "7", 2, of_start(7), 7)
+    for refused, what in (
+        (lambda: older.commit(tmp_path / "7" / "step-00000001"), "step-00000001 of generation 7"),
+        (lambda: older.upload(checkpoint, list(SMALL)), "step-00000002 of generation 7"),
+        (lambda: older.delete("step-00000001"), "step-00000001 is not removed"),
+        (older.remove_incomplete, "not removed"),
+        (lambda: older.claim(8), "generation 8 does not begin"),
+    ):
+        with pytest.raises(SupersededError) as error:
+            refused()
+        by = f"generation 8 (host {socket.gethostname()}, process {os.getpid()}) has taken over"
+        assert error.value.exit_code == 2 and "\n" not in str(error.value)
+        assert str(error.value).startswith("checkpoint.upload=double://b/run: ")
+        assert what in str(error.value) and by in str(error.value)
+    assert object_store.objects() == before
+    save_newer(2)
+    assert older.names() == newer.names() == ["step-00000002", "step-00000001"]
+    assert newer.manifest("step-00000001").generation == 7
+
+
+def test_two_starts_with_one_number_do_not_both_commit(tmp_path):
+    """Both looked before the other one had claimed; the last one has it."""
+    first, save_first = begin(tmp_path / "a", 1)
+    second, save_second = begin(tmp_path / "b", 1)
+    first.claim(1)
+    claims = object_store.objects()
+    empty_store()
+    second.claim(1)
+    for key, content in claims.items():
+        fsspec.filesystem("double").pipe_file(key, content)
+    refused = 0
+    for save in (save_first, save_second):
+        try:
+            save(1)
+        except SupersededError:
+            refused += 1
+    assert refused == 1 and second.names() == ["step-00000001"]
+
+
+def test_each_start_has_files_of_its_own(tmp_path):
+    for generation in (1, 2):
+        checkpoints, save = begin(tmp_path, generation)
+        if generation == 1:  # uploaded before there were generations
+            send(checkpoints, a_checkpoint(tmp_path / "old", 4, of_start(9)))
+            send(checkpoints, a_checkpoint(tmp_path / "old", 5, of_start(9)))
+        checkpoints.claim(generation)
+        save(5)
+        assert stored_of("step-00000005") == generation
+        assert {key for key in object_store.objects() if "00000005" in key} == {
+            f"b/run/step-00000005/generation-{generation}/{name}"
+            for name in (*SMALL, "manifest.json")
+        }, "those of earlier starts are removed"
+    assert stored_of("step-00000004") == 9
+    checkpoints.delete("step-00000004")
+    assert checkpoints.names() == ["step-00000005"]
+
+
+def test_what_others_are_uploading_stays(tmp_path):
+    checkpoints, _ = begin(tmp_path, 2)
+    checkpoints.claim(2)
+    # A machine of this start, one of an older start, and one that is about to take over.
+    for generation in (1, 2, 3):
+        folder = tmp_path / str(generation)
+        checkpoint = a_checkpoint(folder, 5, of_start(generation), generation)
+        RemoteCheckpoints("double://b/run").upload(checkpoint, [".metadata"]) if (
+            generation > 1
+        ) else fsspec.filesystem("double").pipe_file(
+            "b/run/step-00000005/generation-1/.metadata", b"x"
+        )
+    checkpoints.remove_incomplete(except_names=["step-00000005"])
+    left = {key.split("/")[3] for key in object_store.objects() if "step" in key}
+    assert left == {"generation-2", "generation-3"}
+    checkpoints.remove_incomplete()
+    checkpoints.delete("step-00000005")
+    left = {key.split("/")[3] for key in object_store.objects() if "step" in key}
+    assert left == {"generation-3"}
+
+
+class Killed(BaseException):
+    pass
+
+
+@contextmanager
+def before_requests(actions):
+    """Calls each of `{number: action}` before that request to the store, from 1; yields them all.
+
+    The requests of actions do not count.
+    """
+    take_note, done, inside = object_store._take_note, [], False
+
+    def note(operation, path):
+        nonlocal inside
+        if not inside:
+            done.append(f"{operation} {path}")
+            if len(done) in actions:
+                inside = True
+                actions[len(done)]()
+                inside = False
+        take_note(operation, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(object_store, "_take_note", note)
+        yield done
+
+
+def empty_store():
+    for path in Path(os.environ["OBJECT_STORE_FOLDER"]).iterdir():
+        path.unlink()
+
+
+def a_life(folder, generation):
+    """What a start does to the store: it takes over, uploads, and removes what need not stay."""
+    checkpoints, save = begin(folder, generation)
+    checkpoints.claim(generation)
+    save(3)
+    checkpoints.delete("step-00000001")
+    checkpoints.remove_incomplete()
+
+
+@pytest.fixture
+def earlier_run(tmp_path):
+    """A function that puts the store into the state that an earlier run left."""
+    send(RemoteCheckpoints("double://b/run"), a_checkpoint(tmp_path / "0", 1, of_start(4)))
+    checkpoints, save = begin(tmp_path, 5)
+    checkpoints.claim(5)
+    save(2)
+    save(3)
+    store, saved = Path(os.environ["OBJECT_STORE_FOLDER"]), tmp_path / "saved"
+    shutil.copytree(store, saved)
+
+    def restore():
+        empty_store()
+        shutil.copytree(saved, store, dirs_exist_ok=True)
+
+    return restore
+
+
+def kill():
+    raise Killed
+
+
+def num_requests(folder):
+    with before_requests({}) as done:
+        a_life(folder, 6)
+    return len(done)
+
+
+def left_whole():
+    """Which start each committed checkpoint is of, all of them verified."""
+    names = RemoteCheckpoints("double://b/run").names()
+    return {int(name[-1]): stored_of(name) for name in names}
+
+
+def test_killed_at_any_request_a_start_leaves_whole_checkpoints(earlier_run, tmp_path):
+    for number in range(1, num_requests(tmp_path) + 1):
+        earlier_run()
+        with before_requests({number: kill}), pytest.raises(Killed):
+            a_life(tmp_path, 6)
+        left = left_whole()
+        assert left.pop(1, 4) == 4 and left in ({2: 5, 3: 5}, {2: 5, 3: 6}), number
+        a_life(tmp_path, 7)
+        assert left_whole() == {2: 5, 3: 7}
+        assert len(object_store.objects()) == 1 + 2 * (len(SMALL) + 1), "something was left"
+
+
+def test_taken_over_at_any_request_a_start_harms_nothing(earlier_run, tmp_path):
+    """Held up before each of its requests, while a newer start does all that it does.
+
+    It then goes on, or is killed one request later.
+    """
+    for number in range(1, num_requests(tmp_path) + 1):
+        for more in (0, 1):
+            earlier_run()
+            actions = {number + more: kill} if more else {}
+            actions[number] = lambda: a_life(tmp_path, 7)
+            with before_requests(actions) as done, suppress(SupersededError, Killed):
+                a_life(tmp_path, 6)
+            assert left_whole() == {2: 5, 3: 7}, (done[number - 1], more)
+            later, save = begin(tmp_path, 8)
+            later.claim(8)
+            later.remove_incomplete()
+            assert len(object_store.objects()) == 1 + 2 * (len(SMALL) + 1), "something was left"
+
+
+# Parts of files
+
+
+def test_ranges(url, tmp_path):
+    checkpoints = RemoteCheckpoints(url)
+    for step, generation in ((1, 0), (2, 4)):
+        if generation:
+            checkpoints.claim(generation)
+        name = a_checkpoint(tmp_path, step, generation=generation).name
+        send(checkpoints, tmp_path / name)
+        content = FILES["__1_0.distcp"]
+        for offset, length in ((0, 1), (7, 5000), (100_000, 1), (0, 100_001), (50, 0)):
+            part = checkpoints.read_range(name, "__1_0.distcp", offset, length)
+            assert part == content[offset : offset + length]
+        assert RemoteCheckpoints(url).read_range(name, ".metadata", 2, 3) == b"ere"
+        with pytest.raises(DamagedError, match=r"__1_0\.distcp has the wrong size"):
+            checkpoints.read_range(name, "__1_0.distcp", 100_000, 2)
+        with pytest.raises(DamagedError, match="nowhere is missing"):
+            checkpoints.read_range(name, "nowhere", 0, 1)
+
+
+def test_a_short_range_is_asked_for_again(tmp_path, monkeypatch):
+    checkpoints, checkpoint, _ = uploaded(tmp_path)
+    cat_file, answers = ObjectStore.cat_file, []
+
+    def sometimes_short(self, path, start=None, end=None, **kwargs):
+        answers.append(cat_file(self, path, start, end - (len(answers) % 2 == 0)))
+        return answers[-1]
+
+    checkpoints.manifest(checkpoint.name)
+    monkeypatch.setattr(ObjectStore, "cat_file", sometimes_short)
+    part = checkpoints.read_range(checkpoint.name, "__0_0.distcp", 10, 20)
+    assert part == FILES["__0_0.distcp"][10:30] and [len(a) for a in answers] == [19, 20]
+
+
+def test_digests_of_blocks_are_kept(tmp_path):
+    checkpoints = RemoteCheckpoints("double://b/run")
+    checkpoint = a_checkpoint(tmp_path, 1)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["__0_0.distcp"]["blocks"] = ["ab", "cd"]
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    send(checkpoints, checkpoint)
+    assert checkpoints.manifest(checkpoint.name).files == manifest["files"]
 
 
 # Fetching
