@@ -19,15 +19,24 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from core import layout
 from core.errors import ConfigError, ExitCode, Interrupted, SpotforgeError
 from parallel.launcher import read_place
+from parallel.peers import PeerFiles
 from parallel.strategy import Strategy
 from parallel.world import World, join_world
 from trainer.checkpoint import TrainerState, committed, read_state, step_name
 from trainer.checkpointer import Checkpointer
 from trainer.config import TrainerConfig, resolve
 from trainer.cpu import keep_freed_memory
+from trainer.data.cache import cache_folder
+from trainer.data.exchange import (
+    SERVED,
+    DataExchange,
+    Names,
+    find_cache_disks,
+    recorded_names,
+)
 from trainer.data.loader import check_samples
 from trainer.data.order import OrderRule
-from trainer.data.prepare import PreparedData, prepare
+from trainer.data.prepare import PreparedData, make_plan
 from trainer.data.tokenizer import vocab_size_of
 from trainer.dry_run import check_forward
 from trainer.exporter import export_checkpoint
@@ -51,6 +60,7 @@ from trainer.reporter import Reporter, check_run_dir
 from trainer.resume import (
     check_same_model,
     check_same_run,
+    data_changed,
     find_checkpoint,
     keep_what_was_found,
     order_of,
@@ -243,18 +253,39 @@ def _prepare_data(
     with world.together():
         if stored is not None and config.data.add_bos == "auto" and "data.add_bos" not in given:
             config = _with_bos(config, bool(stored["data"].get("add_bos")))
-        data = prepare(
-            config.data,
-            model_path=getattr(config.model, "path", None),
-            stop_requested=process.poll_apart,
-            model_config=model_config,
-            begun_before=begun_before,
+    disks = find_cache_disks(world, config.data)
+    with PeerFiles(world, disks, {SERVED: cache_folder(config.data.cache_dir)}) as peers:
+        exchange = DataExchange(config.data, process, disks, peers)
+        data = exchange.prepare(
+            partial(
+                make_plan,
+                config.data,
+                model_path=getattr(config.model, "path", None),
+                stop_requested=process.poll_apart,
+                model_config=model_config,
+                begun_before=begun_before,
+            ),
+            partial(_data_before, config, stored),
         )
+    with world.together():
         config = _with_bos(config, data.add_bos)
         check_samples(data, config.data.max_seq_len)
         if config.data.verify:
-            data.verify(world.local_rank, world.local_world_size, process.poll_apart)
+            data.verify(exchange.share_of, process.poll_apart)
     return config, data, begun_before
+
+
+def _data_before(config: TrainerConfig, stored: dict[str, Any] | None) -> Names | None:
+    """Returns what the run to be resumed was trained on, if this machine knows it.
+
+    Args:
+        config: Settings of this start.
+        stored: Settings of the run to be resumed. With other settings of the data, its folders are
+            not what these sources would become.
+    """
+    if stored is None or data_changed(stored["data"], resolve(config)["data"]):
+        return None
+    return recorded_names(config.run_dir, config.data)
 
 
 def _with_bos(config: TrainerConfig, add_bos: bool) -> TrainerConfig:
