@@ -65,6 +65,10 @@ class PeerFiles:
         if self._server is not None:
             self._server.close()
 
+    def serve(self, name: str, folder: Path) -> None:
+        """Serves one more folder; the others may read from it once they have been told."""
+        self._folders[name] = folder
+
     def size_of(self, rank: int, folder: str, path: str) -> int:
         """Returns the size of a file on another disk, in bytes.
 

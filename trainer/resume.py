@@ -49,7 +49,13 @@ _BEFORE_KEYS = {
     "checkpoint.replicas": "auto",
 }
 # Keys of data that do not affect its digest: they apply when it is read, or say where it is.
-_NOT_IN_DIGEST = ("data.max_seq_len", "data.mask_documents", "data.cache_dir", "data.verify")
+_NOT_IN_DIGEST = (
+    "data.max_seq_len",
+    "data.mask_documents",
+    "data.cache_dir",
+    "data.cache_url",
+    "data.verify",
+)
 
 
 def stored_config(config: TrainerConfig, world: World) -> dict[str, Any] | None:
@@ -205,6 +211,16 @@ def check_same_run(
             changes.append(f"{key} was {_shown(old)}, is {_shown(new)}")
     if changes:
         say(f"resume: {'; '.join(changes)}")
+
+
+def data_changed(saved: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Returns whether two settings of data, as stored, would prepare different data."""
+    before, after = ({f"data.{k}": v for k, v in _flat(x).items()} for x in (saved, now))
+    return any(
+        before.get(key) != after.get(key) and (key in before or after.get(key))
+        for key in before.keys() | after.keys()
+        if key not in _NOT_IN_DIGEST
+    )
 
 
 def order_of(saved: TrainerState, run_dir: Path) -> OrderRule:

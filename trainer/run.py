@@ -27,9 +27,17 @@ from trainer.checkpoint import TrainerState, committed, read_state, step_name
 from trainer.checkpointer import Checkpointer
 from trainer.config import TrainerConfig, resolve
 from trainer.cpu import keep_freed_memory
+from trainer.data.cache import cache_folder
+from trainer.data.exchange import (
+    SERVED,
+    DataExchange,
+    Names,
+    find_cache_disks,
+    recorded_names,
+)
 from trainer.data.loader import check_samples
 from trainer.data.order import OrderRule
-from trainer.data.prepare import PreparedData, prepare
+from trainer.data.prepare import PreparedData, make_plan
 from trainer.data.tokenizer import vocab_size_of
 from trainer.dry_run import check_forward
 from trainer.exporter import export_checkpoint
@@ -55,6 +63,7 @@ from trainer.reporter import Reporter, check_run_dir
 from trainer.resume import (
     check_same_model,
     check_same_run,
+    data_changed,
     keep_what_was_found,
     load_checkpoint,
     order_of,
@@ -245,18 +254,44 @@ def _prepare_data(
     with world.together():
         if stored is not None and config.data.add_bos == "auto" and "data.add_bos" not in given:
             config = _with_bos(config, bool(stored["data"].get("add_bos")))
-        data = prepare(
-            config.data,
-            model_path=getattr(config.model, "path", None),
-            stop_requested=process.poll_apart,
-            model_config=model_config,
-            begun_before=begun_before,
+    disks = find_cache_disks(world, config.data)
+    with PeerFiles(world, disks, {SERVED: cache_folder(config.data.cache_dir)}) as peers:
+        exchange = DataExchange(config.data, process, disks, peers)
+        data = exchange.prepare(
+            partial(
+                make_plan,
+                config.data,
+                model_path=getattr(config.model, "path", None),
+                stop_requested=process.poll_apart,
+                model_config=model_config,
+                begun_before=begun_before,
+            ),
+            partial(_data_before, config, stored),
         )
+    with world.together():
         config = _with_bos(config, data.add_bos)
         check_samples(data, config.data.max_seq_len)
         if config.data.verify:
-            data.verify(world.local_rank, world.local_world_size, process.poll_apart)
+            data.verify(exchange.share_of, process.poll_apart)
     return config, data, begun_before
+
+
+def _data_before(config: TrainerConfig, stored: dict[str, Any] | None) -> Names | None:
+    """Returns what the run to be resumed was trained on, if this machine knows it.
+
+    Args:
+        config: Settings of this start.
+        stored: Settings of the run to be resumed. With other settings of the data, its folders are
+            not what these sources would become.
+    """
+    if stored is None or data_changed(stored["data"], resolve(config)["data"]):
+        return None
+    # Rank 0 alone writes data.json; the others have it in checkpoints.
+    checkpoints = committed(config.run_dir / layout.CHECKPOINTS)
+    for folder in (config.run_dir, *(path / layout.LOGS for path in checkpoints)):
+        if (names := recorded_names(folder, config.data)) is not None:
+            return names
+    return None
 
 
 def _with_bos(config: TrainerConfig, add_bos: bool) -> TrainerConfig:

@@ -13,13 +13,18 @@ from trainer.data.files import StopRequested, check_stop
 KEY = "data.cache_dir"
 
 
+def cache_folder(cache_dir: str) -> Path:
+    """Returns the absolute path of the cache folder, which may not exist."""
+    return Path(cache_dir).expanduser().absolute()
+
+
 def open_cache(cache_dir: str) -> Path:
     """Returns the cache folder, which is created if missing.
 
     Raises:
         ConfigError: The folder cannot be created or written to.
     """
-    folder = Path(cache_dir).expanduser().absolute()
+    folder = cache_folder(cache_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

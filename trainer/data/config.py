@@ -75,6 +75,8 @@ class PreparationConfig:
         mask_documents: True restricts attention and prediction to documents, for any model; false
             treats a sample as one text.
         cache_dir: Folder of prepared token datasets, each in a folder named by its content.
+        cache_url: URL of a folder in an object store (`s3://bucket/data`, any fsspec URL): what is
+            prepared is uploaded there, and what is there is fetched instead of prepared again.
         shard_tokens: Number of tokens in one shard file.
         verify: True verifies the digests of the prepared shards at every start.
     """
@@ -87,6 +89,7 @@ class PreparationConfig:
     parse_special_tokens: bool = False
     mask_documents: bool = False
     cache_dir: str = "${oc.env:SPOTFORGE_CACHE,'~/.cache/spotforge'}"
+    cache_url: str | None = None
     shard_tokens: int = setting(100_000_000, above=0, fix="try 100000000")
     verify: bool = True
 

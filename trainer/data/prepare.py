@@ -5,6 +5,7 @@ files and settings, the tokenizer, and how documents are split and cut. Sequence
 and weights apply when samples are read, so changing them prepares nothing again.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,7 @@ from trainer.data.config import (
     SourceConfig,
     SourceKind,
 )
+from trainer.data.fetch import DataStore
 from trainer.data.files import FileDigests, StopRequested, check_stop
 from trainer.data.sources import PIECE_CHARS, WHOLE_FILE_BYTES, Source, check_keys, open_source
 from trainer.data.tokenizer import KEY as TOKENIZER_KEY
@@ -36,10 +38,12 @@ from trainer.data.tokenizer import (
     train_tokenizer,
 )
 from trainer.data.tokens import TokenDataset, read_manifest, read_tokenizer, verify
-from trainer.data.writer import FORMAT_VERSION, canonical_digest
+from trainer.data.writer import FORMAT_VERSION, canonical_digest, folder_name
 
 # More text does not make a better tokenizer; from a larger source a fixed share is drawn.
 TOKENIZER_TRAINING_BYTES = 512 << 20
+
+Build = Callable[[Path], None]  # fills an empty folder
 
 
 @dataclass(frozen=True)
@@ -84,26 +88,69 @@ class PreparedData:
         }
 
     def verify(
-        self, rank: int, world_size: int, stop_requested: StopRequested = lambda: False
+        self,
+        share_of: Callable[[Path], tuple[int, int]] = lambda _: (0, 1),
+        stop_requested: StopRequested = lambda: False,
     ) -> None:
-        """Verifies the digests of this rank's share of all files (see `tokens.verify`).
+        """Verifies the digests of this rank's share of all files.
+
+        Args:
+            share_of: Function that returns, for a folder, the number of this rank among those that
+                share its verification, and how many they are.
+            stop_requested: Function that is polled while reading.
 
         Raises:
             DamagedError: A file is damaged; names the file and the fix.
         """
         for folder in dict.fromkeys(self.folders):
-            verify(folder, rank, world_size, stop_requested)
+            verify(folder, *share_of(folder), stop_requested)
 
 
-def prepare(
+class Plan:
+    """Knows the prepared folder of each source, and makes those that are missing.
+
+    Attributes:
+        folders: Folder of each source, by its name, in the configured order.
+        given: Names of the sources whose folder the user gave.
+    """
+
+    def __init__(
+        self,
+        folders: dict[str, Path],
+        builders: dict[str, Build],
+        stop_requested: StopRequested,
+    ) -> None:
+        self.folders, self.given = folders, folders.keys() - builders.keys()
+        self._builders, self._stop_requested = builders, stop_requested
+
+    def make(self, store: DataStore | None = None) -> None:
+        """Makes all folders exist: what is missing comes from the store, or is prepared.
+
+        Raises:
+            ConfigError: A source cannot be used; nothing is left behind.
+            DamagedError: A folder in the store was altered.
+            Interrupted: A stop was requested; no partial result is left behind.
+        """
+        for source, build in self._builders.items():
+            folder = self.folders[source]
+            build_once(folder, partial(self._fill, folder.name, build, store), self._stop_requested)
+
+    def _fill(self, name: str, build: Build, store: DataStore | None, staging: Path) -> None:
+        if store is None or not store.fetch(name, staging, self._stop_requested):
+            build(staging)
+
+
+def make_plan(
     cfg: DataConfig,
     *,
     model_path: str | None,
-    stop_requested: Callable[[], bool],
+    stop_requested: StopRequested,
     model_config: PreTrainedConfig | None = None,
     begun_before: bool = False,
-) -> PreparedData:
-    """Finds or makes the token datasets; ranks may call it at once: one works, the others wait.
+) -> Plan:
+    """Opens the sources, and finds out in which folders their tokens are, or have to be.
+
+    Any number of processes may call this and `Plan.make` at once: one works, the others wait.
 
     Args:
         cfg: Settings of the data to prepare.
@@ -116,11 +163,11 @@ def prepare(
             is ignored.
 
     Raises:
-        ConfigError: A setting or a source cannot be used; nothing is left behind.
+        ConfigError: A setting or a source cannot be used.
         DamagedError: A prepared folder was altered.
-        Interrupted: A stop was requested; no partial result is left behind.
+        Interrupted: A stop was requested.
     """
-    sources = _named_sources(cfg)
+    sources = named_sources(cfg)
     _check(cfg, sources)
     folders = {
         name: Path(source.path or "").expanduser().absolute()
@@ -131,17 +178,49 @@ def prepare(
         model_config = None
     tokenizer = _given_tokenizer(cfg, model_path, model_config, list(folders.values()))
     add_bos = _resolve_bos(cfg, tokenizer, list(folders.values()))
+    builders: dict[str, Build] = {}
     if len(folders) < len(sources):
         cache = open_cache(cfg.cache_dir)
         opened = _open_sources(sources, cache, begun_before, stop_requested)
         family = PreTrainedTokenizerFast
         if tokenizer is None and model_config is not None:
             family = tokenizer_family(model_config)
-        folders |= _prepare_sources(cfg, opened, tokenizer, family, add_bos, cache, stop_requested)
-    return _open(sources, [folders[name] for name in sources])
+        missing = _plan_sources(cfg, opened, tokenizer, family, add_bos, cache, stop_requested)
+        folders |= {name: folder for name, (folder, _) in missing.items()}
+        builders = {name: build for name, (_, build) in missing.items()}
+    return Plan({name: folders[name] for name in sources}, builders, stop_requested)
 
 
-def _named_sources(cfg: DataConfig) -> dict[str, tuple[str, SourceConfig]]:
+def prepare(
+    cfg: DataConfig,
+    *,
+    model_path: str | None,
+    stop_requested: StopRequested,
+    model_config: PreTrainedConfig | None = None,
+    begun_before: bool = False,
+) -> PreparedData:
+    """Finds or makes the token datasets on this machine; see `make_plan` and `Plan.make`."""
+    plan = make_plan(
+        cfg,
+        model_path=model_path,
+        stop_requested=stop_requested,
+        model_config=model_config,
+        begun_before=begun_before,
+    )
+    plan.make(open_store(cfg))
+    return open_prepared(cfg, plan.folders)
+
+
+def open_store(cfg: PreparationConfig) -> DataStore | None:
+    """Returns the store at `data.cache_url`, if there is one.
+
+    Raises:
+        ConfigError: The URL cannot be used.
+    """
+    return None if cfg.cache_url is None else DataStore(cfg.cache_url)
+
+
+def named_sources(cfg: DataConfig) -> dict[str, tuple[str, SourceConfig]]:
     """Returns pairs (configuration key, source) by name."""
     if not isinstance(cfg, MixtureDataConfig):
         return {cfg.kind.value: ("data", cfg)}
@@ -225,7 +304,7 @@ def _resolve_bos(
     return bool(cfg.add_bos)
 
 
-def _prepare_sources(
+def _plan_sources(
     cfg: PreparationConfig,
     sources: dict[str, Source],
     tokenizer: PreTrainedTokenizerFast | None,
@@ -233,32 +312,33 @@ def _prepare_sources(
     add_bos: bool,
     cache: Path,
     stop_requested: StopRequested,
-) -> dict[str, Path]:
-    """Returns the folders of all sources that are not tokens already; builds missing ones."""
-    training = _training_identity(cfg, family, list(sources.values()))
+) -> dict[str, tuple[Path, Build]]:
+    """Returns the folder of each source that is not tokens already, and what fills it."""
+    opened = list(sources.values())
+    training = _training_identity(cfg, family, opened)
     # A tokenizer that is not trained yet is identified by what it will be trained on.
     made_by = fingerprint(tokenizer) if tokenizer else f"train:{canonical_digest(training)}"
-    transforms = {name: _transform(cfg, made_by, add_bos) for name in sources}
-    folders = {
-        name: cache / canonical_digest([source.identity, transforms[name]])[:16]
-        for name, source in sources.items()
-    }
-    for name, source in sources.items():
-        if not folders[name].exists():
-            if tokenizer is None:
-                opened = list(sources.values())
-                tokenizer = _trained(cfg, family, cache, training, opened, stop_requested)
-            build = partial(
-                build_dataset,
+    transform = _transform(cfg, made_by, add_bos)
+
+    @functools.cache
+    def made() -> PreTrainedTokenizerFast:
+        return tokenizer or _trained(cfg, family, cache, training, opened, stop_requested)
+
+    def plan(source: Source) -> tuple[Path, Build]:
+        def build(folder: Path) -> None:
+            build_dataset(
+                folder,
                 source=source,
-                tokenizer=tokenizer,
+                tokenizer=made(),
                 cfg=cfg,
                 add_bos=add_bos,
-                transform=transforms[name],
+                transform=transform,
                 stop_requested=stop_requested,
             )
-            build_once(folders[name], build, stop_requested)
-    return folders
+
+        return cache / folder_name(source.identity, transform), build
+
+    return {name: plan(source) for name, source in sources.items()}
 
 
 def _open_sources(
@@ -347,9 +427,20 @@ def _training_texts(
                 yield document.text
 
 
-def _open(sources: dict[str, tuple[str, SourceConfig]], folders: list[Path]) -> PreparedData:
-    train = [TokenDataset.open(folder, "train") for folder in folders]
-    validation = [TokenDataset.open(folder, "validation") for folder in folders]
+def open_prepared(cfg: DataConfig, folders: dict[str, Path]) -> PreparedData:
+    """Opens prepared folders.
+
+    Args:
+        cfg: Settings of the data.
+        folders: Folder of each source, by its name.
+
+    Raises:
+        DamagedError: A folder was altered.
+    """
+    sources = named_sources(cfg)
+    paths = [folders[name] for name in sources]
+    train = [TokenDataset.open(folder, "train") for folder in paths]
+    validation = [TokenDataset.open(folder, "validation") for folder in paths]
     weights = [float(source.weight) for _, source in sources.values()]
     manifests = [dataset.manifest for dataset in train]
     # Weights decide which sample comes when, so they are part of what a run was trained on.
@@ -360,11 +451,11 @@ def _open(sources: dict[str, tuple[str, SourceConfig]], folders: list[Path]) -> 
         sources=train,
         weights=weights,
         validation=validation,
-        tokenizer=read_tokenizer(folders[0], manifests[0]),
+        tokenizer=read_tokenizer(paths[0], manifests[0]),
         tokenizer_fingerprint=manifests[0]["tokenizer_fingerprint"],
         add_bos=bool(manifests[0]["transform"].get("add_bos")),
         digest=canonical_digest(content),
-        folders=folders,
+        folders=paths,
         validation_bytes_per_token=num_bytes / sum(dataset.num_tokens for dataset in validation),
     )
 

@@ -104,22 +104,34 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         rule = f"is not a prepared token dataset: it has no {layout.MANIFEST}"
         raise ConfigError("data.path", folder, rule, "give a folder that spotforge has prepared")
     try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
-        digest = manifest.pop("digest")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise _damaged(folder, layout.MANIFEST, "cannot be parsed") from error
-    if canonical_digest(manifest) != digest:
-        raise _damaged(folder, layout.MANIFEST, "was altered since it was written")
+        manifest = parse_manifest(path.read_bytes())
+    except ValueError as error:
+        raise _damaged(folder, layout.MANIFEST, str(error)) from error
     if manifest["format_version"] != FORMAT_VERSION:
         rule = f"has format {manifest['format_version']}, this version reads {FORMAT_VERSION}"
         raise ConfigError("data.path", folder, rule, "prepare it again")
-    manifest["digest"] = digest
     # Sizes only: digests would cost a read of all tokens at each start (data.verify).
-    for entry in _entries(manifest):
+    for entry in entries_of(manifest):
         _check_size(folder, entry)
     for entry in manifest["tokenizer"]:
         _check_digest(folder, entry)
     return manifest
+
+
+def parse_manifest(content: bytes) -> dict[str, Any]:
+    """Returns a manifest from the bytes of its file.
+
+    Raises:
+        ValueError: It is damaged; says how.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads(content)
+        digest = manifest.pop("digest")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError("cannot be parsed") from error
+    if canonical_digest(manifest) != digest:
+        raise ValueError("was altered since it was written")
+    return manifest | {"digest": digest}
 
 
 def read_tokenizer(folder: Path, manifest: dict[str, Any]) -> PreTrainedTokenizerFast:
@@ -149,12 +161,13 @@ def verify(
     Raises:
         DamagedError: A file is damaged; names the file and the fix.
     """
-    entries = _entries(read_manifest(folder))
+    entries = entries_of(read_manifest(folder))
     for entry in entries[rank::world_size]:
         _check_digest(folder, entry, stop_requested)
 
 
-def _entries(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+def entries_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the entries of all files of a folder but its manifest: `file`, size and digest."""
     entries: list[dict[str, Any]] = []
     for split in manifest["splits"].values():
         entries += [*split["shards"], split["documents"]]

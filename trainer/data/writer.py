@@ -30,6 +30,21 @@ def canonical_digest(content: object) -> str:
     return digest_of(content, separators=(",", ":"))
 
 
+def folder_name(source: dict[str, object], transform: dict[str, object]) -> str:
+    """Returns the name in a cache of what is prepared: the digest of what it is made of.
+
+    Args:
+        source: Origin of the documents (`Source.identity`).
+        transform: Settings that determine the tokens.
+    """
+    return canonical_digest([source, transform])[:16]
+
+
+def given_name(digest: str) -> str:
+    """Returns the name in a cache of a folder that the user gave, by its manifest's digest."""
+    return f"tokens-{digest[:16]}"
+
+
 class TokenDatasetWriter:
     """Writes one dataset into an empty folder; `finish` completes it.
 
