@@ -85,7 +85,7 @@ def told(child_does, tmp_path):
     """What comes of a child that signals this process, and the signals that were passed on."""
     ready = tmp_path / "ready"
     script = f"while [ ! -e {ready} ]; do sleep 0.01; done; {child_does}"
-    with Child(["sh", "-c", script]) as child, passed_on(child) as signals:
+    with passed_on(lambda: Child(["sh", "-c", script])) as (child, signals):
         assert os.getsid(child.pid) != os.getsid(0)
         ready.touch()
         code = child.wait()
@@ -98,6 +98,16 @@ def test_signals_are_passed_on_and_the_terminal_is_not_shared(tmp_path):
     does = "trap 'exit 5' USR1; kill -USR1 $PPID; while :; do sleep 0.01; done"
     assert told(does, tmp_path) == (5, [signal.SIGUSR1])
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_a_signal_that_comes_during_the_start_is_passed_on():
+    def start():
+        signal.raise_signal(signal.SIGUSR1)
+        return Child(["sleep", "1000"])
+
+    with passed_on(start) as (child, signals):
+        assert child.wait() == -signal.SIGUSR1
+    assert signals == [signal.SIGUSR1]
 
 
 def test_a_closed_terminal_means_stop_and_what_is_ignored_stays_so(tmp_path):
