@@ -10,6 +10,7 @@ as the environment has it, so that processes started by a test see the same stor
                           "fail_after=5": so does each after the fifth
                           "truncate_every=2": each second put stores half of it and says nothing
                           "slow_s=0.1": each put takes so long
+                          "hang_after=2": a put after the second takes for ever
                           "refuse=1": any request is refused
                           "away=1": no request is answered
 """
@@ -61,6 +62,8 @@ class ObjectStore(AbstractFileSystem):
         with self._counting:
             ObjectStore.num_puts += 1
             count = ObjectStore.num_puts
+        if count > faults.get("hang_after", count):
+            time.sleep(3600)
         if _each(count, faults.get("fail_every")) or count > faults.get("fail_after", count):
             raise StoreError("503 Slow Down")
         if _each(count, faults.get("truncate_every")):

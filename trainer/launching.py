@@ -143,7 +143,7 @@ def _freeze(config: TrainerConfig, given: Collection[str]) -> Path:
 
 def _run(command: list[str]) -> int:
     """Runs a program to which signals are forwarded; returns its exit code."""
-    with Child(command, environment()) as child, passed_on(child):
+    with passed_on(lambda: Child(command, environment())) as (child, _):
         code = child.wait()
     assert code is not None
     return exit_code(code)

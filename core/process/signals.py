@@ -38,22 +38,33 @@ def hold() -> None:
 
 
 @contextmanager
-def passed_on(child: Child) -> Iterator[list[signal.Signals]]:
-    """Forwards each stop signal to a child, which decides what it means.
+def passed_on(start: Callable[[], Child]) -> Iterator[tuple[Child, list[signal.Signals]]]:
+    """Starts a child and forwards each stop signal to it, which decides what it means.
+
+    A signal that comes while the child is being started is forwarded once it runs.
 
     Yields:
-        List of the signals that have come so far.
+        The child, which is killed at the end, and the list of the signals that have come so far.
     """
+    children: list[Child] = []
     came: list[signal.Signals] = []
+
+    def send(number: signal.Signals) -> None:
+        for child in children:
+            # A program that handles the other signals may not know that SIGHUP asks it to stop too.
+            child.send(signal.SIGTERM if number == signal.SIGHUP else number)
 
     def forward(number: int, frame: FrameType | None) -> None:
         came.append(signal.Signals(number))
-        # A program that handles the other signals may not know that SIGHUP asks it to stop too.
-        child.send(signal.SIGTERM if number == signal.SIGHUP else came[-1])
+        send(came[-1])
 
     before = {number: signal.signal(number, forward) for number in heeded()}
     try:
-        yield came
+        with start() as child:
+            children.append(child)
+            for number in list(came):
+                send(number)
+            yield child, came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

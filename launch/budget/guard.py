@@ -94,7 +94,7 @@ class Guard:
         exit_at_once()
         # The handlers stay until the ledger is closed, even after the command has ended: a signal
         # must not end the guard before the last entry is written.
-        with Child(self._settings.command) as child, passed_on(child):
+        with passed_on(lambda: Child(self._settings.command)) as (child, _):
             stopping, code = self._watch(child)
             child.close()
             self._look()

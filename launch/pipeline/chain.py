@@ -126,7 +126,7 @@ class Chain:
 
     def _run(self, stage: Stage) -> tuple[int, bool]:
         say("pipeline", f"{stage.name} begins")
-        with Child(stage.command, environment()) as child, passed_on(child) as signals:
+        with passed_on(lambda: Child(stage.command, environment())) as (child, signals):
             code = child.wait()
         assert code is not None
         return exit_code(code), bool(signals)

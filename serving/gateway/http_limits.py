@@ -125,6 +125,14 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._made_progress = True
         super().on_message_complete()
 
+    def on_response_complete(self) -> None:
+        # Half of the next request may have come meanwhile: its time begins now, since a client may
+        # read the response first.
+        if self._header_timer is not None:
+            self._stop_header_timer()
+            self._start_header_timer()
+        super().on_response_complete()
+
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "invalid_http", msg)
 

@@ -47,7 +47,7 @@ class Run:
 
     def end(self):
         self.supervisor.send_signal(signal.SIGTERM)
-        assert self.supervisor.wait(60) == 33, self.printed
+        assert self.supervisor.wait(300) == 33, self.printed
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ class FakeServer:
         error_code: Of an error in a stream.
         stalls_after, breaks_after, errs_after: Tokens of a stream, once; then it says no more,
             closes the connection, or sends an error.
+        holds: File; as long as it exists, a stream of over 10 tokens has no more than these.
         seen: Bodies of requests.
         cancelled: Streams whose client went away.
     """
@@ -34,7 +35,7 @@ class FakeServer:
         self.tells_ids, self.models = tells_ids, models
         self.token_s, self.refuses, self.tells_usage = 0.0, None, True
         self.stalls_after = self.breaks_after = self.errs_after = None
-        self.error_code = 500
+        self.error_code, self.holds = 500, None
         self.seen, self.headers, self.cancelled = [], [], 0
 
     async def start(self, **where):
@@ -93,6 +94,8 @@ class FakeServer:
         while count < body["max_tokens"]:
             await asyncio.sleep(self.token_s)
             self._fail(count, writer)
+            while count == 10 and self.holds is not None and os.path.exists(self.holds):
+                await asyncio.sleep(0.02)
             if self.stalls_after == count:
                 await asyncio.sleep(30)
             token, count = token + 1, count + 1
@@ -141,7 +144,7 @@ async def main(settings):
         print("(EngineCore pid=7) ERROR 11-25 09:38:01 [core.py:1512] ValueError: no such layer")
         sys.exit("RuntimeError: Engine core initialization failed")
     fake = FakeServer(models=(settings.served_model_name,))
-    fake.token_s = 0.02
+    fake.holds = os.environ.get("FAKE_VLLM_HOLDS")
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     async with await asyncio.start_unix_server(fake._serve, settings.uds):

@@ -139,6 +139,7 @@ class Served:
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
         while not self.server.started:
+            assert self.thread.is_alive(), "the server ended before it listened"
             time.sleep(0.01)
         self.port = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -146,7 +147,8 @@ class Served:
 
     def __exit__(self, *_):
         self.server.should_exit = True
-        self.thread.join(10)
+        self.thread.join(120)
+        assert not self.thread.is_alive(), "the server does not end"
 
 
 @pytest.fixture(scope="session")
@@ -205,6 +207,14 @@ def stream_lines(response):
         if line.startswith("data: "):
             data = line.removeprefix("data: ")
             yield data if data == "[DONE]" else json.loads(data)
+
+
+async def until(condition, what, within_s=300.0):
+    """Waits in an event loop; what is waited for has to last, or a late look would miss it."""
+    end_s = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end_s, f"not in {within_s:g} s: {what}"
+        await asyncio.sleep(0.005)
 
 
 async def caught_at(running, ask, num_tokens, number=signal.SIGKILL):

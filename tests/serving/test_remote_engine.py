@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -26,6 +27,7 @@ from serving.gateway.generation import lost
 from serving.rollout import Rollout
 from serving.text.pipeline import LocalStages
 from tests.serving.completions_server import FakeServer
+from tests.serving.conftest import until
 
 PROMPT = [5, 6, 7]
 
@@ -58,6 +60,18 @@ def with_remote(export, work, fake=None, **settings):
 
 async def chunks_of(engine, max_tokens=8, prompt=PROMPT, **settings):
     return [c async for c in engine.submit(TokenRequest("a", prompt, max_tokens, **settings))]
+
+
+async def chunks_of_one_that_is_held(engine, holds, lose):
+    """Calls `lose` once the tokens have come that come as long as the file `holds` exists."""
+    holds.touch()
+    chunks = []
+    async for chunk in engine.submit(TokenRequest("a", PROMPT, 40)):
+        chunks.append(chunk)
+        if len(chunks) == 10:
+            lose()
+            holds.unlink()
+    return chunks
 
 
 def tokens_of(chunks):
@@ -140,11 +154,13 @@ def test_text_that_has_begun_is_lost(export):
 
 def test_a_stall_is_an_error(export):
     async def work(engine, server):
+        assert engine._client._http.timeout.read == 50
+        engine._client._http.timeout = httpx.Timeout(0.3)  # only now: a slow start is no stall
         server.stalls_after = 2
         with pytest.raises(EngineError, match="nothing for 0.3 s"):
             await chunks_of(engine)
 
-    with_remote(export, work, step_timeout_s=0.3)
+    with_remote(export, work, step_timeout_s=50)
 
 
 def test_leaving_early_cancels(export):
@@ -155,9 +171,7 @@ def test_leaving_early_cancels(export):
         assert engine.stats().running == 1
         await stream.aclose()
         assert engine.stats().running == 0
-        async with asyncio.timeout(120):
-            while not server.cancelled:
-                await asyncio.sleep(0.01)
+        await until(lambda: server.cancelled, "the server has seen it go")
 
     with_remote(export, work)
 
@@ -186,19 +200,12 @@ def test_refusals(export, status, headers, told, retry_after_s):
 
 def test_readiness_is_a_token(export):
     async def work(engine, server):
-        async def until(is_ready):
-            async with asyncio.timeout(120):
-                while engine.is_ready != is_ready:
-                    await asyncio.sleep(0.01)
-
         server.refuses = 503, [], "busy"
-        await until(False)
+        await until(lambda: not engine.is_ready, "a probe that is refused")
         server.refuses = None
-        await until(True)
+        await until(lambda: engine.is_ready, "a probe that is answered")
         asked = len(server.seen)
-        async with asyncio.timeout(120):
-            while len(server.seen) < asked + 2:  # a probe each 0.1 s
-                await asyncio.sleep(0.01)
+        await until(lambda: len(server.seen) >= asked + 2, "two more probes")
         assert engine.stats().kv_cache_usage == 0.25
         assert server.seen[-1]["max_tokens"] == 1
 
@@ -308,7 +315,9 @@ def with_vllm(export, work, **settings):
     return asyncio.run(run())
 
 
-def test_a_vllm_of_our_own(export, fake_vllm, monkeypatch):
+def test_a_vllm_of_our_own(export, fake_vllm, monkeypatch, tmp_path):
+    monkeypatch.setenv("FAKE_VLLM_HOLDS", str(tmp_path / "holds"))
+
     async def work(engine):
         assert engine.info.engine == "vllm 0.32.0"
         assert (engine.info.max_context, engine.info.max_running) == (100, 4)
@@ -321,25 +330,21 @@ def test_a_vllm_of_our_own(export, fake_vllm, monkeypatch):
         assert os.stat(Path(words[-1]).parent).st_mode & 0o777 == 0o700
         folder = Path(words[-1]).parent
         for number in (signal.SIGKILL, signal.SIGSTOP):
-            task = asyncio.create_task(chunks_of(engine, max_tokens=40))
-            while not engine.stats().running:
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(0.2)
-            pid = engine.pid
-            os.kill(pid, number)
-            async with asyncio.timeout(120):
-                assert tokens_of(await task) == list(range(8, 48))
-            assert engine.pid != pid and engine.is_ready
-        pid = engine.pid
+            pid, restarts = engine.pid, engine.stats().restarts
+            lose = partial(os.kill, pid, number)
+            async with asyncio.timeout(300):
+                chunks = await chunks_of_one_that_is_held(engine, tmp_path / "holds", lose)
+            assert tokens_of(chunks) == list(range(8, 48))
+            assert engine.stats().restarts == restarts + 1
+            await until(lambda: engine.is_ready, "the other process is ready")
+            assert engine.pid != pid
         engine._reaper.stdin.close()  # as the kernel does when the gateway is killed
-        async with asyncio.timeout(120):
-            while engine.pid == pid or not engine.is_ready:
-                await asyncio.sleep(0.02)
-        assert engine.stats().restarts == 3
+        await until(lambda: engine.stats().restarts == 3, "a third process is started")
+        await until(lambda: engine.is_ready, "the third process is ready")
         return folder
 
     def quick(config):
-        return dataclasses.replace(watch_of(config), probe_timeout_s=2.0)
+        return dataclasses.replace(watch_of(config), probe_timeout_s=5.0)
 
     monkeypatch.setattr("serving.engines.selection.watch_of", quick)
     folder = with_vllm(export, work, probe_interval_s=0.2, max_batch_tokens=512)

@@ -1,5 +1,7 @@
 """`python -m serving` as a user runs it."""
 
+import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -20,7 +22,9 @@ from serving.gateway.admin import add_admin
 from serving.gateway.app import add_error_handlers
 from serving.models import Outcomes
 from serving.rollout import Rollout, judge
-from tests.serving.conftest import Process, save_model, stream_lines
+from serving.server import serve
+from serving.text.pipeline import LocalStages
+from tests.serving.conftest import FakeEngine, Process, save_model, stream_lines
 
 
 def complete(url, **fields):
@@ -55,58 +59,168 @@ def is_gone(pid):
     return False
 
 
+class HeldEngine(FakeEngine):
+    """Says two tokens of each request, and the others once `is_open` is set."""
+
+    def __init__(self, tokens):
+        super().__init__(tokens)
+        self.is_open = asyncio.Event()
+
+    async def submit(self, request):
+        said = 0
+        async for chunk in super().submit(request):
+            yield chunk
+            said += 1
+            if said == 2:
+                await self.is_open.wait()
+
+
+def test_it_refuses_what_comes_while_what_runs_ends(served, monkeypatch, capsys):
+    parts = served()
+    engine = HeldEngine(parts.engine.tokens)
+
+    async def start(artifact, *_):
+        return Deployment(artifact, engine, LocalStages(parts.files))
+
+    async def stream(client):
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 40, "stream": True}
+        async with client.stream("POST", "/v1/completions", json=body) as answer:
+            return answer.status_code, [line async for line in answer.aiter_lines() if line]
+
+    async def work():
+        serving, said = asyncio.create_task(serve(parts.config)), ""
+        while " at http" not in said:
+            await asyncio.sleep(0.01)
+            assert not serving.done()
+            said += capsys.readouterr().out
+        url = said.split()[-1].removesuffix("/v1")
+        async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+            streams = [asyncio.create_task(stream(client)) for _ in range(4)]
+            while len(engine.seen) < 4:
+                await asyncio.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+            # None of the four can end before `is_open`, so neither can the server.
+            while (await client.get("/readyz")).status_code != 503:
+                await asyncio.sleep(0.01)
+            body = {"model": "tiny", "prompt": "late"}
+            late = await client.post("/v1/completions", json=body)
+            assert late.status_code == 503 and late.json()["error"]["code"] == "draining"
+            for _ in range(30):  # what does not wait for the four would close the port by now
+                assert (await client.get("/readyz")).status_code == 503
+                await asyncio.sleep(0.01)
+            engine.is_open.set()
+            for status, lines in await asyncio.gather(*streams):
+                assert status == 200 and lines[-1] == "data: [DONE]"
+                assert '"finish_reason":"length"' in lines[-2]
+            await serving
+        assert len(engine.seen) == 4 and not engine.is_ready
+
+    parts.config.port, parts.config.model_name = 0, "tiny"
+    monkeypatch.setattr(Deployment, "start", start)
+    asyncio.run(work())
+
+
+class Readers:
+    """Eight clients that ask again and again until the server says that it drains, or is gone.
+
+    So there are always streams to cut off, whenever it is told to stop.
+
+    Attributes:
+        whole: Ids of streams that ended as they should.
+        across: Those of them that began before the server was told and ended after.
+        failures: What went wrong, a line each.
+    """
+
+    BODY = {"model": "tiny", "prompt": "a", "max_tokens": 300, "stream": True, "ignore_eos": True}
+
+    def __init__(self, url):
+        self.url = f"{url}/v1/completions"
+        self.whole, self.across, self.failures = [], [], []
+        self.is_told = threading.Event()
+        self._begun = [threading.Event() for _ in range(8)]
+        self._threads = [threading.Thread(target=self._read, args=(e,)) for e in self._begun]
+        for thread in self._threads:
+            thread.start()
+
+    def wait_until_all_read(self):
+        """Waits until each has had the beginning of an answer, which stays true."""
+        for begun in self._begun:
+            assert begun.wait(300), f"no stream began: {self.failures}"
+
+    def join(self):
+        for thread in self._threads:
+            thread.join(300)
+            assert not thread.is_alive(), f"a reader still reads: {self.failures}"
+
+    def _read(self, begun):
+        try:
+            while self._read_one(begun):
+                pass
+        except Exception as e:
+            self.failures.append(f"{type(e).__name__}: {e}")
+        finally:
+            begun.set()
+
+    def _read_one(self, begun):
+        """Reads a stream to its end; returns whether another may be asked for."""
+        with contextlib.ExitStack() as held:
+            try:
+                answer = held.enter_context(
+                    httpx.stream("POST", self.url, json=self.BODY, timeout=300)
+                )
+            except httpx.TransportError:
+                if self.is_told.is_set():
+                    return False  # the port is closed: nothing had begun
+                raise
+            if answer.status_code == 503 and self.is_told.is_set():
+                assert json.loads(answer.read())["error"]["code"] == "draining"
+                return False
+            assert answer.status_code == 200
+            events = stream_lines(answer)
+            next(events)
+            was_told = self.is_told.is_set()
+            begun.set()
+            *_, last, done = events
+            assert done == "[DONE]" and last["choices"][0]["finish_reason"] == "length"
+            self.whole.append(last["id"])
+            if self.is_told.is_set() and not was_told:
+                self.across.append(last["id"])
+        return True
+
+
 def terminate_under_streams(export, after_s=0.0):
-    """A server that is told to stop while eight clients read; asserts that it cuts none off."""
+    """Stops a server while eight clients read; asserts that it cuts none off.
+
+    Returns:
+        Number of streams that it was in the middle of.
+    """
     process = Process(export, "engine.num_threads=1", "engine.max_running=8")
-    answers = []
-
-    def read():
-        body = {
-            "model": "tiny",
-            "prompt": "a",
-            "max_tokens": 300,
-            "stream": True,
-            "ignore_eos": True,
-        }
-        url = f"{process.url}/v1/completions"
-        with httpx.stream("POST", url, json=body, timeout=300) as answer:
-            answers.append((answer.status_code, list(stream_lines(answer))))
-
-    threads = [threading.Thread(target=read) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    while "num_requests_running{" not in (text := httpx.get(f"{process.url}/metrics").text) or (
-        " 8.0"
-        not in next(x for x in text.splitlines() if x.startswith("spotforge_num_requests_running{"))
-    ):
-        time.sleep(0.01)
-    time.sleep(after_s)
-    engine_pid = process.engine_pid()
-    process.process.send_signal(signal.SIGTERM)
-    while httpx.get(f"{process.url}/readyz").status_code != 503:
-        time.sleep(0.01)
-    late = complete(process.url)
-    assert late.status_code == 503 and late.json()["error"]["code"] == "draining"
-    for thread in threads:
-        thread.join(120)
-    assert process.process.wait(120) == 0
-    process.process.stdout.close()
-    for status, events in answers:
-        assert status == 200 and events[-1] == "[DONE]"
-        assert events[-2]["choices"][0]["finish_reason"] == "length"
-    assert len(answers) == 8
+    readers = Readers(process.url)
+    try:
+        readers.wait_until_all_read()
+        time.sleep(after_s)
+        engine_pid = process.engine_pid()
+        readers.is_told.set()
+        assert process.stop() == 0
+        readers.join()
+    finally:
+        process.process.kill()
+        process.process.wait()
+        readers.is_told.set()
+    assert readers.failures == [] and len(set(readers.whole)) >= 8
     assert is_gone(engine_pid)
+    return len(readers.across)
 
 
 def test_sigterm_lets_streams_end(export):
-    terminate_under_streams(export)
+    # On a machine that lets the readers wait, all streams may have ended just before the signal.
+    assert any(terminate_under_streams(export) for _ in range(5))
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_twenty_sigterms_cut_off_no_stream(export):
-    for i in range(20):
-        terminate_under_streams(export, after_s=i * 0.02)
+    assert sum(terminate_under_streams(export, after_s=i * 0.02) for i in range(20)) > 0
 
 
 def test_the_engine_dies_with_the_gateway(export):

@@ -27,7 +27,7 @@ from serving.text.pipeline import LocalStages
 from serving.text.split import SplitStages
 from serving.text.tokenizer import TokenizerFiles, load
 from tests import programs
-from tests.serving.conftest import FakeEngine, Process
+from tests.serving.conftest import FakeEngine, Process, until
 
 TEXT = "naïve ☕🦊 the cat sat on a mat, 日本 and dogs ran\n"
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -67,13 +67,6 @@ async def post(served, path, body, **headers):
     headers = {"content-type": "application/json", **headers}
     async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
         return await client.post(f"/v1/{path}", content=json.dumps(body), headers=headers)
-
-
-async def until(condition, within_s=120.0):
-    began_s = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began_s < within_s
-        await asyncio.sleep(0.002)
 
 
 def is_alive(pid):
@@ -127,8 +120,9 @@ def test_decoders_share_the_sequences(export, files, split, runner):
     async def work():
         running = asyncio.create_task(chunks_of(deployment(export, files, split, 0.01), 8))
         loads = [worker.load for worker in split.decoders.workers]
-        while not running.done() and sum(loads) < 8:
-            await asyncio.sleep(0.002)
+        while sum(loads) < 8:  # without a pause, in which all might end on a slow machine
+            assert not running.done()
+            await asyncio.sleep(0)
             loads = [worker.load for worker in split.decoders.workers]
         await running
         return loads, [worker.load for worker in split.decoders.workers]
@@ -142,14 +136,16 @@ def test_streams_outlive_their_decoder(export, files, split, runner, number):
         wanted = await chunks_of(deployment(export, files, LocalStages(files)), 8)
         running = asyncio.create_task(chunks_of(deployment(export, files, split, 0.01), 8))
         worker, restarts = split.decoders.workers[0], split.restarts
-        await until(lambda: worker.load == 4)
-        await asyncio.sleep(0.3)  # some tokens on
+        while worker.load < 4:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.3)  # some tokens on, of 120 that take 0.01 s each
+        assert not running.done()
         pid = worker.pid
         os.kill(pid, number)
-        await until(lambda: not worker.is_up)
+        await until(lambda: split.restarts > restarts, "the decoder's replacement")
         assert await running == wanted
-        await until(lambda: worker.is_up)
-        assert split.is_ready and split.restarts > restarts and not is_alive(pid)
+        await until(lambda: worker.is_up, "the decoder is up again")
+        assert split.is_ready and not is_alive(pid)
 
     runner.run(work())
 
@@ -160,28 +156,43 @@ def test_prompts_outlive_their_encoder(files, split, runner, number):
         prompts = [f"{i} naïve {'cat ' * (i % 50)}" for i in range(400)]
         wanted = await LocalStages(files).encode(prompts)
         worker = split.encoders.workers[1]
+        restarts = split.restarts
         running = asyncio.create_task(split.encode(prompts))
-        await until(lambda: worker.load)
+        while not worker.load:
+            await asyncio.sleep(0)
         os.kill(worker.pid, number)
         assert worker.load, "it was too late"
         assert await running == wanted
-        await until(lambda: worker.is_up)
+        await until(lambda: split.restarts > restarts, "the encoder's replacement")
+        await until(lambda: worker.is_up, "the encoder is up again")
 
     runner.run(work())
 
 
-def test_nobody_lives(export, files, split, runner):
+def test_nobody_lives(export, files, split, runner, monkeypatch):
+    launch, may_launch = pool.Worker.launch, asyncio.Event()
+
+    async def launch_later(worker):
+        await may_launch.wait()  # the first could be up again before the last is gone
+        await launch(worker)
+
+    monkeypatch.setattr(pool.Worker, "launch", launch_later)
+
     async def work():
         workers = split.encoders.workers + split.decoders.workers
         served = deployment(export, files, split)
         wanted = await chunks_of(deployment(export, files, LocalStages(files)), 2)
         for worker in workers:
             os.kill(worker.pid, signal.SIGKILL)
-        await until(lambda: not (split.encoders.is_ready or split.decoders.is_ready))
+        await until(lambda: not any(worker.is_up for worker in workers), "all are down")
         assert not served.is_ready
-        ids, found = await asyncio.gather(split.encode(["the cat"]), chunks_of(served, 2))
+        asked = asyncio.gather(split.encode(["the cat"]), chunks_of(served, 2))
+        await asyncio.sleep(0.02)
+        assert not asked.done()
+        may_launch.set()
+        ids, found = await asked
         assert ids == await LocalStages(files).encode(["the cat"]) and found == wanted
-        await until(lambda: all(worker.is_up for worker in workers))
+        await until(lambda: all(worker.is_up for worker in workers), "all are up again")
         assert served.is_ready
 
     runner.run(work())
@@ -198,10 +209,19 @@ def test_a_long_prompt_holds_up_no_other(files, split, runner):
             return found
 
         async with asyncio.TaskGroup() as group:
+            # Stopped until they have been sent everything: on a machine that lets this process
+            # wait, the long ones would have ended before the short ones come.
+            pids = [worker.pid for worker in split.encoders.workers]
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
             slow = [group.create_task(encode("long", long)) for _ in range(2)]
-            await until(lambda: all(worker.load > 10**6 for worker in split.encoders.workers))
-            for i in range(6):
-                group.create_task(encode("short", f"short {i}"))
+            while not all(worker.load > 10**6 for worker in split.encoders.workers):
+                await asyncio.sleep(0)
+            short = [group.create_task(encode("short", f"short {i}")) for i in range(6)]
+            await asyncio.sleep(0)
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+        assert len(short) == ended.count("short") == 6
         assert ended[0] == "short"  # there is a long one before it at either encoder
         assert slow[0].result() == slow[1].result()
 

@@ -55,14 +55,18 @@ def test_what_a_program_says():
 
 def test_a_program_that_takes_too_long_is_killed_with_what_it_started(tmp_path):
     program = f"sleep 1000 & echo $! > {tmp_path}/pid; sleep 1000"
-    with pytest.raises(TimeoutError):
-        run(["sh", "-c", program], timeout_s=0.3)
+    for timeout_s in (0.3, 3, 30):
+        with pytest.raises(TimeoutError):
+            run(["sh", "-c", program], timeout_s=timeout_s)
+        if (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text():
+            break  # it had the time to start something
     wait_until(lambda: not is_running(int((tmp_path / "pid").read_text())))
 
 
 def test_a_program_is_killed_where_polling_raises(tmp_path):
     def poll():
-        raise KeyError
+        if (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text():
+            raise KeyError
 
     with pytest.raises(KeyError):
         run(["sh", "-c", f"echo $$ > {tmp_path}/pid; exec sleep 1000"], poll=poll)
@@ -81,7 +85,7 @@ def told(child_does, tmp_path):
     """What comes of a child that signals this process, and the signals that were passed on."""
     ready = tmp_path / "ready"
     script = f"while [ ! -e {ready} ]; do sleep 0.01; done; {child_does}"
-    with Child(["sh", "-c", script]) as child, passed_on(child) as signals:
+    with passed_on(lambda: Child(["sh", "-c", script])) as (child, signals):
         assert os.getsid(child.pid) != os.getsid(0)
         ready.touch()
         code = child.wait()
@@ -94,6 +98,16 @@ def test_signals_are_passed_on_and_the_terminal_is_not_shared(tmp_path):
     does = "trap 'exit 5' USR1; kill -USR1 $PPID; while :; do sleep 0.01; done"
     assert told(does, tmp_path) == (5, [signal.SIGUSR1])
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_a_signal_that_comes_during_the_start_is_passed_on():
+    def start():
+        signal.raise_signal(signal.SIGUSR1)
+        return Child(["sleep", "1000"])
+
+    with passed_on(start) as (child, signals):
+        assert child.wait() == -signal.SIGUSR1
+    assert signals == [signal.SIGUSR1]
 
 
 def test_a_closed_terminal_means_stop_and_what_is_ignored_stays_so(tmp_path):

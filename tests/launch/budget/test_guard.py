@@ -9,8 +9,9 @@ import time
 
 import pytest
 
+from core.folder import append_line
 from launch.budget.ledger import read_account
-from tests.launch.budget.conftest import end
+from tests.launch.budget.conftest import Site, end
 
 
 def wait_for(condition, timeout_s=300):
@@ -30,32 +31,53 @@ def is_alive(pid):
         return file.read().rpartition(")")[2].split()[0] != "Z"
 
 
+def guard_until_it_worked(site, budget_usd, *options, stand_in=(), events=()):
+    """Has the guard stop its command after two seconds, which cost a dollar each.
+
+    A machine that needs longer to start the command gets more, in folders of their own.
+
+    Returns:
+        The site, the budget, and the guard's exit code and words.
+    """
+    for more_usd in (0, 6, 30, 120):
+        one = Site(site.folder / f"and-{more_usd}")
+        one.run_dir.mkdir(parents=True)
+        for event in events:
+            append_line(one.run_dir / "events.jsonl", json.dumps(event))
+        command, budget = one.stand_in(*stand_in), budget_usd + more_usd
+        code, said = end(one.guard("--budget-usd", budget, *options, command=command))
+        if (one.run_dir / "heard").exists():
+            return one, budget, code, said
+    raise AssertionError(f"it was told to stop before it was there: {said}")
+
+
 def test_at_the_budget_it_saves_and_ends_and_goes_on_with_more(site):
     # A second is a dollar: it works for two of them, and may take 30 to stop.
-    code, said = end(site.guard("--budget-usd", 32, "--stop-s", 30))
+    site, budget_usd, code, said = guard_until_it_worked(site, 32, "--stop-s", 30)
     assert code == 2
     first = read_account(site.ledger)
     step = first.starts[-1].step
-    assert 32 - 30.2 < first.spent_usd < 32
+    assert budget_usd - 30.2 < first.spent_usd < budget_usd
     assert (site.run_dir / "checkpoints" / f"step-{step:08d}").is_dir()
     line = said.splitlines()[-1]
     assert line == (
-        f"launch.budget_usd=32: ${first.spent_usd:.2f} are spent and the run is saved at step "
-        f"{step}; raise it and run the same command"
+        f"launch.budget_usd={budget_usd}: ${first.spent_usd:.2f} are spent and the run is saved "
+        f"at step {step}; raise it and run the same command"
     )
 
     # Again with nothing left: refused, and the command is not started
     os.unlink(site.run_dir / "pid")
-    code, said = end(site.guard("--budget-usd", 32, "--stop-s", 31))
+    code, said = end(site.guard("--budget-usd", budget_usd, "--stop-s", 31))
     assert code == 2 and "a tick and a save here cost $31.10; raise it to " in said
     needed = float(re.search(r"raise it to ([\d.]+)", said)[1])
     assert 0 <= needed - read_account(site.ledger).spent_usd - 31.1 <= 0.011
     assert not (site.run_dir / "pid").exists()
 
-    code, said = end(site.guard("--budget-usd", first.spent_usd + 32, "--stop-s", 30))
+    more_usd = first.spent_usd + budget_usd
+    code, said = end(site.guard("--budget-usd", more_usd, "--stop-s", 30))
     account = read_account(site.ledger)
     assert code == 2 and account.starts[-1].step > step
-    assert first.spent_usd < account.spent_usd < first.spent_usd + 32
+    assert first.spent_usd < account.spent_usd < more_usd
     assert [start.reason for start in account.starts] == [
         "stopped at the budget",
         "refused",
@@ -65,23 +87,22 @@ def test_at_the_budget_it_saves_and_ends_and_goes_on_with_more(site):
 
 
 def test_a_save_that_is_too_slow_is_cut_at_the_budget(site):
-    command = site.stand_in("--save-s", "60")
-    options = ("--budget-usd", 2.5, "--stop-s", 0.3, "--tick-s", 0.5)
-    code, said = end(site.guard(*options, command=command))
+    options = ("--stop-s", 0.3, "--tick-s", 0.5)
+    stand_in = ("--save-s", "1000")
+    site, budget_usd, code, said = guard_until_it_worked(site, 2.5, *options, stand_in=stand_in)
     assert code == 2 and "killed while saving" in said
     account = read_account(site.ledger)
-    assert 2.5 <= account.spent_usd < 60  # what the save alone would have cost
+    assert budget_usd <= account.spent_usd < 1000  # what the save alone would have cost
     assert not is_alive(int((site.run_dir / "pid").read_text()))
 
 
 def test_a_slow_save_of_before_makes_it_stop_earlier(site):
-    site.run_dir.mkdir()
     event = {"time": 1.0, "event": "checkpoint", "step": 1, "blocking_s": 20, "write_s": 40}
-    (site.run_dir / "events.jsonl").write_text(json.dumps(event) + "\n")
-    code, said = end(site.guard("--budget-usd", 92, "--stop-s", 0.1))
+    options = ("--stop-s", 0.1)
+    site, budget_usd, code, said = guard_until_it_worked(site, 92, *options, events=[event])
     assert code == 2 and "killed" not in said
     stopping = re.search(r"\$(\S+) are spent: stopping", said)
-    assert float(stopping[1]) < 92 - 60  # by --stop-s alone it would be at least 91.8
+    assert float(stopping[1]) < budget_usd - 60  # by --stop-s alone it would be at least 91.8
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 33])
@@ -94,8 +115,11 @@ def test_other_ends_are_the_commands_own(site, code):
 
 
 def test_without_a_budget_it_only_counts(site):
-    command = site.stand_in("--steps", "60")
-    assert end(site.guard("--estimate", '{"usd": 3, "tokens": 6e4}', command=command))[0] == 0
+    command = site.stand_in("--steps", "60", "--until", site.folder / "go")
+    guard = site.guard("--estimate", '{"usd": 3, "tokens": 6e4}', command=command)
+    wait_for(lambda: len(site.entries("tick")) >= 4)
+    (site.folder / "go").touch()
+    assert end(guard)[0] == 0
     account = read_account(site.ledger)
     assert account.estimate.usd == 3 and account.spent_usd > 0.3
     ticks = [entry["usd"] for entry in site.entries("tick")]

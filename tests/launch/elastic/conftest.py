@@ -13,10 +13,14 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 TOY_RANK = Path(__file__).with_name("toy_rank.py")
+LONG = ["--steps", 100000]  # which no machine ever comes to the end of
 
 
 def wait_until(condition, what, timeout_s=300):
-    """What `condition` returns, once that is true; fails with what `what()` says."""
+    """What `condition` returns, once that is true; fails with what `what()` says.
+
+    It has to stay true, or a late look would miss it.
+    """
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         assert time.monotonic() < deadline, what()

@@ -5,7 +5,8 @@
 A step waits for all ranks and carries the stop flag of each, as an all-reduce would; a rank that
 lost another waits for ever (NCCL), or with --echo fails (gloo). FOLDER keeps the checkpoint, and
 one line a start in `starts`. WHAT happens at STEP on RANK (-1: on each), TIMES times: error, hang,
-kill, notice (this machine goes away), or an exit code.
+kill, notice (this machine goes away), wait (for the file FOLDER/go), or an exit code. The file
+FOLDER/last says which step is the last, if it has to come at all.
 """
 
 import argparse
@@ -39,6 +40,7 @@ def main():
     parser.add_argument("--save-s", type=float, default=0.0)
     parser.add_argument("--deaf", type=int, default=-1, help="rank that ignores SIGTERM")
     parser.add_argument("--echo", action="store_true")
+    parser.add_argument("--saves-each-step", action="store_true")
     parser.add_argument("--do", nargs=4, action="append", default=[])
     toy = parser.parse_args()
 
@@ -55,15 +57,15 @@ def main():
     names = ("MASTER_ADDR", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "OMP_NUM_THREADS")
     environment = {name: os.environ[name] for name in names}
     start = {"pid": os.getpid(), "rank": RANK, "world_size": WORLD_SIZE, **environment}
-    with (toy.folder / "starts").open("a") as file:
-        file.write(json.dumps(start) + "\n")
     gang = toy.folder / f"gang-{os.environ['MASTER_PORT']}"
     gang.mkdir(exist_ok=True)
+    with (toy.folder / "starts").open("a") as file:
+        file.write(json.dumps({**start, "gang": gang.name}) + "\n")
 
     checkpoint = toy.folder / "checkpoint"
     step = int(checkpoint.read_text()) if checkpoint.exists() else 0
     try:
-        while step < toy.steps:
+        while step < last_step(toy):
             step += 1
             beat("train", step)
             time.sleep(toy.step_s)
@@ -72,15 +74,26 @@ def main():
                 (MINE / "stop_reason.txt").write_text(f"{told[0]}\n")
             if meet(gang, step, bool(told), toy.echo):
                 break
+            if toy.saves_each_step and RANK == 0:
+                save(checkpoint, step)
     except Exception:
         (MINE / "error.txt").write_text(traceback.format_exc())
         return 1
     beat("saving", step)
     if RANK == 0:
         time.sleep(toy.save_s)
-        checkpoint.with_suffix(".part").write_text(str(step))
-        checkpoint.with_suffix(".part").replace(checkpoint)
-    return 0 if step == toy.steps else 33
+        save(checkpoint, step)
+    return 0 if step == last_step(toy) else 33
+
+
+def last_step(toy):
+    last = toy.folder / "last"
+    return int(last.read_text()) if last.exists() else toy.steps
+
+
+def save(checkpoint, step):
+    checkpoint.with_suffix(".part").write_text(str(step))
+    checkpoint.with_suffix(".part").replace(checkpoint)
 
 
 def happen(toy, step, told):
@@ -98,6 +111,9 @@ def happen(toy, step, told):
             time.sleep(1000)
         elif what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif what == "wait":
+            while not (toy.folder / "go").exists():
+                time.sleep(0.005)
         elif what == "notice":
             told.append("the cloud takes this machine")
         else:

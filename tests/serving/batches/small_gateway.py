@@ -22,9 +22,9 @@ from serving.text.tokenizer import TokenizerFiles
 
 
 class EchoEngine:
-    """Says what it was told, after a while.
+    """Says what it was told, after a while; `until NAME` waits for the file LOG.NAME.
 
-    `boom` makes it fail, `slow` makes it slow, and `until NAME` waits for the file LOG.NAME.
+    `boom` makes it fail.
     """
 
     is_ready = True
@@ -39,7 +39,7 @@ class EchoEngine:
             log.write(text + "\n")
         if "boom" in text:
             raise EngineError("it went away")
-        await asyncio.sleep(0.8 if "slow" in text else self._delay_s)
+        await asyncio.sleep(self._delay_s)
         _, waits, name = text.rpartition(" until ")
         while waits and not self._log.with_suffix(f".{name}").exists():
             await asyncio.sleep(0.02)

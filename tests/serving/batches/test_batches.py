@@ -9,7 +9,7 @@ import pytest
 from serving.batches.batches import Batches
 from serving.batches.database import Database
 from serving.keys import create, revoke
-from tests.serving.batches.small import begin, end, read, request, upload, wait_until
+from tests.serving.batches.small import begin, end, read, request, requests, upload, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -135,23 +135,26 @@ def test_keys_do_not_see_each_other(gateway, client, keys):
 
 def test_a_key_that_was_revoked_asks_no_more(gateway, folder):
     with gateway.client(create(folder / "keys.json", "carol")) as carol:
-        batch = begin(carol, [request(str(i), f"slow {i}") for i in range(8)])
-        wait_until(lambda: gateway.asked().count("slow 3") == 1)
+        batch = begin(carol, requests(8, "carol", revoked=0))
+        wait_until(lambda: len(gateway.asked("carol")) == 4)
         revoke(folder / "keys.json", "carol")
+        gateway.open_gate("revoked")
     database = Database(folder / "batches")
     try:
         batches = Batches(database)
         wait_until(lambda: batches.get("carol", batch.id)["status"] == "completed")
         assert batches.get("carol", batch.id)["request_counts"]["failed"] == 4
+        assert len(gateway.asked("carol")) == 4
     finally:
         database.close()
 
 
 def test_a_file_that_is_read_is_not_deleted(gateway, client):
-    batch = begin(client, [request("a", "slow")])
+    batch = begin(client, requests(1, "read", deleted=0))
     with pytest.raises(openai.ConflictError, match="still reads"):
         client.files.delete(batch.input_file_id)
     client.batches.cancel(batch.id)
+    gateway.open_gate("deleted")
     assert end(client, batch).status == "cancelled"
     assert client.files.delete(batch.input_file_id).deleted
     with pytest.raises(openai.NotFoundError):
@@ -159,17 +162,19 @@ def test_a_file_that_is_read_is_not_deleted(gateway, client):
 
 
 def test_cancelling_ends_what_runs_and_begins_nothing(gateway, client):
-    batch = begin(client, [request(str(i), f"slow cancel {i}") for i in range(20)])
-    wait_until(lambda: any("slow cancel 3" in line for line in gateway.asked()))
+    batch = begin(client, requests(20, "cancel", cancelled=0))
+    wait_until(lambda: len(gateway.asked("cancel")) == 4)
     assert client.batches.cancel(batch.id).status == "cancelling"
+    gateway.open_gate("cancelled")
     batch = end(client, batch)
     assert batch.status == "cancelled" and batch.cancelled_at >= batch.cancelling_at
-    assert [line["custom_id"] for line in read(client, batch.output_file_id)] == list("0123")
+    answered = [line["custom_id"] for line in read(client, batch.output_file_id)]
+    assert answered == [f"r{i}" for i in range(4)]
     unanswered = read(client, batch.error_file_id)
-    assert [line["custom_id"] for line in unanswered] == [str(i) for i in range(4, 20)]
+    assert [line["custom_id"] for line in unanswered] == [f"r{i}" for i in range(4, 20)]
     assert {line["error"]["code"] for line in unanswered} == {"batch_cancelled"}
     assert client.batches.cancel(batch.id).status == "cancelled"
-    assert sum("slow cancel" in line for line in gateway.asked()) == 4
+    assert len(gateway.asked("cancel")) == 4
 
 
 def test_what_has_ended_is_not_cancelled(client):
@@ -254,26 +259,28 @@ def test_an_engine_that_is_full_is_asked_again(small_gateway):
     full = ["engine.max_running=1", "admission.max_queued_requests=1", "batches.concurrency=6"]
     gateway = small_gateway(0.05, *full)
     with gateway.client() as client:
-        batch = end(client, begin(client, [request(str(i), f"p{i}") for i in range(12)]))
+        batch = begin(client, requests(12, "p", refused=0))
+        wait_until(lambda: "queue_full" in httpx.get(f"{gateway.url}/metrics").text)
+        gateway.open_gate("refused")
+        batch = end(client, batch)
         assert batch.request_counts.completed == 12 and batch.error_file_id is None
-        metrics = httpx.get(f"{gateway.url}/metrics").text
-        refused = [line for line in metrics.splitlines() if "queue_full" in line]
-    assert refused, metrics
-    assert sorted(gateway.asked()) == sorted(f"p{i}" for i in range(12))
+    assert sorted(gateway.asked()) == sorted(f"p {i}" for i in range(12))
 
 
 def test_a_batch_expires(small_gateway):
-    gateway = small_gateway(0.1, "batches.concurrency=1")
+    gateway = small_gateway(0.0, "batches.concurrency=1")
     with gateway.client() as client:
-        batch = begin(client, [request(str(i), f"p{i}") for i in range(50)])
+        batch = begin(client, requests(50, "p", expired=2))
         wait_until(lambda: len(gateway.asked()) > 2)
         database = Database(gateway.folder / "batches")
         with database.transaction() as transaction:
             transaction.execute("UPDATE batches SET expires_at = ?", (int(time.time()),))
         database.close()
+        gateway.open_gate("expired")
         batch = end(client, batch)
         assert batch.status == "expired" and batch.expired_at is not None
         done = [line["custom_id"] for line in read(client, batch.output_file_id)]
         late = read(client, batch.error_file_id)
-    assert done + [line["custom_id"] for line in late] == [str(i) for i in range(50)]
+    assert done == [f"r{i}" for i in range(3)]  # the third was on its way
+    assert [line["custom_id"] for line in late] == [f"r{i}" for i in range(3, 50)]
     assert {line["error"]["code"] for line in late} == {"batch_expired"}

@@ -13,7 +13,7 @@ import pytest
 
 from serving.batches.database import Database
 from serving.keys import create
-from tests.serving.batches.small import ROOT, SmallGateway, begin, end, read, request, wait_until
+from tests.serving.batches.small import ROOT, SmallGateway, begin, end, read, requests, wait_until
 
 pytestmark = pytest.mark.skipif(
     shutil.which("redis-server") is None, reason="needs redis-server: apt install redis-server"
@@ -29,14 +29,17 @@ def free_port():
 class Redis:
     def __init__(self, folder):
         self._folder, self.port = folder, free_port()
+        while not self.start():  # another process was given that port meanwhile
+            self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
-        self.start()
 
     def start(self):
+        """Returns whether it listens; not where its port is taken."""
         command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1"]
         command += ["--save", "", "--dir", str(self._folder)]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        wait_until(self._is_up)
+        wait_until(lambda: self._is_up() or self.process.poll() is not None)
+        return self.process.poll() is None
 
     def stop(self):
         self.process.kill()
@@ -134,41 +137,18 @@ def check_all_once(client, batch, num_lines):
     assert names == [f"r{i}" for i in range(num_lines)]
 
 
-def requests(num_lines, name, **held_from):
-    """Lines whose answers wait, from a number on, until the gate of that name is opened."""
-    lines = []
-    for i in range(num_lines):
-        gates = [gate for gate, first in held_from.items() if i >= first]
-        until = f" until {gates[-1]}" if gates else ""
-        lines.append(request(f"r{i}", f"{name} {i}{until}"))
-    return lines
-
-
-def open_gate(gateway, name):
-    gateway.log.with_suffix(f".{name}").touch()
-
-
-def asked(gateway, name):
-    texts = [text.partition(" until ")[0] for text in gateway.asked()]
-    return [text for text in texts if text.startswith(name)]
-
-
-def committed(gateway, name):
-    return {f"{name} {row['number'] - 1}" for row in lines(gateway, "result IS NOT NULL")}
-
-
 def test_a_killed_worker_s_batch_goes_to_another(gateway, start_worker, key):
     worker = start_worker("a", visibility_timeout_s=2)
     with gateway.client(key) as client:
         batch = begin(client, requests(40, "killed", killed=20))
-        wait_until(lambda: len(committed(gateway, "killed")) == 20)
+        wait_until(lambda: len(gateway.committed("killed")) == 20)
         kill(worker)
-        done, before = committed(gateway, "killed"), len(asked(gateway, "killed"))
-        open_gate(gateway, "killed")
+        done, before = gateway.committed("killed"), len(gateway.asked("killed"))
+        gateway.open_gate("killed")
         start_worker("b", visibility_timeout_s=2)
         check_all_once(client, end(client, batch), 40)
-    assert not done & set(asked(gateway, "killed")[before:])
-    assert len(asked(gateway, "killed")) <= 42  # no more than what ran when it was killed
+    assert not done & set(gateway.asked("killed")[before:])
+    assert len(gateway.asked("killed")) <= 42  # no more than what ran when it was killed
 
 
 def test_a_killed_task_goes_on_and_a_worker_that_stops_gives_it_back(gateway, start_worker, key):
@@ -176,20 +156,20 @@ def test_a_killed_task_goes_on_and_a_worker_that_stops_gives_it_back(gateway, st
     worker = start_worker("a")
     with gateway.client(key) as client:
         batch = begin(client, requests(80, "task", first=20, second=40))
-        wait_until(lambda: len(committed(gateway, "task")) == 20)
+        wait_until(lambda: len(gateway.committed("task")) == 20)
         os.kill(child(worker.pid), signal.SIGKILL)
-        open_gate(gateway, "first")
+        gateway.open_gate("first")
         # The two lines that it had may come last: they are claimed for some seconds.
-        wait_until(lambda: len(committed(gateway, "task")) >= 38)
+        wait_until(lambda: len(gateway.committed("task")) >= 38)
         worker.terminate()
         assert worker.wait(120) == 0
-        done = committed(gateway, "task")
-        before = len(asked(gateway, "task"))
-        open_gate(gateway, "second")
+        done = gateway.committed("task")
+        before = len(gateway.asked("task"))
+        gateway.open_gate("second")
         start_worker("b")
         check_all_once(client, end(client, batch), 80)
-    assert 38 <= len(done) <= 40 and not done & set(asked(gateway, "task")[before:])
-    assert len(asked(gateway, "task")) <= 84
+    assert 38 <= len(done) <= 40 and not done & set(gateway.asked("task")[before:])
+    assert len(gateway.asked("task")) <= 84
 
 
 def test_a_task_outlives_the_visibility_timeout(gateway, start_worker, key):
@@ -200,9 +180,9 @@ def test_a_task_outlives_the_visibility_timeout(gateway, start_worker, key):
         batch = begin(client, requests(40, "long", both=0))
         workers = "worker IS NOT NULL"
         wait_until(lambda: len({line["worker"] for line in lines(gateway, workers)}) > 1)
-        open_gate(gateway, "both")
+        gateway.open_gate("both")
         check_all_once(client, end(client, batch), 40)
-    assert sorted(asked(gateway, "long")) == sorted(f"long {i}" for i in range(40))
+    assert sorted(gateway.asked("long")) == sorted(f"long {i}" for i in range(40))
 
 
 def test_a_worker_with_another_folder_loses_nothing(gateway, start_worker, key, tmp_path):
@@ -231,7 +211,7 @@ def test_a_broker_that_is_gone_loses_nothing(gateway, start_worker, redis, key):
         assert len(client.batches.list().data) == number
     gateway.kill()
     gateway.start()  # it does not wait for the broker
-    redis.start()
+    assert redis.start()
     start_worker("a")
     with gateway.client(key) as client:
         check_all_once(client, end(client, forgotten), 2)
