@@ -22,6 +22,7 @@ from pathlib import Path
 
 from core.errors import ConfigError, ExitCode
 from core.process.signals import call_on_stop, hold
+from core.software import software
 from launch.elastic.journal import Journal, say, show
 from launch.elastic.machine import Machine
 from launch.elastic.nodes import Listener, Node, dismiss
@@ -115,8 +116,15 @@ class Supervisor:
         if settings.listen is not None:
             host, port = settings.listen
             digest = command_digest(settings.command)
-            token = settings.token
-            self._listener = Listener(digest, token, self._joined, self._changed, self._say)
+            self._listener = Listener(
+                digest,
+                settings.token,
+                software(),
+                settings.nproc != 0,
+                self._joined,
+                self._changed,
+                lambda text: self._tell("refused", text),
+            )
             try:
                 address = await self._listener.open(host, port)
                 self._say(f"listening on {address}")
