@@ -34,7 +34,7 @@ from parallel.launcher import TOKEN_VARIABLE
 
 _POLL_S = 0.1
 _MAX_BACKOFF_S = 10.0
-_LONE_SILENCE_S = 60.0
+_LONE_SILENCE_S = 50.0  # with the time that a kill takes, they are gone within a minute
 
 
 @dataclass(frozen=True)
