@@ -154,7 +154,7 @@ class KubernetesConfig:
     Attributes:
         namespace: Namespace in which the job is created.
         volume_claim: PersistentVolumeClaim that holds the run directory; several nodes need
-            ReadWriteMany.
+            ReadWriteMany. Null is refused, but for several nodes with `checkpoint.upload`.
         queue: Local queue of Kueue; null: Kueue is not used.
         node_labels: Labels that a machine must have, e.g. those of a spot pool; taints of the same
             names are tolerated.
@@ -213,7 +213,8 @@ class LaunchConfig:
         sky: Name or path of SkyPilot's program.
         bucket: Bucket in which SkyPilot's machines keep checkpoints and the ledger: `s3://name`,
             `gs://name` or `r2://name`. Null is refused on spot. A missing bucket is created.
-        shared_dir: Folder that all of SkyPilot's nodes share; null is refused for several nodes.
+        shared_dir: Folder that all of SkyPilot's nodes share, for the run directory; null: each
+            node has it on its own disk.
         setup: Shell lines that run once on each node before the job; null: the target's default,
             which installs the workdir on SkyPilot's machines and does nothing elsewhere.
         image: Docker image; null: the cloud's default machine image, and refused by Kubernetes.

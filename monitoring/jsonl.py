@@ -32,27 +32,28 @@ def _finite(value: float | int | str) -> float | int | str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def read_records(path: Path) -> list[dict[str, object]]:
+def read_records(path: Path, has_steps: bool = True) -> list[dict[str, object]]:
     """Returns the records of a file in order, without lines torn by a crash.
 
     Args:
         path: File that `JsonlSink` wrote; a missing file has no records.
+        has_steps: True: records have a step, and what has none is left out.
     """
     if not path.exists():
         return []
     with path.open("rb") as lines:
-        return [record for line in lines if (record := _decode(line)) is not None]
+        return [record for line in lines if (record := _decode(line, has_steps)) is not None]
 
 
-def _decode(line: bytes) -> dict[str, object] | None:
+def _decode(line: bytes, has_step: bool = True) -> dict[str, object] | None:
     """Returns the record in a line, or None if the writer was killed halfway through it."""
     try:
         record = json.loads(line)
     except ValueError:  # not JSON, or not UTF-8
         return None
-    if line.endswith(b"\n") and isinstance(record, dict) and isinstance(record.get("step"), int):
-        return record
-    return None
+    if not line.endswith(b"\n") or not isinstance(record, dict):
+        return None
+    return record if isinstance(record.get("step"), int) or not has_step else None
 
 
 def drop_lost_steps(path: Path, first_step: int) -> int:

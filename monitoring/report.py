@@ -25,6 +25,7 @@ MAX_SAMPLES_PER_STEP = 2
 MAX_SAMPLE_CHARS = 1_500
 MAX_FILES = 40
 MAX_CHECKPOINTS = 20
+MAX_LINKS = 20
 MAX_VALUE_CHARS = 500
 
 _STATUS = {
@@ -50,6 +51,7 @@ _PLACES = {
     layout.DATA: "data sources and their digests",
     layout.METRICS: "everything that was logged",
     layout.EVENTS: "starts, saves, stops and losses",
+    layout.SUPERVISOR_EVENTS: "machines that joined, failed or were lost",
     layout.SAMPLES: "generated texts",
     layout.STATUS: "how the run ended",
     layout.CHECKPOINTS: "to resume from",
@@ -103,6 +105,7 @@ def _view(run: Run) -> dict[str, object]:
         "notices": _notices(run),
         "drawings": draw(run),
         "goodput": _goodput(goodput(run)),
+        "links": _links(run.supervisor_events),
         "samples": _samples(run),
         "config": _config_groups(run.config),
         "data": _data(run.data),
@@ -230,6 +233,25 @@ def _exact_duration(seconds: float) -> str:
 
 def _plural(number: int, one: str, many: str = "") -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+# --- links
+
+
+def _links(events: Sequence[dict[str, object]]) -> list[tuple[str, str, str, str]]:
+    """Returns slow links as the supervisor has last measured them, the slowest first."""
+    speeds: dict[str, list[tuple[float, float]]] = {}
+    for event in events:
+        measured = number(event.get("mbit_per_s"))
+        others = number(event.get("others_mbit_per_s"))
+        if event.get("event") == "slow" and measured is not None and others is not None:
+            link = _excerpt(f"{event.get('source')} -> {event.get('target')}", MAX_VALUE_CHARS)
+            speeds.setdefault(link, []).append((measured, others))
+    slowest = sorted(speeds.items(), key=lambda item: item[1][-1])[:MAX_LINKS]
+    return [
+        (link, f"{found[-1][0]:.1f} Mbit/s", f"others {found[-1][1]:,.0f}", f"{len(found)} x")
+        for link, found in slowest
+    ]
 
 
 # --- text

@@ -38,6 +38,7 @@ class Run:
         records: Records of `metrics.jsonl`, in order.
         samples: Samples of `samples.jsonl`, in order.
         events: Events of `events.jsonl`, in order; empty if the file is missing.
+        supervisor_events: Events of `supervisor.jsonl`, likewise.
         status: Content of `status.json`; empty if missing, like the next three.
         config: Resolved configuration of `config.yaml`.
         environment: Result of `describe_environment`, from `environment.json`.
@@ -49,6 +50,7 @@ class Run:
     records: list[dict[str, object]]
     samples: list[dict[str, object]]
     events: list[dict[str, object]]
+    supervisor_events: list[dict[str, object]]
     status: dict[str, object]
     config: dict[str, object]
     environment: dict[str, object]
@@ -127,6 +129,7 @@ def read_run(run_dir: Path) -> Run:
         records=read_records(run_dir / layout.METRICS),
         samples=read_records(run_dir / layout.SAMPLES),
         events=read_events(run_dir),
+        supervisor_events=read_records(run_dir / layout.SUPERVISOR_EVENTS, has_steps=False),
         status=_read_json(run_dir / layout.STATUS),
         config=_read_yaml(run_dir / layout.CONFIG),
         environment=_read_json(run_dir / layout.ENVIRONMENT),

@@ -17,10 +17,12 @@ import torch.distributed as dist
 from core.errors import ExitCode, Interrupted, SpotforgeError
 from parallel.launcher import Place, read_place
 from parallel.network import check_reachable, choose_interface
+from parallel.watch import watching
 
 _TIMEOUT = timedelta(minutes=30)
 # One rank may fetch a checkpoint or export for a long time while the others wait for it. A lost
-# rank closes its connections, and the supervisor finds a hung one, so a long timeout does no harm.
+# rank closes its connections, `watch.py` notices a lost machine, and the supervisor finds a rank
+# that hangs, so a long timeout does no harm.
 _CONTROL_TIMEOUT = timedelta(hours=24)
 # The launcher starts all ranks at about the same time, but a busy machine may take minutes.
 _RENDEZVOUS_S = 600.0
@@ -35,11 +37,11 @@ class World:
 
     Attributes:
         device: Device of the model: the GPU of this rank, or the CPU.
-        address: Address at which this rank's machine is reached by the others.
         control: gloo group for flags and counts, which never waits for a GPU.
         saving: gloo group of the background thread that writes checkpoints. A group of its own
             keeps its collectives from mixing with those of the loop.
         store: Keys that all ranks can read and write without a collective.
+        address: Address of this machine for the others; None if there is no other machine.
     """
 
     rank: int
@@ -47,10 +49,10 @@ class World:
     local_rank: int
     local_world_size: int
     device: torch.device
-    address: str
     control: dist.ProcessGroup
     saving: dist.ProcessGroup
     store: dist.Store
+    address: str | None = None
 
     def barrier(self) -> None:
         """Waits until every rank has called it."""
@@ -129,7 +131,8 @@ def join_world(stop_requested: Callable[[], bool] = lambda: False) -> Iterator[W
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)  # per thread, and _connect ran in another one
     try:
-        yield world
+        with watching(world):
+            yield world
     finally:
         dist.destroy_process_group()
         if place is None:  # remove what DeepSpeed was given: it would look like half a launcher
@@ -187,7 +190,7 @@ def _leave_waiting(code: ExitCode) -> None:
 def _connect(place: Place | None) -> World:
     rank, world_size, local_rank, local_world_size = 0, 1, 0, 1
     store: dist.Store = dist.HashStore()
-    address = "127.0.0.1"
+    address: str | None = None
     if place is not None:
         local_rank, local_world_size = place.local_rank, place.local_world_size
         store, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
@@ -216,8 +219,8 @@ def _connect(place: Place | None) -> World:
         local_rank=local_rank,
         local_world_size=local_world_size,
         device=device,
-        address=address,
         control=dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT),
         saving=dist.new_group(backend="gloo", timeout=_TIMEOUT),
         store=dist.PrefixStore("spotforge", store),
+        address=address,
     )

@@ -71,6 +71,7 @@ from trainer.resume import (
     stored_config,
 )
 from trainer.run_lock import lock_run
+from trainer.same_software import check_same_software
 from trainer.settle import leave_unused, settle
 from trainer.stopping import StopSignal
 from trainer.storage import CHECKPOINTS, Generation, Storage
@@ -112,6 +113,7 @@ def train_in(
 ) -> ExitCode:
     """Runs training on one of the ranks of `world`; see `train`."""
     process = Process(world, stop, heartbeat)
+    check_same_software(world)
 
     # 1. Data: prepared once, by the first rank that gets there
     config, data, begun_before = _prepare_data(config, process, given)

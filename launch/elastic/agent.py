@@ -4,10 +4,11 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from core.errors import ConfigError, ExitCode, SpotforgeError
 from core.process.signals import call_on_stop, hold
+from core.software import software
 from launch.elastic.journal import say
 from launch.elastic.machine import Machine
 from launch.elastic.protocol import (
@@ -26,13 +27,14 @@ from launch.elastic.protocol import (
     command_digest,
     encode,
     receive,
+    said_in,
 )
 from launch.elastic.token import is_proof, new_challenge, proof_of
 from parallel.launcher import TOKEN_VARIABLE
 
 _POLL_S = 0.1
 _MAX_BACKOFF_S = 10.0
-_LONE_SILENCE_S = 60.0
+_LONE_SILENCE_S = 50.0  # with the time that a kill takes, they are gone within a minute
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,10 @@ class Agent:
             challenge = await asyncio.wait_for(receive(reader), SUPERVISOR_SILENCE_S)
             if not isinstance(challenge, Challenge):
                 raise ProtocolError("expected Challenge")
+            if challenge.version != VERSION:
+                rule = f"its protocol has version {challenge.version}, this machine's {VERSION}"
+                fix = "start the same version of spotforge on both"
+                raise ConfigError("HOST:PORT", where, rule, fix)
             hello = self._hello(challenge, nproc, writer.get_extra_info("sockname")[0])
             writer.write(encode(hello))
             answer = await asyncio.wait_for(receive(reader), SUPERVISOR_SILENCE_S)
@@ -173,7 +179,7 @@ class Agent:
                 "HOST:PORT",
                 where,
                 f"the supervisor refuses this machine: {answer.reason}",
-                "start the same version with the same COMMAND and token on both",
+                "start the same COMMAND with the same token and software on both",
             )
         if not isinstance(answer, Welcome):
             raise ProtocolError("expected Welcome or Refused")
@@ -184,10 +190,10 @@ class Agent:
         self._say(f"joined {where} with {nproc} {'rank' if nproc == 1 else 'ranks'}")
 
     def _hello(self, challenge: Challenge, nproc: int, address: str) -> Hello:
-        digest, own = command_digest(self._membership.command), new_challenge()
-        parts = (challenge.challenge, own, nproc, digest, address)
-        proof = proof_of(self._membership.token, "machine", *parts)
-        return Hello(VERSION, nproc, digest, address, own, proof)
+        digest = command_digest(self._membership.command)
+        hello = Hello(VERSION, nproc, digest, address, new_challenge(), "", software())
+        proof = proof_of(self._membership.token, "machine", challenge.challenge, *said_in(hello))
+        return replace(hello, proof=proof)
 
     async def _obey(
         self, machine: Machine, reader: asyncio.StreamReader, send: Callable[[Message], None]

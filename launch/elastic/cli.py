@@ -45,7 +45,8 @@ example:
   python -m launch join 10.0.0.1:29400 -- python -m trainer experiment=stdlib
 
 COMMAND must be the supervisor's, word for word: it is never sent, only its digest is compared. So
-must be the token, in SPOTFORGE_TOKEN or --token-file: it is never sent either, only proved.
+must be the token, in SPOTFORGE_TOKEN or --token-file: it is never sent either, only proved. The
+machine must have the versions of the code, Python, torch, ... that the others have.
 
 exit codes: the supervisor's; 33 if this machine left; 1 if no supervisor answered in time
 """

@@ -42,9 +42,15 @@ class Journal:
         self._waiting: list[str] = []
 
     def write(
-        self, event: str, generation: int, world_size: int, step: int | None, reason: str
+        self,
+        event: str,
+        generation: int,
+        world_size: int,
+        step: int | None,
+        reason: str,
+        **details: float | str,
     ) -> None:
-        """Appends one event with the current time."""
+        """Appends one event with the current time; `details` are fields that only it has."""
         if self._path is None:
             return
         record = {
@@ -54,6 +60,7 @@ class Journal:
             "world_size": world_size,
             "step": step,
             "reason": reason,
+            **details,
         }
         self._waiting.append(json.dumps(record) + "\n")
         self.flush()

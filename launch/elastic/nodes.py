@@ -4,9 +4,10 @@ import asyncio
 import ipaddress
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
+from core.software import CODE, difference
 from launch.elastic.protocol import (
     MAX_LINE_BYTES,
     SILENCE_S,
@@ -30,6 +31,7 @@ from launch.elastic.protocol import (
     encode,
     receive,
     receive_first,
+    said_in,
 )
 from launch.elastic.reach import Apart
 from launch.elastic.token import OPTION, is_proof, new_challenge, proof_of
@@ -47,6 +49,7 @@ class Node:
         name: Name of the machine in output.
         address: Address for other machines; loopback if it is the supervisor's machine.
         nproc: Number of ranks that the machine can run.
+        software: Software that the machine has told.
         ready: Answer to the last Prepare; None before it.
         ranks: Status of the ranks of the last start.
         stacks: Answer to the last Dump; None before it.
@@ -61,6 +64,7 @@ class Node:
         self, name: str, address: str, nproc: int, send: Callable[[Message], None]
     ) -> None:
         self.name, self.address, self.nproc = name, address, nproc
+        self.software: dict[str, str] = {}
         self.ready: Ready | None = None
         self.ranks: list[RankStatus] = []
         self.stacks: list[str] | None = None
@@ -131,6 +135,9 @@ class Listener:
     Args:
         digest: Value of `command_digest` that a machine must send.
         token: Token that a machine must prove to have; None: any machine may join.
+        software: Software of this machine; see `core.software`.
+        has_ranks: True: this machine has ranks. False: it only shares its own code with the others,
+            and the first of them tells the rest.
         joined: Function that is called with each new node.
         changed: Event that is set whenever a node changes.
         say: Function that prints a line about a refused machine.
@@ -140,11 +147,15 @@ class Listener:
         self,
         digest: str,
         token: str | None,
+        software: Mapping[str, str],
+        has_ranks: bool,
         joined: Callable[[Node], None],
         changed: asyncio.Event,
         say: Callable[[str], None],
     ) -> None:
         self._digest, self._token = digest, token
+        self._code, self._has_ranks = {CODE: software[CODE]}, has_ranks
+        self._in_use = [software] if has_ranks else []  # by machines with ranks, as they came
         self._joined, self._changed, self._say = joined, changed, say
         self._num_strangers = 0
         self._refused: Counter[str] = Counter()  # by the reason
@@ -203,6 +214,7 @@ class Listener:
             self._connections.discard(connection)
             writer.close()
             if node is not None:
+                self._in_use.remove(node.software)
                 node.lost = lost
                 self._changed.set()
 
@@ -243,6 +255,8 @@ class Listener:
             writer.write(encode(message))
 
         node = Node(f"node {_peer(writer)}", address, _checked_nproc(hello.nproc), send)
+        node.software = hello.software
+        self._in_use.append(node.software)
         node.send(Welcome(proof_of(self._token, "supervisor", hello.challenge, challenge)))
         self._joined(node)
         return node
@@ -250,8 +264,11 @@ class Listener:
     def _note_refusal(
         self, writer: asyncio.StreamWriter, problem: str, reason: str | None = None
     ) -> None:
-        """Counts a refusal by its reason, so that scans of the port hide no wrong token."""
-        reason = reason or problem
+        """Counts a refusal by its reason, so that scans of the port hide no wrong token.
+
+        Without `reason` it is what `problem` says before its first colon.
+        """
+        reason = reason or problem.partition(":")[0]
         self._refused[reason] += 1
         number = self._refused[reason]
         if number <= _SAID_REFUSALS or number == 10 ** (len(str(number)) - 1):
@@ -262,13 +279,21 @@ class Listener:
         if hello.version != VERSION:
             # Without its number: a stranger who made up many would have each counted and printed.
             return f"its protocol has another version than this supervisor's, {VERSION}"
-        said = (hello.nproc, hello.command_sha256, hello.address)
-        challenges = (challenge, hello.challenge)
-        if not is_proof(hello.proof, self._token, "machine", *challenges, *said):
+        if not is_proof(hello.proof, self._token, "machine", challenge, *said_in(hello)):
             return f"it lacks the supervisor's token: give it {TOKEN_VARIABLE}, or {OPTION}"
         if hello.command_sha256 != self._digest:
             return "its command after -- differs from the supervisor's"
-        return None
+        return self._other_software(hello.software)
+
+    def _other_software(self, found: Mapping[str, str]) -> str | None:
+        # Another code or torch in a gang would end the job, or compute something else.
+        expected = self._in_use[0] if self._in_use else {**found, **self._code}
+        differing = difference(found, expected)
+        if differing is None:
+            return None
+        its, others = differing
+        who = "the supervisor" if self._has_ranks or not self._in_use else "the others"
+        return f"other software: it has {its}, {who} {others}"
 
 
 def dismiss(node: Node, code: int, reason: str) -> None:

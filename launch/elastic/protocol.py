@@ -22,10 +22,10 @@ import json
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any
 
-VERSION = 2
+VERSION = 3
 PING_S = 1.0
 SILENCE_S = 10.0  # a machine that sends nothing for so long is lost
 # Shorter than SILENCE_S: a machine that is cut off kills its ranks before the supervisor starts the
@@ -88,6 +88,8 @@ class Hello:
     address: str
     challenge: str
     proof: str
+    # As `core.software` has it. Machines of version 2 do not send it, and are told their version.
+    software: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,12 @@ def command_digest(command: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(command)).encode()).hexdigest()
 
 
+def said_in(hello: Hello) -> tuple[object, ...]:
+    """Returns what a machine says of itself, to be proved after the supervisor's challenge."""
+    software = json.dumps(hello.software, sort_keys=True)
+    return hello.challenge, hello.nproc, hello.command_sha256, hello.address, software
+
+
 def encode(message: Message) -> bytes:
     """Returns a message as one line of JSON."""
     return json.dumps({"type": type(message).__name__, **asdict(message)}).encode() + b"\n"
@@ -296,6 +304,9 @@ def _checked(value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is list:
         (of,) = typing.get_args(hint)
         return [_checked(item, of) for item in _checked(value, list)]
+    if typing.get_origin(hint) is dict:
+        _, of = typing.get_args(hint)  # keys of JSON are text
+        return {name: _checked(item, of) for name, item in _checked(value, dict).items()}
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     # Not isinstance, by which a bool would pass as an int.
     if type(value) not in allowed:

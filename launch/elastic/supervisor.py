@@ -22,6 +22,7 @@ from pathlib import Path
 
 from core.errors import ConfigError, ExitCode
 from core.process.signals import call_on_stop, hold
+from core.software import software
 from launch.elastic.journal import Journal, say, show
 from launch.elastic.machine import Machine
 from launch.elastic.nodes import Listener, Node, dismiss
@@ -115,8 +116,15 @@ class Supervisor:
         if settings.listen is not None:
             host, port = settings.listen
             digest = command_digest(settings.command)
-            token = settings.token
-            self._listener = Listener(digest, token, self._joined, self._changed, self._say)
+            self._listener = Listener(
+                digest,
+                settings.token,
+                software(),
+                settings.nproc != 0,
+                self._joined,
+                self._changed,
+                lambda text: self._tell("refused", text),
+            )
             try:
                 address = await self._listener.open(host, port)
                 self._say(f"listening on {address}")
@@ -254,8 +262,15 @@ class Supervisor:
         ready = [node for node in self._group(there, links) if node.lost is None]
         for link, others in slow_links(links):
             # Bytes came to the machine that has asked.
-            names = f"{there[link.target].name} -> {there[link.source].name}"
-            self._tell("slow", f"{names}: {link.mbit_per_s:.1f} Mbit/s, others {others:.0f}")
+            source, target = there[link.target].name, there[link.source].name
+            self._tell(
+                "slow",
+                f"{source} -> {target}: {link.mbit_per_s:.1f} Mbit/s, others {others:.0f}",
+                source=source,
+                target=target,
+                mbit_per_s=link.mbit_per_s or 0.0,
+                others_mbit_per_s=others,
+            )
         chosen = choose_nodes([node.nproc for node in ready], self._settings.multiple_of)
         if chosen:
             return Generation(self._generation + 1, [ready[i] for i in chosen])
@@ -469,13 +484,13 @@ class Supervisor:
     def _say(self, text: str) -> None:
         say("supervise", text)
 
-    def _tell(self, event: str, text: str, quiet: bool = False) -> None:
+    def _tell(self, event: str, text: str, quiet: bool = False, **details: float | str) -> None:
         """Writes an event, and prints its text unless `quiet`."""
         if not quiet:
             self._say(text)
         step = self._gang.step if self._gang is not None else None
         step = step if step is not None else self._history.step
-        self._journal.write(event, self._generation, self._world_size, step, text)
+        self._journal.write(event, self._generation, self._world_size, step, text, **details)
 
 
 def _join_command(address: str, settings: Settings) -> str:

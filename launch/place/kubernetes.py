@@ -7,6 +7,7 @@ docs: https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2/
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,27 @@ class Kubernetes:
     def storage(self, name: str, settings: Settings, candidates: Sequence[Candidate]) -> Storage:
         """See `Place`."""
         refuse_unused(self._launch, "bucket", "shared_dir")
-        if self._launch.kubernetes.volume_claim is None:
-            rule = "is needed: a pod's own disk is deleted with the pod"
-            fix = "name a PersistentVolumeClaim (for several nodes: ReadWriteMany)"
-            raise ConfigError("launch.kubernetes.volume_claim", None, rule, fix)
         if self._launch.image is None:
             rule = "is needed: a pod runs an image that contains the project"
             raise ConfigError("launch.image", None, rule, "give its name")
-        return Storage(Path(MOUNT) / name)
+        storage = Storage(Path(MOUNT) / name)
+        if self._launch.kubernetes.volume_claim is not None:
+            return storage
+        fix = "name a PersistentVolumeClaim (for several nodes: ReadWriteMany)"
+        if candidates[0].num_nodes == 1 or settings.trainer.checkpoint.upload is None:
+            rule = "is needed: a pod's own disk is deleted with the pod"
+            fix += "; for several nodes, checkpoint.upload=URL will do"
+            raise ConfigError("launch.kubernetes.volume_claim", None, rule, fix)
+        for key in ("budget_usd", "deadline"):
+            if (value := getattr(self._launch, key)) is not None:
+                rule = "needs launch.kubernetes.volume_claim: the ledger is deleted with the pod"
+                raise ConfigError(f"launch.{key}", value, rule, fix)
+        return replace(
+            storage,
+            on_loss="each pod has a disk of its own, with copies of another's files "
+            f"(checkpoint.replicas): {storage.on_loss}; pods lost together, those since the last "
+            "upload; only uploads outlive all pods",
+        )
 
     def render(self, job: Job) -> str:
         """See `Place`."""
@@ -113,6 +127,8 @@ class Kubernetes:
                 {"name": "memory", "mountPath": "/dev/shm"},
             ],
         }
+        claim = kubernetes.volume_claim
+        runs = {"persistentVolumeClaim": {"claimName": claim}} if claim else {"emptyDir": {}}
         return {
             "restartPolicy": "Never",
             "terminationGracePeriodSeconds": _GRACE_S,
@@ -123,10 +139,7 @@ class Kubernetes:
             ],
             "containers": [container],
             "volumes": [
-                {
-                    "name": "runs",
-                    "persistentVolumeClaim": {"claimName": kubernetes.volume_claim},
-                },
+                {"name": "runs", **runs},
                 {"name": "memory", "emptyDir": {"medium": "Memory"}},
             ],
         }

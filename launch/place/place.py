@@ -30,10 +30,12 @@ class Storage:
         run_dir: Run directory of the trainer, as the machines see it.
         kept_at: Folder for copies of checkpoints and the ledger, which outlives the machines; None:
             `run_dir` outlives them.
+        on_loss: Cost of the loss of one of several nodes, in words.
     """
 
     run_dir: Path
     kept_at: str | None = None
+    on_loss: str = "a lost node costs the steps since the last checkpoint"
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,15 @@ class Job:
         return tuple(dict.fromkeys([*self.launch.secrets, *token]))
 
     def heading(self, usage: str) -> str:
-        """Returns comment lines for a rendered file: the candidates and the file's usage."""
+        """Returns comment lines for a rendered file: candidates, what a loss costs, and usage."""
         lines = [
             f"# {c.num_nodes} x {c.offer.gpus_per_node} {c.offer.gpu}, {c.offer.place}"
             f"{' spot' if c.offer.is_spot else ''}: ${c.costs.total_usd:,.2f} expected, "
             f"done in {c.p50_h:.1f} to {c.p95_h:.1f} h"
             for c in self.candidates
         ]
+        if self.num_nodes > 1:
+            lines.append(f"# {self.storage.on_loss}")
         return "\n".join([*lines, f"#   {usage}"])
 
     def supervise(self, price: Sequence[str], port: str = str(SUPERVISOR_PORT)) -> str:

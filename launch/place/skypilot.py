@@ -87,15 +87,16 @@ class SkyPilot:
             rule = "is needed on spot: checkpoints on a machine's disk are lost with the machine"
             fix = "set launch.bucket=s3://name (gs://, r2://), or launch.spot=never"
             raise ConfigError("launch.bucket", None, rule, fix)
-        if (num_nodes := candidates[0].num_nodes) > 1 and launch.shared_dir is None:
-            rule = f"is needed: {num_nodes} nodes write one checkpoint to a folder that they share"
-            fix = "give one (NFS, FSx, Filestore), or set launch.nodes=[1]"
-            raise ConfigError("launch.shared_dir", None, rule, fix)
+        kept_at = None if launch.bucket is None else f"{MOUNT}/{name}"
+        if launch.shared_dir is not None:
+            return Storage(Path(launch.shared_dir) / name, kept_at)
+        uploads = kept_at is not None or settings.trainer.checkpoint.upload is not None
+        cost = "the steps since the last upload" if uploads else "the whole run: set launch.bucket"
         return Storage(
-            Path(settings.trainer.run.dir)
-            if launch.shared_dir is None
-            else Path(launch.shared_dir) / name,
-            None if launch.bucket is None else f"{MOUNT}/{name}",
+            Path(settings.trainer.run.dir),
+            kept_at,
+            "each node has a disk of its own (launch.shared_dir is not set), and SkyPilot may "
+            f"replace all nodes when one is lost, which costs {cost}",
         )
 
     def render(self, job: Job) -> str:

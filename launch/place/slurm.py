@@ -72,7 +72,13 @@ class Slurm:
     def storage(self, name: str, settings: Settings, candidates: Sequence[Candidate]) -> Storage:
         """See `Place`; the path of the run directory must be the same on every node."""
         refuse_unused(self._launch, "bucket", "shared_dir", "image")
-        return Storage(Path(settings.trainer.run.dir).absolute())
+        is_uploaded = settings.trainer.checkpoint.upload is not None
+        cost = "those since the last upload" if is_uploaded else "the whole run"
+        return Storage(
+            Path(settings.trainer.run.dir).absolute(),
+            on_loss=f"{Storage.on_loss}; if run.dir is on a disk of each node's own, {cost}"
+            + ("" if is_uploaded else " (set checkpoint.upload)"),
+        )
 
     def render(self, job: Job) -> str:
         """See `Place`."""

@@ -175,6 +175,17 @@ class Host:
         self._holder.kill()
         self._holder.wait()
 
+    def ranks(self) -> list[int]:
+        """Returns the process ids of ranks that an agent started on this host, and that run."""
+        found = []
+        for pid in self._pids():
+            try:
+                if b"SPOTFORGE_RANK_DIR=" in Path(f"/proc/{pid}/environ").read_bytes():
+                    found.append(pid)
+            except OSError:
+                pass
+        return found
+
     def _entering(self, command: Sequence[str]) -> list[str]:
         enter = ["nsenter", "-t", str(self._holder.pid), "--net", "--mount", "--uts"]
         # Entering a mount namespace moves the working directory to its root.

@@ -29,7 +29,11 @@ def bed(tmp_path):
 
 
 @pytest.fixture
-def environment(tmp_path):
+def environment():
+    return environment_of_hosts()
+
+
+def environment_of_hosts():
     """Environment of programs on hosts: nothing tells them which interface to use."""
     given = {k: v for k, v in os.environ.items() if not k.endswith("_SOCKET_IFNAME")}
     return {**given, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}

@@ -83,7 +83,9 @@ def test_a_slow_link_is_named_with_its_figure(bed, folder, environment):
     c.slow("20mbit")
     run = Run(folder, environment, supervisor, [a, b, c], *LONG)
     run.wait_for_line(r"start 1: 3 ranks")
-    slow = [event["reason"] for event in run.events("slow")]
+    events = run.events("slow")
+    assert all(event["mbit_per_s"] < event["others_mbit_per_s"] / 5 for event in events)
+    slow = [event["reason"] for event in events]
     assert slow and all(c.address in reason for reason in slow)
     # 20 Mbit/s, shared by two probes in each direction
     speeds = [float(re.search(r": ([\d.]+) Mbit/s, others", reason)[1]) for reason in slow]

@@ -164,6 +164,29 @@ def test_a_page_of_many_records_stays_small(tmp_path):
     assert longest.partition('"')[0].count("L") <= 2_000
 
 
+def test_slow_links_are_shown_as_last_measured_the_slowest_first(tmp_path):
+    write_run(tmp_path)
+    shared = {"event": "slow", "step": None, "others_mbit_per_s": 940.2, "target": "node a"}
+    events = [
+        {**shared, "source": f"node b{HOSTILE}", "mbit_per_s": 40.0},
+        {**shared, "source": "node c", "mbit_per_s": 7.3},
+        {"event": "start", "step": None, "reason": "start 1: 3 ranks"},
+        {**shared, "source": f"node b{HOSTILE}", "mbit_per_s": 0.94},
+        {"event": "slow", "reason": "of a version that wrote no figures"},
+    ]
+    (tmp_path / "supervisor.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    text = report(tmp_path)
+    assert_self_contained(text)
+    shown = Page(text).text
+    first = f"node b{HOSTILE} -> node a0.9 Mbit/sothers 9402 x"  # cells, one after another
+    assert shown.index(first) < shown.index("node c -> node a7.3 Mbit/sothers 9401 x")
+    assert "40.0" not in shown
+
+
+def test_without_slow_links_there_is_no_table_of_them(tmp_path):
+    assert "Slow links" not in report(write_run(tmp_path))
+
+
 @pytest.mark.parametrize("data", [[], {"sources": None}, {"sources": [{}, 3]}, {"a": {"b": 1}}])
 def test_data_of_another_shape(tmp_path, data):
     write_run(tmp_path)

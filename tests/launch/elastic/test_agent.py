@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from launch.elastic.protocol import MAX_LINE_BYTES
+from launch.elastic.protocol import MAX_LINE_BYTES, VERSION
 from tests.launch.elastic.conftest import LONG, is_running, wait_until
 from tests.ports import free_port
 
@@ -207,7 +207,7 @@ def test_an_agent_that_runs_something_else_is_refused(site):
 
 def test_strangers_at_the_port_disturb_nothing(site):
     supervisor, port = site.listen("--nproc", 1, toy=LONG)
-    hello = {"type": "Hello", "version": 2, "nproc": 1, "command_sha256": "", "address": "x"}
+    hello = {"type": "Hello", "version": VERSION, "nproc": 1, "command_sha256": "", "address": "x"}
     hello |= {"challenge": "", "proof": ""}
     for garbage in (
         b"",

@@ -20,7 +20,7 @@ from launch.elastic.protocol import (
 @pytest.mark.parametrize(
     "message",
     [
-        Hello(2, 8, "ab", "10.0.0.7", "c0ffee", "beef"),
+        Hello(3, 8, "ab", "10.0.0.7", "c0ffee", "beef", {"Python": "3.11"}),
         Start(3, 1, 8, 8, 16, "10.0.0.1", 40000),
         Status(3, 12.5, [RankStatus(8), RankStatus(9, "train", 4, 1.5, -9, 2.5, "a\nb", "why")]),
         Stacks(["", "Thread 0x1:\n"]),
@@ -50,6 +50,8 @@ def test_a_message_comes_out_as_it_went_in(message):
         b'{"type": "Dismiss", "code": "0", "reason": ""}',
         b'{"type": "Stacks", "stacks": "text"}',
         b'{"type": "Stacks", "stacks": [1]}',
+        b'{"type": "Hello", "version": 3, "nproc": 1, "command_sha256": "", "address": "", '
+        b'"challenge": "", "proof": "", "software": {"torch": 2}}',
         b'{"type": "Status", "generation": 1, "clock": 1.0, "ranks": [[]]}',
         b'{"type": "Status", "generation": 1, "clock": 1.0, "ranks": [{"step": 1}]}',
         b'{"type": "RankStatus", "rank": 1}',

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from core.errors import SpotforgeError
+from core.software import software
 from launch.elastic.agent import Agent, Membership
 from launch.elastic.nodes import Listener
 from launch.elastic.protocol import (
@@ -27,11 +28,12 @@ def test_a_silent_machine_is_lost(monkeypatch):
 
     async def join_and_say_no_more():
         nodes, changed = [], asyncio.Event()
-        listener = Listener(command_digest(COMMAND), None, nodes.append, changed, print)
+        digest, own = command_digest(COMMAND), software()
+        listener = Listener(digest, None, own, False, nodes.append, changed, print)
         port = int((await listener.open("127.0.0.1", 0)).rpartition(":")[2])
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         assert (await receive(reader)).version == VERSION
-        writer.write(encode(Hello(VERSION, 4, command_digest(COMMAND), "10.0.0.7", "", "")))
+        writer.write(encode(Hello(VERSION, 4, digest, "10.0.0.7", "", "", own)))
         assert await receive(reader) == Welcome("")
         (node,) = nodes
         assert (node.nproc, node.address, node.lost) == (4, "10.0.0.7", None)

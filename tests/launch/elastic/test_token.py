@@ -11,6 +11,7 @@ from contextlib import suppress
 import pytest
 
 from core.errors import ConfigError
+from core.software import software
 from launch.elastic.protocol import VERSION, command_digest
 from launch.elastic.token import is_proof, new_token, proof_of, read_token
 from tests.launch.elastic.conftest import LONG
@@ -105,7 +106,8 @@ def test_what_was_heard_on_the_wire_lets_nobody_join(site, tmp_path):
     """The answer to one challenge is none to the next."""
     supervisor, port = site.listen("--nproc", 1, toy=LONG, env={"SPOTFORGE_TOKEN": TOKEN})
     digest = command_digest([str(word) for word in site.command(*LONG)[1:]])
-    parts = (1, digest, "127.0.0.1")
+    versions = software()
+    parts = (1, digest, "127.0.0.1", json.dumps(versions, sort_keys=True))
 
     def greet(proof_for=None):
         """Joins with the answer to a challenge, else to the one that comes; returns the answer."""
@@ -115,6 +117,7 @@ def test_what_was_heard_on_the_wire_lets_nobody_join(site, tmp_path):
             proof = proof_of(TOKEN, "machine", proof_for or challenge, "00", *parts)
             hello = {"type": "Hello", "version": VERSION, "nproc": 1, "command_sha256": digest}
             hello |= {"address": "127.0.0.1", "challenge": "00", "proof": proof}
+            hello["software"] = versions
             io.write(json.dumps(hello) + "\n")
             io.flush()
             return challenge, json.loads(io.readline())

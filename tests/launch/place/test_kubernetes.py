@@ -92,6 +92,25 @@ def test_nodes_join_by_a_token_of_the_cluster(small, capsys, tmp_path, monkeypat
     assert "apply" in (tmp_path / "calls").read_text()
 
 
+def test_pods_may_have_disks_of_their_own_if_their_checkpoints_are_uploaded(small, capsys):
+    own = [word for word in CLUSTER if "volume_claim" not in word]
+    upload = "checkpoint.upload=s3://mine/runs"
+    assert main(["render", *small, *own, "launch.nodes=[2]", upload]) == 0
+    text = capsys.readouterr().out
+    pod = pods_of(yaml.safe_load(text))["template"]["spec"]
+    assert pod["volumes"][0] == {"name": "runs", "emptyDir": {}}
+    assert "costs the steps since the last checkpoint" in text and "last upload" in text
+    # A pod that comes back has nothing: not without a store, not alone, and not with a ledger.
+    for words, key in (
+        (["launch.nodes=[2]"], "launch.kubernetes.volume_claim"),
+        (["launch.nodes=[1]", upload], "launch.kubernetes.volume_claim"),
+        (["launch.nodes=[2]", upload, "launch.budget_usd=9"], "launch.budget_usd"),
+        (["launch.nodes=[2]", upload, "launch.deadline=9h"], "launch.deadline"),
+    ):
+        assert main(["render", *small, *own, *words]) == 2
+        assert capsys.readouterr().err.startswith(f"{key}=")
+
+
 @pytest.mark.parametrize("missing", ["launch.kubernetes.volume_claim", "launch.image"])
 def test_what_a_pod_cannot_do_without_is_asked_for(small, missing, capsys):
     words = [word for word in CLUSTER if not word.startswith(missing)]

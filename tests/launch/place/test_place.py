@@ -129,12 +129,35 @@ def test_several_nodes_meet_at_the_first():
 
 
 @pytest.mark.parametrize(
+    ("words", "run_dir", "cost"),
+    [
+        (("launch.bucket=s3://mine",), "runs/My_Run", "the steps since the last upload"),
+        (("launch.spot=never",), "runs/My_Run", "the whole run"),
+        (
+            ("launch.bucket=s3://mine", "launch.shared_dir=/shared"),
+            "/shared/my-run",
+            "the steps since the last checkpoint",
+        ),
+    ],
+)
+def test_nodes_need_no_disk_that_they_share_and_the_file_says_what_a_loss_costs(
+    words, run_dir, cost
+):
+    job = placed(*words, "launch.nodes=[2]")
+    _, command = guard_words(job)
+    assert command[-1] == f"run.dir={run_dir}"
+    [line] = [line for line in render(job).splitlines() if line.startswith("# ") and cost in line]
+    assert "costs" in line
+    alone = render(placed(*words, "launch.nodes=[1]"))
+    assert not any(line.startswith("# ") and "costs" in line for line in alone.splitlines())
+
+
+@pytest.mark.parametrize(
     ("words", "key"),
     [
         ((), "launch.bucket"),
         (("launch.bucket=mine",), "launch.bucket"),
         (("launch.bucket=s3://mine", "launch.name=Not_One"), "launch.name"),
-        (("launch.bucket=s3://mine", "launch.nodes=[2]"), "launch.shared_dir"),
         (("launch.bucket=s3://mine", "launch.stages=[compress,train]"), "launch.stages"),
         (("launch.skypilot.workdir=/no/such/folder",), "launch.skypilot.workdir"),
         (("launch.clouds=[jarvis-labs]",), "launch.clouds"),

@@ -41,6 +41,16 @@ def test_the_script_asks_for_what_the_plan_counts_on(small, capsys):
 
 
 @pytest.mark.parametrize(
+    ("words", "cost"),
+    [((), "the whole run"), (("checkpoint.upload=s3://mine/x",), "those since the last upload")],
+)
+def test_it_says_what_the_loss_of_a_node_costs(small, capsys, words, cost):
+    text = rendered(capsys, *small, *SLURM, *words)
+    [line] = [line for line in text.splitlines() if "a lost node costs" in line]
+    assert line.startswith("# ") and cost in line
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (("launch.target=slurm",), "launch.target=slurm: launch.pools has no pool of"),

@@ -1,0 +1,117 @@
+"""Machines watch each other; what happens when one is gone silently is in tests/hosts."""
+
+import socket
+import struct
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from parallel import watch
+from parallel.watch import watching
+from tests.launch.elastic.conftest import wait_until
+
+TOKEN = b"0123456789abcdef"
+
+
+class Machines:
+    """Each is a thread with a world of its own, from `enter` to `leave`."""
+
+    def __init__(self, monkeypatch, count):
+        self.lost = []  # what would have ended the process: the rank, and the host it misses
+        self.connections = []
+        monkeypatch.setattr(watch, "_end", lambda rank, host: self.lost.append((rank, host)))
+        monkeypatch.setattr(watch.secrets, "token_bytes", lambda size: TOKEN)
+        connect = socket.create_connection
+
+        def connecting(*args):
+            self.connections.append(connect(*args))
+            return self.connections[-1]
+
+        monkeypatch.setattr(watch.socket, "create_connection", connecting)
+        self._told, self._all_there = {}, threading.Barrier(count)
+        self._leave = [threading.Event() for _ in range(count)]
+        self._inside = [threading.Event() for _ in range(count)]
+        self._threads = [threading.Thread(target=self._run, args=(i,)) for i in range(count)]
+        for thread in self._threads:
+            thread.start()
+        for inside in self._inside:
+            assert inside.wait(60)
+
+    @property
+    def ports(self):
+        return [port for _, port in self._told.values()]
+
+    def leave(self, *ranks):
+        for rank in ranks:
+            self._leave[rank].set()
+            self._threads[rank].join()
+
+    def _run(self, rank):
+        def gather(value):
+            self._told[rank] = value
+            self._all_there.wait(60)
+            return [self._told[i] for i in range(len(self._threads))]
+
+        world = SimpleNamespace(
+            rank=rank,
+            local_rank=0,
+            address="127.0.0.1",
+            from_first=lambda value: value,
+            gather=gather,
+        )
+        with watching(world):
+            self._inside[rank].set()
+            self._leave[rank].wait()
+
+
+@pytest.fixture
+def machines(monkeypatch):
+    return lambda count: Machines(monkeypatch, count)
+
+
+def test_who_leaves_is_not_missed(machines):
+    made = machines(3)
+    assert len(made.connections) == 3  # each pair
+    made.leave(0, 2, 1)
+    assert made.lost == []
+
+
+def test_a_connection_that_breaks_ends_both(machines):
+    made = machines(2)
+    # As if the other machine had been started again: it knows nothing of the connection.
+    (connection,) = made.connections
+    linger = struct.pack("ii", 1, 0)
+    other = socket.socket(fileno=socket.dup(connection.fileno()))
+    other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    other.close()
+    made.leave(1)  # closes the last copy
+    wait_until(lambda: made.lost, lambda: "nobody missed it", 60)
+    assert made.lost[0] == (0, "127.0.0.1")
+    made.leave(0)
+
+
+def test_a_stranger_is_not_missed(monkeypatch):
+    """It connects before the other machine does, and breaks its connection."""
+    lost, listening = [], threading.Event()
+    monkeypatch.setattr(watch, "_end", lambda *who: lost.append(who))
+    told = []
+
+    def gather(value):
+        told.append(value)
+        listening.set()
+        return [value, ("127.0.0.1", 1)]
+
+    world = SimpleNamespace(
+        rank=0, local_rank=0, address="127.0.0.1", from_first=lambda value: TOKEN, gather=gather
+    )
+    with watching(world):
+        assert listening.wait(60)
+        with socket.create_connection(told[0]) as stranger:
+            stranger.sendall(TOKEN[::-1])
+            assert stranger.recv(1) == b""  # it was hung up on
+        with socket.create_connection(told[0]) as machine:
+            machine.sendall(TOKEN)
+            machine.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        wait_until(lambda: lost, lambda: "the machine was not watched", 60)
+    assert set(lost) == {(0, "127.0.0.1")}
