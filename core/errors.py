@@ -4,11 +4,13 @@ SpotforgeError                exit 1
  |- ConfigError               exit 2: the user got something wrong: key, value, rule, fix
  |   |- MissingExtraError     exit 2: an optional dependency is not installed
  |   |- DamagedError          exit 2: bytes on disk are not the bytes that were written
+ |   |- OwnDiskError          exit 2: the disk of one machine is full; under a supervisor, exit 33
  |   `- SupersededError       exit 2: a later start of the same run has taken over
   |- DivergedError             exit 1: the loss is NaN or infinite, or spiked too often
  `- Interrupted               exit 33: told to stop; start the same command again to go on
 """
 
+import errno
 from enum import IntEnum
 
 
@@ -60,6 +62,25 @@ class DamagedError(ConfigError):
     """Reports prepared data or a checkpoint whose digest does not match its manifest."""
 
 
+class OwnDiskError(ConfigError):
+    """Reports that the disk of one machine of several cannot be written; the others go on.
+
+    Args:
+        key: Setting that names the disk.
+        value: Path on it.
+        rule: Description of what failed, and where.
+        fix: Advice on what to do.
+        rank: A rank of that machine.
+    """
+
+    def __init__(self, key: str, value: object, rule: str, fix: str, rank: int) -> None:
+        super().__init__(key, value, rule, fix)
+        self.rank = rank
+
+    def __reduce__(self) -> tuple[type, tuple[str, object, str, str, int]]:  # type: ignore[override]
+        return type(self), (self.key, str(self.value), self.rule, self.fix, self.rank)
+
+
 class SupersededError(ConfigError):
     """Ends a start of a run, since a later start of the same run has taken over its checkpoints."""
 
@@ -74,3 +95,8 @@ class DivergedError(SpotforgeError):
     """Ends a training run that continuing would not repair; every rank raises it."""
 
     seen_by_all = True
+
+
+def is_full(error: OSError) -> bool:
+    """Returns whether an error says that a disk, or the user's share of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

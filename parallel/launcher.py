@@ -20,6 +20,8 @@ VARIABLES = (
 )
 SUPERVISOR_PORT = 29400  # where the supervisor of several machines listens
 TOKEN_VARIABLE = "SPOTFORGE_TOKEN"  # which they share, and by which they join it
+# Folder in which a rank tells its supervisor what it sees of itself (launch/elastic/gang.py).
+RANK_DIR_VARIABLE = "SPOTFORGE_RANK_DIR"
 # A job with one process per machine (Kubeflow's PyTorchJob) sets only the other variables.
 _LOCAL = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 # Local ranks under launchers that start several processes per machine, by their own variables.

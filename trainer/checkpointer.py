@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from core import layout
-from core.errors import ConfigError, SpotforgeError
+from core.errors import ConfigError, OwnDiskError, SpotforgeError
 from core.folder import (
     Manifest,
     commit,
@@ -395,11 +395,19 @@ class Checkpointer:
     def _disk_error(self, cause: OSError, rank: int) -> ConfigError:
         good = [path for path in committed(self._folder) if path.exists()]
         kept = f"{good[0].name} is complete and stays" if good else "there is no earlier one"
-        where = "" if self._disks.is_shared else f" on {self._disks.hosts[rank]}"
+        if not self._disks.is_shared:
+            where = f"could not be written on {self._disks.hosts[rank]}"
+            return OwnDiskError(
+                "run.dir",
+                self._folder.parent,
+                f"the checkpoint {where}: {cause.strerror}; {kept}",
+                "free space or lower checkpoint.keep_last, then start that machine again",
+                rank,
+            )
         return ConfigError(
             "run.dir",
             self._folder.parent,
-            f"the checkpoint could not be written{where}: {cause.strerror}; {kept}",
+            f"the checkpoint could not be written: {cause.strerror}; {kept}",
             "free space or lower checkpoint.keep_last, then run the same command again",
         )
 

@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 
 from core import layout
+from parallel.launcher import RANK_DIR_VARIABLE
 
 PROCESS_BEGAN = time.monotonic()  # before torch and transformers are imported, which takes seconds
 
@@ -25,7 +26,7 @@ class Heartbeat:
     """
 
     def __init__(self) -> None:
-        folder = os.environ.get("SPOTFORGE_RANK_DIR")
+        folder = os.environ.get(RANK_DIR_VARIABLE)
         self._folder = Path(folder) if folder else None
         self._fd: int | None = None
         self._text = b"starting 0"

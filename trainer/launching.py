@@ -9,7 +9,6 @@ SkyPilot, one call per node         the nodes exist: SKYPILOT_NODE_IPS, ...; the
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import traceback
@@ -17,7 +16,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from core import layout
-from core.errors import ConfigError, ExitCode, SpotforgeError
+from core.errors import ConfigError, ExitCode, OwnDiskError, SpotforgeError, is_full
 from core.folder import digest_of, write_file
 from core.process.child import Child, exit_code
 from core.process.gpus import NoAnswer, visible_gpus
@@ -25,7 +24,13 @@ from core.process.python import environment, python
 from core.process.signals import passed_on
 from core.settings.stored import to_yaml
 from parallel.config import FsdpConfig
-from parallel.launcher import SUPERVISOR_PORT, TOKEN_VARIABLE, Place, read_place
+from parallel.launcher import (
+    RANK_DIR_VARIABLE,
+    SUPERVISOR_PORT,
+    TOKEN_VARIABLE,
+    Place,
+    read_place,
+)
 from trainer.command import TRAINER
 from trainer.config import TrainerConfig, resolve
 from trainer.heartbeat import Heartbeat
@@ -78,13 +83,19 @@ def run_rank(config: TrainerConfig, given: Collection[str] = ()) -> int:
 
             return train(config, stop, heartbeat, given)
         except SpotforgeError as e:
+            if (
+                isinstance(e, OwnDiskError)
+                and place is not None
+                and os.environ.get(RANK_DIR_VARIABLE)
+            ):
+                return _leave(e, stop, place)
             if e.exit_code == ExitCode.FAILED:
                 heartbeat.failed()
             if not e.seen_by_all or place is None or place.rank == 0:
                 print(e, file=sys.stderr, flush=True)
             return e.exit_code
         except Exception as e:
-            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(e, OSError) and is_full(e):
                 rule = f"the disk is full ({e})"
                 fix = "free some space, then run the same command again"
                 full = ConfigError("run.dir", config.run.dir, rule, fix)
@@ -96,6 +107,14 @@ def run_rank(config: TrainerConfig, given: Collection[str] = ()) -> int:
             if not (place is not None and stop.wait(seconds=3)):
                 traceback.print_exc()
             return ExitCode.FAILED
+
+
+def _leave(error: OwnDiskError, stop: StopSignal, place: Place) -> int:
+    """Has the supervisor go on without the machine whose disk cannot be written."""
+    if place.rank == error.rank:
+        stop.give_up(error.rule)
+        print(error, file=sys.stderr, flush=True)
+    return ExitCode.START_AGAIN
 
 
 def _supervisor(config: TrainerConfig, given: Collection[str], num_nodes: int) -> list[str]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from core import layout
-from core.errors import ConfigError, ExitCode, Interrupted, SpotforgeError
+from core.errors import ConfigError, ExitCode, Interrupted, OwnDiskError, SpotforgeError, is_full
 from parallel.disks import Disks, find_disks
 from parallel.launcher import read_place
 from parallel.peers import PeerFiles
@@ -224,6 +224,10 @@ def train_in(
             with suppress(OSError):  # for example of a full disk: it must not hide the first error
                 reporter.event("fail", heartbeat.step, error=f"{type(e).__name__}: {e}")
                 reporter.close("failed")
+            if isinstance(e, OSError) and is_full(e) and not disks.is_shared:
+                rule = f"the disk of {disks.hosts[world.rank]} is full ({e})"
+                fix = "free some space, then start that machine again"
+                raise OwnDiskError("run.dir", config.run_dir, rule, fix, world.rank) from e
             raise
         finally:
             checkpointer.close()

@@ -13,6 +13,7 @@ from types import FrameType, TracebackType
 
 from core import layout
 from core.folder import write_file
+from parallel.launcher import RANK_DIR_VARIABLE
 from trainer.preemption import NoticeSource
 
 _WAIT_POLL_S = 0.02
@@ -87,6 +88,11 @@ class StopSignal:
             time.sleep(min(left_s, _WAIT_POLL_S))
         return True
 
+    def give_up(self, reason: str) -> None:
+        """Tells the supervisor that this machine cannot go on, as after a notice."""
+        self._reasons.append(reason)
+        self.requested()
+
     def watch(self, sources: Sequence[NoticeSource], poll_s: float) -> None:
         """Polls `sources` in the background until one of them announces something.
 
@@ -120,7 +126,7 @@ class StopSignal:
 
     def _record(self, reason: str) -> None:
         with self._recording:
-            folder = os.environ.get("SPOTFORGE_RANK_DIR")
+            folder = os.environ.get(RANK_DIR_VARIABLE)
             if folder is None or self._recorded:
                 return
             self._recorded = True

@@ -24,7 +24,7 @@ from core import layout
 from core.process.child import Child
 from core.process.python import USERS_PATH
 from launch.elastic.protocol import MAX_TEXT_CHARS, RankStatus, Start
-from parallel.launcher import TOKEN_VARIABLE
+from parallel.launcher import RANK_DIR_VARIABLE, TOKEN_VARIABLE
 from parallel.network import address_to, interface_variables
 
 _STACKS_S = 3.0
@@ -175,5 +175,5 @@ def _environment(start: Start, local_rank: int, folder: Path) -> Mapping[str, st
         "GROUP_RANK": str(start.group_rank),
         "MASTER_ADDR": start.master_addr,
         "MASTER_PORT": str(start.master_port),
-        "SPOTFORGE_RANK_DIR": str(folder),
+        RANK_DIR_VARIABLE: str(folder),
     }

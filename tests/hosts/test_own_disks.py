@@ -39,3 +39,23 @@ def test_machines_are_lost_one_after_another(bed, tmp_path, environment, strateg
     # What was logged before the checkpoint that was left is as it was.
     told = {r["step"]: r["loss"] for r in before if r["step"] <= starts[-1]["step"]}
     assert told == {r["step"]: r["loss"] for r in records(third) if r["step"] in told}
+
+
+def test_a_machine_whose_disk_is_full_is_left_out(bed, tmp_path, environment):
+    """First one that only saves, then the one that logs; the others go on without them."""
+    made = bed("s", "a", "b", "c", disk_mb=64)
+    steps = [f"checkpoint.interval={EVERY}", "stop.steps=1000000"]
+    cluster = Cluster(made, tmp_path, environment, 3, "fsdp", *steps)
+    hosts = made.hosts[1:]
+    for host in hosts:
+        cluster.join(host)
+    cluster.wait_for(lambda: all(num_saved(host) for host in hosts))
+    first = max(hosts, key=last_step)
+    for full in [next(host for host in hosts if host is not first), first]:
+        full.fill()
+        assert cluster.agents[full.name].wait(200) == 33, cluster.printed
+        cluster.wait_for_line(rf"{full.address} .*goes away: .*(could not be written|is full)")
+        rest = [host for host in hosts if cluster.agents[host.name].poll() is None]
+        before = max(last_step(host) for host in rest)
+        cluster.wait_for(lambda: max(last_step(host) for host in rest) > before + 2 * EVERY)
+    assert cluster.stop() == 33, cluster.printed
