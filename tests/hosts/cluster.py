@@ -70,6 +70,11 @@ class Cluster:
         wait_until(held, lambda: self.printed, timeout_s)
         assert condition(), self.printed
 
+    def wait_for_steps(self, hosts, num):
+        """Waits until so many steps more were logged on any of some hosts."""
+        before = max(map(last_step, hosts))
+        self.wait_for(lambda: max(map(last_step, hosts)) >= before + num)
+
     def stop(self):
         """Stops the run as a user would; returns the exit code."""
         self.supervisor.send_signal(signal.SIGTERM)

@@ -56,6 +56,5 @@ def test_a_machine_whose_disk_is_full_is_left_out(bed, tmp_path, environment):
         assert cluster.agents[full.name].wait(200) == 33, cluster.printed
         cluster.wait_for_line(rf"{full.address} .*goes away: .*(could not be written|is full)")
         rest = [host for host in hosts if cluster.agents[host.name].poll() is None]
-        before = max(last_step(host) for host in rest)
-        cluster.wait_for(lambda: max(last_step(host) for host in rest) > before + 2 * EVERY)
+        cluster.wait_for_steps(rest, 2 * EVERY)
     assert cluster.stop() == 33, cluster.printed
