@@ -1,8 +1,8 @@
 """Events of a run in `events.jsonl`: one JSON object per event, never rewritten.
 
 While `metrics.jsonl` holds the steps that count, this file holds how they came about: every start,
-save, stop and loss, from which goodput is computed. Each event has `time` (Unix seconds), `event`
-and `step`:
+save, stop and loss, from which goodput is computed. Each event has `time` (Unix seconds, by the
+run's clock), `event` and `step`:
 
 start         world_size, strategy; lost_steps (done before, to be repeated), startup_s
     checkpoint    blocking_s, write_s, size_bytes
@@ -15,10 +15,10 @@ start         world_size, strategy; lost_steps (done before, to be repeated), st
 """
 
 import threading
-import time
 from pathlib import Path
 
 from core import layout
+from core.clock import now
 from monitoring.jsonl import encode, read_records
 
 
@@ -31,7 +31,7 @@ class EventLog:
 
     def write(self, event: str, step: int, **details: float | int | str) -> None:
         """Appends one event and hands it to the operating system."""
-        line = encode({"time": time.time(), "event": event, "step": step, **details})
+        line = encode({"time": now(), "event": event, "step": step, **details})
         # Opened each time: events are rare, and a mounted bucket uploads a file when it is closed.
         with self._lock, self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")

@@ -143,7 +143,8 @@ class _Start:
             self.ended = max(busy_until + lost_s, *signs, self.opened)
             if following is not None:
                 next_began = _value(following, "time") - _value(following, "startup_s")
-                self.ended = min(self.ended, next_began)
+                # Not before its own last record: another machine may have another clock.
+                self.ended = min(self.ended, max(next_began, self._logged_until))
         tail_s = max(0.0, self.ended - busy_until)
         lost_s = min(lost_s, tail_s)
         self.ending_s = tail_s - lost_s if self.end is not None else 0.0

@@ -46,10 +46,9 @@ class PeerFiles:
     def __enter__(self) -> PeerFiles:
         own = None
         if self._disks.is_leader and not self._disks.is_shared:
-            address, token = self._world.address, secrets.token_hex(16)
-            assert address is not None, "ranks of one machine share its disk"
-            self._server = _Server(address, token, self._folders)
-            own = (address, self._server.server_address[1], token)
+            token = secrets.token_hex(16)
+            self._server = _Server(self._world.address, token, self._folders)
+            own = (self._world.address, self._server.server_address[1], token)
         told = self._world.gather(own)
         self._addresses = {rank: address for rank, address in enumerate(told) if address}
         return self

@@ -15,21 +15,44 @@ import selectors
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import Protocol, TypeVar
 
 from core.errors import ExitCode, SpotforgeError
 
-if TYPE_CHECKING:
-    from parallel.world import World
-
+T = TypeVar("T")
 # A machine counts as gone after 10 + 4 * 5 seconds without an answer.
 _OPTIONS = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 _SILENCE_S = 30
 _TIMEOUT_S = 10.0
 _TOKEN_BYTES = 16
 _POLL_S = 0.5
+_MEETING_S = 60.0  # in which all have connected, unless a process has ended
+
+
+class World(Protocol):
+    """The parts of `parallel.world.World` that are needed here; it imports this module."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def local_rank(self) -> int: ...
+
+    @property
+    def local_world_size(self) -> int: ...
+
+    @property
+    def address(self) -> str: ...
+
+    def gather(self, value: T) -> list[T]: ...
+
+    def from_first(self, value: T) -> T: ...
 
 
 @contextmanager
@@ -40,58 +63,38 @@ def watching(world: World) -> Iterator[None]:
         SpotforgeError: A machine cannot be connected to.
     """
     with ExitStack() as stack:
-        if world.address is not None:
-            _watch(world, world.address, stack)
+        if world.world_size > world.local_world_size:
+            _watch(world, stack)
         yield
 
 
-def _watch(world: World, address: str, stack: ExitStack) -> None:
+def _watch(world: World, stack: ExitStack) -> None:
     """Connects to the machines before this one, and has those after it connect to this one."""
     token = world.from_first(secrets.token_bytes(_TOKEN_BYTES))
-    is_first = world.local_rank == 0  # of its machine, for which it watches
     listener: socket.socket | None = None
-    if is_first:
-        family = socket.getaddrinfo(address, 0)[0][0]
-        listener = stack.enter_context(socket.create_server((address, 0), family=family))
-    told = world.gather(None if listener is None else (address, listener.getsockname()[1]))
+    if world.local_rank == 0:  # which watches for all ranks of its machine
+        family = socket.getaddrinfo(world.address, 0)[0][0]
+        listener = socket.create_server((world.address, 0), family=family)
+    own = None if listener is None else (world.address, listener.getsockname()[1])
+    told = world.gather(own)
     if listener is None:
         return
     watched: dict[socket.socket, str] = {}
-    for peer in filter(None, told[: world.rank]):
-        try:
-            connection = socket.create_connection(peer, _TIMEOUT_S)
-            connection.sendall(token)
-        except OSError as e:
-            raise SpotforgeError(f"rank {world.rank} cannot reach {peer[0]}: {e}") from e
-        watched[connection] = peer[0]
-    num_to_come = sum(peer is not None for peer in told[world.rank + 1 :])
-    closed = threading.Event()
-    thread = threading.Thread(
-        target=_run, args=(world.rank, listener, token, watched, num_to_come, closed), daemon=True
-    )
-    thread.start()
-
-    def close() -> None:
-        closed.set()
-        with suppress(OSError):  # already closed, because all have come
-            listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
-        thread.join()
-
-    stack.callback(close)
-
-
-def _run(
-    rank: int,
-    listener: socket.socket,
-    token: bytes,
-    watched: dict[socket.socket, str],
-    num_to_come: int,
-    closed: threading.Event,
-) -> None:
-    with ExitStack() as stack, selectors.DefaultSelector() as selector:
-        for connection in watched:
-            stack.enter_context(connection)
-        while num_to_come and not closed.is_set():
+    with listener:
+        for peer in filter(None, told[: world.rank]):
+            try:
+                connection = stack.enter_context(socket.create_connection(peer, _TIMEOUT_S))
+                connection.sendall(token)
+            except OSError as e:
+                raise SpotforgeError(f"rank {world.rank} cannot reach {peer[0]}: {e}") from e
+            watched[connection] = peer[0]
+        num_watched = len(list(filter(None, told))) - 1
+        deadline = time.monotonic() + _MEETING_S
+        while len(watched) < num_watched:
+            if (left_s := deadline - time.monotonic()) <= 0:
+                missing = f"{num_watched - len(watched)} machines"
+                raise SpotforgeError(f"rank {world.rank}: {missing} did not connect to it")
+            listener.settimeout(left_s)
             with suppress(OSError):
                 connection, (host, *_) = listener.accept()
                 stack.enter_context(connection)
@@ -99,15 +102,24 @@ def _run(
                 # A stranger who connected and went away would otherwise end the run.
                 if hmac.compare_digest(_read(connection), token):
                     watched[connection] = host
-                    num_to_come -= 1
                 else:
                     connection.close()
-        listener.close()
+    for connection in watched:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _OPTIONS.items():
+            if hasattr(socket, name):  # names differ between systems
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    closed = threading.Event()
+    thread = threading.Thread(target=_run, args=(world.rank, watched, closed), name="watch")
+    thread.daemon = True
+    thread.start()
+    stack.callback(thread.join)
+    stack.callback(closed.set)
+
+
+def _run(rank: int, watched: Mapping[socket.socket, str], closed: threading.Event) -> None:
+    with selectors.DefaultSelector() as selector:
         for connection, host in watched.items():
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for name, value in _OPTIONS.items():
-                if hasattr(socket, name):  # names differ between systems
-                    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
             selector.register(connection, selectors.EVENT_READ, host)
         while not closed.is_set():
             for key, _ in selector.select(_POLL_S):

@@ -19,6 +19,7 @@ import math
 import secrets
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -135,8 +136,13 @@ class Ledger:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        # After those of earlier starts, whose machines' clocks may have been ahead.
+        number = time.time_ns()
+        with suppress(OSError):  # `account` reports it
+            for path in folder.glob(f"{'[0-9]' * 20}-*.jsonl"):
+                number = max(number, int(path.name[:20]) + 1)
         # The random part keeps two machines apart that start at the same time.
-        self._path = folder / f"{time.time_ns():020d}-{secrets.token_hex(3)}.jsonl"
+        self._path = folder / f"{number:020d}-{secrets.token_hex(3)}.jsonl"
 
     def write(self, entry: str, step: int, **details: float | int | str) -> None:
         """Appends an entry and waits until it is on disk.
@@ -165,7 +171,7 @@ def read_account(folder: Path) -> Account:
         DamagedError: The sum in an entry is negative or not a finite number.
     """
     try:
-        # File names begin with the time, zero-padded: by name is by time.
+        # File names begin with a number, zero-padded: by name is by order of the starts.
         files = [_read(path) for path in sorted(folder.glob("*.jsonl"))]
     except OSError as e:
         raise ConfigError("ledger", folder, e.strerror or str(e), "check the folder") from e

@@ -15,12 +15,14 @@ import shutil
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from subprocess import SubprocessError
 from typing import Any
 
 from core import layout
+from core.clock import variable_of
 from core.process.child import Child
 from core.process.python import USERS_PATH
 from launch.elastic.protocol import MAX_TEXT_CHARS, RankStatus, Start
@@ -29,6 +31,7 @@ from parallel.network import address_to, interface_variables
 
 _STACKS_S = 3.0
 _STACKS_SETTLED_S = 0.3  # a stack file that has not grown for so long is complete
+_NOW = "now"  # file whose time is that of the folder's file system
 _NOT_STARTED = 127  # a shell's exit code for a command that it cannot start
 
 
@@ -144,12 +147,13 @@ class _Rank:
             pass  # not yet written, or being written: the next look reads it
 
     def _end(self, code: int, error: str | None) -> None:
-        now = time.monotonic()
-        try:
-            # When the error was written, not when it is seen, tells which of several came first.
-            age_s = time.time() - (self._folder / layout.ERROR).stat().st_mtime
-        except FileNotFoundError:
-            age_s = 0.0
+        now, age_s = time.monotonic(), 0.0
+        # When the error was written, not when it is seen, tells which of several came first. Both
+        # times are of the folder's file system: on a file server it has another clock than ours.
+        with suppress(OSError):
+            written_s = (self._folder / layout.ERROR).stat().st_mtime
+            (self._folder / _NOW).touch()
+            age_s = (self._folder / _NOW).stat().st_mtime - written_s
         self._update(exit=code, error=error, ended_at=now - age_s)
 
     def _update(self, **fields: Any) -> None:
@@ -176,4 +180,5 @@ def _environment(start: Start, local_rank: int, folder: Path) -> Mapping[str, st
         "MASTER_ADDR": start.master_addr,
         "MASTER_PORT": str(start.master_port),
         RANK_DIR_VARIABLE: str(folder),
+        **variable_of(start.time),
     }

@@ -140,6 +140,7 @@ class Start:
     world_size: int
     master_addr: str
     master_port: int
+    time: float  # of the supervisor, in Unix seconds
 
 
 @dataclass(frozen=True)

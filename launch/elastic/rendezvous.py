@@ -79,6 +79,7 @@ class Generation:
                     world_size=self.world_size,
                     master_addr=head.address_seen_from(address),
                     master_port=head.ready.port,
+                    time=time.time(),
                 )
             )
             first_rank += node.nproc

@@ -145,6 +145,11 @@ class Host:
         self.run(*f"tc qdisc replace dev eth0 {shape}".split())
         self._bed.switch(f"tc qdisc replace dev {self._link} {shape}")
 
+    def fast(self) -> None:
+        """Undoes `slow`."""
+        self.run(*"tc qdisc del dev eth0 root".split())
+        self._bed.switch(f"tc qdisc del dev {self._link} root")
+
     def fill(self) -> None:
         """Fills the disk."""
         with self.path("filler").open("wb", buffering=0) as filler:

@@ -270,12 +270,9 @@ class Chaos:
         self._note()
         run_dir = self.folder / "alone"
         shutil.rmtree(run_dir, ignore_errors=True)
-        words = [*self.cluster.words(STRATEGIES["ddp"]), f"resume={checkpoint}"]
-        words = [word for word in words if not word.startswith(("run.dir=", "stop."))]
-        words = [*words, f"run.dir={run_dir}", f"stop.steps={step + 2}"]
-        words[words.index(next(w for w in words if w.startswith("data.cache_dir")))] = (
-            f"data.cache_dir={self.folder}/cache"
-        )
+        places = [f"run.dir={run_dir}", f"data.cache_dir={self.folder}/cache"]
+        goal = [f"resume={checkpoint}", f"stop.steps={step + 2}"]
+        words = self.cluster.words(*STRATEGIES["ddp"], *places, *goal)
         done = subprocess.run(
             [sys.executable, "-m", "trainer", *words],
             env=environment_of_hosts(),

@@ -27,15 +27,19 @@ class Cluster:
     def __init__(self, bed, folder, environment, nodes, strategy, *overrides):
         self.bed, self._folder, self._nodes = bed, folder, nodes
         self._environment = {**environment, "SPOTFORGE_TOKEN": "what all hosts share"}
-        corpus = folder / "corpus"
-        if not corpus.exists():
-            write_corpus(corpus)
-        disk = bed.hosts[0].disk
-        words = [f"data.path={corpus}", f"data.cache_dir={disk}/cache", f"run.dir={disk}/run"]
-        words = last_of_each([*BASE, *words, *STRATEGIES[strategy], *overrides])
-        self._command = ["--", sys.executable, "-m", "trainer", *words]
+        self._overrides = overrides
+        if not (folder / "corpus").exists():
+            write_corpus(folder / "corpus")
+        self._command = ["--", sys.executable, "-m", "trainer", *self.words(*STRATEGIES[strategy])]
         self.agents = {}
         self.supervise()
+
+    def words(self, *more):
+        """The settings of the run, with others in their places."""
+        disk = self.bed.hosts[0].disk
+        words = [f"data.path={self._folder}/corpus", f"data.cache_dir={disk}/cache"]
+        words += [f"run.dir={disk}/run", *self._overrides]
+        return last_of_each([*BASE, *words, *more])
 
     def supervise(self):
         """Starts a supervisor; agents that have lost theirs find it."""

@@ -63,8 +63,12 @@ class Run:
         self.supervise()
         self.agents = {}
         for other in others:
-            words = ["join", f"{host.address}:29400", "--nproc", "1"]
-            self.agents[other.name] = self._launch(other, f"agent-{other.name}", *words)
+            self.join(other)
+
+    def join(self, host, more=None):
+        """Starts an agent on a host, with more variables."""
+        words = ["join", f"{self._host.address}:29400", "--nproc", "1"]
+        self.agents[host.name] = self._launch(host, f"agent-{host.name}", *words, more=more)
 
     def supervise(self):
         """Starts a supervisor; agents that have lost theirs find it."""
@@ -98,10 +102,11 @@ class Run:
     def wait_for_step(self, step):
         wait_until(lambda: self.last_step() >= step, lambda: self.printed)
 
-    def _launch(self, host, log, *words):
+    def _launch(self, host, log, *words, more=None):
         with (self.folder / log).open("a") as output:
             launched = [sys.executable, "-m", "launch", *words, *self._command]
-            return host.start(*launched, output=output, env=self._environment)
+            env = {**self._environment, **(more or {})}
+            return host.start(*launched, output=output, env=env)
 
 
 def kill_supervisors(folder, environment, hosts, deaths, seed, tell):

@@ -2,10 +2,13 @@
 
 import os
 import re
+import signal
 import time
 
 import pytest
 
+from monitoring.goodput import goodput
+from monitoring.run_files import read_run
 from tests.hosts import real_trainer
 from tests.hosts.real_trainer import Run
 from tests.launch.elastic.conftest import wait_until
@@ -111,3 +114,30 @@ def test_a_supervisor_that_is_killed_at_random_moments_costs_nothing(bed, folder
         folder, environment, made.hosts, deaths=3, seed=1, tell=print
     )
     assert problems == []
+
+
+def test_machines_whose_clocks_are_an_hour_apart(bed, folder, environment):
+    """The first rank is on either; its events are of one clock, and so is the account of them."""
+    supervisor, a, b = bed("s", "a", "b").hosts
+    ahead = folder / "ahead"
+    ahead.mkdir()
+    (ahead / "sitecustomize.py").write_text(
+        "import time\nnow, now_ns = time.time, time.time_ns\n"
+        "time.time = lambda: now() + 3600\ntime.time_ns = lambda: now_ns() + 3600 * 10**9\n"
+    )
+    wrong = {"PYTHONPATH": os.pathsep.join([str(ahead), environment["PYTHONPATH"]])}
+    began = time.time()
+    run = Run(folder, environment, supervisor, [a])
+    run.wait_for_step(3)
+    run.join(b, wrong)
+    run.wait_for_line("start 2: 2 ranks on 2 nodes")
+    run.wait_for_step(run.last_step() + 3)
+    run.agents["a"].kill()  # b has the first rank now
+    run.wait_for_line("start 3: 1 rank on 1 node")
+    run.wait_for_step(run.last_step() + 3)
+    run.supervisor.send_signal(signal.SIGTERM)
+    assert run.supervisor.wait(120) == 33, run.printed
+    times = [event["time"] for event in real_trainer.records(folder, "events.jsonl")]
+    assert times == sorted(times) and began < times[0] and times[-1] < time.time()
+    found = goodput(read_run(folder / "run"))
+    assert found.num_starts >= 2 and found.waiting_s < found.wall_s < time.time() - began

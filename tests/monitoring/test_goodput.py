@@ -194,3 +194,11 @@ def test_numbers_that_are_none(tmp_path):
     assert parts == {"starting_s": 5.0, "ending_s": 7.0}
     found, parts = account(tmp_path, [{"step": 0, "event": "start"}], [])
     assert (parts, found.share) == ({}, 0.0)
+
+
+def test_a_start_on_a_machine_whose_clock_is_an_hour_behind(tmp_path):
+    """Killed after 5 steps; nothing takes a negative time."""
+    events = [start(4000, 0), start(420, 5), event(432, "finish", 10)]
+    found, parts = account(tmp_path, events, [*steps(1, 5, 0), *steps(6, 10, 10)])
+    assert parts == {"useful_s": 20.0, "starting_s": 10.0, "ending_s": 2.0}
+    assert found.wall_s == 32.0

@@ -7,11 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 
+from core.errors import SpotforgeError
 from parallel import watch
 from parallel.watch import watching
 from tests.launch.elastic.conftest import wait_until
 
 TOKEN = b"0123456789abcdef"
+
+
+def break_off(connection):
+    """Closes it without a word, so that the other side gets an error."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
 
 
 class Machines:
@@ -55,7 +62,9 @@ class Machines:
 
         world = SimpleNamespace(
             rank=rank,
+            world_size=len(self._threads),
             local_rank=0,
+            local_world_size=1,
             address="127.0.0.1",
             from_first=lambda value: value,
             gather=gather,
@@ -81,11 +90,8 @@ def test_a_connection_that_breaks_ends_both(machines):
     made = machines(2)
     # As if the other machine had been started again: it knows nothing of the connection.
     (connection,) = made.connections
-    linger = struct.pack("ii", 1, 0)
-    other = socket.socket(fileno=socket.dup(connection.fileno()))
-    other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-    other.close()
-    made.leave(1)  # closes the last copy
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    made.leave(1)  # closes it
     wait_until(lambda: made.lost, lambda: "nobody missed it", 60)
     assert made.lost[0] == (0, "127.0.0.1")
     made.leave(0)
@@ -93,25 +99,48 @@ def test_a_connection_that_breaks_ends_both(machines):
 
 def test_a_stranger_is_not_missed(monkeypatch):
     """It connects before the other machine does, and breaks its connection."""
-    lost, listening = [], threading.Event()
+    lost, told = [], []
     monkeypatch.setattr(watch, "_end", lambda *who: lost.append(who))
-    told = []
+    strangers = []
 
     def gather(value):
         told.append(value)
-        listening.set()
+        strangers.append(socket.create_connection(value))
+        strangers[0].sendall(TOKEN[::-1])
+        machine = socket.create_connection(value)
+        machine.sendall(TOKEN)
+        strangers.append(machine)
         return [value, ("127.0.0.1", 1)]
 
     world = SimpleNamespace(
-        rank=0, local_rank=0, address="127.0.0.1", from_first=lambda value: TOKEN, gather=gather
+        rank=0,
+        world_size=2,
+        local_rank=0,
+        local_world_size=1,
+        address="127.0.0.1",
+        from_first=lambda value: TOKEN,
+        gather=gather,
     )
     with watching(world):
-        assert listening.wait(60)
-        with socket.create_connection(told[0]) as stranger:
-            stranger.sendall(TOKEN[::-1])
-            assert stranger.recv(1) == b""  # it was hung up on
-        with socket.create_connection(told[0]) as machine:
-            machine.sendall(TOKEN)
-            machine.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        stranger, machine = strangers
+        assert stranger.recv(1) == b""  # it was hung up on
+        break_off(stranger)
+        assert lost == []
+        break_off(machine)
         wait_until(lambda: lost, lambda: "the machine was not watched", 60)
     assert set(lost) == {(0, "127.0.0.1")}
+
+
+def test_a_machine_that_does_not_come_is_said(monkeypatch):
+    monkeypatch.setattr(watch, "_MEETING_S", 0.2)
+    world = SimpleNamespace(
+        rank=0,
+        world_size=2,
+        local_rank=0,
+        local_world_size=1,
+        address="127.0.0.1",
+        from_first=lambda value: TOKEN,
+        gather=lambda value: [value, ("127.0.0.1", 1)],
+    )
+    with pytest.raises(SpotforgeError, match="rank 0: 1 machine"), watching(world):
+        pass

@@ -54,6 +54,15 @@ def test_starts_of_several_machines_add_up(tmp_path):
     assert "aws/a spot      1       1   1.00  2.00  $2.00" in text
 
 
+def test_a_start_comes_after_one_whose_clock_was_ahead(tmp_path, monkeypatch):
+    now_ns = 1_700_000_000 * 10**9
+    for hours_ahead, tokens in ((1, 1e6), (0, 2e6), (0, 3e6)):
+        ahead_ns = now_ns + hours_ahead * 3600 * 10**9
+        monkeypatch.setattr("launch.budget.ledger.time.time_ns", lambda ns=ahead_ns: ns)
+        write_start(tmp_path, "aws/a", [1.0], tokens=[tokens])
+    assert [start.tokens for start in read_account(tmp_path).starts] == [1e6, 2e6, 3e6]
+
+
 def test_lines_that_are_torn_or_lost_take_nothing_with_them(tmp_path):
     ledger = write_start(tmp_path, "aws/a", [1.0, 2.0, 3.0])
     (path,) = tmp_path.glob("*.jsonl")

@@ -21,7 +21,7 @@ from launch.elastic.protocol import (
     "message",
     [
         Hello(3, 8, "ab", "10.0.0.7", "c0ffee", "beef", {"Python": "3.11"}),
-        Start(3, 1, 8, 8, 16, "10.0.0.1", 40000),
+        Start(3, 1, 8, 8, 16, "10.0.0.1", 40000, 1.5e9),
         Status(3, 12.5, [RankStatus(8), RankStatus(9, "train", 4, 1.5, -9, 2.5, "a\nb", "why")]),
         Stacks(["", "Thread 0x1:\n"]),
         Dismiss(33, "gone"),

@@ -34,8 +34,9 @@ def rank(exit=None, phase="train", step=3, **fields):
 def test_where_the_ranks_meet():
     nodes = [node("10.0.0.1", 2), node("10.0.0.2", 4)]
     Generation(3, nodes).start("10.0.0.9")
-    assert nodes[0].told == [Start(3, 0, 0, 2, 6, "10.0.0.1", 4000)]
-    assert nodes[1].told == [Start(3, 1, 2, 4, 6, "10.0.0.1", 4000)]
+    ((first,), (second,)) = (node.told for node in nodes[:2])
+    assert first == Start(3, 0, 0, 2, 6, "10.0.0.1", 4000, first.time)
+    assert second == Start(3, 1, 2, 4, 6, "10.0.0.1", 4000, second.time)
 
 
 @pytest.mark.parametrize("loopback", ["127.0.0.1", "::1"])
@@ -132,7 +133,7 @@ def test_the_newest_beat_counts(monkeypatch):
 def test_a_node_tells_of_its_own_ranks_and_its_own_clock():
     gang = gang_of(rank(), rank())
     status = [RankStatus(1, "train", 7, beat_at=90.0)]
-    gang.nodes[1].start(Start(2, 1, 1, 1, 2, "10.0.0.1", 4000))
+    gang.nodes[1].start(Start(2, 1, 1, 1, 2, "10.0.0.1", 4000, 0.0))
     gang.nodes[1].receive(Status(1, 100.0, status))  # of the last generation, and late
     assert gang.nodes[1].ranks == [RankStatus(1)]
     earliest = time.monotonic() - 10
