@@ -155,7 +155,9 @@ class Chaos:
             self.cluster.supervisor.kill()
             self.cluster.supervisor.wait()
             self.cluster.supervise()
-            self._await_step(row, began)
+            # Ranks do some steps more, save and stop; what counts is when others go on.
+            self._wait(lambda: self._num_starts() > since)
+            self._await_step(row, began, self._last_step())
         whole = time.monotonic()
         if not row.problems and not self._wait(lambda: self._is_whole(row.step)):
             row.problems.append(self._tail("not all machines are together again"))
@@ -174,9 +176,9 @@ class Chaos:
         heal()
         self._await_step(row, began + hurt_s)
 
-    def _await_step(self, row, began):
-        """Waits for a step after the last one before the fault."""
-        if not self._wait(lambda: self._last_step() > row.step):
+    def _await_step(self, row, began, step=0):
+        """Waits for a step after the last one before the fault, or after a later one."""
+        if not self._wait(lambda: self._last_step() > max(row.step, step)):
             row.problems.append(self._tail("no new step"))
         row.seconds = max(0.0, time.monotonic() - began)
 
