@@ -113,7 +113,7 @@ def test_without_a_cluster_it_is_said_in_one_line(words, tmp_path, monkeypatch, 
 
 
 @pytest.mark.long
-def test_pods_train_and_one_that_is_lost_comes_back(small, capsys, tmp_path):
+def test_pods_train_and_one_that_is_lost_comes_back(small, capsys, tmp_path, supervisor_port):
     # A machine that is fast, or looks late, gets more steps, of which one is still to come.
     folders = [(steps, tmp_path / str(steps)) for steps in (2500, 25_000)]
     assert any(one_pod_comes_back(small, capsys, *how) for how in folders), "it was over too soon"
