@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests import programs
+from tests import ports, programs
 from tests.words import last_of_each
 
 # Before torch is imported. Its threads wait for each other in loops, which on cores that two tests
@@ -52,6 +52,13 @@ def forked_programs():
 def real_programs(forked_programs):
     """Programs that a test with this starts are executed, as a user's are."""
     with programs.execute_programs():
+        yield
+
+
+@pytest.fixture
+def supervisor_port():
+    """Of one test at a time: the port at which a supervisor of several machines listens."""
+    with ports.supervisor_port():
         yield
 
 

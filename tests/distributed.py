@@ -1,13 +1,13 @@
 """Runs a function on several gloo ranks of this machine, as a launcher would."""
 
 import pickle
-import socket
 import subprocess
 from collections.abc import Callable
 from multiprocessing.connection import Pipe, wait
 from typing import Any
 
 from core.process.python import environment, python
+from tests.ports import free_port
 
 
 def run_distributed(
@@ -24,9 +24,7 @@ def run_distributed(
     Returns:
         What each rank returned. An exception on any rank fails the caller with its traceback.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     call = pickle.dumps((function, args))
     processes: list[subprocess.Popen[bytes]] = []
     unheard: dict[Any, int] = {}

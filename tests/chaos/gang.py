@@ -5,11 +5,11 @@ import multiprocessing
 import os
 import resource
 import signal
-import socket
 import time
 from pathlib import Path
 
 from tests.chaos.probe import Probe
+from tests.ports import free_port
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
@@ -34,9 +34,7 @@ class Gang:
     def __init__(self, configs, folder, moment=None, machines=False):
         self.began = time.time()
         self.world_size = len(configs)
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = free_port()
         self.folders = [folder / f"rank-{rank}" for rank in range(self.world_size)]
         self._processes = []
         for rank, config in enumerate(configs):

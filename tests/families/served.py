@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 from typing import Any
 
 import httpx
@@ -13,6 +12,7 @@ from transformers import AutoTokenizer
 from tests.families.places import Places
 from tests.families.training import stock
 from tests.families.workers import Wrong
+from tests.ports import free_port
 
 TOLERANCE = 1e-4  # of a log-probability
 _NEW_TOKENS = 16
@@ -72,9 +72,7 @@ async def _asked(places: Places) -> tuple[str, list[dict[str, Any]]]:
     from serving.config import AdmissionConfig, EngineConfig, ServingConfig
     from serving.server import serve
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     config = ServingConfig(
         artifact=str(places.model),
         port=port,

@@ -7,7 +7,6 @@ or does not answer in time, is the end of one call: the next one starts others.
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ExitCode, SpotforgeError
+from tests.ports import free_port
 
 _GRACE_S = 5.0  # for the other ranks, once one of them has failed
 
@@ -90,9 +90,7 @@ class Workers:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = free_port()
         for rank in range(self._num_ranks):
             ours, theirs = context.Pipe()
             described = (rank, self._num_ranks, port) if self._num_ranks > 1 else None

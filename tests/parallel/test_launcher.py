@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import threading
 
 import pytest
@@ -12,6 +11,7 @@ from parallel import world
 from parallel.launcher import VARIABLES, Place, read_place
 from parallel.world import join_world
 from tests.distributed import run_distributed
+from tests.ports import free_port
 from trainer.stopping import StopSignal
 
 WHOLE = {
@@ -67,9 +67,7 @@ def test_the_trainer_refuses_half_a_launcher_in_one_line(trainer, small, monkeyp
 
 def wait_alone(rank, how):
     """What a rank says whose only peer never comes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     alone = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
     os.environ |= {key: str(value) for key, value in alone.items()} | {"MASTER_PORT": str(port)}
     if how is None:

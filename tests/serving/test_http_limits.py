@@ -459,14 +459,28 @@ def test_a_client_that_does_not_read_its_answer_is_cut_off():
 
     guard = HttpLimits(write_timeout_s=2.0)
     with serve(BodyLimits(app, guard), guard) as (address, _):
-        idle, reads = Client(address), Client(address)
-        started = time.monotonic()
-        for client in (idle, reads):
-            client.send(get("/endless"))
-        while not ended:
-            assert time.monotonic() - started < 120, "it is not cut off"
-            reads.socket.recv(2**20)  # it reads, if slowly, and is left alone
-            time.sleep(0.02)
+        for _ in range(10):
+            ended.clear()
+            idle, reads = Client(address), Client(address)
+            started = last_read = time.monotonic()
+            longest_s = 0.0
+            for client in (idle, reads):
+                client.send(get("/endless"))
+            with contextlib.suppress(ConnectionError):
+                while not ended:
+                    assert time.monotonic() - started < 120, "it is not cut off"
+                    reads.socket.recv(2**20)  # it reads, if slowly, and is left alone
+                    time.sleep(0.02)
+                    longest_s = max(longest_s, time.monotonic() - last_read)
+                    last_read = time.monotonic()
+            if longest_s < 1.0:
+                break
+            # This process got no CPU and read nothing: again.
+            for client in (idle, reads):
+                client.close()
+            while len(ended) < 2:
+                assert time.monotonic() - started < 240, "a stream goes on without a client"
+                time.sleep(0.02)
         assert len(ended) == 1 and ended[0] - started > 1.8
         assert reads.socket.recv(2**20)
         reads.close()

@@ -24,7 +24,7 @@ from serving.models import Outcomes
 from serving.rollout import Rollout, judge
 from serving.server import serve
 from serving.text.pipeline import LocalStages
-from tests.serving.conftest import FakeEngine, Process, save_model, stream_lines
+from tests.serving.conftest import FakeEngine, Process, save_model, stream_lines, until
 
 
 def complete(url, **fields):
@@ -96,8 +96,7 @@ def test_it_refuses_what_comes_while_what_runs_ends(served, monkeypatch, capsys)
         url = said.split()[-1].removesuffix("/v1")
         async with httpx.AsyncClient(base_url=url, timeout=120) as client:
             streams = [asyncio.create_task(stream(client)) for _ in range(4)]
-            while len(engine.seen) < 4:
-                await asyncio.sleep(0.01)
+            await until(lambda: len(engine.seen) == 4, "four requests run")
             os.kill(os.getpid(), signal.SIGTERM)
             # None of the four can end before `is_open`, so neither can the server.
             while (await client.get("/readyz")).status_code != 503:
@@ -246,13 +245,16 @@ def test_swap_without_a_failed_request(export, tmp_path):
     path.write_text(path.read_text().replace('"intermediate_size": 96', '"intermediate_size": 48'))
     words = ["engine.num_threads=1", "admin_port=0", f"artifact_root={tmp_path}"]
     process = Process(export, *words, "rollout.canary_requests=5", "rollout.canary_max_slowdown=50")
-    admin, statuses, versions, done = process.admin_url(), [], [], threading.Event()
+    admin, statuses, done = process.admin_url(), [], threading.Event()
+    since = {"start": []}  # versions that answered what was asked since something happened
+    version = lambda answer: answer.headers.get("x-artifact-version")  # noqa: E731
 
     def ask():
         while not done.is_set():
+            versions = list(since.values())[-1]
             answer = complete(process.url, max_tokens=5)
             statuses.append(answer.status_code)
-            versions.append(answer.headers.get("x-artifact-version"))
+            versions.append(version(answer))
 
     threads = [threading.Thread(target=ask) for _ in range(3)]
     for thread in threads:
@@ -266,13 +268,15 @@ def test_swap_without_a_failed_request(export, tmp_path):
             refused = httpx.post(swap, json={"artifact": name}, timeout=300)
             assert refused.status_code == 400 and rule in refused.json()["error"]["message"]
         assert httpx.post(swap, json={"artifact": "../served"}).status_code == 400
-        first = versions[-1]
+        first = version(complete(process.url, max_tokens=1))
         swapped = httpx.post(swap, json={"artifact": "next"}, timeout=300).json()
         assert (swapped["what"], swapped["old"]) == ("swapped", first)
-        asked = len(versions)
-        while len(versions) < asked + 6:
+        new = since["swap"] = []
+        deadline_s = time.monotonic() + 300
+        while len(new) < 6:
+            assert time.monotonic() < deadline_s, "nobody is answered"
             time.sleep(0.02)
-        assert set(versions[-2:]) == {swapped["new"]}
+        assert set(new) == {swapped["new"]}
         rollback = f"{admin}/admin/rollback"
         back = httpx.post(rollback, json={}, timeout=300).json()
         assert (back["what"], back["new"]) == ("rolled_back", first)
@@ -280,13 +284,15 @@ def test_swap_without_a_failed_request(export, tmp_path):
         assert again.status_code == 400 and again.json()["error"]["param"] == "model"
         canary = {"artifact": "next", "canary": 0.5}
         assert httpx.post(swap, json=canary, timeout=300).json()["what"] == "canary"
+        deadline_s = time.monotonic() + 300
         while (status := httpx.get(f"{admin}/admin/status").json()["models"]["tiny"])["canary"]:
+            assert time.monotonic() < deadline_s, "the trial does not end"
             time.sleep(0.05)
         assert status["history"][-1]["what"] == "promoted"
     finally:
         done.set()
         for thread in threads:
-            thread.join(60)
+            thread.join(300)
         assert process.stop() == 0
     assert set(statuses) == {200}
 

@@ -337,7 +337,7 @@ def test_sigterm_on_two_ranks_saves_and_resumes(small, tmp_path, launcher):
     assert steps == list(range(1, len(steps) + 1)), "a step was lost or repeated"
 
 
-def test_skypilot_nodes_meet(small, tmp_path, monkeypatch):
+def test_skypilot_nodes_meet(small, tmp_path, monkeypatch, supervisor_port):
     """Two `nodes` of one rank each, as SkyPilot describes them."""
     monkeypatch.setenv("SPOTFORGE_TOKEN", "what the nodes share")
     more = [*small, "micro_batch_size=2"]

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.ports import free_port
+
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 _CONF = """\
 ClusterName=test
@@ -34,14 +36,6 @@ PartitionName=all Nodes=n[0-1] Default=YES MaxTime=INFINITE
 """
 
 
-def free_ports(count):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
 class Cluster:
     """What a user of it types."""
 
@@ -63,7 +57,7 @@ class Cluster:
         words = self.ask("scontrol", "--oneliner", "show", "job").split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait_for(self, condition, seconds=90):
+    def wait_for(self, condition, seconds=600):
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, self.ask("scontrol", "show", "job")
@@ -76,7 +70,7 @@ def slurm(folder):
     (folder / "state").mkdir(parents=True)
     for i in range(2):
         (folder / f"gpu{i}").touch()
-    ports = free_ports(3)
+    ports = [free_port() for _ in range(3)]
     fields = {"host": socket.gethostname(), "user": getpass.getuser()}
     conf = folder / "slurm.conf"
     conf.write_text(_CONF.format(folder=folder, ports=ports, **fields))

@@ -9,6 +9,7 @@ from pathlib import Path
 import openai
 
 from serving.batches.database import Database
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[3]
 
@@ -30,7 +31,7 @@ class SmallGateway:
         self._command = [sys.executable, "-m", "tests.serving.batches.small_gateway"]
         self._command += [str(self.log), str(delay_s), "artifact=small", "model_name=small"]
         self._command += [f"batches.dir={folder / 'batches'}", *settings]
-        self.port = 0
+        self.port = free_port()  # at which it is started again
         self.log.touch()
         self.start()
 
@@ -41,7 +42,6 @@ class SmallGateway:
             )
         wait_until(lambda: "/v1\n" in self.output.read_text() or self.process.poll() is not None)
         self.url = self.output.read_text().split(" at ")[1].split("/v1")[0]
-        self.port = int(self.url.rpartition(":")[2])
 
     def kill(self):
         self.process.kill()

@@ -13,17 +13,12 @@ import pytest
 
 from serving.batches.database import Database
 from serving.keys import create
+from tests.ports import free_port
 from tests.serving.batches.small import ROOT, SmallGateway, begin, end, read, requests, wait_until
 
 pytestmark = pytest.mark.skipif(
     shutil.which("redis-server") is None, reason="needs redis-server: apt install redis-server"
 )
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 class Redis:
