@@ -117,7 +117,7 @@ def stored_config(config: TrainerConfig) -> dict[str, Any] | None:
             return stored
     if config.checkpoint.upload is not None and config.resume == "auto":
         remote = RemoteCheckpoints(config.checkpoint.upload)
-        remote.check()
+        remote.check(begun_before=bool(checkpoints))
         for name in remote.names():
             with suppress(OSError, ValueError, KeyError, TypeError):
                 stored = json.loads(remote.read(name, layout.TRAINER_STATE))["config"]
