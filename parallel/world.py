@@ -35,6 +35,7 @@ class World:
 
     Attributes:
         device: Device of the model: the GPU of this rank, or the CPU.
+        address: Address at which this rank's machine is reached by the others.
         control: gloo group for flags and counts, which never waits for a GPU.
         saving: gloo group of the background thread that writes checkpoints. A group of its own
             keeps its collectives from mixing with those of the loop.
@@ -46,6 +47,7 @@ class World:
     local_rank: int
     local_world_size: int
     device: torch.device
+    address: str
     control: dist.ProcessGroup
     saving: dist.ProcessGroup
     store: dist.Store
@@ -185,6 +187,7 @@ def _leave_waiting(code: ExitCode) -> None:
 def _connect(place: Place | None) -> World:
     rank, world_size, local_rank, local_world_size = 0, 1, 0, 1
     store: dist.Store = dist.HashStore()
+    address = "127.0.0.1"
     if place is not None:
         local_rank, local_world_size = place.local_rank, place.local_world_size
         store, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
@@ -213,6 +216,7 @@ def _connect(place: Place | None) -> World:
         local_rank=local_rank,
         local_world_size=local_world_size,
         device=device,
+        address=address,
         control=dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT),
         saving=dist.new_group(backend="gloo", timeout=_TIMEOUT),
         store=dist.PrefixStore("spotforge", store),

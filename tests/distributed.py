@@ -10,8 +10,16 @@ from typing import Any
 from core.process.python import environment, python
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+def run_distributed(
+    function: Callable[..., Any], world_size: int, *args: Any, apart: bool = False
+) -> list[Any]:
     """Calls `function(*args)` on every rank.
+
+    Args:
+        function: Function of a module, since it is pickled.
+        world_size: Number of ranks.
+        args: Arguments of the function.
+        apart: True tells each rank that it is alone on its machine.
 
     Returns:
         What each rank returned. An exception on any rank fails the caller with its traceback.
@@ -27,7 +35,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
         for rank in range(world_size):
             told, tells = Pipe(duplex=False)
             with tells:
-                processes.append(_start(rank, world_size, port, tells.fileno()))
+                processes.append(_start(rank, world_size, apart, port, tells.fileno()))
             unheard[told] = rank
             stdin = processes[rank].stdin
             assert stdin is not None
@@ -55,12 +63,14 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
     return [results[rank] for rank in range(world_size)]
 
 
-def _start(rank: int, world_size: int, port: int, tells: int) -> subprocess.Popen[bytes]:
+def _start(
+    rank: int, world_size: int, apart: bool, port: int, tells: int
+) -> subprocess.Popen[bytes]:
     place = {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": "0" if apart else str(rank),
         "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": "1" if apart else str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
