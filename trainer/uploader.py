@@ -159,7 +159,7 @@ class Uploader:
         Args:
             beat: Function called regularly.
             finished: True goes on trying until 15 minutes after the first failure, since nothing
-                will upload the checkpoint later. False tries once more: the next start has more.
+                will upload the checkpoint later. False tries once more, since the next start will.
 
         Returns:
             Reason for a failure; None if there was none.

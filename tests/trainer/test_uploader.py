@@ -1,6 +1,6 @@
 """Uploads in the background: outages, several machines, and a start that is superseded.
 
-Time is counted, not waited for: every look at the clock takes a second.
+Time is counted, not waited for: once a test lets it run, every look at the clock takes a second.
 """
 
 import itertools
@@ -27,16 +27,17 @@ def bucket(tmp_path, monkeypatch):
     monkeypatch.delenv("OBJECT_STORE_FAULTS", raising=False)
     monkeypatch.setattr(store, "_BACKOFF_S", 0)
     monkeypatch.setattr(uploader, "_POLL_S", 0.0005)
+    monkeypatch.setattr(uploader, "_LEADERS_S", 1e9)
 
 
 class Clock:
-    """Moves on by a second whenever it is looked at; calls what is due then."""
+    """Moves on whenever it is looked at; calls what is due then."""
 
-    def __init__(self):
-        self.now_s, self.due = 0.0, []
+    def __init__(self, tick_s=0.0):
+        self.now_s, self.tick_s, self.due = 0.0, tick_s, []
 
     def __call__(self):
-        self.now_s += 1
+        self.now_s += self.tick_s
         for at_s, action in list(self.due):
             if self.now_s >= at_s:
                 self.due.remove((at_s, action))
@@ -71,7 +72,11 @@ class Rank0:
         self.uploader.submit(a_checkpoint(self.folder, step, of_start(1), 1), files)
 
     def wait(self, finished=True):
-        return self.uploader.wait(lambda: None, finished)
+        """Lets time run only from now on, so that it does not run ahead of a slow test."""
+        return self.uploader.wait(self.let_time_run, finished)
+
+    def let_time_run(self):
+        self.clock.tick_s = 1.0
 
 
 @pytest.fixture
@@ -102,10 +107,9 @@ def until(happened):
 
 def test_training_goes_on_while_the_store_is_away(rank0, away, capsys):
     away(True)
-    rank0.clock.due.append((600, lambda: away(False)))
+    rank0.clock.due = [(300, lambda: rank0.save(2)), (600, lambda: away(False))]
     rank0.save(1)
-    until(lambda: rank0.clock.now_s > 300)
-    rank0.save(2)  # takes the place of the first
+    rank0.let_time_run()
     until(lambda: ("upload", 2) in rank0.events)
     names, times = zip(*rank0.remote.attempts, strict=True)
     assert set(names) == {"step-00000001", "step-00000002"} and list(names) == sorted(names)
@@ -134,7 +138,7 @@ def test_a_finished_run_gives_up_after_a_quarter_of_an_hour(rank0, away):
     first_s = rank0.remote.attempts[0][1]
     assert "connection timed out" in rank0.wait()
     took_s = rank0.remote.attempts[-1][1] - first_s
-    assert 860 <= took_s <= 940 and len(rank0.remote.attempts) > 20
+    assert 870 <= took_s <= 930 and len(rank0.remote.attempts) > 20
     assert rank0.uploader.busy == set()
 
 
@@ -142,18 +146,17 @@ def test_a_stopped_run_tries_once_more(rank0, away):
     away(True)
     rank0.save(1)
     until(lambda: rank0.events)
-    failed_before = len(rank0.remote.attempts)
+    assert len(rank0.remote.attempts) == 1
     assert "connection timed out" in rank0.wait(finished=False)
-    assert len(rank0.remote.attempts) <= failed_before + 2  # one may have been under way
-    assert rank0.remote.attempts[-1][0] == "step-00000001"
+    assert len(rank0.remote.attempts) == 2
 
 
 def test_a_stopped_run_uploads_its_last_checkpoint(rank0, away):
     away(True)
     rank0.save(1)
     until(lambda: rank0.events)
-    rank0.save(2)
     away(False)
+    rank0.save(2)
     assert rank0.wait(finished=False) is None
     assert rank0.remote.names()[0] == "step-00000002"
 
@@ -256,9 +259,7 @@ def test_a_machine_that_fails_is_tried_again(machines, monkeypatch):
     submit_here(1)
     until(lambda: rank0.events)
     assert rank0.wait() is None and stored_of("step-00000001") == 1
-    assert rank0.events == [("upload_failed", 1), ("upload_failed", 1), ("upload", 1)] or (
-        rank0.events == [("upload_failed", 1), ("upload", 1)]
-    )
+    assert rank0.events[-1] == ("upload", 1) and next(failures, None) is None
 
 
 def test_rank_0_chooses_for_all(machines, monkeypatch):
@@ -285,7 +286,7 @@ def test_rank_0_chooses_for_all(machines, monkeypatch):
 
 def test_a_machine_is_not_waited_for_without_end(machines, monkeypatch):
     rank0, *_, submit_here, _ = machines
-    monkeypatch.setattr(uploader, "_LEADERS_S", 120)
+    monkeypatch.setattr(uploader, "_LEADERS_S", 120.0)
     submit_here(1)
     assert "rank 2 has not uploaded its files within 2 minutes" in rank0.wait(finished=False)
     assert rank0.remote.names() == []
@@ -297,7 +298,7 @@ def test_a_machine_is_not_waited_for_without_end(machines, monkeypatch):
 @pytest.fixture
 def time_of_store(monkeypatch):
     """The clock that the store waits by."""
-    clock = Clock()
+    clock = Clock(tick_s=1.0)
     counted = type("Time", (), {"monotonic": clock, "sleep": lambda seconds: None})
     monkeypatch.setattr(store, "time", counted)
     return clock
