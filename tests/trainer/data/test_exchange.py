@@ -123,11 +123,7 @@ CASES = (
 def play(base):
     """Plays all cases on two ranks, each on a machine of its own."""
     with join_world() as world:
-        outcomes = {"stopped": stopped_while_waiting(world, base / "stopped" / str(world.rank))}
-        world.barrier()
-        if world.rank == 0:
-            world.store.delete_key("stop")
-        world.barrier()
+        outcomes = {}
 
         def case(name, name_of_machine=None, **changes):
             machine = base / (name_of_machine or name) / str(world.rank)
@@ -139,6 +135,7 @@ def play(base):
         case("given", kind=SourceKind.tokens, tokenizer_vocab_size=4096)
         for name in ("uploaded", "downloaded"):
             case(name, cache_url=f"file://{base}/store")
+        outcomes["stopped"] = stopped_while_waiting(world, base / "stopped" / str(world.rank))
     return outcomes
 
 
