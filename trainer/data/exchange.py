@@ -13,7 +13,6 @@ import json
 import os
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -35,7 +34,6 @@ from trainer.data.writer import given_name
 from trainer.process import Process
 
 SERVED = "data"  # name by which machines serve their caches to each other
-_LONGEST_POLL_S = 0.5
 
 Names = dict[str, str]  # name in a cache of each source's folder, by the name of the source
 # Where the folder of each source is on a machine: name of what is served, path in it, path there.
@@ -104,23 +102,23 @@ class DataExchange:
             Interrupted: A stop was requested; no partial result is left behind.
         """
         world = self._world
-        with world.together():
+        with self._at_own_pace():
             store = open_store(self._cfg)
             plan, refusal = _opened(make_plan)
         names = self._agree(plan, refusal, recall)
-        with self._at_own_pace("prepared"):
+        with self._at_own_pace():
             if plan is not None:
                 plan.make(store)
                 self._serve_given(plan)
         places = world.gather(self._places(names, plan))
-        with self._at_own_pace("fetched"):
+        with self._at_own_pace():
             if plan is None:
                 assert refusal is not None
                 fetch = partial(self._fetch, places=places, store=store, refusal=refusal)
                 folders = {source: fetch(source, name) for source, name in names.items()}
             else:
                 folders = plan.folders
-        with self._at_own_pace("uploaded"):
+        with self._at_own_pace():
             if world.rank == 0 and store is not None:
                 for source, name in names.items():
                     store.upload(name, folders[source], self._process.poll_apart)
@@ -136,7 +134,7 @@ class DataExchange:
         return self._world.local_rank, self._world.local_world_size
 
     @contextmanager
-    def _at_own_pace(self, what: str) -> Iterator[None]:
+    def _at_own_pace(self) -> Iterator[None]:
         """Makes a block fail on all ranks or on none, and polls while other ranks are in it.
 
         A rank that waits in a collective would not hear of a stop, and a block may take hours.
@@ -145,18 +143,12 @@ class DataExchange:
             try:
                 yield
             except SpotforgeError:
-                self._wait_for_all(what)
+                self._wait_for_all()
                 raise
-            self._wait_for_all(what)
+            self._wait_for_all()
 
-    def _wait_for_all(self, what: str) -> None:
-        keys = [f"data {what}/{rank}" for rank in range(self._world.world_size)]
-        self._world.store.set(keys[self._world.rank], "")
-        poll_s = _LONGEST_POLL_S / 64
-        while not self._world.store.check(keys):
-            check_stop(self._process.poll_apart)
-            time.sleep(poll_s)
-            poll_s = min(2 * poll_s, _LONGEST_POLL_S)
+    def _wait_for_all(self) -> None:
+        self._world.barrier_with(lambda: check_stop(self._process.poll_apart))
 
     def _agree(
         self, plan: Plan | None, refusal: ConfigError | None, recall: Callable[[], Names | None]

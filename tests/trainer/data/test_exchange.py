@@ -1,6 +1,7 @@
 """Data on machines whose disks and sources differ: prepared on one, fetched by the others."""
 
 import contextlib
+import errno
 import io
 import json
 import shutil
@@ -8,11 +9,13 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from core.errors import ConfigError, DamagedError, ExitCode, Interrupted, SpotforgeError
-from core.folder import manifest_of
+from core.folder import entry_of, manifest_of
+from parallel.disks import Disks
 from parallel.peers import PeerFiles
 from parallel.world import join_world
 from tests import object_store
@@ -26,6 +29,7 @@ from trainer.data.config import SingleDataConfig, SourceKind
 from trainer.data.exchange import SERVED, DataExchange, find_cache_disks, recorded_names
 from trainer.data.files import check_stop
 from trainer.data.prepare import Plan, make_plan, prepare
+from trainer.data.writer import canonical_digest
 from trainer.heartbeat import Heartbeat
 from trainer.process import Process
 from trainer.run import train_in
@@ -47,6 +51,12 @@ def settings(machine, **changes):
 
 def prepared(machine):
     return prepare(settings(machine), model_path=None, stop_requested=lambda: False)
+
+
+def signed(manifest):
+    """A manifest with the digest that belongs to its content."""
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    return json.dumps(content | {"digest": canonical_digest(content)}).encode()
 
 
 def flip(file, position=7):
@@ -98,6 +108,15 @@ def set_up(base):
         texts("downloaded", rank)
     made = prepared(base / "damaged" / "0")
     flip(made.folders[0] / "train-00001.bin")
+    # Both have the same sources, of which rank 1 has prepared something else under that name.
+    for rank in (0, 1):
+        texts("altered", rank)
+    folder = prepared(base / "altered" / "1").folders[0]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    flip(folder / "train-00000.bin")
+    entry = entry_of(folder / "train-00000.bin")
+    manifest["splits"]["train"]["shards"][0] |= entry
+    (folder / "manifest.json").write_bytes(signed(manifest))
     # Rank 0 has nothing, rank 1 what a run was trained on, of which its record tells.
     texts("resumed", 1)
     made = prepared(base / "resumed" / "1")
@@ -123,22 +142,19 @@ CASES = (
 def play(base):
     """Plays all cases on two ranks, each on a machine of its own."""
     with join_world() as world:
-        outcomes = {"stopped": stopped_while_waiting(world, base / "stopped" / str(world.rank))}
-        world.barrier()
-        if world.rank == 0:
-            world.store.delete_key("stop")
-        world.barrier()
+        outcomes = {}
 
         def case(name, name_of_machine=None, **changes):
             machine = base / (name_of_machine or name) / str(world.rank)
             outcomes[name] = exchange(world, settings(machine, **changes))
 
-        for name in ("fetched", "differing", "damaged", "resumed", "nowhere"):
+        for name in ("fetched", "differing", "altered", "damaged", "resumed", "nowhere"):
             case(name)
         case("again", "fetched")
         case("given", kind=SourceKind.tokens, tokenizer_vocab_size=4096)
         for name in ("uploaded", "downloaded"):
             case(name, cache_url=f"file://{base}/store")
+        outcomes["stopped"] = stopped_while_waiting(world, base / "stopped" / str(world.rank))
     return outcomes
 
 
@@ -203,6 +219,12 @@ def test_machines_whose_sources_differ_are_refused_before_anything_is_prepared(o
         assert "\n" not in str(outcome.error)
         cache = base / "differing" / str(rank) / "cache"
         assert [p for p in cache.iterdir() if p.is_dir()] == []
+
+
+def test_data_that_differs_under_the_same_name_is_refused(outcomes):
+    for outcome in outcomes["altered"]:
+        assert isinstance(outcome.error, ConfigError) and outcome.error.key == "data"
+        assert "rank 0 on" in str(outcome.error) and "rank 1 on" in str(outcome.error)
 
 
 def test_what_arrives_damaged_is_refused_by_name(outcomes, base):
@@ -307,14 +329,6 @@ def test_a_damaged_object_is_refused_by_name(machine):
     assert alone(machine, cache="cache2").error is None
 
 
-def signed(manifest):
-    """A manifest with the digest that belongs to its content."""
-    from trainer.data.writer import canonical_digest
-
-    content = {key: value for key, value in manifest.items() if key != "digest"}
-    return json.dumps(content | {"digest": canonical_digest(content)}).encode()
-
-
 def test_a_store_that_is_away_does_not_end_a_run_that_can_prepare(machine, monkeypatch):
     def away(*_, **__):
         raise StoreError("503 Slow Down")
@@ -334,6 +348,72 @@ def test_a_url_that_cannot_be_used_is_refused(machine, monkeypatch):
     monkeypatch.setenv("OBJECT_STORE_FAULTS", "refuse=1")
     error = alone(machine).error
     assert isinstance(error, ConfigError) and "may not be read" in error.rule
+
+
+def test_tokens_that_a_machine_has_need_no_cache(machine):
+    folder = prepared(machine).folders[0]
+    nowhere = str(machine / "texts" / "0000.txt" / "cache")
+    tokens = {"kind": SourceKind.tokens, "path": str(folder), "tokenizer_vocab_size": 4096}
+    with join_world() as world:
+        outcome = exchange(world, settings(machine, **tokens, cache_dir=nowhere))
+    assert outcome.folder == folder
+
+
+class OtherMachines:
+    """Disks of ranks 1 and 2: `faults` maps a rank to what its first piece of a shard raises."""
+
+    def __init__(self, cache, faults):
+        self._cache, self._faults = cache, faults
+        self.asked = []
+
+    def size_of(self, rank, served, path):
+        return (self._cache / path).stat().st_size
+
+    def read(self, rank, served, path, offset, length):
+        self.asked.append(rank)
+        if path.endswith(".bin") and rank in self._faults:
+            raise self._faults[rank]
+        return (self._cache / path).read_bytes()[offset : offset + length]
+
+
+def fetched(machine, faults):
+    """Fetches the data of `machine` to the disk of rank 0."""
+    made = prepared(machine).folders[0]
+    cfg = settings(machine, path="nowhere", cache_dir=str(machine / "cache0"))
+    disks = Disks(0, (0, 1, 2), ("a", "b", "c"))
+    peers = OtherMachines(made.parent, faults)
+    place = {"text": (SERVED, made.name, str(made))}
+    process = SimpleNamespace(world=None, poll_apart=lambda: False)
+    here = DataExchange(cfg, process, disks, peers)
+    refusal = ConfigError("data.path", "nowhere", "no such file", "give one")
+    folder = here._fetch("text", made.name, [{}, place, place], None, refusal)
+    assert manifest_of(folder) == manifest_of(made)
+    return peers.asked
+
+
+def test_a_machine_that_falls_silent_is_replaced_by_another_one(machine):
+    gone = OSError("rank 1 on b does not answer")
+    assert set(fetched(machine, {1: gone})) == {1, 2}
+    shutil.rmtree(machine / "cache0")
+    with pytest.raises(SpotforgeError, match="cannot be fetched: rank 1 on b does not answer"):
+        fetched(machine, {1: gone, 2: gone})
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(ConfigError, match="data.cache_dir=.*the disk is full"):
+        fetched(machine, {1: full})
+    assert not [p for p in (machine / "cache0").iterdir() if p.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("folder", "share"),
+    [("cache/0b1e6d636fd12b1e", (1, 2)), ("tokens", (0, 1))],
+)
+def test_ranks_share_the_verification_of_their_own_disk(tmp_path, folder, share):
+    """Rank 2 is alone on its machine, and shares the disk of the cache with rank 0."""
+    world = SimpleNamespace(rank=2, local_rank=0, local_world_size=1)
+    process = SimpleNamespace(world=world, poll_apart=None)
+    disks = Disks(2, (0, 1, 0), ("a", "b", "c"))
+    together = DataExchange(settings(tmp_path), process, disks, None)
+    assert together.share_of(tmp_path / folder) == share
 
 
 def train_apart(base, *changes):
