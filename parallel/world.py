@@ -236,6 +236,6 @@ def _connect(place: Place | None) -> World:
         device=device,
         address=address,
         control=dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT),
-        saving=dist.new_group(backend="gloo", timeout=_TIMEOUT),
+        saving=dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT),
         store=dist.PrefixStore("spotforge", store),
     )

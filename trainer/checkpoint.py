@@ -162,6 +162,8 @@ def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
         # Sizes are cheap, so all ranks check all of them; contents are read by one rank each.
         check = wrong_content if i % world_size == rank else wrong_size
         if fault := check(checkpoint / name, entry):
+            if writer_of(name) is not None and not (checkpoint / name).exists():
+                fault += "; if machines had disks of their own, it is on another one"
             raise _damaged(checkpoint, f"{name} {fault}")
 
 

@@ -275,22 +275,18 @@ class Checkpointer:
         return {k: v for part in self._agree(mine, error) for k, v in part.items()}
 
     def _replicate(self, staging: Path, files: Manifest) -> None:
-        """Copies the files of the disks before this one to it; collective.
+        """Copies files of other disks to this one; collective.
 
-        The disks form a ring in the order of their leaders. It happens before the commit, so that
-        what is committed outlives any machine.
+        It happens before the commit, so that what is committed outlives any machine.
 
         Raises:
             SpotforgeError: A file could not be fetched or written; raised on every rank.
         """
-        disks = self._disks
-        num = self._storage.num_replicas(self._config.replicas)
-        if num == 0:
+        disks, copied = self._disks, self._copied_disks()
+        if not copied:
             return
         # This thread must not beat: it would hide that the main thread hangs.
         storage = dataclasses.replace(self._storage, beat=lambda: None)
-        own = disks.leaders.index(disks.leader)
-        copied = {disks.leaders[own - i] for i in range(1, num + 1)}
         error: BaseException | None = None
         try:
             for file, entry in files.items():
@@ -303,6 +299,16 @@ class Checkpointer:
         except Exception as e:
             error = e
         self._agree(None, error)
+
+    def _copied_disks(self) -> set[int]:
+        """Returns the leaders of the disks whose files this one holds, too.
+
+        The disks form a ring in the order of their leaders; each holds those before it.
+        """
+        leaders = self._disks.leaders
+        own = leaders.index(self._disks.leader)
+        num = self._storage.num_replicas(self._config.replicas)
+        return {leaders[own - i] for i in range(1, num + 1)}
 
     def _commit(self, staging: Path, final: Path, files: Manifest) -> None:
         """Commits the checkpoint on every disk; collective.
@@ -385,7 +391,10 @@ class Checkpointer:
         needs = self._world.gather(mine)
         with self._world.together():
             if self._disks.is_leader:
-                need = sum(needs[rank] for rank in self._disks.sharers)
+                held = {self._disks.leader, *self._copied_disks()}
+                need = sum(
+                    needs[r] for r, leader in enumerate(self._disks.leader_of) if leader in held
+                )
                 self._folder.mkdir(parents=True, exist_ok=True)
                 free = shutil.disk_usage(self._folder).free
                 if free < need:

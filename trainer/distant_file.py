@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -69,7 +70,9 @@ class DistantFile:
         try:
             with _locked_byte(marks, index):
                 if os.pread(marks, 1, index) != b"\1":
-                    os.pwrite(kept, self._fetched(index), index * BLOCK_BYTES)
+                    content = self._fetched(index)
+                    if os.pwrite(kept, content, index * BLOCK_BYTES) != len(content):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._kept))
                     os.pwrite(marks, b"\1", index)
             return os.pread(kept, stop - start, index * BLOCK_BYTES + start)
         finally:
