@@ -141,8 +141,10 @@ def train_in(
             0, 0, 0, 0.0, data.digest, data.tokenizer_fingerprint, resolved, OrderRule.exact
         )
         before = None  # stored settings of the run to be resumed
+        # On any disk: rank 0 may be on a new machine.
+        has_saved = any(world.gather(bool(committed(folder))))
         with world.together():
-            remote = _open_remote(config, process, disks)
+            remote = _open_remote(config, process, disks, has_saved)
         storage = Storage(folder, world, disks, peers, remote, heartbeat.beat)
         if not disks.is_shared:
             reporter.say(_about_disks(config, storage))
@@ -334,7 +336,9 @@ def _about_disks(config: TrainerConfig, storage: Storage) -> str:
     return what + "the loss of one loses all checkpoints, since checkpoint.replicas is 0"
 
 
-def _open_remote(config: TrainerConfig, process: Process, disks: Disks) -> RemoteCheckpoints | None:
+def _open_remote(
+    config: TrainerConfig, process: Process, disks: Disks, has_saved: bool
+) -> RemoteCheckpoints | None:
     url = config.checkpoint.upload
     # On one disk, rank 0 alone copies what is stored to it and from it.
     if url is None or (disks.is_shared and disks.rank != 0):
@@ -353,7 +357,7 @@ def _open_remote(config: TrainerConfig, process: Process, disks: Disks) -> Remot
             "name a folder on another disk",
         )
     if disks.is_leader:
-        remote.check(begun_before=bool(committed(config.run_dir / layout.CHECKPOINTS)), beat=beat)
+        remote.check(begun_before=has_saved, beat=beat)
     return remote
 
 
