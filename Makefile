@@ -23,7 +23,7 @@ test-matrix: install  ## Every strategy at 1 to 4 ranks, resumed from every othe
 	$(BIN)/python -m pytest -m matrix tests/trainer/test_matrix.py
 
 test-hosts: install  ## Machines of their own on one kernel, whose links break; needs root on Linux
-	$(BIN)/python -m pytest -m hosts tests/hosts
+	$(BIN)/python -m pytest -n 2 --dist load -m hosts tests/hosts
 
 families: install  ## Every family of models in every column, beside transformers; writes docs/models.md
 	$(BIN)/python -m tests.families
