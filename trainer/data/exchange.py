@@ -105,7 +105,8 @@ class DataExchange:
         with self._at_own_pace():
             store = open_store(self._cfg)
             plan, refusal = _opened(make_plan)
-        names = self._agree(plan, refusal, recall)
+            known = recall() if plan is None else _names(plan)
+        names = self._agree(known, refusal)
         with self._at_own_pace():
             if plan is not None:
                 plan.make(store)
@@ -150,28 +151,35 @@ class DataExchange:
     def _wait_for_all(self) -> None:
         self._world.barrier_with(lambda: check_stop(self._process.poll_apart))
 
-    def _agree(
-        self, plan: Plan | None, refusal: ConfigError | None, recall: Callable[[], Names | None]
-    ) -> Names:
-        """Returns the names of the folders that all ranks need."""
-        own = None if plan is None else _names(plan)
-        keys = {name: key for name, (key, _) in named_sources(self._cfg).items()}
-        self._check_same(None if own is None else {keys[s]: name for s, name in own.items()})
-        found = [names for names in self._world.gather(own) if names is not None]
-        if not found:
-            found = [names for names in self._world.gather(recall()) if names is not None]
-            with self._world.together():
-                if not found:
-                    assert refusal is not None
-                    raise refusal
-            if self._world.rank == 0:
-                assert refusal is not None
-                print(
-                    f"{refusal.key}={refusal.value}: {refusal.rule}, on all machines; taking "
-                    f"{', '.join(found[0].values())}, on which the run was trained",
-                    file=sys.stderr,
-                )
-        return found[0]
+    def _agree(self, known: Names | None, refusal: ConfigError | None) -> Names:
+        """Returns the names of the folders that all ranks need.
+
+        Args:
+            known: Names of what this machine's sources become, or of what the run to be resumed was
+                trained on.
+            refusal: Error that the sources cannot be opened on this machine; None if they can.
+        """
+        own = known if refusal is None else None
+        self._check_same(own and {self._key(source): name for source, name in own.items()})
+        told = self._world.gather((refusal, known))
+        if found := [names for refused, names in told if refused is None and names is not None]:
+            return found[0]
+        refusal = told[0][0]
+        assert refusal is not None
+        recalled = [names for _, names in told if names is not None]
+        with self._world.together():
+            if not recalled:
+                raise refusal
+        if self._world.rank == 0:
+            print(
+                f"{refusal.key}={refusal.value}: {refusal.rule}, on all machines; taking "
+                f"{', '.join(recalled[0].values())}, on which the run was trained",
+                file=sys.stderr,
+            )
+        return recalled[0]
+
+    def _key(self, source: str) -> str:
+        return named_sources(self._cfg)[source][0]
 
     def _check_same(self, own: dict[str, str] | None) -> None:
         """Raises ConfigError on all ranks if the values of two ranks differ; None is no value."""
