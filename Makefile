@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 NPROC  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 2)
 
 .PHONY: train test test-long test-matrix test-pythons test-sky test-llama test-openvino test-hosts families \
-  chaos soak mutants lint install benchmark clean
+  chaos chaos-hosts soak mutants lint install benchmark clean
 
 train: install  ## The main job: learn to write Python from the standard library's source
 	$(BIN)/python -m trainer experiment=stdlib nproc=$(NPROC)
@@ -27,6 +27,9 @@ test-hosts: install  ## Machines of their own on one kernel, whose links break; 
 
 families: install  ## Every family of models in every column, beside transformers; writes docs/models.md
 	$(BIN)/python -m tests.families
+
+chaos-hosts: install  ## 60 faults of machines, links, disks and supervisors, from a seed; needs root on Linux
+	$(BIN)/python -m tests.hosts.chaos
 
 chaos: install  ## Hundreds of kills, stops and damages, from a seed; writes a page about them
 	$(BIN)/python -m tests.chaos

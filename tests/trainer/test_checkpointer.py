@@ -203,10 +203,10 @@ def test_what_an_older_start_uploads_meanwhile_is_not_passed_over(
     trainer, small, store, monkeypatch, tmp_path
 ):
     from tests.trainer.uploads import a_checkpoint, of_start, send
-    from trainer import run
+    from trainer.finder import CheckpointFinder
     from trainer.remote import RemoteCheckpoints
 
-    find = run.find_checkpoint
+    find = CheckpointFinder.find
 
     def find_early(*given):
         found = find(*given)
@@ -215,7 +215,7 @@ def test_what_an_older_start_uploads_meanwhile_is_not_passed_over(
         send(older, a_checkpoint(tmp_path, 4, of_start(1), 1))
         return found
 
-    monkeypatch.setattr(run, "find_checkpoint", find_early)
+    monkeypatch.setattr(CheckpointFinder, "find", find_early)
     result = trainer(*small, UPLOAD, "schedule=constant")
     assert result.code == 1 and "has uploaded step-00000004 meanwhile; start again" in result.err
 
