@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # Lowest difflib ratios at which a name is suggested: among sibling keys, and among all keys. Beside
 # the misspelt key a worse match is still likely meant.
 _LIKE, _ALIKE = 0.57, 0.8
+_FEW = 0.5  # among the options of one group, of which one is meant: `tyni` is `tiny`
 
 
 def unreadable(word: str, error: HydraException) -> ConfigError:
@@ -76,8 +77,8 @@ def refusal(
     if isinstance(inner, MissingMandatoryValue):
         return ConfigError(key, "???", "must be given", f"write {key}=VALUE; {see}")
     if isinstance(inner, ConfigKeyError | ConfigAttributeError) and key:
-        owner = re.search(r"not in '(.+?)'", text)
-        rule = "there is no such key" + (f" in {owner[1]}" if owner else "")
+        parent = given_key.lstrip("+~").rpartition(".")[0]
+        rule = "there is no such key" + (f" in {parent}" if parent else "")
         return ConfigError(given_key, given_value, rule, _nearest(command, given_key) or see)
     if isinstance(inner, OmegaConfBaseException):
         if not key:  # the fault is in a file as a whole
@@ -99,7 +100,7 @@ def _no_such_option(error: MissingConfigException) -> ConfigError:
     name = error.missing_cfg_file or ""
     group, _, option = name.rpartition("/")
     options = sorted(error.options or [])
-    near = get_close_matches(option, options, n=1)
+    near = get_close_matches(option, options, n=1, cutoff=_FEW)
     listed = f"there are {', '.join(options)}" if options else "there are none"
     fix = f"did you mean {near[0]}? {listed}" if near else listed
     return ConfigError(group or "word", option, "there is no such option", fix)

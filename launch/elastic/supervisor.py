@@ -12,6 +12,7 @@ A generation is one start of the gang on the current machines. Its end decides w
 """
 
 import asyncio
+import errno
 import ipaddress
 import shlex
 import socket
@@ -131,9 +132,10 @@ class Supervisor:
                 if settings.shows_token:
                     self._say(f"machines join with: {_join_command(address, settings)}")
             except OSError as e:
-                raise ConfigError(
-                    "--listen", f"{host}:{port}", e.strerror or str(e), "choose another port"
-                ) from e
+                fix = "choose another port"
+                if e.errno == errno.EADDRNOTAVAIL or isinstance(e, socket.gaierror):
+                    fix = "give an address of this machine, or only a port"
+                raise ConfigError("--listen", f"{host}:{port}", e.strerror or str(e), fix) from e
 
     async def _close(self, code: ExitCode) -> None:
         for node in self._nodes:

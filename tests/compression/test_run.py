@@ -232,7 +232,10 @@ def test_an_artifact_that_computes_something_else_is_not_kept(
         ),
         (["model=PARENT", "target=gpu"], "target=gpu: "),
         (["model=PARENT", "target=huggingface,torchao"], "target"),
-        (["model=PARENT", "recipe.int8_weight_only.bit=4"], "no such key in RoundConfig"),
+        (
+            ["model=PARENT", "recipe.int8_weight_only.bit=4"],
+            "no such key in recipe.int8",
+        ),
         (["model=PARENT", "recipe.int8_weight_only.bits=9"], "bits=9: must be from 2 to 8"),
         (["model=PARENT", "recipe=int4_gptq"], "does not divide the 64 inputs of model.layers.0"),
         (

@@ -192,10 +192,17 @@ class Chaos:
     def _last_step(self):
         return max((last_step(host) for host in self.machines), default=0)
 
+    def _first(self):
+        """The machine of rank 0: the one that has logged last."""
+
+        def last_time(host):
+            events = records(host, "events.jsonl")
+            return events[-1]["time"] if events else 0.0
+
+        return max(self.machines, key=last_time)
+
     def _events(self):
-        """Events of the machine that has logged most: rank 0's."""
-        first = max(self.machines, key=last_step)
-        return records(first, "events.jsonl")
+        return records(self._first(), "events.jsonl")
 
     def _starts(self):
         return [event for event in self._events() if event["event"] == "start"]
@@ -233,8 +240,7 @@ class Chaos:
     def _judge(self, resumes):
         """What is wrong with the newest checkpoint and the metrics."""
         problems = []
-        first = max(self.machines, key=last_step)
-        steps = [record["step"] for record in records(first)]
+        steps = [record["step"] for record in records(self._first())]
         if steps != list(range(1, len(steps) + 1)):
             problems.append("metrics.jsonl lacks or repeats a step")
         path = self._gathered()

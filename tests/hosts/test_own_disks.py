@@ -45,7 +45,7 @@ def test_a_machine_whose_disk_is_full_is_left_out(bed, tmp_path, environment):
     """First one that only saves, then the one that logs; the others go on without them."""
     made = bed("s", "a", "b", "c", disk_mb=64)
     steps = [f"checkpoint.interval={EVERY}", "stop.steps=1000000"]
-    cluster = Cluster(made, tmp_path, environment, 3, "fsdp", *steps)
+    cluster = Cluster(made, tmp_path, environment, 3, "ddp", *steps)
     hosts = made.hosts[1:]
     for host in hosts:
         cluster.join(host)
