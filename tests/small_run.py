@@ -17,7 +17,7 @@ from trainer.storage import Generation, local_storage
 def saved_to(folder, world):
     """Storage on one disk, claimed by this start; what a Checkpointer takes."""
     storage = local_storage(folder, world)
-    return storage, Generation.claim(storage)
+    return storage, Generation.claim(storage, 0)
 
 
 GLOBAL_BATCH, SEQ_LEN, VOCAB = 16, 32, 128

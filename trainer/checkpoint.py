@@ -26,6 +26,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
@@ -37,11 +38,12 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from core import layout
-from core.errors import ConfigError, DamagedError
+from core.errors import ConfigError, DamagedError, SpotforgeError
 from core.folder import Manifest, remove, staging_of, wrong_content, wrong_size
 from trainer.data.order import OrderRule
 from trainer.distant_file import DistantFile
@@ -81,16 +83,19 @@ class Located:
     Attributes:
         folder: The folder on this disk, with all files but those in `elsewhere`.
         elsewhere: Files with tensors that are read from other machines or an object store.
+        fetched: Folder for the blocks that are fetched of them; None if there are none.
     """
 
     folder: Path
     elsewhere: Mapping[str, DistantFile] = field(default_factory=dict)
+    fetched: Path | None = None
 
     def read(self, tensors: dict[str, Tensor]) -> None:
         """Fills tensors, or the local shards of DTensors, in place; not collective.
 
         Raises:
             SpotforgeError: A part that is elsewhere cannot be read.
+            OSError: A part on this disk cannot be read, or what is fetched cannot be written.
         """
         reader = dcp.FileSystemReader(self.folder)
         reader.fs = _Files(self.elsewhere)
@@ -98,16 +103,23 @@ class Located:
             # torch warns that it assumes a single process, which is what happens: each rank reads
             # alone.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(tensors, storage_reader=reader, no_dist=True)
+            try:
+                dcp.load(tensors, storage_reader=reader, no_dist=True)
+            except CheckpointException as e:  # it wraps every error, also those for the user
+                for error, _ in e.failures.values():
+                    if isinstance(error, SpotforgeError | OSError):
+                        raise error from e
+                raise
 
     def forget_fetched(self) -> None:
         """Removes from this disk what was fetched; no process of this machine may be reading."""
-        remove(fetched_folder(self.folder))
+        if self.fetched is not None:
+            remove(self.fetched)
 
 
-def fetched_folder(checkpoint: Path) -> Path:
-    """Returns the folder for blocks of a checkpoint's files that were fetched from elsewhere."""
-    return staging_of(checkpoint.with_name(f"fetched-{checkpoint.name}"))
+def fetched_folder(folder: Path, checkpoint: str) -> Path:
+    """Returns the folder for blocks of a checkpoint's files that are fetched from elsewhere."""
+    return staging_of(folder / f"fetched-{checkpoint}")
 
 
 class _Files(FileSystem):
@@ -149,6 +161,16 @@ def outdated(names: Iterable[str], keep_last: int, keep_every: int | None) -> li
     """Returns the names of the checkpoints that need not be kept; names as by `step_name`."""
     old = sorted(names, reverse=True)[keep_last:]
     return [n for n in old if keep_every is None or int(n.removeprefix(layout.STEP)) % keep_every]
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Renames a checkpoint so that no resume takes it, and returns its new path.
+
+    One that was set aside before, of the same step, is removed.
+    """
+    aside = checkpoint.with_name(f"passed-over-{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return checkpoint.rename(aside)
 
 
 def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:

@@ -46,7 +46,6 @@ from trainer.checkpoint import (
     committed,
     fetched_folder,
     outdated,
-    read_manifest,
     step_name,
     writer_of,
 )
@@ -84,6 +83,7 @@ class Checkpointer:
         self._stager: DefaultStager | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._saved: tuple[Path, Manifest] | None = None
         self._uploader: Uploader | None = None  # on rank 0
         self._leader_uploader: LeaderUploader | None = None  # on leaders of other disks
         if self._disks.is_leader:
@@ -133,8 +133,14 @@ class Checkpointer:
         return time.perf_counter() - began
 
     @property
-    def on_disks(self) -> Storage:
-        """Storage without the object store, which may not answer: disks have all checkpoints."""
+    def for_rollback(self) -> Storage:
+        """Storage from which a run reads that goes back to an earlier checkpoint.
+
+        A disk that all ranks share has all of them; the object store may not answer. Disks of
+        their own may lack what this start itself has read from the store.
+        """
+        if not self._disks.is_shared:
+            return self._storage
         return dataclasses.replace(self._storage, remote=None)
 
     @property
@@ -159,7 +165,10 @@ class Checkpointer:
             if self._uploader is not None and self._uploader.superseded is not None:
                 raise self._uploader.superseded
             if pending is not None:
-                pending.result()
+                try:
+                    pending.result()
+                except OSError as e:  # after the commit, on this rank alone
+                    raise self._disk_error(e, self._world.rank) from e
 
     def wait_for_uploads(self, finished: bool) -> str | None:
         """Waits until the newest checkpoint is in the object store; on rank 0, not collective.
@@ -172,18 +181,21 @@ class Checkpointer:
         """
         return None if self._uploader is None else self._uploader.wait(self._storage.beat, finished)
 
-    def located(self, step: int) -> Located:
-        """Returns the checkpoint that this start saved at a step, wherever its files are."""
-        checkpoint, disks = self._folder / step_name(step), self._disks
+    def last_saved(self) -> Located | None:
+        """Returns the newest checkpoint that this start saved; None if it saved none."""
+        if self._saved is None:
+            return None
+        checkpoint, files = self._saved
+        fetched = fetched_folder(self._folder, checkpoint.name)
         elsewhere: dict[str, DistantFile] = {}
-        for file, entry in read_manifest(checkpoint).items():
+        for file, entry in files.items():
             writer = writer_of(file)
             if writer is None or (checkpoint / file).exists():
                 continue
-            path = f"{checkpoint.name}/{file}"
-            sources = self._storage.sources(CHECKPOINTS, path, [disks.leader_of[writer]], False)
-            elsewhere[file] = DistantFile(file, entry, sources, fetched_folder(checkpoint) / file)
-        return Located(checkpoint, elsewhere)
+            owner, path = [self._disks.leader_of[writer]], f"{checkpoint.name}/{file}"
+            sources = self._storage.sources(CHECKPOINTS, path, owner, is_stored=False)
+            elsewhere[file] = DistantFile(file, entry, sources, fetched / file)
+        return Located(checkpoint, elsewhere, fetched)
 
     def close(self) -> None:
         """Ends the background threads; current copies are given up."""
@@ -210,6 +222,7 @@ class Checkpointer:
             files = self._stage(staging, tensors, state, record)
             self._replicate(staging, files)
             self._commit(staging, final, files)
+            self._saved = final, files
         except BaseException:
             if self._disks.is_leader:
                 remove(staging)
@@ -242,7 +255,7 @@ class Checkpointer:
         """
         rank, group, disks = self._world.rank, self._world.saving, self._disks
         may_move = not disks.is_shared or self._storage.remote is not None
-        small: dict[str, bytes] | None = None
+        mine: Manifest = {}
         error: BaseException | None = None
         try:
             dcp.save(tensors, checkpoint_id=staging, process_group=group)
@@ -252,50 +265,38 @@ class Checkpointer:
                 write_file(staging / layout.TRAINER_STATE, described)
                 if may_move:
                     save_logs(self._folder.parent, staging / layout.LOGS, record)
-                if not disks.is_shared:
-                    small = _small_files(staging)
+            # Each rank hashes the files that it wrote; rank 0 also hashes the small ones.
+            mine = manifest_of(
+                staging, lambda path: (writer_of(path.name) or 0) == rank, blocks=may_move
+            )
         except (Exception, CheckpointException) as e:  # the latter does not derive from Exception
             error = e
-        if not disks.is_shared:
-            # What rank 0 wrote beside tensors is part of the checkpoint on every disk.
-            told = [small]
-            dist.broadcast_object_list(told, src=0, group=group)
-            small = told[0]
-        mine: Manifest = {}
-        if error is None:
-            try:
-                if disks.is_leader and rank != 0 and small is not None:
-                    _write_files(staging, small)
-                # Each rank hashes the files that it wrote; rank 0 also hashes the small ones.
-                mine = manifest_of(
-                    staging, lambda path: (writer_of(path.name) or 0) == rank, blocks=may_move
-                )
-            except Exception as e:
-                error = e
         return {k: v for part in self._agree(mine, error) for k, v in part.items()}
 
     def _replicate(self, staging: Path, files: Manifest) -> None:
         """Copies files of other disks to this one; collective.
 
-        It happens before the commit, so that what is committed outlives any machine.
+        Every disk gets the small files, which rank 0 has written, and copies of other disks'
+        tensors. It happens before the commit, so that what is committed outlives any machine.
 
         Raises:
             SpotforgeError: A file could not be fetched or written; raised on every rank.
         """
         disks, copied = self._disks, self._copied_disks()
-        if not copied:
+        if disks.is_shared:
             return
         # This thread must not beat: it would hide that the main thread hangs.
         storage = dataclasses.replace(self._storage, beat=lambda: None)
         error: BaseException | None = None
         try:
-            for file, entry in files.items():
+            for file, entry in files.items() if disks.is_leader else ():
                 writer = writer_of(file)
-                if not disks.is_leader or writer is None or disks.leader_of[writer] not in copied:
+                owner = 0 if writer is None else disks.leader_of[writer]
+                if owner == disks.leader or not (writer is None or owner in copied):
                     continue
-                owner = [disks.leader_of[writer]]
-                path = f"{staging.name}/{file}"
-                fetch(file, entry, storage.sources(CHECKPOINTS, path, owner, False), staging / file)
+                sources = storage.sources(CHECKPOINTS, f"{staging.name}/{file}", [owner], False)
+                (staging / file).parent.mkdir(exist_ok=True)
+                fetch(file, entry, sources, staging / file)
         except Exception as e:
             error = e
         self._agree(None, error)
@@ -436,21 +437,6 @@ def _stager(device: torch.device) -> DefaultStager:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _small_files(folder: Path) -> dict[str, bytes]:
-    """Returns the files of a checkpoint beside those with tensors, by path in it."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and writer_of(path.name) is None
-    }
-
-
-def _write_files(folder: Path, files: dict[str, bytes]) -> None:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
 
 
 def _os_error(error: BaseException) -> OSError | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from core.errors import SpotforgeError
+from core.errors import DamagedError, SpotforgeError
 from core.folder import BLOCK_BYTES, Entry, HashedFile
 
 # Reads `length` bytes at `offset`; raises OSError or SpotforgeError where it cannot.
@@ -51,7 +51,8 @@ class DistantFile:
         """Returns a byte range, which is shorter at the end of the file.
 
         Raises:
-            SpotforgeError: No source has a block of it that matches its digest.
+            DamagedError: A source has a block that does not match its digest, and no other has it.
+            SpotforgeError: No source answers.
         """
         end = min(offset + length, self.size_bytes)
         pieces = []
@@ -82,17 +83,17 @@ class DistantFile:
     def _fetched(self, index: int) -> bytes:
         offset = index * BLOCK_BYTES
         length = min(BLOCK_BYTES, self.size_bytes - offset)
-        problems = []
+        problems = _Problems(self._name)
         for name, read in self._sources:
             try:
                 content = read(offset, length)
             except (OSError, SpotforgeError) as e:
-                problems.append(f"{name}: {e}")
+                problems.add(name, e)
                 continue
             if hashlib.sha256(content).hexdigest() == self._entry["blocks"][index]:
                 return content
-            problems.append(f"{name}: does not match its SHA-256")
-        raise SpotforgeError(f"{self._name} cannot be read: {'; '.join(problems)}")
+            problems.add(name, None)
+        raise problems.error()
 
 
 class _Stream(io.RawIOBase):
@@ -137,10 +138,11 @@ def fetch(name: str, entry: Entry, sources: Iterable[tuple[str, ReadRange]], pat
         path: Path to write.
 
     Raises:
-        SpotforgeError: No source has the file as the manifest describes it.
+        DamagedError: No source has the file as the manifest describes it, and one has another.
+        SpotforgeError: No source answers.
         OSError: The file cannot be written.
     """
-    problems = []
+    problems = _Problems(name)
     for source, read in sources:
         file = HashedFile(path)
         try:
@@ -148,16 +150,37 @@ def fetch(name: str, entry: Entry, sources: Iterable[tuple[str, ReadRange]], pat
                 try:
                     content = read(offset, min(BLOCK_BYTES, entry["size_bytes"] - offset))
                 except (OSError, SpotforgeError) as e:
-                    problems.append(f"{source}: {e}")
+                    problems.add(source, e)
                     break
                 file.write(content)
             else:
                 if file.finish()["sha256"] == entry["sha256"]:
                     return
-                problems.append(f"{source}: does not match its SHA-256")
+                problems.add(source, None)
         finally:
             file.close()
-    raise SpotforgeError(f"{name} cannot be fetched: {'; '.join(problems)}")
+    raise problems.error()
+
+
+class _Problems:
+    """Collects why a file could be read from none of its sources."""
+
+    def __init__(self, file: str) -> None:
+        self._file, self._found, self._is_damaged = file, list[str](), False
+
+    def add(self, source: str, error: Exception | None) -> None:
+        """Adds what a source answered; None: something else than the manifest describes."""
+        if error is None or isinstance(error, FileNotFoundError | DamagedError):
+            self._is_damaged = True
+        self._found.append(f"{source}: {error or 'does not match its SHA-256'}")
+
+    def error(self) -> SpotforgeError:
+        """Returns the error to raise."""
+        rule = f"cannot be read: {'; '.join(self._found) or 'no machine has it'}"
+        if self._is_damaged:
+            fix = "remove that checkpoint, or resume from another one"
+            return DamagedError("resume", self._file, rule, fix)
+        return SpotforgeError(f"{self._file} {rule}")
 
 
 @contextmanager

@@ -10,18 +10,34 @@ from typing import NamedTuple
 
 from core import layout
 from core.errors import ConfigError, DamagedError
-from core.folder import Entry, Manifest, staged_file, staged_folder, wrong_content
-from trainer.checkpoint import Located, committed, fetched_folder, verify, writer_of
+from core.folder import (
+    Entry,
+    Manifest,
+    remove,
+    staged_file,
+    staged_folder,
+    staging_of,
+    wrong_content,
+)
+from trainer.checkpoint import (
+    Located,
+    committed,
+    fetched_folder,
+    set_aside,
+    step_name,
+    verify,
+    writer_of,
+)
 from trainer.distant_file import DistantFile, ReadRange, fetch
 from trainer.reporter import Reporter
-from trainer.storage import CHECKPOINTS, Storage
+from trainer.storage import CHECKPOINTS, Storage, read_generation
 
 _UNREADABLE = -1  # generation of a checkpoint whose manifest cannot be read
 RESUME = "resume"  # name by which machines serve the folder of a checkpoint that `resume` names
 
 
 class CheckpointFinder:
-    """Finds valid checkpoints; all of its methods are collective.
+    """Finds valid checkpoints.
 
     Args:
         storage: Storage of the run's checkpoints.
@@ -30,9 +46,12 @@ class CheckpointFinder:
 
     def __init__(self, storage: Storage, reporter: Reporter) -> None:
         self._storage, self._reporter, self._world = storage, reporter, storage.world
+        self._passed: list[tuple[str, str]] = []
 
     def find(self, resume: str) -> Located | None:
-        """Returns the newest valid checkpoint, or the requested one; None if there is none.
+        """Returns the newest valid checkpoint, or the requested one; collective.
+
+        None if there is none.
 
         Args:
             resume: `auto`, `never` or the folder of a checkpoint.
@@ -43,6 +62,12 @@ class CheckpointFinder:
         """
         found = self._find_shared if self._storage.disks.is_shared else self._find_apart
         return found(resume)
+
+    def record_passed_over(self) -> None:
+        """Records what was passed over, after the events of earlier starts were restored."""
+        for name, reason in self._passed:
+            self._reporter.event("passed_over", 0, checkpoint=name, reason=reason)
+        self._passed = []
 
     # -- one disk ----------------------------------------------------------------------------------
 
@@ -67,8 +92,7 @@ class CheckpointFinder:
                 self._passed_over(candidate.name, e)
                 continue
             return Located(candidate)
-        if damaged is not None:
-            raise damaged  # starting from scratch would hide the damage
+        self._refuse(damaged)
         return None
 
     def _candidates(self, resume: str) -> list[tuple[Path, bool]]:
@@ -98,9 +122,15 @@ class CheckpointFinder:
             except DamagedError as e:
                 damaged = damaged or e
                 self._passed_over(candidate.name, e)
-        if damaged is not None:
-            raise damaged
+        self._refuse(damaged)
         return None
+
+    def _refuse(self, damaged: DamagedError | None) -> None:
+        """Raises the first damage that was found, if any: starting from scratch would hide it."""
+        if damaged is not None:
+            self.record_passed_over()
+            damaged.seen_by_all = True
+            raise damaged
 
     def _survey(self, resume: str) -> list[_Candidate]:
         """Returns the checkpoints of which any disk or the store has a part, newest first."""
@@ -120,11 +150,17 @@ class CheckpointFinder:
         with world.together():
             if world.rank == 0 and storage.remote is not None and requested is None:
                 for name in storage.remote.names():
-                    found = storage.remote.manifest(name)
+                    try:
+                        found = storage.remote.manifest(name)
+                    except DamagedError:
+                        stored.append(_Version(name, _UNREADABLE, ""))
+                        continue
                     digest = hashlib.sha256(found.content).hexdigest()
                     stored.append(_Version(name, found.generation, digest))
         stored = world.from_first(stored)
         known = sorted(holders.keys() | set(stored), reverse=True)
+        if requested is None:
+            known = self._without_abandoned(known)
         with world.together():
             if requested is not None and not known:
                 raise _no_such_checkpoint(resume)
@@ -136,6 +172,27 @@ class CheckpointFinder:
             _Candidate(v, folder, served, tuple(holders.get(v, ())), v in stored) for v in known
         ]
 
+    def _without_abandoned(self, known: list[_Version]) -> list[_Version]:
+        """Returns the checkpoints that the newest start has not left behind; collective.
+
+        A machine that was away when the run went back may still have later ones.
+        """
+        with self._world.together():
+            own = (0, 0)
+            if self._storage.disks.is_leader:
+                own = read_generation(self._storage.folder)
+        newest, step = max(self._world.gather(own))
+        kept = []
+        for version in known:
+            if 0 < version.generation < newest and version.name > step_name(step):
+                self._reporter.say(
+                    f"passed over: {version.name} of generation {version.generation}: generation "
+                    f"{newest} went on from step {step}"
+                )
+            else:
+                kept.append(version)
+        return kept
+
     def _locate(self, candidate: _Candidate) -> Located:
         """Verifies all parts of a checkpoint, and brings its small files to each disk.
 
@@ -144,8 +201,9 @@ class CheckpointFinder:
         """
         storage, world, disks = self._storage, self._world, self._storage.disks
         if candidate.version.generation == _UNREADABLE:
-            host = disks.hosts[candidate.holders[0]]
-            raise _incomplete(candidate, f"{layout.MANIFEST} cannot be read on {host}")
+            holders = candidate.holders
+            where = f"on {disks.hosts[holders[0]]}" if holders else "in the store"
+            raise _incomplete(candidate, f"{layout.MANIFEST} cannot be read {where}")
         content, files = self._manifest_of(candidate)
         good, faults = self._verified(candidate, files)
         for file in sorted(files):
@@ -160,6 +218,12 @@ class CheckpointFinder:
         if faults:
             file, fault = next(iter(sorted(faults.items())))
             self._reporter.say(f"{candidate.name}: {file} {fault}; its other copy is read")
+        is_holder = disks.leader in candidate.holders
+        folder = candidate.folder
+        if not is_holder and candidate.served == RESUME:
+            # Of another run, whose folder is not written to.
+            folder = staging_of(storage.folder / RESUME)
+        fetched = fetched_folder(storage.folder, candidate.name)
         elsewhere: dict[str, DistantFile] = {}
         small: dict[str, tuple[Entry, list[tuple[str, ReadRange]]]] = {}
         for file, entry in files.items():
@@ -173,13 +237,15 @@ class CheckpointFinder:
             if writer_of(file) is None or "blocks" not in entry:
                 small[file] = entry, sources
             else:
-                kept = fetched_folder(candidate.folder / candidate.name) / file
-                elsewhere[file] = DistantFile(file, entry, sources, kept)
+                elsewhere[file] = DistantFile(file, entry, sources, fetched / file)
         with world.together():
             if disks.is_leader:
-                has_folder = disks.leader in candidate.holders
-                _bring(candidate.folder / candidate.name, has_folder, content, small)
-        return Located(candidate.folder / candidate.name, elsewhere)
+                try:
+                    remove(fetched)  # left by a start that was killed, maybe of another version
+                    _bring(folder / candidate.name, is_holder, content, small)
+                except OSError as e:
+                    raise storage.disk_error(e) from e
+        return Located(folder / candidate.name, elsewhere, fetched)
 
     def _manifest_of(self, candidate: _Candidate) -> tuple[bytes, Manifest]:
         """Returns the manifest of a checkpoint, from whoever has it, and what it lists."""
@@ -221,7 +287,7 @@ class CheckpointFinder:
 
     def _passed_over(self, name: str, why: DamagedError) -> None:
         self._reporter.say(f"passed over: {why}")
-        self._reporter.event("passed_over", 0, checkpoint=name, reason=why.rule)
+        self._passed.append((name, why.rule))
 
 
 class _Version(NamedTuple):
@@ -280,23 +346,24 @@ def _bring(
         exists: True if it is there already, with this manifest.
         manifest: Content of its manifest.
         files: Entry and sources of each file to fetch.
+
+    Raises:
+        SpotforgeError: A file cannot be fetched.
+        OSError: This disk cannot be written.
     """
-    try:
-        if exists:
-            for name, (entry, sources) in files.items():
-                (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
-                with staged_file(checkpoint / name) as staging:
-                    fetch(name, entry, sources, staging)
-            return
-        # A checkpoint of that name that an older start left is replaced.
-        with staged_folder(checkpoint, replace=True) as folder:
-            for name, (entry, sources) in files.items():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                fetch(name, entry, sources, folder / name)
-            (folder / layout.MANIFEST).write_bytes(manifest)
-    except OSError as e:
-        fix = "free space, then run the same command again"
-        raise ConfigError("run.dir", checkpoint.parents[1], e.strerror or str(e), fix) from e
+    if exists:
+        for name, (entry, sources) in files.items():
+            (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+            with staged_file(checkpoint / name) as staging:
+                fetch(name, entry, sources, staging)
+        return
+    if checkpoint.exists():  # what another start saved at this step; it may yet be wanted
+        set_aside(checkpoint)
+    with staged_folder(checkpoint) as folder:
+        for name, (entry, sources) in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            fetch(name, entry, sources, folder / name)
+        (folder / layout.MANIFEST).write_bytes(manifest)
 
 
 def _incomplete(candidate: _Candidate, rule: str) -> DamagedError:

@@ -55,4 +55,6 @@ def restore_logs(folder: Path, run_dir: Path) -> None:
         record = json.loads((folder / _LAST).read_text())
         metrics = run_dir / layout.METRICS
         if record["step"] not in {logged["step"] for logged in read_records(metrics)}:
+            if metrics.exists() and not metrics.read_bytes().endswith(b"\n"):
+                append_line(metrics, "")  # ends a line that a kill has torn
             append_line(metrics, json.dumps(record))

@@ -229,7 +229,9 @@ class TrainingLoop:
         self.process.heartbeat.at("load", state.step)
         self.checkpointer.wait()
         # `resume` may name the checkpoint that this run began from, and there may be newer ones.
-        located = CheckpointFinder(self.checkpointer.on_disks, self.reporter).find("auto")
+        finder = CheckpointFinder(self.checkpointer.for_rollback, self.reporter)
+        located = finder.find("auto")
+        finder.record_passed_over()
         if located is None:
             raise self._diverged(state, f"{anomaly}, and there is no checkpoint to roll back to")
         saved = read_state(located.folder)

@@ -1,7 +1,6 @@
 """Finds the checkpoint to resume from, and refuses one that belongs to another run."""
 
 import json
-import shutil
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ from core.errors import ConfigError
 from parallel.optimizer_state import OptimizerState
 from parallel.strategy import Strategy, persistent_buffers
 from parallel.world import World
-from trainer.checkpoint import Located, TrainerState, committed, tensor_shapes
+from trainer.checkpoint import Located, TrainerState, committed, set_aside, tensor_shapes
 from trainer.config import TrainerConfig
 from trainer.data.order import OrderRule
 from trainer.remote import RemoteCheckpoints
@@ -126,10 +125,7 @@ def set_newer_aside(
                 "delete it there, or set another checkpoint.upload",
             )
     for path in newer:
-        aside = folder / f"passed-over-{path.name}"
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-        reporter.say(f"{path.name} is set aside as {aside.name}")
+        reporter.say(f"{path.name} is set aside as {set_aside(path).name}")
 
 
 def keep_what_was_found(

@@ -23,7 +23,7 @@ from parallel.launcher import read_place
 from parallel.peers import PeerFiles
 from parallel.strategy import Strategy
 from parallel.world import World, join_world
-from trainer.checkpoint import TrainerState, committed, read_state, step_name
+from trainer.checkpoint import Located, TrainerState, committed, read_state
 from trainer.checkpointer import Checkpointer
 from trainer.config import TrainerConfig, resolve
 from trainer.cpu import keep_freed_memory
@@ -135,7 +135,11 @@ def train_in(
     disks = find_disks(world, config.run_dir)
     folder = config.run_dir / layout.CHECKPOINTS
     # From here on files are written, which no other job may do in that directory meanwhile.
-    with _locked(config, world, disks), PeerFiles(world, disks, _served(config)) as peers:
+    with (
+        _locked(config, world, disks),
+        _left_out_if_full(config, disks),
+        PeerFiles(world, disks, _served(config)) as peers,
+    ):
         # 3. The checkpoint to resume from: refused here, if at all, before anything is written
         state = TrainerState(
             0, 0, 0, 0.0, data.digest, data.tokenizer_fingerprint, resolved, OrderRule.exact
@@ -148,7 +152,8 @@ def train_in(
         storage = Storage(folder, world, disks, peers, remote, heartbeat.beat)
         if not disks.is_shared:
             reporter.say(_about_disks(config, storage))
-        located = CheckpointFinder(storage, reporter).find(config.resume)
+        finder = CheckpointFinder(storage, reporter)
+        located = finder.find(config.resume)
         with world.together():
             if located is not None:
                 checkpoint = located.folder
@@ -170,8 +175,9 @@ def train_in(
                 state = dataclasses.replace(saved, config=resolved, order=order)
                 if disks.is_leader:
                     set_newer_aside(folder, checkpoint, remote, reporter)
-                if world.rank == 0:
+                if world.rank == 0 and checkpoint.parent == folder:  # another run has its own
                     restore_logs(checkpoint / layout.LOGS, config.run_dir)
+        finder.record_passed_over()
 
         # 4. The strategy materializes and distributes the model, and builds its optimizer
         prepare_training(
@@ -208,7 +214,7 @@ def train_in(
         checkpointer = Checkpointer(
             config.checkpoint,
             storage,
-            Generation.claim(storage),
+            Generation.claim(storage, state.step),
             partial(_save_assets, config.model, model, data, materializer.stored_names),
             reporter.event,
         )
@@ -221,15 +227,13 @@ def train_in(
         try:
             state, outcome = loop.run()
             # 6. The results
-            _finish(config, process, reporter, checkpointer, state.step, outcome)
+            saved_last = checkpointer.last_saved() or located
+            assert saved_last is not None, "the loop saves the step at which it ends"
+            _finish(config, process, reporter, checkpointer, saved_last, state.step, outcome)
         except BaseException as e:
             with suppress(OSError):  # for example of a full disk: it must not hide the first error
                 reporter.event("fail", heartbeat.step, error=f"{type(e).__name__}: {e}")
                 reporter.close("failed")
-            if isinstance(e, OSError) and is_full(e) and not disks.is_shared:
-                rule = f"the disk of {disks.hosts[world.rank]} is full ({e})"
-                fix = "free some space, then start that machine again"
-                raise OwnDiskError("run.dir", config.run_dir, rule, fix, world.rank) from e
             raise
         finally:
             checkpointer.close()
@@ -317,6 +321,19 @@ def _locked(config: TrainerConfig, world: World, disks: Disks) -> Iterator[None]
         world.barrier()  # the locks are released once all ranks are done
 
 
+@contextmanager
+def _left_out_if_full(config: TrainerConfig, disks: Disks) -> Iterator[None]:
+    """Has a machine whose own disk is full left out, wherever it is found."""
+    try:
+        yield
+    except OSError as e:
+        if disks.is_shared or not is_full(e):
+            raise
+        rule = f"the disk of {disks.hosts[disks.rank]} is full ({e})"
+        fix = "free some space, then start that machine again"
+        raise OwnDiskError("run.dir", config.run_dir, rule, fix, disks.rank) from e
+
+
 def _served(config: TrainerConfig) -> dict[str, Path]:
     """Returns the folders with checkpoints that other machines may read."""
     served = {CHECKPOINTS: config.run_dir / layout.CHECKPOINTS}
@@ -366,13 +383,13 @@ def _finish(
     process: Process,
     reporter: Reporter,
     checkpointer: Checkpointer,
+    located: Located,
     step: int,
     outcome: ExitCode,
 ) -> None:
     world = process.world
     process.heartbeat.at("finish", step)  # which may take longer than anything in the loop
-    checkpoint = config.run_dir / layout.CHECKPOINTS / step_name(step)
-    located = checkpointer.located(step)
+    checkpoint = located.folder
     finished = outcome is ExitCode.FINISHED
     # All ranks stop; only those that got the signal know the reason.
     reasons = [reason for reason in world.gather(process.stop.reason) if reason]

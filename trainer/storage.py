@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from core import layout
-from core.errors import ConfigError, SpotforgeError, SupersededError
+from core.errors import ConfigError, OwnDiskError, SpotforgeError, SupersededError
 from core.folder import write_file
 from parallel.disks import Disks, one_disk
 from parallel.peers import PeerFiles
@@ -75,6 +75,17 @@ class Storage:
             found.append((self.remote.url, self._beating(stored)))
         return found
 
+    def disk_error(self, cause: OSError) -> ConfigError:
+        """Returns the error for a disk of this machine that cannot be written."""
+        rule, run_dir = cause.strerror or str(cause), self.folder.parent
+        if self.disks.is_shared:
+            fix = "free some space, then run the same command again"
+            return ConfigError("run.dir", run_dir, rule, fix)
+        rank = self.world.rank
+        rule = f"the disk of {self.disks.hosts[rank]} could not be written: {rule}"
+        fix = "free some space, then start that machine again"
+        return OwnDiskError("run.dir", run_dir, rule, fix, rank)
+
     def _beating(self, read: ReadRange) -> ReadRange:
         def beating(offset: int, length: int) -> bytes:
             self.beat()
@@ -104,8 +115,13 @@ class Generation:
         self._storage, self.number = storage, number
 
     @staticmethod
-    def claim(storage: Storage) -> Generation:
+    def claim(storage: Storage, step: int) -> Generation:
         """Returns the generation of this start, the highest there is; collective.
+
+        Args:
+            storage: Storage of the checkpoints.
+            step: Step from which this start goes on. What older starts have saved after it is
+                abandoned.
 
         Raises:
             SpotforgeError: A disk or the object store cannot be written, or an older start was
@@ -114,10 +130,10 @@ class Generation:
         """
         world, disks, remote = storage.world, storage.disks, storage.remote
         with world.together():
-            known = read_generation(storage.folder) if disks.is_leader else 0
+            known = read_generation(storage.folder)[0] if disks.is_leader else 0
             if world.rank == 0 and remote is not None:
                 known = max(known, remote.generation())
-            number = 1 + max(world.gather(known))
+        number = 1 + max(world.gather(known))
         with world.together():
             if world.rank == 0 and remote is not None and (unknown := remote.claim(number)):
                 raise SpotforgeError(
@@ -127,17 +143,16 @@ class Generation:
             if disks.is_leader:
                 try:
                     storage.folder.mkdir(parents=True, exist_ok=True)
-                    owner = f"{socket.gethostname()}, process {os.getpid()}"
-                    write_file(storage.folder / layout.GENERATION, f"{number} ({owner})\n")
+                    owner = f"({socket.gethostname()}, process {os.getpid()})"
+                    text = f"{number} from step {step} {owner}\n"
+                    write_file(storage.folder / layout.GENERATION, text)
                 except OSError as e:
-                    raise ConfigError(
-                        "run.dir", storage.folder.parent, e.strerror or str(e), "free some space"
-                    ) from e
+                    raise storage.disk_error(e) from e
         return Generation(storage, number)
 
     def check(self) -> None:
         """Raises SupersededError if a newer start of the run has taken over this disk."""
-        found = read_generation(self._storage.folder)
+        found, _ = read_generation(self._storage.folder)
         if found > self.number:
             path = self._storage.folder / layout.GENERATION
             raise SupersededError(
@@ -149,14 +164,18 @@ class Generation:
             )
 
 
-def read_generation(folder: Path) -> int:
-    """Returns the number of the newest start of a run; 0 for runs from before there were any."""
+def read_generation(folder: Path) -> tuple[int, int]:
+    """Returns the number of the newest start of a run, and the step from which it went on.
+
+    Both are 0 for runs from before there were any.
+    """
     try:
-        return int((folder / layout.GENERATION).read_text().split()[0])
+        words = (folder / layout.GENERATION).read_text().split()
+        return int(words[0]), int(words[3])
     except FileNotFoundError:
-        return 0
+        return 0, 0
     except (ValueError, IndexError) as e:
         raise SpotforgeError(
-            f"{folder / layout.GENERATION} does not begin with a number; write the number of the "
-            "newest start there, or remove the file"
+            f"{folder / layout.GENERATION} does not begin with `NUMBER from step NUMBER`; correct "
+            "it, or remove the file"
         ) from e
