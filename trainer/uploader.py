@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -171,11 +172,13 @@ class Uploader:
             self._patience_s = _PATIENCE_S if finished else 0.0
             self._again_at = self._clock()
             self._changed.notify_all()
-            while (self._waiting or self._current) and self._superseded is None:
+            while (self._waiting or self._current) and self._thread.is_alive():
                 self._changed.wait(_POLL_S)
                 beat()
             if self._superseded is not None:
                 raise self._superseded
+            if self._waiting or self._current:
+                return self._error or "the thread that uploads has ended"
             return self._error
 
     def close(self) -> None:
@@ -225,13 +228,13 @@ class Uploader:
             self._await(self._leaders)
         upload.done.clear()  # if the commit finds one missing after all
         self._remote.commit(checkpoint)
-        self._tell("upload", _step(checkpoint), upload_s=time.perf_counter() - began)
+        self._record("upload", checkpoint, upload_s=time.perf_counter() - began)
         try:
             self._remove_outdated(checkpoint.name)
         except SupersededError:
             raise
         except SpotforgeError as e:  # the next upload removes them
-            print(f"{checkpoint.name} was uploaded, but {e}", file=sys.stderr, flush=True)
+            _say(f"{checkpoint.name} was uploaded, but {e}")
 
     def _remove_outdated(self, newest: str) -> None:
         # As on disk, newer checkpoints must not displace this one.
@@ -270,8 +273,15 @@ class Uploader:
                 again += f", for up to {self._patience_s / 60:.0f} minutes"
         if self._said != f"{name}, {again}":
             self._said = f"{name}, {again}"
-            print(f"{name} was not uploaded: {error}; {again}", file=sys.stderr, flush=True)
-            self._tell("upload_failed", _step(upload.checkpoint), error=str(error))
+            _say(f"{name} was not uploaded: {error}; {again}")
+            self._record("upload_failed", upload.checkpoint, error=str(error))
+
+    def _record(self, event: str, checkpoint: Path, **details: float | str) -> None:
+        """Records an event; one that cannot be written, e.g. on a full disk, ends no upload."""
+        try:
+            self._tell(event, _step(checkpoint), **details)
+        except OSError as e:
+            _say(f"the event {event} of {checkpoint.name} was not recorded: {e}")
 
 
 class LeaderUploader:
@@ -359,3 +369,9 @@ class LeaderUploader:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(layout.STEP))
+
+
+def _say(text: str) -> None:
+    """Prints a line, unless stderr cannot be written either, e.g. a file on a full disk."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

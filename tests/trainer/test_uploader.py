@@ -192,6 +192,29 @@ def test_old_checkpoints_that_cannot_be_removed_cost_no_second_upload(rank0, mon
     assert len(rank0.remote.attempts) == 1 and "uploaded, but busy" in capsys.readouterr().err
 
 
+def test_events_that_cannot_be_written_end_no_upload(rank0, away, monkeypatch, capsys):
+    def full(event, step, **details):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(rank0.uploader, "_tell", full)
+    away(True)
+    rank0.save(1)
+    until(lambda: "upload_failed" in capsys.readouterr().err)
+    away(False)
+    assert rank0.wait() is None and rank0.remote.names() == ["step-00000001"]
+    assert "was not uploaded" not in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_upload_thread_that_has_died_is_not_waited_for(rank0, monkeypatch):
+    def fail(*_):
+        raise SystemExit
+
+    monkeypatch.setattr(rank0.remote, "upload", fail)
+    rank0.save(1)
+    assert rank0.wait() is not None
+
+
 # A newer start
 
 
