@@ -40,7 +40,8 @@ class Tell(Protocol):
 class Leaders:
     """Lets the leaders of several disks work on one checkpoint, through the store of the ranks.
 
-        chosen     "3 step-00001000": the third attempt, which is at this checkpoint
+        chosen     "3 step-00001000 7-1c9e...": the third attempt, which is at this checkpoint, and
+                   the start that has claimed the object store
         3/8        what rank 8 could not upload in the third attempt; empty if all is there
 
     Args:
@@ -54,11 +55,11 @@ class Leaders:
         self._others = others
         self._attempt = 0
 
-    def choose(self, name: str) -> None:
-        """Begins the next attempt; only rank 0 calls it."""
+    def choose(self, name: str, start: str) -> None:
+        """Begins the next attempt; only rank 0 calls it, for the start that it has claimed."""
         self._attempt += 1
         if self._others:
-            self._store.set("chosen", f"{self._attempt} {name}")
+            self._store.set("chosen", f"{self._attempt} {name} {start}")
 
     def missing(self) -> list[int]:
         """Returns the leaders that have not announced yet what became of the current attempt.
@@ -75,12 +76,12 @@ class Leaders:
                 raise SpotforgeError(f"rank {rank}: {error}")
         return missing
 
-    def chosen(self) -> tuple[int, str]:
-        """Returns the current attempt and its checkpoint; 0 before the first one."""
+    def chosen(self) -> tuple[int, str, str]:
+        """Returns the current attempt, its checkpoint and its start; 0 before the first one."""
         if not self._store.check(["chosen"]):
-            return 0, ""
-        attempt, name = self._store.get("chosen").decode().split()
-        return int(attempt), name
+            return 0, "", ""
+        attempt, name, start = self._store.get("chosen").decode().split()
+        return int(attempt), name, start
 
     def announce(self, attempt: int, rank: int, error: str) -> None:
         """Announces to rank 0 what became of this rank's part in an attempt."""
@@ -222,7 +223,9 @@ class Uploader:
         began = time.perf_counter()
         checkpoint = upload.checkpoint
         if self._leaders is not None:
-            self._leaders.choose(checkpoint.name)
+            # Asked first, so that a start that was superseded has no other machine upload.
+            self._remote.check_newest(checkpoint)
+            self._leaders.choose(checkpoint.name, self._remote.start)
         self._remote.upload(checkpoint, upload.files, upload.done)
         if self._leaders is not None:
             self._await(self._leaders)
@@ -327,8 +330,9 @@ class LeaderUploader:
         done = 0
         try:
             while not self._closed:
-                attempt, name = self._leaders.chosen()
+                attempt, name, start = self._leaders.chosen()
                 if attempt > done and (upload := self._take(name)) is not None:
+                    self._remote.act_for(start)
                     self._leaders.announce(attempt, self._rank, self._upload(upload))
                     done = attempt
                 elif attempt > done and self._is_past(name):

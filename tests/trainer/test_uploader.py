@@ -307,6 +307,20 @@ def test_rank_0_chooses_for_all(machines, monkeypatch):
     assert leader.busy == {"step-00000003"}
 
 
+def test_a_superseded_start_has_no_other_machine_upload(machines):
+    """Not even if the newer one has the same number."""
+    rank0, there, _, submit_here, submit_there = machines
+    rank0.remote._store.write("starts/1-" + "f" * 33, b"{}")
+    submit_there(1)
+    submit_here(1)
+    with pytest.raises(SupersededError):
+        rank0.wait()
+    assert there.attempts == []
+    there.act_for(rank0.remote.start)  # as if it had been chosen a moment before
+    with pytest.raises(SupersededError):
+        there.check_newest(rank0.folder / "step-00000001")
+
+
 def test_a_machine_is_not_waited_for_without_end(machines, monkeypatch):
     rank0, *_, submit_here, _ = machines
     monkeypatch.setattr(uploader, "_LEADERS_S", 120.0)
