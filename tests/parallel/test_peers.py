@@ -1,5 +1,7 @@
 """Disks that ranks share or do not, and files that they read from each other."""
 
+import contextlib
+import http.client
 import socket
 import urllib.error
 import urllib.request
@@ -7,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from parallel import peers
 from parallel.disks import find_disks
 from parallel.peers import PeerFiles
 from parallel.world import join_world
@@ -70,3 +73,48 @@ def test_a_rank_reads_parts_of_files_on_another_disk(tmp_path):
         assert size == 200 * (2 - rank)
         assert part == bytes(range(150, 200))
         assert refused == ["missing", "../outside", "x", "beyond", 403]
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    def ask(*_):
+        raise AssertionError("the name of the machine was asked for")
+
+    monkeypatch.setattr(socket, "getfqdn", ask)
+    (tmp_path / "file").write_bytes(b"content")
+    server = peers._Server("127.0.0.1", "token", {"files": tmp_path})
+    yield server
+    server.close()
+
+
+def as_rank(server):
+    """A connection that is kept after it has shown the token."""
+    rank = http.client.HTTPConnection(*server.server_address, timeout=60)
+    assert read_as(rank) == b"content"
+    return rank
+
+
+def read_as(rank):
+    rank.request("GET", "/files/file", headers={"Authorization": "token"})
+    return rank.getresponse().read()
+
+
+def test_a_stranger_is_hung_up_on_and_a_rank_is_not(server, monkeypatch):
+    with contextlib.closing(as_rank(server)) as rank:
+        monkeypatch.setattr(peers, "_STRANGER_S", 0.0)
+        with socket.create_connection(server.server_address, 60) as stranger:
+            stranger.sendall(b"GET")
+            assert stranger.recv(1) == b""
+        assert read_as(rank) == b"content"
+    assert server._strangers == {}
+
+
+def test_of_too_many_strangers_the_oldest_leave(server, monkeypatch):
+    monkeypatch.setattr(peers, "_STRANGER_S", 1e9)
+    monkeypatch.setattr(peers, "_MAX_STRANGERS", 2)
+    with contextlib.ExitStack() as stack:
+        address = server.server_address
+        strangers = [stack.enter_context(socket.create_connection(address, 60)) for _ in range(5)]
+        assert [stranger.recv(1) for stranger in strangers[:3]] == [b""] * 3
+        stack.enter_context(contextlib.closing(as_rank(server)))
+        assert len(server._strangers) <= 2
