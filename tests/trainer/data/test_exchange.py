@@ -27,6 +27,7 @@ from trainer import store
 from trainer.data.cache import cache_folder
 from trainer.data.config import SingleDataConfig, SourceKind
 from trainer.data.exchange import SERVED, DataExchange, find_cache_disks, recorded_names
+from trainer.data.fetch import DataStore
 from trainer.data.files import check_stop
 from trainer.data.prepare import Plan, make_plan, prepare
 from trainer.data.writer import canonical_digest
@@ -339,6 +340,22 @@ def test_a_store_that_is_away_does_not_end_a_run_that_can_prepare(machine, monke
         outcome = alone(machine)
     assert outcome.error is None and outcome.digest is not None
     assert "going on without it" in outcome.said and "at the next start" in outcome.said
+
+
+def test_a_fetch_that_fails_leaves_nothing_in_the_way(machine, monkeypatch):
+    name, get_file, found = alone(machine).folder.name, ObjectStore.get_file, []
+
+    def breaks_off(self, path, *args, **kwargs):
+        if path.endswith("tokenizer.json"):
+            raise StoreError("503 Slow Down")
+        get_file(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(ObjectStore, "get_file", breaks_off)
+    (machine / "cache2").mkdir()
+    folders = {"text": machine / "cache2" / name}
+    builders = {"text": lambda staging: found.append(list(staging.iterdir()))}
+    Plan(folders, builders, lambda: False).make(DataStore("double://bucket/data"))
+    assert found == [[]]
 
 
 def test_a_url_that_cannot_be_used_is_refused(machine, monkeypatch):
