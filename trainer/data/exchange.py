@@ -234,7 +234,8 @@ class DataExchange:
             print(
                 f"{refusal.key}={refusal.value}: {refusal.rule}, on this machine", file=sys.stderr
             )
-            problems = []
+            problems: list[str] = []
+            damaged: DamagedError | None = None
             for rank in others:
                 host = self._disks.hosts[rank]
                 origin = PeerFolder(self._peers, rank, host, *places[rank][source])
@@ -244,9 +245,14 @@ class DataExchange:
                     if e.errno is not None:  # of this disk
                         raise
                     problems.append(str(e))
+                except DamagedError as e:  # what another one has may be whole
+                    print(e, file=sys.stderr)
+                    damaged = damaged or e
                 else:
                     return
             if store is None or not store.fetch(name, staging, stop_requested):
+                if damaged is not None:
+                    raise damaged
                 if problems:
                     raise SpotforgeError(f"{name} cannot be fetched: {'; '.join(problems)}")
                 raise refusal

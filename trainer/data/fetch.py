@@ -28,7 +28,7 @@ _PIECE_BYTES = 8 << 20
 
 
 class Origin(Protocol):
-    """Is a place from which one folder can be fetched."""
+    """A place from which one folder can be fetched."""
 
     @property
     def where(self) -> str:
@@ -245,9 +245,12 @@ class DataStore:
             if self._has(name):
                 return
             print(f"uploading {name} to {self._store.url}", file=sys.stderr)
-            for file in [*files, layout.MANIFEST]:  # the manifest last
+            for file in files:
                 check_stop(stop_requested)
                 self._store.put(folder / file, f"{name}/{file}")
+            # The last one, and whole or not at all on a disk as well: it makes the folder be there.
+            content = (folder / layout.MANIFEST).read_bytes()
+            self._store.write(f"{name}/{layout.MANIFEST}", content)
         except Interrupted:
             raise
         except SpotforgeError as e:

@@ -420,6 +420,16 @@ def test_a_machine_that_falls_silent_is_replaced_by_another_one(machine):
     assert not [p for p in (machine / "cache0").iterdir() if p.is_dir()]
 
 
+def test_a_machine_whose_copy_is_damaged_is_replaced_by_another_one(machine):
+    damaged = DamagedError("data", "train-00000.bin", "does not match its SHA-256", "delete it")
+    gone = OSError("rank 2 on c does not answer")
+    assert set(fetched(machine, {1: damaged})) == {1, 2}
+    shutil.rmtree(machine / "cache0")
+    with pytest.raises(DamagedError):
+        fetched(machine, {1: damaged, 2: gone})
+    assert not [p for p in (machine / "cache0").iterdir() if p.is_dir()]
+
+
 @pytest.mark.parametrize(
     ("folder", "share"),
     [("cache/0b1e6d636fd12b1e", (1, 2)), ("tokens", (0, 1))],
