@@ -192,8 +192,8 @@ class DataExchange:
                         raise ConfigError(
                             key,
                             value,
-                            f"is the digest on {self._where(rank)}, but {expected.get(key)} on "
-                            f"{self._where(first_rank)}",
+                            f"is the digest on {self._where(rank)}, but "
+                            f"{expected.get(key, 'there is none')} on {self._where(first_rank)}",
                             "make the sources the same on all machines, or remove them from all "
                             "but one, and the others fetch what that one prepares",
                         )

@@ -430,6 +430,15 @@ def test_a_machine_whose_copy_is_damaged_is_replaced_by_another_one(machine):
     assert not [p for p in (machine / "cache0").iterdir() if p.is_dir()]
 
 
+def test_a_source_that_the_first_machine_lacks_is_said_to_be_missing(tmp_path):
+    told = [{"data.sources.a": "1"}, {"data.sources.a": "1", "data.sources.b": "2"}]
+    world = SimpleNamespace(gather=lambda _: told, together=contextlib.nullcontext)
+    process, disks = SimpleNamespace(world=world), Disks(0, (0, 1), ("a", "b"))
+    with pytest.raises(ConfigError, match="there is none on rank 0") as error:
+        DataExchange(settings(tmp_path), process, disks, None)._check_same(told[0])
+    assert error.value.key == "data.sources.b" and "None" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("folder", "share"),
     [("cache/0b1e6d636fd12b1e", (1, 2)), ("tokens", (0, 1))],
