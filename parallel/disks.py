@@ -77,7 +77,11 @@ def find_disks(world: World, folder: Path) -> Disks:
         seen = [i for i, token in enumerate(tokens) if token and (folder / token).exists()]
         with world.together():
             if not seen:
-                raise SpotforgeError(f"{folder}: a file that rank {world.rank} wrote is not there")
+                writer = world.rank - world.local_rank
+                raise SpotforgeError(
+                    f"{folder}: a file that rank {writer} wrote there is not seen by rank "
+                    f"{world.rank} of the same machine"
+                )
         # The first machine whose file one sees is the same for all that share the disk.
         described = world.gather((seen[0], socket.gethostname()))
     return Disks(world.rank, tuple(d[0] for d in described), tuple(d[1] for d in described))
