@@ -314,8 +314,9 @@ class LeaderUploader:
         """Uploads a committed checkpoint if rank 0 chooses it; see `Uploader.submit`."""
         with self._changed:
             others = [u for u in self._submitted if u.checkpoint != checkpoint]
-            # Rank 0 is at the first, or will choose one of the last two; the disk has no room for
-            # all that are saved during a long upload.
+            # All that is kept here stays on the disk, which would fill during a long upload. Rank 0
+            # is at the first, and drops what arrives meanwhile but for the newest. That one may be
+            # the last but one here, since each arrives here and there at different moments.
             others = [*others[:1], *others[1:][-1:]]
             self._submitted = [*others, _Upload(checkpoint, sorted(files))]
             self._changed.notify_all()
