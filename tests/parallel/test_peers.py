@@ -2,14 +2,16 @@
 
 import contextlib
 import http.client
+import os
 import socket
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from parallel import peers
+from parallel import disks, peers
 from parallel.disks import find_disks
 from parallel.peers import PeerFiles
 from parallel.world import join_world
@@ -24,14 +26,32 @@ def leaders(folders):
 
 
 def test_ranks_that_see_the_same_files_share_a_disk(tmp_path):
-    """Ranks 0 and 2 are on one disk, 1 and 3 on others; nothing is created."""
+    """Ranks 0 and 2 are on one disk, 1 and 3 on others; nothing is left, not by others either."""
     disks = [tmp_path / name for name in "abac"]
     for disk in set(disks):
         disk.mkdir()
+        left = disk / f".disk-{'0a' * 8}"
+        left.touch()
+        os.utime(left, (0, 0))
     found = run_distributed(leaders, 4, [disk / "runs" / "name" for disk in disks], apart=True)
     assert [f[0] for f in found] == [[0, 1, 0, 3]] * 4
     assert [f[1] for f in found] == [[0, 2], [1], [0, 2], [3]]
     assert all(list(disk.iterdir()) == [] for disk in disks)
+
+
+def test_a_file_of_another_machine_may_be_seen_late(tmp_path, monkeypatch):
+    other = tmp_path / ".disk-other"
+    monkeypatch.setattr(disks.time, "sleep", lambda _: other.touch())
+    told = iter([lambda token: [other.name, token], lambda own: [(0, "a"), own]])
+    world = SimpleNamespace(
+        rank=1,
+        world_size=2,
+        local_rank=0,
+        local_world_size=1,
+        together=contextlib.nullcontext,
+        gather=lambda own: next(told)(own),
+    )
+    assert find_disks(world, tmp_path).is_shared
 
 
 def read_from_each_other(folder):
