@@ -12,18 +12,25 @@ import http.client
 import os
 import secrets
 import socket
+import socketserver
 import threading
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 from urllib.parse import quote, unquote
 
 from parallel.disks import Disks
 from parallel.world import World
 
 _TIMEOUT_S = 60.0  # of one read or write; a machine that is slower than that counts as gone
+# Strangers are those that have connected and not shown the token yet.
+_STRANGER_S = 10.0
+_MAX_STRANGERS = 256
 
 
 class PeerFiles:
@@ -152,10 +159,42 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, address: str, token: str, folders: Mapping[str, Path]) -> None:
         self.token, self.folders = token, folders
+        self._strangers: dict[socket.socket, float] = {}  # when each came, the oldest first
         self.address_family = socket.getaddrinfo(address, 0)[0][0]
         super().__init__((address, 0), _Handler)
         self._thread = threading.Thread(target=self.serve_forever, name="peers", daemon=True)
         self._thread.start()
+
+    def server_bind(self) -> None:
+        """Binds to the address; HTTPServer would ask for its name as well, which may take long."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answers a new connection in a thread of its own."""
+        self._strangers[request] = time.monotonic()
+        super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        """Hangs up on strangers; called twice a second and after each new connection.
+
+        Where there are too many it is the oldest who go, since a rank shows its token at once.
+        """
+        strangers, now = list(self._strangers.items()), time.monotonic()
+        for i, (connection, since) in enumerate(strangers):
+            if i < len(strangers) - _MAX_STRANGERS or now - since > _STRANGER_S:
+                self.forget(connection)
+                with suppress(OSError):  # it has ended meanwhile
+                    connection.shutdown(socket.SHUT_RDWR)  # which ends its thread
+
+    def forget(self, stranger: socket.socket) -> None:
+        """Counts a connection no more among the strangers."""
+        self._strangers.pop(stranger, None)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Ends a connection."""
+        self.forget(request)
+        super().shutdown_request(request)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Says nothing: a peer that has gone is reported by what it leaves undone."""
@@ -185,6 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not hmac.compare_digest(given.encode(), self.server.token.encode()):
             self._refuse(HTTPStatus.FORBIDDEN)
             return
+        self.server.forget(self.connection)
         path = self._path()
         try:
             if path is None:

@@ -33,7 +33,10 @@ _MEETING_S = 60.0  # in which all have connected, unless a process has ended
 
 
 class World(Protocol):
-    """The parts of `parallel.world.World` that are needed here; it imports this module."""
+    """The parts of `parallel.world.World` that are needed here.
+
+    They are not imported, since that module imports this one.
+    """
 
     @property
     def rank(self) -> int: ...
@@ -88,22 +91,9 @@ def _watch(world: World, stack: ExitStack) -> None:
             except OSError as e:
                 raise SpotforgeError(f"rank {world.rank} cannot reach {peer[0]}: {e}") from e
             watched[connection] = peer[0]
-        num_watched = len(list(filter(None, told))) - 1
-        deadline = time.monotonic() + _MEETING_S
-        while len(watched) < num_watched:
-            if (left_s := deadline - time.monotonic()) <= 0:
-                missing = f"{num_watched - len(watched)} machines"
-                raise SpotforgeError(f"rank {world.rank}: {missing} did not connect to it")
-            listener.settimeout(left_s)
-            with suppress(OSError):
-                connection, (host, *_) = listener.accept()
-                stack.enter_context(connection)
-                connection.settimeout(_TIMEOUT_S)
-                # A stranger who connected and went away would otherwise end the run.
-                if hmac.compare_digest(_read(connection), token):
-                    watched[connection] = host
-                else:
-                    connection.close()
+        num_missing = len(list(filter(None, told))) - 1 - len(watched)
+        for connection, host in _accepted(listener, token, num_missing, world.rank):
+            watched[stack.enter_context(connection)] = host
     for connection in watched:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in _OPTIONS.items():
@@ -117,6 +107,45 @@ def _watch(world: World, stack: ExitStack) -> None:
     stack.callback(closed.set)
 
 
+def _accepted(
+    listener: socket.socket, token: bytes, count: int, rank: int
+) -> Iterator[tuple[socket.socket, str]]:
+    """Yields connections that have shown the token, with their hosts.
+
+    Strangers may connect, too, and say nothing: nobody waits for them, and they are not watched.
+    """
+    deadline = time.monotonic() + _MEETING_S
+    listener.settimeout(_TIMEOUT_S)
+    shown: dict[socket.socket, bytes] = {}  # what those who were accepted have sent so far
+    with selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
+        while count > 0 and (left_s := deadline - time.monotonic()) > 0:
+            for key, _ in selector.select(left_s):
+                assert isinstance(key.fileobj, socket.socket)
+                if key.fileobj is listener:
+                    with suppress(OSError):
+                        connection, (host, *_) = listener.accept()
+                        connection.settimeout(_TIMEOUT_S)
+                        selector.register(connection, selectors.EVENT_READ, host)
+                        shown[connection] = b""
+                    continue
+                connection = key.fileobj
+                more = _read(connection, _TOKEN_BYTES - len(shown[connection]))
+                shown[connection] += more
+                if more and len(shown[connection]) < _TOKEN_BYTES:
+                    continue
+                selector.unregister(connection)
+                if hmac.compare_digest(shown.pop(connection), token):
+                    count -= 1
+                    yield connection, key.data
+                else:
+                    connection.close()
+    for connection in shown:
+        connection.close()
+    if count > 0:
+        raise SpotforgeError(f"rank {rank}: {count} machines did not connect to it")
+
+
 def _run(rank: int, watched: Mapping[socket.socket, str], closed: threading.Event) -> None:
     with selectors.DefaultSelector() as selector:
         for connection, host in watched.items():
@@ -127,19 +156,23 @@ def _run(rank: int, watched: Mapping[socket.socket, str], closed: threading.Even
                 try:
                     key.fileobj.recv(1)
                     selector.unregister(key.fileobj)  # its process has ended, which gloo sees, too
-                except OSError:
-                    _end(rank, key.data)
+                except OSError as e:
+                    _end(rank, key.data, e)
 
 
-def _read(connection: socket.socket) -> bytes:
-    data = b""
-    while len(data) < _TOKEN_BYTES and (more := connection.recv(_TOKEN_BYTES - len(data))):
-        data += more
-    return data
+def _read(connection: socket.socket, size: int) -> bytes:
+    """Returns what is there, at most `size` bytes; nothing if the connection has ended."""
+    try:
+        return connection.recv(size)
+    except OSError:
+        return b""
 
 
-def _end(rank: int, host: str) -> None:
-    text = f"rank {rank}: the machine {host} has not answered for {_SILENCE_S} s: ending"
+def _end(rank: int, host: str, error: OSError) -> None:
+    what = f"cannot be reached any more ({error.strerror or type(error).__name__})"
+    if isinstance(error, TimeoutError):
+        what = f"has not answered for {_SILENCE_S} s"
+    text = f"rank {rank}: the machine {host} {what}: ending"
     # Not print: this thread must not wait for a lock of another one.
     os.write(sys.stderr.fileno(), f"{text}, since no step can be done without it\n".encode())
     os._exit(ExitCode.FAILED)

@@ -63,11 +63,14 @@ class _Start:
     generation: int
     id: str
 
+    def __str__(self) -> str:
+        return f"{self.generation}-{self.id}"
+
     @property
     def path(self) -> str:
         # Each start writes an object of its own, so that an older one that was held up while it
         # claimed the store does not overwrite what a newer one wrote.
-        return f"{_STARTS}/{self.generation}-{self.id}"
+        return f"{_STARTS}/{self}"
 
 
 class RemoteCheckpoints:
@@ -134,6 +137,21 @@ class RemoteCheckpoints:
         known = self._seen
         return [] if known is None else [name for name in self.names() if name not in known]
 
+    @property
+    def start(self) -> str:
+        """Name of the start that has claimed the store through this object."""
+        assert self._claimed is not None
+        return str(self._claimed)
+
+    def act_for(self, start: str) -> None:
+        """Uploads from now on for a start that another process of the run has claimed.
+
+        Args:
+            start: Name of that start, which is the property `start` in that process.
+        """
+        generation, _, id = start.partition("-")
+        self._claimed = _Start(int(generation), id)
+
     def names(self) -> list[str]:
         """Returns the committed checkpoints, newest first."""
         names = [name for name in self._all_names() if self._locate(name) is not None]
@@ -182,6 +200,11 @@ class RemoteCheckpoints:
                 raise self._damaged(name, f"{file} has the wrong size") from e
             raise
 
+    def check_newest(self, checkpoint: Path) -> None:
+        """Raises SupersededError if a later start has taken over: this one uploads no more."""
+        name, generation = checkpoint.name, _generation_of(checkpoint)
+        self._refuse_superseded(f"{name} of generation {generation} is not uploaded", generation)
+
     def upload(self, checkpoint: Path, files: Iterable[str], done: set[str] | None = None) -> None:
         """Uploads some files of a checkpoint, which only `commit` makes complete.
 
@@ -196,9 +219,8 @@ class RemoteCheckpoints:
         Raises:
             SupersededError: A later start of the run has taken over.
         """
-        name, generation = checkpoint.name, _generation_of(checkpoint)
-        self._refuse_superseded(f"{name} of generation {generation} is not uploaded", generation)
-        folder = _folder(name, generation)
+        self.check_newest(checkpoint)
+        folder = _folder(checkpoint.name, _generation_of(checkpoint))
         # A committed checkpoint of that name is a mix of old and new from here on.
         self._store.remove(f"{folder}/{layout.MANIFEST}")
         done = set() if done is None else done

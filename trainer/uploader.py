@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -39,7 +40,8 @@ class Tell(Protocol):
 class Leaders:
     """Lets the leaders of several disks work on one checkpoint, through the store of the ranks.
 
-        chosen     "3 step-00001000": the third attempt, which is at this checkpoint
+        chosen     "3 step-00001000 7-1c9e...": the third attempt, which is at this checkpoint, and
+                   the start that has claimed the object store
         3/8        what rank 8 could not upload in the third attempt; empty if all is there
 
     Args:
@@ -53,11 +55,11 @@ class Leaders:
         self._others = others
         self._attempt = 0
 
-    def choose(self, name: str) -> None:
-        """Begins the next attempt; only rank 0 calls it."""
+    def choose(self, name: str, start: str) -> None:
+        """Begins the next attempt; only rank 0 calls it, for the start that it has claimed."""
         self._attempt += 1
         if self._others:
-            self._store.set("chosen", f"{self._attempt} {name}")
+            self._store.set("chosen", f"{self._attempt} {name} {start}")
 
     def missing(self) -> list[int]:
         """Returns the leaders that have not announced yet what became of the current attempt.
@@ -74,12 +76,12 @@ class Leaders:
                 raise SpotforgeError(f"rank {rank}: {error}")
         return missing
 
-    def chosen(self) -> tuple[int, str]:
-        """Returns the current attempt and its checkpoint; 0 before the first one."""
+    def chosen(self) -> tuple[int, str, str]:
+        """Returns the current attempt, its checkpoint and its start; 0 before the first one."""
         if not self._store.check(["chosen"]):
-            return 0, ""
-        attempt, name = self._store.get("chosen").decode().split()
-        return int(attempt), name
+            return 0, "", ""
+        attempt, name, start = self._store.get("chosen").decode().split()
+        return int(attempt), name, start
 
     def announce(self, attempt: int, rank: int, error: str) -> None:
         """Announces to rank 0 what became of this rank's part in an attempt."""
@@ -171,11 +173,13 @@ class Uploader:
             self._patience_s = _PATIENCE_S if finished else 0.0
             self._again_at = self._clock()
             self._changed.notify_all()
-            while (self._waiting or self._current) and self._superseded is None:
+            while (self._waiting or self._current) and self._thread.is_alive():
                 self._changed.wait(_POLL_S)
                 beat()
             if self._superseded is not None:
                 raise self._superseded
+            if self._waiting or self._current:
+                return self._error or "the thread that uploads has ended"
             return self._error
 
     def close(self) -> None:
@@ -219,19 +223,21 @@ class Uploader:
         began = time.perf_counter()
         checkpoint = upload.checkpoint
         if self._leaders is not None:
-            self._leaders.choose(checkpoint.name)
+            # Asked first, so that a start that was superseded has no other machine upload.
+            self._remote.check_newest(checkpoint)
+            self._leaders.choose(checkpoint.name, self._remote.start)
         self._remote.upload(checkpoint, upload.files, upload.done)
         if self._leaders is not None:
             self._await(self._leaders)
         upload.done.clear()  # if the commit finds one missing after all
         self._remote.commit(checkpoint)
-        self._tell("upload", _step(checkpoint), upload_s=time.perf_counter() - began)
+        self._record("upload", checkpoint, upload_s=time.perf_counter() - began)
         try:
             self._remove_outdated(checkpoint.name)
         except SupersededError:
             raise
         except SpotforgeError as e:  # the next upload removes them
-            print(f"{checkpoint.name} was uploaded, but {e}", file=sys.stderr, flush=True)
+            _say(f"{checkpoint.name} was uploaded, but {e}")
 
     def _remove_outdated(self, newest: str) -> None:
         # As on disk, newer checkpoints must not displace this one.
@@ -270,8 +276,15 @@ class Uploader:
                 again += f", for up to {self._patience_s / 60:.0f} minutes"
         if self._said != f"{name}, {again}":
             self._said = f"{name}, {again}"
-            print(f"{name} was not uploaded: {error}; {again}", file=sys.stderr, flush=True)
-            self._tell("upload_failed", _step(upload.checkpoint), error=str(error))
+            _say(f"{name} was not uploaded: {error}; {again}")
+            self._record("upload_failed", upload.checkpoint, error=str(error))
+
+    def _record(self, event: str, checkpoint: Path, **details: float | str) -> None:
+        """Records an event; one that cannot be written, e.g. on a full disk, ends no upload."""
+        try:
+            self._tell(event, _step(checkpoint), **details)
+        except OSError as e:
+            _say(f"the event {event} of {checkpoint.name} was not recorded: {e}")
 
 
 class LeaderUploader:
@@ -301,8 +314,9 @@ class LeaderUploader:
         """Uploads a committed checkpoint if rank 0 chooses it; see `Uploader.submit`."""
         with self._changed:
             others = [u for u in self._submitted if u.checkpoint != checkpoint]
-            # Rank 0 is at the first, or will choose one of the last two; the disk has no room for
-            # all that are saved during a long upload.
+            # All that is kept here stays on the disk, which would fill during a long upload. Rank 0
+            # is at the first, and drops what arrives meanwhile but for the newest. That one may be
+            # the last but one here, since each arrives here and there at different moments.
             others = [*others[:1], *others[1:][-1:]]
             self._submitted = [*others, _Upload(checkpoint, sorted(files))]
             self._changed.notify_all()
@@ -317,8 +331,9 @@ class LeaderUploader:
         done = 0
         try:
             while not self._closed:
-                attempt, name = self._leaders.chosen()
+                attempt, name, start = self._leaders.chosen()
                 if attempt > done and (upload := self._take(name)) is not None:
+                    self._remote.act_for(start)
                     self._leaders.announce(attempt, self._rank, self._upload(upload))
                     done = attempt
                 elif attempt > done and self._is_past(name):
@@ -359,3 +374,9 @@ class LeaderUploader:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(layout.STEP))
+
+
+def _say(text: str) -> None:
+    """Prints a line, unless stderr cannot be written either, e.g. a file on a full disk."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

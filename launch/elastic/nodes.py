@@ -136,8 +136,9 @@ class Listener:
         digest: Value of `command_digest` that a machine must send.
         token: Token that a machine must prove to have; None: any machine may join.
         software: Software of this machine; see `core.software`.
-        has_ranks: True: this machine has ranks. False: it only shares its own code with the others,
-            and the first of them tells the rest.
+        has_ranks: True if ranks run on this machine, too: others must have the same software. False
+            if it only supervises: they must have the same code, while all else, such as torch, need
+            not be here, and must be the same as on the first machine that has joined.
         joined: Function that is called with each new node.
         changed: Event that is set whenever a node changes.
         say: Function that prints a line about a refused machine.

@@ -74,10 +74,14 @@ class Slurm:
         refuse_unused(self._launch, "bucket", "shared_dir", "image")
         is_uploaded = settings.trainer.checkpoint.upload is not None
         cost = "those since the last upload" if is_uploaded else "the whole run"
+        replicas = settings.trainer.checkpoint.replicas
+        copies = 1 if replicas == "auto" else int(replicas)
+        lost = f"the loss of more than {copies} at once" if copies else "it"
         return Storage(
             Path(settings.trainer.run.dir).absolute(),
-            on_loss=f"{Storage.on_loss}; if run.dir is on a disk of each node's own, {cost}"
-            + ("" if is_uploaded else " (set checkpoint.upload)"),
+            on_loss=f"{Storage.on_loss}; if run.dir is on a disk of each node's own, {lost} costs "
+            f"{cost}, since checkpoint.replicas is {replicas}"
+            + ("" if is_uploaded else " and checkpoint.upload is not set"),
         )
 
     def render(self, job: Job) -> str:

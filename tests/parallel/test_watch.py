@@ -1,5 +1,6 @@
 """Machines watch each other; what happens when one is gone silently is in tests/hosts."""
 
+import errno
 import socket
 import struct
 import threading
@@ -27,7 +28,7 @@ class Machines:
     def __init__(self, monkeypatch, count):
         self.lost = []  # what would have ended the process: the rank, and the host it misses
         self.connections = []
-        monkeypatch.setattr(watch, "_end", lambda rank, host: self.lost.append((rank, host)))
+        monkeypatch.setattr(watch, "_end", lambda rank, host, _: self.lost.append((rank, host)))
         monkeypatch.setattr(watch.secrets, "token_bytes", lambda size: TOKEN)
         connect = socket.create_connection
 
@@ -98,17 +99,22 @@ def test_a_connection_that_breaks_ends_both(machines):
 
 
 def test_a_stranger_is_not_missed(monkeypatch):
-    """It connects before the other machine does, and breaks its connection."""
-    lost, told = [], []
-    monkeypatch.setattr(watch, "_end", lambda *who: lost.append(who))
+    """It connects before the other machine does, and breaks its connection or says nothing."""
+    # One after another, the silent ones would not leave the other machine enough time.
+    monkeypatch.setattr(watch, "_MEETING_S", 4 * watch._TIMEOUT_S)
+    lost, told, silent = [], [], []
+    monkeypatch.setattr(watch, "_end", lambda rank, host, _: lost.append((rank, host)))
     strangers = []
 
     def gather(value):
         told.append(value)
         strangers.append(socket.create_connection(value))
         strangers[0].sendall(TOKEN[::-1])
+        for _ in range(8):
+            silent.append(socket.create_connection(value))
         machine = socket.create_connection(value)
-        machine.sendall(TOKEN)
+        machine.sendall(TOKEN[:5])
+        machine.sendall(TOKEN[5:])
         strangers.append(machine)
         return [value, ("127.0.0.1", 1)]
 
@@ -123,8 +129,9 @@ def test_a_stranger_is_not_missed(monkeypatch):
     )
     with watching(world):
         stranger, machine = strangers
-        assert stranger.recv(1) == b""  # it was hung up on
-        break_off(stranger)
+        assert all(s.recv(1) == b"" for s in [stranger, *silent])  # they were hung up on
+        for each in (stranger, *silent):
+            break_off(each)
         assert lost == []
         break_off(machine)
         wait_until(lambda: lost, lambda: "the machine was not watched", 60)
@@ -144,3 +151,18 @@ def test_a_machine_that_does_not_come_is_said(monkeypatch):
     )
     with pytest.raises(SpotforgeError, match="rank 0: 1 machine"), watching(world):
         pass
+
+
+@pytest.mark.parametrize(
+    "error, is_silence",
+    [(TimeoutError(errno.ETIMEDOUT, "timed out"), True), (ConnectionResetError(), False)],
+)
+def test_what_is_said_of_a_lost_machine_is_true(error, is_silence, monkeypatch):
+    said = []
+    monkeypatch.setattr(watch.sys, "stderr", SimpleNamespace(fileno=lambda: 2))
+    monkeypatch.setattr(
+        watch, "os", SimpleNamespace(write=lambda _, text: said.append(text), _exit=said.append)
+    )
+    watch._end(1, "10.0.0.2", error)
+    assert (b"has not answered" in said[0]) == is_silence and b"10.0.0.2" in said[0]
+    assert said[1:] == [1]

@@ -192,6 +192,29 @@ def test_old_checkpoints_that_cannot_be_removed_cost_no_second_upload(rank0, mon
     assert len(rank0.remote.attempts) == 1 and "uploaded, but busy" in capsys.readouterr().err
 
 
+def test_events_that_cannot_be_written_end_no_upload(rank0, away, monkeypatch, capsys):
+    def full(event, step, **details):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(rank0.uploader, "_tell", full)
+    away(True)
+    rank0.save(1)
+    until(lambda: "upload_failed" in capsys.readouterr().err)
+    away(False)
+    assert rank0.wait() is None and rank0.remote.names() == ["step-00000001"]
+    assert "was not uploaded" not in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_upload_thread_that_has_died_is_not_waited_for(rank0, monkeypatch):
+    def fail(*_):
+        raise SystemExit
+
+    monkeypatch.setattr(rank0.remote, "upload", fail)
+    rank0.save(1)
+    assert rank0.wait() is not None
+
+
 # A newer start
 
 
@@ -282,6 +305,20 @@ def test_rank_0_chooses_for_all(machines, monkeypatch):
     assert rank0.remote.names() == ["step-00000003", "step-00000001"]
     assert [name for name, _ in there.attempts] == ["step-00000001", "step-00000003"]
     assert leader.busy == {"step-00000003"}
+
+
+def test_a_superseded_start_has_no_other_machine_upload(machines):
+    """Not even if the newer one has the same number."""
+    rank0, there, _, submit_here, submit_there = machines
+    rank0.remote._store.write("starts/1-" + "f" * 33, b"{}")
+    submit_there(1)
+    submit_here(1)
+    with pytest.raises(SupersededError):
+        rank0.wait()
+    assert there.attempts == []
+    there.act_for(rank0.remote.start)  # as if it had been chosen a moment before
+    with pytest.raises(SupersededError):
+        there.check_newest(rank0.folder / "step-00000001")
 
 
 def test_a_machine_is_not_waited_for_without_end(machines, monkeypatch):

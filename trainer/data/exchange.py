@@ -192,8 +192,8 @@ class DataExchange:
                         raise ConfigError(
                             key,
                             value,
-                            f"is the digest on {self._where(rank)}, but {expected.get(key)} on "
-                            f"{self._where(first_rank)}",
+                            f"is the digest on {self._where(rank)}, but "
+                            f"{expected.get(key, 'there is none')} on {self._where(first_rank)}",
                             "make the sources the same on all machines, or remove them from all "
                             "but one, and the others fetch what that one prepares",
                         )
@@ -234,7 +234,8 @@ class DataExchange:
             print(
                 f"{refusal.key}={refusal.value}: {refusal.rule}, on this machine", file=sys.stderr
             )
-            problems = []
+            problems: list[str] = []
+            damaged: DamagedError | None = None
             for rank in others:
                 host = self._disks.hosts[rank]
                 origin = PeerFolder(self._peers, rank, host, *places[rank][source])
@@ -244,9 +245,14 @@ class DataExchange:
                     if e.errno is not None:  # of this disk
                         raise
                     problems.append(str(e))
+                except DamagedError as e:  # what another one has may be whole
+                    print(e, file=sys.stderr)
+                    damaged = damaged or e
                 else:
                     return
             if store is None or not store.fetch(name, staging, stop_requested):
+                if damaged is not None:
+                    raise damaged
                 if problems:
                     raise SpotforgeError(f"{name} cannot be fetched: {'; '.join(problems)}")
                 raise refusal

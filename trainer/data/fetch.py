@@ -6,10 +6,13 @@ then committed under its name, like one that is prepared here.
 
 from __future__ import annotations
 
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol
 
 from core import layout
 from core.errors import ConfigError, DamagedError, Interrupted, SpotforgeError
@@ -25,7 +28,7 @@ _PIECE_BYTES = 8 << 20
 
 
 class Origin(Protocol):
-    """Is a place from which one folder can be fetched."""
+    """A place from which one folder can be fetched."""
 
     @property
     def where(self) -> str:
@@ -127,7 +130,7 @@ def fetch_folder(origin: Origin, name: str, staging: Path, stop_requested: StopR
     Args:
         origin: Place of the folder.
         name: Name that the folder will have in the cache.
-        staging: Folder to fill; an attempt that failed may have left files in it.
+        staging: Empty folder to fill; it is empty again after an error.
         stop_requested: Function that is polled.
 
     Raises:
@@ -148,6 +151,18 @@ def fetch_folder(origin: Origin, name: str, staging: Path, stop_requested: StopR
     if name not in (made_of, given_name(manifest["digest"])):
         raise origin.damaged(layout.MANIFEST, f"is not that of {name}")
     entries = entries_of(manifest)
+    with _emptied_after_errors(staging):
+        _fetch_files(origin, name, entries, staging, stop_requested)
+        (staging / layout.MANIFEST).write_bytes(content)
+
+
+def _fetch_files(
+    origin: Origin,
+    name: str,
+    entries: list[dict[str, Any]],
+    staging: Path,
+    stop_requested: StopRequested,
+) -> None:
     megabytes = sum(entry["size_bytes"] for entry in entries) / 1e6
     print(f"fetching {name} ({megabytes:,.1f} MB) from {origin.where}", file=sys.stderr)
     for entry in entries:
@@ -165,7 +180,17 @@ def fetch_folder(origin: Origin, name: str, staging: Path, stop_requested: StopR
         expected: Entry = {"size_bytes": size_bytes, "sha256": entry["sha256"]}
         if fault := wrong_content(local, expected, lambda: check_stop(stop_requested)):
             raise origin.damaged(file, fault)
-    (staging / layout.MANIFEST).write_bytes(content)
+
+
+@contextmanager
+def _emptied_after_errors(folder: Path) -> Iterator[None]:
+    """Removes what a block has put into a folder if it fails: the next origin may have others."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder)
+        folder.mkdir()
+        raise
 
 
 class DataStore:
@@ -188,6 +213,8 @@ class DataStore:
 
     def fetch(self, name: str, staging: Path, stop_requested: StopRequested) -> bool:
         """Fills an empty folder; returns whether the store has one of that name, and answers.
+
+        If not, the folder is empty again.
 
         Raises:
             DamagedError: A file is not the one that was written; names it.
@@ -218,9 +245,12 @@ class DataStore:
             if self._has(name):
                 return
             print(f"uploading {name} to {self._store.url}", file=sys.stderr)
-            for file in [*files, layout.MANIFEST]:  # the manifest last
+            for file in files:
                 check_stop(stop_requested)
                 self._store.put(folder / file, f"{name}/{file}")
+            # The last one, and whole or not at all on a disk as well: it makes the folder be there.
+            content = (folder / layout.MANIFEST).read_bytes()
+            self._store.write(f"{name}/{layout.MANIFEST}", content)
         except Interrupted:
             raise
         except SpotforgeError as e:

@@ -42,7 +42,11 @@ def test_the_script_asks_for_what_the_plan_counts_on(small, capsys):
 
 @pytest.mark.parametrize(
     ("words", "cost"),
-    [((), "the whole run"), (("checkpoint.upload=s3://mine/x",), "those since the last upload")],
+    [
+        ((), "the loss of more than 1 at once costs the whole run"),
+        (("checkpoint.replicas=0",), "it costs the whole run"),
+        (("checkpoint.upload=s3://mine/x",), "those since the last upload"),
+    ],
 )
 def test_it_says_what_the_loss_of_a_node_costs(small, capsys, words, cost):
     text = rendered(capsys, *small, *SLURM, *words)

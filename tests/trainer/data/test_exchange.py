@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import parallel.disks
 from core.errors import ConfigError, DamagedError, ExitCode, Interrupted, SpotforgeError
 from core.folder import entry_of, manifest_of
 from parallel.disks import Disks
@@ -27,6 +28,7 @@ from trainer import store
 from trainer.data.cache import cache_folder
 from trainer.data.config import SingleDataConfig, SourceKind
 from trainer.data.exchange import SERVED, DataExchange, find_cache_disks, recorded_names
+from trainer.data.fetch import DataStore
 from trainer.data.files import check_stop
 from trainer.data.prepare import Plan, make_plan, prepare
 from trainer.data.writer import canonical_digest
@@ -141,6 +143,7 @@ CASES = (
 
 def play(base):
     """Plays all cases on two ranks, each on a machine of its own."""
+    parallel.disks._LOOK_AGAIN_S = 0.0  # of this process
     with join_world() as world:
         outcomes = {}
 
@@ -341,6 +344,22 @@ def test_a_store_that_is_away_does_not_end_a_run_that_can_prepare(machine, monke
     assert "going on without it" in outcome.said and "at the next start" in outcome.said
 
 
+def test_a_fetch_that_fails_leaves_nothing_in_the_way(machine, monkeypatch):
+    name, get_file, found = alone(machine).folder.name, ObjectStore.get_file, []
+
+    def breaks_off(self, path, *args, **kwargs):
+        if path.endswith("tokenizer.json"):
+            raise StoreError("503 Slow Down")
+        get_file(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(ObjectStore, "get_file", breaks_off)
+    (machine / "cache2").mkdir()
+    folders = {"text": machine / "cache2" / name}
+    builders = {"text": lambda staging: found.append(list(staging.iterdir()))}
+    Plan(folders, builders, lambda: False).make(DataStore("double://bucket/data"))
+    assert found == [[]]
+
+
 def test_a_url_that_cannot_be_used_is_refused(machine, monkeypatch):
     for url in ("bucket/data", "nosuch://bucket/data"):
         error = alone(machine, url).error
@@ -401,6 +420,25 @@ def test_a_machine_that_falls_silent_is_replaced_by_another_one(machine):
     with pytest.raises(ConfigError, match="data.cache_dir=.*the disk is full"):
         fetched(machine, {1: full})
     assert not [p for p in (machine / "cache0").iterdir() if p.is_dir()]
+
+
+def test_a_machine_whose_copy_is_damaged_is_replaced_by_another_one(machine):
+    damaged = DamagedError("data", "train-00000.bin", "does not match its SHA-256", "delete it")
+    gone = OSError("rank 2 on c does not answer")
+    assert set(fetched(machine, {1: damaged})) == {1, 2}
+    shutil.rmtree(machine / "cache0")
+    with pytest.raises(DamagedError):
+        fetched(machine, {1: damaged, 2: gone})
+    assert not [p for p in (machine / "cache0").iterdir() if p.is_dir()]
+
+
+def test_a_source_that_the_first_machine_lacks_is_said_to_be_missing(tmp_path):
+    told = [{"data.sources.a": "1"}, {"data.sources.a": "1", "data.sources.b": "2"}]
+    world = SimpleNamespace(gather=lambda _: told, together=contextlib.nullcontext)
+    process, disks = SimpleNamespace(world=world), Disks(0, (0, 1), ("a", "b"))
+    with pytest.raises(ConfigError, match="there is none on rank 0") as error:
+        DataExchange(settings(tmp_path), process, disks, None)._check_same(told[0])
+    assert error.value.key == "data.sources.b" and "None" not in str(error.value)
 
 
 @pytest.mark.parametrize(
