@@ -57,12 +57,11 @@ class Kubernetes:
             if (value := getattr(self._launch, key)) is not None:
                 rule = "needs launch.kubernetes.volume_claim: the ledger is deleted with the pod"
                 raise ConfigError(f"launch.{key}", value, rule, fix)
-        return replace(
-            storage,
-            on_loss="each pod has a disk of its own, with copies of another's files "
-            f"(checkpoint.replicas): {storage.on_loss}; pods lost together, those since the last "
-            "upload; only uploads outlive all pods",
-        )
+        cost = f"{storage.on_loss}; nodes lost together, those since the last upload"
+        if settings.trainer.checkpoint.replicas == "0":
+            cost = "a lost node costs the steps since the last upload (checkpoint.replicas=0)"
+        own = "each node has a disk of its own, which goes with its pod"
+        return replace(storage, on_loss=f"{own}: {cost}")
 
     def render(self, job: Job) -> str:
         """See `Place`."""

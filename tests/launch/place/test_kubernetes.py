@@ -100,6 +100,9 @@ def test_pods_may_have_disks_of_their_own_if_their_checkpoints_are_uploaded(smal
     pod = pods_of(yaml.safe_load(text))["template"]["spec"]
     assert pod["volumes"][0] == {"name": "runs", "emptyDir": {}}
     assert "costs the steps since the last checkpoint" in text and "last upload" in text
+    words = [*small, *own, "launch.nodes=[2]", upload, "checkpoint.replicas=0"]
+    assert main(["render", *words]) == 0
+    assert "costs the steps since the last upload" in capsys.readouterr().out
     # A pod that comes back has nothing: not without a store, not alone, and not with a ledger.
     for words, key in (
         (["launch.nodes=[2]"], "launch.kubernetes.volume_claim"),
