@@ -181,6 +181,8 @@ class Chaos:
         if not self._wait(lambda: self._last_step() > max(row.step, step)):
             row.problems.append(self._tail("no new step"))
         row.seconds = max(0.0, time.monotonic() - began)
+        if row.seconds > PROMISED_S:
+            row.problems.append(f"{row.seconds:.0f} s to the next step")
 
     def _add(self):
         host = self.bed.add(next(self._names))
@@ -336,6 +338,7 @@ def main():
         print(why, file=sys.stderr)
         return 2
     rows = []
+    environment = describe_environment()
     began = time.monotonic()
 
     def tell(row):
@@ -348,6 +351,18 @@ def main():
             sep="\n      ",
             flush=True,
         )
+        result = {
+            "environment": environment,
+            "cores": os.cpu_count(),
+            "seed": arguments.seed,
+            "strategy": arguments.strategy,
+            "machines": MACHINES,
+            "save_every_steps": EVERY,
+            "seconds": 60 * minutes,
+            "rows": [asdict(row) for row in rows],
+        }
+        # After each fault, so that a run that is stopped has its results, too.
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
     with tempfile.TemporaryDirectory() as folder:
         bed = Bed(Path(folder), disk_mb=64)
@@ -357,17 +372,6 @@ def main():
         finally:
             bed.close()
     print(summarize(rows))
-    result = {
-        "environment": describe_environment(),
-        "cores": os.cpu_count(),
-        "seed": arguments.seed,
-        "strategy": arguments.strategy,
-        "machines": MACHINES,
-        "save_every_steps": EVERY,
-        "seconds": time.monotonic() - began,
-        "rows": [asdict(row) for row in rows],
-    }
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     return int(any(row.problems for row in rows))
 
 
