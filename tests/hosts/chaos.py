@@ -21,6 +21,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -337,6 +338,7 @@ def main():
     if why := missing():
         print(why, file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no host is left behind
     rows = []
     environment = describe_environment()
     began = time.monotonic()
