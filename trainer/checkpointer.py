@@ -251,7 +251,7 @@ class Checkpointer:
             Entries of the files of all ranks.
 
         Raises:
-            _SaveFailed: A rank could not write its files; raised on every rank.
+            ConfigError: A rank could not write its files; raised on every rank.
         """
         rank, group, disks = self._world.rank, self._world.saving, self._disks
         may_move = not disks.is_shared or self._storage.remote is not None
@@ -316,7 +316,7 @@ class Checkpointer:
 
         Raises:
             SupersededError: A newer start of the run has taken over.
-            _SaveFailed: A disk could not be written; raised on every rank.
+            ConfigError: A disk could not be written; raised on every rank.
         """
         error: BaseException | None = None
         try:
