@@ -1,6 +1,6 @@
 """Hurts a run on machines without a shared disk in every way, and checks what becomes of it.
 
-    python -m tests.hosts.chaos                                60 faults, about 30 minutes
+    python -m tests.hosts.chaos                                60 faults, about 35 minutes
     python -m tests.hosts.chaos --faults 10 --strategy zero2 --seed 7
 
 kill        all processes of a machine and its disk are gone; an empty one joins in its place
