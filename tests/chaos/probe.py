@@ -15,7 +15,7 @@ from functools import wraps
 
 # point: what is about to be called when it is reached
 POINTS = {
-    "data": "trainer.run:prepare",
+    "data": "trainer.run:DataExchange.prepare",
     "model": "trainer.run:build_meta_model",
     "resume": "trainer.run:CheckpointFinder.find",
     "strategy": "trainer.run:prepare_training",
