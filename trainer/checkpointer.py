@@ -264,7 +264,8 @@ class Checkpointer:
                 described = json.dumps(dataclasses.asdict(state), indent=1)
                 write_file(staging / layout.TRAINER_STATE, described)
                 if may_move:
-                    save_logs(self._folder.parent, staging / layout.LOGS, record)
+                    logs = staging / layout.LOGS
+                    save_logs(self._folder.parent, logs, state.step, record)
             # Each rank hashes the files that it wrote; rank 0 also hashes the small ones.
             mine = manifest_of(
                 staging, lambda path: (writer_of(path.name) or 0) == rank, blocks=may_move

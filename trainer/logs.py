@@ -16,20 +16,33 @@ _NAMES = (*_GROWING, layout.DATA, layout.ENVIRONMENT)
 _LAST = "last_metrics.json"  # of the step of the checkpoint, which may be logged only later
 
 
-def save_logs(run_dir: Path, folder: Path, record: dict[str, Any] | None) -> None:
+def save_logs(run_dir: Path, folder: Path, step: int, record: dict[str, Any] | None) -> None:
     """Copies what was logged in a run directory to a folder of a checkpoint.
 
     Args:
         run_dir: Run directory.
         folder: Folder to create.
+        step: Step of the checkpoint. Metrics and samples of later steps, which may be logged while
+            it is written, are not copied: a resume trains these steps again.
         record: Metrics of the step of the checkpoint; None if that step is not logged.
     """
     folder.mkdir()
     for name in _NAMES:
         if (run_dir / name).exists():
             shutil.copyfile(run_dir / name, folder / name)
+    for path in (folder / layout.METRICS, folder / layout.SAMPLES):
+        if path.exists():
+            path.write_bytes(_up_to(step, path.read_bytes()))
     if record is not None:
         (folder / _LAST).write_text(json.dumps(record))
+
+
+def _up_to(step: int, content: bytes) -> bytes:
+    """Returns lines with a step each, without those of later steps, and without half a line."""
+    lines = content.splitlines(keepends=True)
+    while lines and not (lines[-1].endswith(b"\n") and json.loads(lines[-1])["step"] <= step):
+        lines.pop()
+    return b"".join(lines)
 
 
 def restore_logs(folder: Path, run_dir: Path) -> None:
