@@ -2,7 +2,7 @@
 
 import hashlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 
 from core.process.python import ROOT
@@ -14,14 +14,19 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "deepspeed", "numpy")
 
 def software() -> dict[str, str]:
     """Returns the versions of our code (a digest), of Python and of the installed packages."""
-    versions = {CODE: code_digest()[:12]}
-    versions["Python"] = ".".join(platform.python_version_tuple()[:2])
-    for name in _PACKAGES:
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {CODE: code_digest()[:12], "Python": python, **installed_versions(_PACKAGES)}
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Returns the versions of those packages that are installed; imports none of them."""
+    found = {}
+    for name in packages:
         try:
-            versions[name] = metadata.version(name)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return versions
+    return found
 
 
 def code_digest() -> str:

@@ -2,9 +2,9 @@
 
 import os
 import platform
-from importlib import metadata
 from pathlib import Path
 
+from core.software import installed_versions
 from core.version import checkout
 
 PACKAGES = (
@@ -40,7 +40,7 @@ def describe_environment() -> dict[str, object]:
         "git": checkout(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": _packages(),
+        "packages": installed_versions(PACKAGES),
         "cpu": {
             "model": _cpu_model(Path("/proc/cpuinfo")),
             "num_cores": os.cpu_count(),
@@ -49,16 +49,6 @@ def describe_environment() -> dict[str, object]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         **_gpus(),
     }
-
-
-def _packages() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _cpu_model(cpuinfo: Path) -> str:

@@ -6,17 +6,18 @@ import torch
 import torch.distributed as dist
 
 from parallel.config import PrecisionConfig
+from parallel.disks import one_disk
 from parallel.optimizer_state import ADAMW
 from trainer.config import PretrainConfig
 from trainer.model import Materializer, build_meta_model, prepare_training
 from trainer.model_config import NamedModelConfig
 from trainer.optim import AdamWConfig
-from trainer.storage import Generation, local_storage
+from trainer.storage import Generation, Storage
 
 
 def saved_to(folder, world):
     """Storage on one disk, claimed by this start; what a Checkpointer takes."""
-    storage = local_storage(folder, world)
+    storage = Storage(folder, world, one_disk(world))
     return storage, Generation.claim(storage, 0)
 
 

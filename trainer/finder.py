@@ -51,10 +51,11 @@ class CheckpointFinder:
     def find(self, resume: str) -> Located | None:
         """Returns the newest valid checkpoint, or the requested one; collective.
 
-        None if there is none.
-
         Args:
             resume: `auto`, `never` or the folder of a checkpoint.
+
+        Returns:
+            The checkpoint; None if there is none to resume from.
 
         Raises:
             DamagedError: The requested checkpoint is damaged, or all existing ones are.

@@ -12,7 +12,7 @@ from pathlib import Path
 from core import layout
 from core.errors import ConfigError, OwnDiskError, SpotforgeError, SupersededError
 from core.folder import write_file
-from parallel.disks import Disks, one_disk
+from parallel.disks import Disks
 from parallel.peers import PeerFiles
 from parallel.world import World
 from trainer.distant_file import ReadRange
@@ -92,11 +92,6 @@ class Storage:
             return read(offset, length)
 
         return beating
-
-
-def local_storage(folder: Path, world: World) -> Storage:
-    """Returns storage on one disk that all ranks share."""
-    return Storage(folder, world, one_disk(world))
 
 
 class Generation:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from core import layout
 from core.errors import ConfigError, DamagedError, Interrupted, SpotforgeError
-from core.folder import Entry, wrong_content
+from core.folder import BLOCK_BYTES, Entry, wrong_content
 from parallel.peers import PeerFiles
 from trainer.data.files import StopRequested, check_stop
 from trainer.data.tokens import entries_of, parse_manifest, read_manifest
@@ -24,7 +24,6 @@ from trainer.data.writer import FORMAT_VERSION, folder_name, given_name
 from trainer.store import Store
 
 URL_KEY = "data.cache_url"
-_PIECE_BYTES = 8 << 20
 
 
 class Origin(Protocol):
@@ -79,9 +78,9 @@ class PeerFolder:
         """Writes one of its files to `local`, in pieces of 8 MiB."""
         path = f"{self.inside}/{file}"
         with local.open("wb") as out:
-            for offset in range(0, size_bytes, _PIECE_BYTES):
+            for offset in range(0, size_bytes, BLOCK_BYTES):
                 check_stop(stop_requested)
-                length = min(_PIECE_BYTES, size_bytes - offset)
+                length = min(BLOCK_BYTES, size_bytes - offset)
                 out.write(self.peers.read(self.rank, self.served, path, offset, length))
 
     def damaged(self, file: str, rule: str) -> DamagedError:
